@@ -1,0 +1,1 @@
+"""Find, inspect and edit the multi-modal neurons of vision-language models."""

@@ -1,0 +1,272 @@
+"""What `find` found, as data: plain numbers and words, no tensors; to JSON and back without torch.
+
+The JSON form is described in docs/format.md.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from PIL import Image
+
+from mmneurons.errors import FormatError
+from mmneurons.neurons import Neuron
+
+SCHEMA = 1
+"""Number of the JSON form; a reader refuses any other."""
+Score = Literal["logit", "logprob", "paper"]
+Grid = tuple[tuple[float, ...], ...]
+"""One number per patch, rows from top to bottom, columns from left to right."""
+
+
+@dataclass(frozen=True)
+class NeuronFinding:
+    """One of the neurons that wrote a noun."""
+
+    neuron: Neuron
+    score: float
+    """Its contribution to the noun, in the units of the score chosen."""
+    activation: float
+    """a[l,i] at the position that predicts the noun (`score="paper"`: the gate alone)."""
+    tokens: tuple[str, ...]
+    """The ten tokens that sign(activation) * its column promotes most."""
+    suppressed: tuple[str, ...] = ()
+    """The three it pushes down most."""
+    map: Grid | None = None
+    """Activation at each image patch, times the sign of `activation`; None if not asked for or without a grid."""
+    lost_without_image: float | None = None
+    """Share of `score` that is lost when the same words are read with a blank image; None if not asked for."""
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Where the noun's logit comes from; the four parts that are not `top` add up to it (before any softcap)."""
+
+    ffn: float
+    """Written by all FFN neurons."""
+    top: float
+    """Written by the top neurons listed; contained in `ffn`."""
+    attention: float
+    """Written by attention (or another token mixer) of all blocks."""
+    embedding: float
+    """Read off the embedding of the last token."""
+    bias: float
+    """Biases of the FFN output projections, the final norm and the head."""
+
+
+@dataclass(frozen=True)
+class NounFinding:
+    """One noun of the caption and the neurons that wrote it."""
+
+    word: str
+    """As the caption writes it."""
+    lemma: str
+    """Singular, lower case."""
+    start: int
+    """Offset of the word's first character in the caption."""
+    token: str
+    """The token that is scored: the word's first."""
+    token_id: int
+    step: int
+    """Index of that token among the generated ones."""
+    n_tokens: int
+    """How many tokens wrote the word."""
+    probability: float
+    """The model's next-token probability of the token there."""
+    logit: float
+    parts: Parts
+    neurons: tuple[NeuronFinding, ...]
+    """Highest score first; equal scores by (layer, index)."""
+    layers: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
+    """For k = 10, 100, 1000: how many of the top k lie in each block."""
+    regions: Mapping[int, Grid] = field(default_factory=dict)
+    """For k = 1, 10, 50, 100, 500, 1000: mean of the maps of the top k; empty if not asked for or without a grid."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One image: what the model said, and per noun which neurons wrote it."""
+
+    image: str
+    """The path as given, or '<PIL image>'."""
+    prompt: str
+    answer_prefix: str
+    """Words the answer was made to begin with; not part of `caption`."""
+    caption: str
+    """What the model generated after the prefix."""
+    token_ids: tuple[int, ...]
+    """The generated tokens, end-of-text included where it came."""
+    score: Score
+    against: str | None
+    nouns: tuple[NounFinding, ...]
+    notes: tuple[str, ...] = ()
+    """What a reader should be told: how the image was read, that there is no patch grid, that nothing was found."""
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+    """Model, revision, weights hash, dtype, device, package versions, settings."""
+    view: Image.Image | None = field(default=None, compare=False, repr=False)
+    """The picture as the model saw it (cropped, resized), if known; not saved."""
+
+    def noun(self, word: str) -> NounFinding:
+        """The first noun written or lemmatised as `word`.
+
+        Raises:
+            KeyError: if there is none.
+        """
+        for noun in self.nouns:
+            if word in (noun.word, noun.lemma):
+                return noun
+        raise KeyError(word)
+
+
+def to_json(findings: Iterable[Finding]) -> str:
+    """The findings of one run as JSON text: the same run gives the same bytes.
+
+    Numbers keep seven significant digits, what float32 holds.
+
+    Raises:
+        FormatError: if the findings do not come from one run (their provenance differs).
+    """
+    findings = list(findings)
+    provenance = dict(findings[0].provenance) if findings else {}
+    if any(dict(finding.provenance) != provenance for finding in findings):
+        raise FormatError("These findings come from different runs.", fix="Write one file for each run.")
+    document = {"schema": SCHEMA, "provenance": provenance, "findings": [_finding_to_dict(f) for f in findings]}
+    return json.dumps(_rounded(document), ensure_ascii=False, indent=1, allow_nan=False) + "\n"
+
+
+def from_json(text: str) -> list[Finding]:
+    """Read what `to_json` wrote.
+
+    Raises:
+        FormatError: if `text` is not JSON, or not of this schema.
+    """
+    try:
+        document = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise FormatError("This is not a JSON file of findings.", seen=str(error)) from error
+    schema = document.get("schema") if isinstance(document, dict) else None
+    if schema != SCHEMA:
+        raise FormatError(
+            f"This version reads findings of schema {SCHEMA}.",
+            seen=f"The file says schema {schema!r}.",
+            fix="Make it again with this version: mmneurons find IMAGE --json FILE",
+        )
+    try:
+        return [_finding_from_dict(entry, document["provenance"]) for entry in document["findings"]]
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise FormatError("This file of findings is incomplete or damaged.", seen=repr(error)) from error
+
+
+def save(findings: Iterable[Finding], path: str | os.PathLike[str]) -> None:
+    """Write the findings of one run to `path`, whole or not at all."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_text(to_json(findings), encoding="utf-8")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def load(path: str | os.PathLike[str]) -> list[Finding]:
+    """Read a file that `save` or `mmneurons find --json` wrote.
+
+    Raises:
+        FormatError: if it is not one.
+    """
+    return from_json(Path(path).read_text(encoding="utf-8"))
+
+
+def _rounded(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if value == 0 or not math.isfinite(value) else float(f"{value:.7g}")
+    if isinstance(value, Mapping):
+        return {str(key): _rounded(entry) for key, entry in value.items()}
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return [_rounded(entry) for entry in value]
+    return value
+
+
+def _finding_to_dict(finding: Finding) -> dict[str, Any]:
+    return {
+        "image": finding.image,
+        "prompt": finding.prompt,
+        "answer_prefix": finding.answer_prefix,
+        "caption": finding.caption,
+        "token_ids": finding.token_ids,
+        "choices": {"score": finding.score, "against": finding.against},
+        "notes": finding.notes,
+        "nouns": [_noun_to_dict(noun) for noun in finding.nouns],
+    }
+
+
+def _noun_to_dict(noun: NounFinding) -> dict[str, Any]:
+    simple = ("word", "lemma", "start", "token", "token_id", "step", "n_tokens", "probability", "logit")
+    return {
+        **{name: getattr(noun, name) for name in simple},
+        "parts": dataclasses.asdict(noun.parts),
+        "layers": noun.layers,
+        "regions": noun.regions,
+        "neurons": [_neuron_to_dict(neuron) for neuron in noun.neurons],
+    }
+
+
+def _neuron_to_dict(finding: NeuronFinding) -> dict[str, Any]:
+    layer, index, expert = finding.neuron
+    entry: dict[str, Any] = {"layer": layer, "index": index}
+    if expert is not None:
+        entry["expert"] = expert
+    entry |= {"score": finding.score, "activation": finding.activation, "tokens": finding.tokens}
+    entry["suppressed"] = finding.suppressed
+    if finding.map is not None:
+        entry["map"] = finding.map
+    if finding.lost_without_image is not None:
+        entry["lost_without_image"] = finding.lost_without_image
+    return entry
+
+
+def _finding_from_dict(entry: dict[str, Any], provenance: dict[str, Any]) -> Finding:
+    return Finding(
+        image=entry["image"],
+        prompt=entry["prompt"],
+        answer_prefix=entry["answer_prefix"],
+        caption=entry["caption"],
+        token_ids=tuple(entry["token_ids"]),
+        score=entry["choices"]["score"],
+        against=entry["choices"]["against"],
+        nouns=tuple(_noun_from_dict(noun) for noun in entry["nouns"]),
+        notes=tuple(entry["notes"]),
+        provenance=provenance,
+    )
+
+
+def _noun_from_dict(entry: dict[str, Any]) -> NounFinding:
+    fields = dict(entry)
+    fields["parts"] = Parts(**entry["parts"])
+    fields["layers"] = {int(k): tuple(counts) for k, counts in entry["layers"].items()}
+    fields["regions"] = {int(k): _grid(grid) for k, grid in entry["regions"].items()}
+    fields["neurons"] = tuple(_neuron_from_dict(neuron) for neuron in entry["neurons"])
+    return NounFinding(**fields)
+
+
+def _neuron_from_dict(entry: dict[str, Any]) -> NeuronFinding:
+    return NeuronFinding(
+        neuron=Neuron(entry["layer"], entry["index"], entry.get("expert")),
+        score=entry["score"],
+        activation=entry["activation"],
+        tokens=tuple(entry["tokens"]),
+        suppressed=tuple(entry["suppressed"]),
+        map=_grid(entry["map"]) if "map" in entry else None,
+        lost_without_image=entry.get("lost_without_image"),
+    )
+
+
+def _grid(rows: Sequence[Sequence[float]]) -> Grid:
+    return tuple(tuple(row) for row in rows)

@@ -1,0 +1,44 @@
+"""What a neuron is called: `L23.u6012`, or `L23.e5.u6012` inside a mixture of experts."""
+
+from __future__ import annotations
+
+import re
+from typing import NamedTuple
+
+from mmneurons.errors import SettingError
+
+_NAME = re.compile(r"L(\d+)(?:\.e(\d+))?\.u(\d+)")
+
+
+class Neuron(NamedTuple):
+    """One column of the FFN output projection `w_out` of one block of the language model.
+
+    Ordered by (layer, index): the order in which equal scores are listed.
+    """
+
+    layer: int
+    """Block of the language model, counted from 0 at the embedding."""
+    index: int
+    """Column of that block's `w_out`, counted from 0."""
+    expert: int | None = None
+    """Expert that the column belongs to; None in a dense FFN."""
+
+    def __str__(self) -> str:
+        expert = "" if self.expert is None else f".e{self.expert}"
+        return f"L{self.layer}{expert}.u{self.index}"
+
+    @classmethod
+    def parse(cls, name: str) -> Neuron:
+        """Read a name that `str()` wrote.
+
+        Raises:
+            SettingError: if `name` is not of that form.
+        """
+        match = _NAME.fullmatch(name.strip())
+        if match is None:
+            raise SettingError(
+                f"'{name}' is not the name of a neuron.",
+                fix="Write block and column, counted from 0: L23.u6012, or L23.e5.u6012 for expert 5.",
+            )
+        layer, expert, index = match.groups()
+        return cls(int(layer), int(index), None if expert is None else int(expert))

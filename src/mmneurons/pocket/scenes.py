@@ -1,0 +1,190 @@
+"""Endless labelled scenes: cut-out drawings of one to three nouns on one of ten backgrounds, with exact masks.
+
+The world that the pocket model knows. A scene is a pure function of its arguments; no torch.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import resources
+from typing import Literal
+
+import numpy as np
+from jaxtyping import Bool
+from PIL import Image, ImageDraw
+
+from mmneurons.errors import SettingError
+
+Split = Literal["seen", "unseen"]
+SIDE = 112
+"""Width and height of a scene in pixels."""
+BACKGROUNDS: dict[str, tuple[tuple[int, int, int], tuple[int, int, int]]] = {
+    "at night": ((12, 12, 45), (28, 34, 52)),
+    "in a room": ((196, 216, 184), (146, 98, 74)),
+    "in the desert": ((240, 212, 160), (208, 152, 82)),
+    "in the sea": ((150, 200, 240), (22, 82, 152)),
+    "in the sky": ((90, 160, 235), (172, 212, 250)),
+    "in the snow": ((198, 214, 235), (244, 248, 255)),
+    "on a table": ((210, 210, 216), (165, 110, 60)),
+    "on the beach": ((120, 190, 240), (226, 202, 142)),
+    "on the grass": ((135, 190, 235), (70, 150, 60)),
+    "on the road": ((170, 200, 225), (92, 92, 98)),
+}
+"""How the background is said, and its colours above and below the horizon."""
+_ARTICLES = {"bread": "some", "cheese": "some", "corn": "some", "moon": "the", "sun": "the"}
+_SIZES = {1: (50, 92), 2: (40, 58), 3: (32, 44)}
+"""Longer side of an object in pixels, by the number of objects."""
+
+
+@dataclass(frozen=True, eq=False)
+class Scene:
+    """One picture of the pocket world and the truth about it."""
+
+    image: Image.Image
+    """RGB, `SIDE` x `SIDE`."""
+    caption: str
+    """What the pocket model is taught to say: 'a dog and a cat on the grass', objects from left to right."""
+    objects: tuple[str, ...]
+    """The nouns shown, from left to right."""
+    background: str
+    """A key of `BACKGROUNDS`."""
+    masks: Bool[np.ndarray, "objects height width"]
+    """Where each object is visible: what a later object hides is not part of an earlier one's mask."""
+
+
+@dataclass(frozen=True)
+class Sprite:
+    """Where one drawing lies on the sprite sheet."""
+
+    noun: str
+    source: str
+    box: tuple[int, int, int, int]
+    unseen: bool
+    """Kept from training."""
+
+
+@functools.cache
+def sprites() -> dict[str, tuple[Sprite, ...]]:
+    """All shipped drawings, by noun."""
+    text = resources.files("mmneurons.pocket").joinpath("data/sprites.json").read_text(encoding="utf-8")
+    by_noun: dict[str, list[Sprite]] = {}
+    for entry in json.loads(text)["sprites"]:
+        by_noun.setdefault(entry["noun"], []).append(Sprite(**(entry | {"box": tuple(entry["box"])})))
+    return {noun: tuple(drawings) for noun, drawings in sorted(by_noun.items())}
+
+
+@functools.cache
+def _sheet() -> Image.Image:
+    with resources.files("mmneurons.pocket").joinpath("data/sprites.webp").open("rb") as file:
+        return Image.open(file).convert("RGBA")
+
+
+def nouns(split: Split = "seen") -> tuple[str, ...]:
+    """Every noun that the pocket model is taught; with `split="unseen"` those that have drawings kept from training."""
+    if split not in ("seen", "unseen"):
+        raise SettingError(f"There is no split '{split}'.", fix='Write split="seen" or split="unseen".')
+    return tuple(noun for noun, drawings in sprites().items() if any(d.unseen == (split == "unseen") for d in drawings))
+
+
+def with_article(noun: str) -> str:
+    """'a dog', 'an owl', 'some bread', 'the sun'."""
+    article = _ARTICLES.get(noun) or ("an" if noun[0] in "aeiou" else "a")
+    return f"{article} {noun}"
+
+
+def say(objects: Sequence[str], background: str) -> str:
+    """The caption of a scene: 'a dog, a cat and a tree on the grass'."""
+    phrases = [with_article(noun) for noun in objects]
+    listed = " and ".join([", ".join(phrases[:-1]), phrases[-1]] if len(phrases) > 1 else phrases)
+    return f"{listed} {background}"
+
+
+def scene(seed: int, nouns: Sequence[str] | None = None, split: Split = "seen", background: str | None = None) -> Scene:
+    """One scene; the same arguments always give the same pixels.
+
+    Args:
+        seed: Any integer >= 0.
+        nouns: The one to three objects, from left to right; drawn by the seed when None (all nouns alike).
+        split: "seen" takes drawings from training, "unseen" only those kept from it.
+        background: A key of `BACKGROUNDS`; drawn by the seed when None.
+
+    Raises:
+        SettingError: for an unknown noun, background or split, more than three nouns, or a noun without drawings in
+            the split asked for (a seen drawing is never used instead).
+    """
+    random = np.random.default_rng([seed, split == "unseen"])
+    chosen = _choose_nouns(random, nouns, split)
+    if background is None:
+        background = tuple(BACKGROUNDS)[random.integers(len(BACKGROUNDS))]
+    elif background not in BACKGROUNDS:
+        raise SettingError(f"There is no background '{background}'.", fix=f"Choose one of: {', '.join(BACKGROUNDS)}.")
+    canvas = _paint_background(background, random)
+    masks = np.zeros((len(chosen), SIDE, SIDE), dtype=bool)
+    for i in random.permutation(len(chosen)):  # what is pasted later hides what is there already
+        drawings = [d for d in sprites()[chosen[i]] if d.unseen == (split == "unseen")]
+        drawing = drawings[random.integers(len(drawings))]
+        visible = _paste(canvas, _sheet().crop(drawing.box), i, len(chosen), random)
+        masks &= ~visible
+        masks[i] = visible
+    return Scene(canvas, say(chosen, background), chosen, background, masks)
+
+
+def _choose_nouns(random: np.random.Generator, wanted: Sequence[str] | None, split: Split) -> tuple[str, ...]:
+    known = nouns(split)
+    if wanted is None:
+        return tuple(known[i] for i in random.choice(len(known), random.integers(1, 4), replace=False))
+    if isinstance(wanted, str) or not 1 <= len(wanted) <= len(_SIZES):
+        raise SettingError("A scene shows one to three nouns.", seen=f"nouns={wanted!r}", fix='nouns=["dog", "cat"]')
+    for noun in wanted:
+        if noun not in known:
+            raise SettingError(
+                f"There is no {split} drawing of '{noun}'.",
+                fix=f'See mmneurons.pocket.nouns("{split}") for what there is.',
+            )
+    return tuple(wanted)
+
+
+def _paint_background(name: str, random: np.random.Generator) -> Image.Image:
+    """Two colours with a horizon (a slope in the sky), smooth and fine noise, stars at night."""
+    above, below = (np.array(colour + random.normal(0, 10, 3), dtype=np.float32) for colour in BACKGROUNDS[name])
+    rows = np.arange(SIDE, dtype=np.float32)[:, None, None] / SIDE
+    horizon = random.uniform(0.35, 0.65)
+    share = rows if name == "in the sky" else np.clip((rows - horizon) * SIDE / 2 + 0.5, 0, 1)
+    coarse = Image.fromarray(random.normal(128, 30, (8, 8)).clip(0, 255).astype(np.uint8))
+    smooth = np.asarray(coarse.resize((SIDE, SIDE), Image.Resampling.BICUBIC), dtype=np.float32)[..., None] - 128
+    noise = smooth * np.float32(random.uniform(0.1, 0.35))
+    noise += random.standard_normal((SIDE, SIDE, 1), dtype=np.float32) * np.float32(random.uniform(1, 5))
+    canvas = above + (below - above) * share + noise
+    image = Image.fromarray(canvas.clip(0, 255).astype(np.uint8))
+    if name == "at night":
+        stars = random.uniform(0, 1, (14, 2)) * (SIDE, SIDE * horizon)
+        ImageDraw.Draw(image).point(stars.ravel().tolist(), (205, 205, 215))
+    return image
+
+
+def _paste(
+    canvas: Image.Image, drawing: Image.Image, place: int, n_objects: int, random: np.random.Generator
+) -> Bool[np.ndarray, "height width"]:
+    """Draw one object on `canvas`: mirrored, turned, sized and shaded at random, inside its share of the width."""
+    if random.random() < 0.5:
+        drawing = drawing.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    # Turned and sized with premultiplied alpha, so that invisible pixels lend no colour to the edge.
+    turned = drawing.convert("RGBa").rotate(random.uniform(-15, 15), Image.Resampling.BILINEAR, expand=True)
+    scale = random.uniform(*_SIZES[n_objects]) / max(turned.size)
+    width, height = (max(4, round(length * scale)) for length in turned.size)
+    pixels = turned.resize((width, height), Image.Resampling.BILINEAR).convert("RGBA")
+    gain = random.uniform(0.78, 1.15)
+    tables = [np.arange(256) * gain + offset for offset in random.uniform(-14, 14, 3)]
+    shaded = pixels.convert("RGB").point(np.concatenate(tables).clip(0, 255).round().astype(int).tolist())
+    alpha = pixels.getchannel("A")
+    slot = SIDE / n_objects
+    centre = slot * (place + 0.5) + random.uniform(-0.2, 0.2) * slot
+    left = int(np.clip(centre - width / 2, 0, SIDE - width))
+    top = int(np.clip(random.uniform(0.35, 0.68) * SIDE - height / 2, 0, SIDE - height))
+    canvas.paste(shaded, (left, top), alpha)
+    mask = np.zeros((SIDE, SIDE), dtype=bool)
+    mask[top : top + height, left : left + width] = np.asarray(alpha) > 127
+    return mask

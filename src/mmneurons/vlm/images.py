@@ -1,0 +1,267 @@
+"""What a user gives as an image -> an RGB picture, or an ImageError that says what to do instead.
+
+A file is only ever read as pixels, by the decoders of plain raster formats: Pillow's EPS reader, for one, would
+start Ghostscript. Pixel values are taken as stored: a colour profile is neither applied nor kept.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+import shlex
+import threading
+import warnings
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+import numpy as np
+from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
+
+from mmneurons.errors import ImageError
+
+MAX_PIXELS = 100_000_000
+"""A picture with more pixels is refused from its header, before it is decoded (0.4 GB in memory)."""
+
+_FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000")
+_GIVE = "Give a PNG, JPEG, WebP, GIF, BMP, TIFF, PPM, AVIF or JPEG 2000 file."
+_AGAIN = "Copy, download or export the file again."
+_KINDS = (  # how a file that is no image begins, what it is, what to do
+    (rb"\x89PNG|\xff\xd8\xff|GIF8|RIFF....WEBP|BM|II\*\0|MM\0\*", "the start of an image, damaged or cut off", _AGAIN),
+    (rb"....ftyp(hei|hev|mif1)", "a HEIC photograph", "Export it as JPEG and give that."),
+    (rb"%PDF|%!PS|\s*<(\?xml|svg)", "a document or drawing, not pixels", "Export it as PNG and give that."),
+    (rb"\s*<(!doctype html|html)", "a web page", "Download the image itself, not the page that shows it."),
+    (rb"version https://git-lfs", "a Git LFS pointer, not the file itself", "Fetch the file: git lfs pull"),
+    (rb"\x93NUMPY", "a NumPy array", "Give the array: open_image(numpy.load(PATH, allow_pickle=False))"),
+    (rb"PK\x03\x04|\x1f\x8b", "an archive", "Unpack it and give the image inside."),
+)
+_EXIF_ORIENTATION, _TIFF_PHOTOMETRIC = 0x0112, 262
+_LOCK = threading.Lock()
+
+
+@dataclass(frozen=True)
+class OpenedImage:
+    """A picture that a model can be shown, and what its user should be told about it."""
+
+    image: Image.Image
+    """Mode RGB, upright, at least 1 x 1; shares no memory with what it was made from."""
+    name: str
+    """The path as given, or '<PIL image>' or '<array>'."""
+    notes: tuple[str, ...]
+    """What was dropped or changed on the way, one short phrase each; empty for a plain RGB file."""
+
+
+def open_image(source: str | os.PathLike[str] | Image.Image | np.ndarray) -> OpenedImage:
+    """Read one image as RGB.
+
+    EXIF rotation is applied, transparency shown on white, 16-bit grey divided by 257, and of several frames the
+    first is taken. `source` stays as it was; of a PIL image, the frame it stands at is used.
+
+    Args:
+        source: A path, a PIL image, or an array: height x width, x 3 (RGB) or x 4 (RGBA), uint8 or floats in 0..1.
+
+    Raises:
+        ImageError: for everything else, and for whatever Pillow cannot decode to the last row.
+    """
+    notes: list[str] = []
+    if isinstance(source, (str, os.PathLike)):
+        name = os.fsdecode(source)
+        picture = _read(name, notes)
+    elif isinstance(source, Image.Image):
+        name = "<PIL image>"
+        with _pillow(name):
+            picture = _upright_rgb(source, name, notes)
+    elif isinstance(source, np.ndarray):
+        name = "<array>"
+        with _pillow(name):
+            picture = _upright_rgb(_from_array(source, name), name, notes)
+    else:
+        raise ImageError(
+            "This cannot be used as an image.",
+            seen=f"Got an object of type {type(source).__module__}.{type(source).__qualname__}.",
+            fix="Give a path, a PIL image, or a NumPy array of uint8, height x width x 3.",
+        )
+    return OpenedImage(picture, name, tuple(notes))
+
+
+@contextmanager
+def _pillow(name: str) -> Iterator[None]:
+    """Turn whatever Pillow raises into an ImageError, silence its warnings, refuse truncated files.
+
+    Warning filters and Pillow's truncation switch belong to the process. The lock keeps two of our own threads from
+    restoring each other's state, so threads decode one at a time; other code that sets them meanwhile is not guarded.
+    """
+    with _LOCK, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        pads_truncated, ImageFile.LOAD_TRUNCATED_IMAGES = ImageFile.LOAD_TRUNCATED_IMAGES, False
+        try:
+            yield
+        except ImageError:
+            raise
+        except Image.DecompressionBombError as error:
+            raise _too_large(name, str(error)) from error
+        except Exception as error:  # a hostile file raises almost anything: struct.error, SyntaxError, MemoryError
+            what = f"{_quoted(name)} cannot be decoded: it is damaged, incomplete or closed."
+            seen = f"The decoder says: {str(error) or type(error).__name__}"
+            raise ImageError(what, seen=seen, fix=_AGAIN) from error
+        finally:
+            ImageFile.LOAD_TRUNCATED_IMAGES = pads_truncated
+
+
+def _read(name: str, notes: list[str]) -> Image.Image:
+    if re.match(r"[a-z][a-z0-9+.-]+:/|data:", name, re.IGNORECASE):
+        fix = "Download it, then give the path of the file: curl -L -o image.jpg URL"
+        raise ImageError(f"{_quoted(name)} is an address, not a file.", seen="Nothing is fetched here.", fix=fix)
+    path = Path(os.path.expanduser(name))  # Path.expanduser raises on an unknown ~user
+    try:
+        if not path.is_file():
+            raise _no_file(name, path)
+        with path.open("rb") as file:
+            return _decode(file, name, notes)
+    except PermissionError as error:
+        what = f"{_quoted(name)} may not be read by this user."
+        raise ImageError(what, seen=str(error), fix=f"chmod u+r {shlex.quote(str(path))}") from error
+    except (OSError, ValueError) as error:  # a name too long, a null byte in it, a failing disk
+        raise ImageError(f"{_quoted(name)} cannot be opened.", seen=_quoted(str(error)), fix=_GIVE) from error
+
+
+def _no_file(name: str, path: Path) -> ImageError:
+    if not name.strip():
+        return ImageError("The path of the image is empty.", fix=_GIVE)
+    if path.is_dir():
+        known = {suffix for suffix, kind in Image.registered_extensions().items() if kind in _FORMATS}
+        found = Counter(file.suffix for file in path.iterdir() if file.suffix.lower() in known).most_common()
+        seen = f"Images in it: {', '.join(f'{count} {suffix}' for suffix, count in found) or 'none'}."
+        fix = f"Give its files: mmneurons find {shlex.quote(str(path))}/*{found[0][0]}" if found else _GIVE
+        return ImageError(f"{_quoted(name)} is a folder, not an image.", seen=seen, fix=fix)
+    if path.exists():
+        return ImageError(f"{_quoted(name)} is a device, pipe or socket, not a file.", fix=_GIVE)
+    if not path.parent.is_dir():
+        seen = f"There is no folder {_quoted(str(path.parent))} either."
+        return ImageError(f"There is no file {_quoted(name)}.", seen=seen, fix="Correct the path.")
+    names = {file.name.lower(): file.name for file in path.parent.iterdir()}
+    near = [names[match] for match in difflib.get_close_matches(path.name.lower(), names)]
+    seen = f"Names like it in that folder: {', '.join(map(repr, near)) or 'none'}."
+    fix = f"Give {str(path.with_name(near[0]))!r}" if near else "Correct the path."
+    return ImageError(f"There is no file {_quoted(name)}.", seen=seen, fix=fix)
+
+
+def _decode(file: IO[bytes], name: str, notes: list[str]) -> Image.Image:
+    with _pillow(name):
+        head = file.read(512)
+        if not head:
+            raise ImageError(f"{_quoted(name)} is empty.", seen="It has 0 bytes.", fix=_AGAIN)
+        Image.init()
+        try:
+            opened = Image.open(file, formats=[known for known in _FORMATS if known in Image.OPEN])
+        except UnidentifiedImageError as error:
+            seen, fix = _kind(head)
+            what = f"{_quoted(name)} cannot be read as an image."
+            raise ImageError(what, seen=f"It looks like {seen}.", fix=fix) from error
+        with opened as image:
+            if (count := getattr(image, "n_frames", 1)) > 1:
+                held = (
+                    f"{count} pictures in one file" if image.format in ("TIFF", "MPO") else f"animated, {count} frames"
+                )
+                notes.append(f"{held}: the first is used")
+            return _upright_rgb(image, name, notes)
+
+
+def _kind(head: bytes) -> tuple[str, str]:
+    for pattern, kind, fix in _KINDS:
+        if re.match(pattern, head, re.DOTALL | re.IGNORECASE):
+            return kind, fix
+    text = head.decode("utf-8", errors="replace")[:40].strip()
+    is_text = all(letter.isprintable() or letter.isspace() for letter in text) and "\ufffd" not in text
+    return f"text: {text!r}" if is_text else f"data that begins {head[:8].hex(' ')}", _GIVE
+
+
+def _upright_rgb(image: Image.Image, name: str, notes: list[str]) -> Image.Image:
+    _check_size(name, *image.size)  # before load(): Pillow has read the header alone so far
+    image.load()  # before getexif(): a TIFF turns itself upright here
+    try:
+        orientation = image.getexif().get(_EXIF_ORIENTATION, 1)
+    except Exception:  # noqa: BLE001 - EXIF data can be as hostile, but the picture is still good
+        orientation = 1
+        notes.append("EXIF data unreadable: not rotated")
+    if image.mode == "I" or image.mode.startswith("I;16"):
+        image = _from_16_bit(image, name, notes)
+    elif image.mode == "F":
+        image = Image.fromarray(_bytes_from_floats(np.asarray(image), name))
+    elif image.mode == "CMYK":
+        notes.append("CMYK: converted without its colour profile")
+    if image.has_transparency_data:
+        image = _on_white(image, notes)
+    picture = image.convert("RGB")  # always a copy
+    picture.info.clear()  # old EXIF data would turn it again the next time it is opened
+    picture.getexif()[_EXIF_ORIENTATION] = orientation  # that one tag alone: others may be damaged
+    return ImageOps.exif_transpose(picture)
+
+
+def _on_white(image: Image.Image, notes: list[str]) -> Image.Image:
+    # Pillow knows no direct way from La, premultiplied grey, to RGBA.
+    rgba = (image.convert("LA") if image.mode == "La" else image).convert("RGBA")
+    if rgba.getchannel("A").getextrema() == (255, 255):
+        return rgba
+    notes.append("transparent: shown on white")
+    return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba)
+
+
+def _from_16_bit(image: Image.Image, name: str, notes: list[str]) -> Image.Image:
+    # convert("RGB") would clip every value above 255 to white.
+    values = np.asarray(image).astype(np.int32)
+    low, high = values.min(), values.max()
+    if low < 0 or high > 65535:
+        seen = f"32-bit values from {low} to {high}; up to 65535 they are read as 16-bit grey."
+        raise ImageError(f"{_quoted(name)} has no known white.", seen=seen, fix="Save it as 8 or 16 bits per channel.")
+    notes.append(f"16-bit grey, values {low} to {high}: divided by 257")
+    opaque = values != image.info.get("transparency", -1)
+    if getattr(image, "tag_v2", {}).get(_TIFF_PHOTOMETRIC) == 0:
+        values = 65535 - values  # white is zero; Pillow turns it round at 8 bits, not at 16
+    grey = Image.fromarray(((values + 128) // 257).astype(np.uint8))
+    if not opaque.all():
+        grey.putalpha(Image.fromarray(np.where(opaque, 255, 0).astype(np.uint8)))
+    return grey
+
+
+def _from_array(array: np.ndarray, name: str) -> Image.Image:
+    seen = f"Its shape is {array.shape}, its dtype {array.dtype}."
+    if array.ndim != 2 and (array.ndim != 3 or array.shape[2] not in (3, 4)):
+        fix = "Give height x width, x 3 (RGB) or x 4 (RGBA); from channels first: array.transpose(1, 2, 0)"
+        raise ImageError("An array of this shape is not one image.", seen=seen, fix=fix)
+    if array.dtype != np.uint8 and array.dtype.kind != "f":
+        known = {"bool": "array.astype('uint8') * 255", "uint16": "(array // 257).astype('uint8')"}
+        fix = "Give uint8 from 0 to 255: " + known.get(array.dtype.name, "array.astype('uint8')")
+        raise ImageError(f"{array.dtype} pixels have no known white.", seen=seen, fix=fix)
+    _check_size(name, array.shape[1], array.shape[0])
+    return Image.fromarray(array if array.dtype == np.uint8 else _bytes_from_floats(array, name))
+
+
+def _bytes_from_floats(values: np.ndarray, name: str) -> np.ndarray:
+    low, high = values.min(), values.max()
+    if not (low >= 0 and high <= 1):  # so that NaN is refused too
+        in_bytes = low >= 0 and high <= 255
+        fix = "Scale them first: array / 255" if in_bytes else "Undo the normalisation, then array.clip(0, 1)"
+        seen = f"Values from {low:.4g} to {high:.4g}."
+        raise ImageError(f"{_quoted(name)} holds floats outside 0..1.", seen=seen, fix=fix)
+    return np.round(values * 255).astype(np.uint8)
+
+
+def _check_size(name: str, width: int, height: int) -> None:
+    if width * height == 0:
+        raise ImageError(f"{_quoted(name)} has no pixels.", seen=f"It is {width} x {height} pixels.", fix=_AGAIN)
+    if width * height > MAX_PIXELS:
+        raise _too_large(name, f"It is {width} x {height} pixels.")
+
+
+def _too_large(name: str, seen: str) -> ImageError:
+    fix = f"Shrink it to at most {MAX_PIXELS:,} pixels, for example: magick IMAGE -resize 2048x2048 small.png"
+    return ImageError(f"{_quoted(name)} is too large.", seen=seen, fix=fix)
+
+
+def _quoted(name: str) -> str:
+    return repr(name if len(name) <= 200 else f"{name[:197]}...")
