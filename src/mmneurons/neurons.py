@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import re
-from typing import NamedTuple
+from dataclasses import dataclass
+from functools import total_ordering
 
 from mmneurons.errors import SettingError
 
 _NAME = re.compile(r"L(\d+)(?:\.e(\d+))?\.u(\d+)")
 
 
-class Neuron(NamedTuple):
+@total_ordering
+@dataclass(frozen=True)
+class Neuron:
     """One column of the FFN output projection `w_out` of one block of the language model.
 
     Ordered by (layer, index): the order in which equal scores are listed.
@@ -23,9 +26,16 @@ class Neuron(NamedTuple):
     expert: int | None = None
     """Expert that the column belongs to; None in a dense FFN."""
 
+    def __lt__(self, other: Neuron) -> bool:
+        return self._place < other._place
+
     def __str__(self) -> str:
         expert = "" if self.expert is None else f".e{self.expert}"
         return f"L{self.layer}{expert}.u{self.index}"
+
+    @property
+    def _place(self) -> tuple[int, int, int]:
+        return self.layer, self.index, -1 if self.expert is None else self.expert
 
     @classmethod
     def parse(cls, name: str) -> Neuron:

@@ -143,6 +143,11 @@ def find_words(wanted: str | Sequence[str], caption: str, token_ids: Sequence[in
     return _words({place for places in found.values() for place in places}, caption, token_ids, decode)
 
 
+def says(caption: str, phrase: str) -> bool:
+    """Whether `find_words` would find the word or phrase in the caption."""
+    return bool(_occurrences(phrase, caption))
+
+
 def token_spans(token_ids: Sequence[int], decode: Decode) -> list[Span]:
     """The characters of the decoded text that each token wrote, or wrote bytes of.
 

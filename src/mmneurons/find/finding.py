@@ -219,10 +219,10 @@ def _noun_to_dict(noun: NounFinding) -> dict[str, Any]:
 
 
 def _neuron_to_dict(finding: NeuronFinding) -> dict[str, Any]:
-    layer, index, expert = finding.neuron
-    entry: dict[str, Any] = {"layer": layer, "index": index}
-    if expert is not None:
-        entry["expert"] = expert
+    neuron = finding.neuron
+    entry: dict[str, Any] = {"layer": neuron.layer, "index": neuron.index}
+    if neuron.expert is not None:
+        entry["expert"] = neuron.expert
     entry |= {"score": finding.score, "activation": finding.activation, "tokens": finding.tokens}
     entry["suppressed"] = finding.suppressed
     if finding.map is not None:

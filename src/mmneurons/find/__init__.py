@@ -1,0 +1,1 @@
+"""From an image to the neurons that wrote each noun of its caption."""

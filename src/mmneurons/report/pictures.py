@@ -1,0 +1,114 @@
+"""Pictures and maps as `data:` URIs: what the page shows without a file beside it."""
+
+from __future__ import annotations
+
+import base64
+import io
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from mmneurons.errors import ImageError
+from mmneurons.find.finding import Finding, Grid
+from mmneurons.maths import regions
+from mmneurons.vlm.images import open_image
+
+_PICTURE_SIDE, _HEAT_SIDE, _THUMBNAIL_SIDE = 768, 224, 112
+_PNG_BYTES = 60_000
+_GREY = 0.85
+"""How far a picture is greyed below a heat map; the style sheet does the same to the large one."""
+
+
+class Picture(NamedTuple):
+    """The image of one finding."""
+
+    image: Image.Image
+    """RGB, at most 768 pixels wide and high."""
+    as_seen: bool
+    """The model's own view; else the file, of which the model may have seen a part only."""
+
+    @property
+    def uri(self) -> str:
+        """Lossless where that is small: scenes, crops and screenshots; else JPEG."""
+        png = _encode(self.image, "PNG", optimize=True)
+        return _uri("png", png) if len(png) <= _PNG_BYTES else _jpeg(self.image, quality=90)
+
+    @property
+    def thumbnail(self) -> str:
+        """The middle of it, 112 pixels wide and high."""
+        return _jpeg(ImageOps.fit(self.image, (_THUMBNAIL_SIDE, _THUMBNAIL_SIDE)), quality=80)
+
+
+def picture_of(finding: Finding) -> Picture | None:
+    """The picture as the model saw it, or the file it came from, or None where neither is at hand."""
+    if finding.view is not None:
+        return Picture(_fit(finding.view.convert("RGB"), _PICTURE_SIDE), as_seen=True)
+    try:
+        if not Path(finding.image).is_file():
+            return None
+        return Picture(_fit(open_image(finding.image).image, _PICTURE_SIDE), as_seen=False)
+    except (ImageError, OSError, ValueError):  # ValueError: a name that no file can have
+        return None
+
+
+def usable(grid: Grid | None) -> np.ndarray | None:
+    """A map as an array, or None where there is nothing to draw: no map, no patches, uneven rows, not finite."""
+    if not grid or not grid[0] or any(len(row) != len(grid[0]) for row in grid):
+        return None
+    patches = np.asarray(grid, dtype="<f4")  # little-endian, as every browser reads it
+    return patches if np.isfinite(patches).all() else None
+
+
+def packed(patches: np.ndarray) -> str:
+    """A map for the page's script: rows, columns and the float32 numbers themselves in base64."""
+    rows, columns = patches.shape
+    return f"{rows} {columns} {base64.b64encode(patches.tobytes()).decode('ascii')}"
+
+
+def heat_over(picture: Image.Image, patches: np.ndarray) -> str:
+    """The map laid over the greyed picture, at most 224 pixels wide and high."""
+    below = _fit(picture, _HEAT_SIDE)
+    below = Image.blend(below, below.convert("L").convert("RGB"), _GREY).convert("RGBA")
+    heat = regions.upsample(patches, (below.height, below.width))
+    below.alpha_composite(Image.fromarray(np.ascontiguousarray(regions.overlay(heat))))
+    return _jpeg(below.convert("RGB"), quality=88)
+
+
+def small_map(patches: np.ndarray) -> str:
+    """One pixel per patch on a clear ground; the browser enlarges it."""
+    overlay = np.ascontiguousarray(regions.overlay(patches))
+    return _uri("png", _encode(Image.fromarray(overlay), "PNG", optimize=True))
+
+
+def colour_scale() -> str:
+    """All colours from the strongest negative to the strongest positive, one pixel high."""
+    return _uri("png", _encode(Image.fromarray(regions.colours()[None].copy()), "PNG", optimize=True))
+
+
+def colour_table() -> str:
+    """The colours for the page's script: red, green, blue, alpha of each step in base64."""
+    return base64.b64encode(regions.colours().tobytes()).decode("ascii")
+
+
+def _fit(image: Image.Image, side: int) -> Image.Image:
+    """A copy of `image`, reduced where it is larger than `side`; nothing but its pixels."""
+    scale = min(1, side / max(image.size))
+    width, height = (max(1, round(length * scale)) for length in image.size)
+    return image.resize((width, height), Image.Resampling.LANCZOS)
+
+
+def _jpeg(image: Image.Image, quality: int) -> str:
+    return _uri("jpeg", _encode(image, "JPEG", quality=quality, optimize=True))
+
+
+def _encode(image: Image.Image, kind: str, **options: object) -> bytes:
+    plain = Image.frombytes(image.mode, image.size, image.tobytes())  # without comments, profiles and EXIF
+    file = io.BytesIO()
+    plain.save(file, kind, **options)
+    return file.getvalue()
+
+
+def _uri(kind: str, content: bytes) -> str:
+    return f"data:image/{kind};base64,{base64.b64encode(content).decode('ascii')}"

@@ -1,0 +1,197 @@
+"use strict";
+// The page is whole without this script. It adds the choice of a noun, of k, of heat map or mask, and of one neuron's
+// own map. `upsample` and `inside` repeat mmneurons.maths.regions step for step; a test compares them bit for bit.
+
+const root = document.documentElement;
+const PERCENTILE = 95;
+const SHARP = 448; // a canvas has at least about this many pixels on its longer side
+const NEAR = 400; // CSS pixels below the window within which an image is drawn
+
+addEventListener("error", (event) => { root.dataset.error = event.message; });
+addEventListener("securitypolicyviolation", (event) => { root.dataset.error = event.violatedDirective; });
+
+function bytes(base64) {
+  return Uint8Array.from(atob(base64), (character) => character.charCodeAt(0));
+}
+
+/** The map that an element carries: "rows columns float32-numbers-in-base64". */
+function gridOf(element) {
+  const [rows, columns, numbers] = element.dataset.map.split(" ");
+  return { rows: Number(rows), columns: Number(columns), values: new Float32Array(bytes(numbers).buffer) };
+}
+
+/** Per pixel of one side: the patch at or before its centre, the one after, and the share of the latter. */
+function neighbours(patches, pixels) {
+  return Array.from({ length: pixels }, (_, pixel) => {
+    const centre = Math.min(Math.max((pixel + 0.5) * patches / pixels - 0.5, 0), patches - 1);
+    const low = Math.floor(centre);
+    return { low, high: Math.min(low + 1, patches - 1), share: centre - low };
+  });
+}
+
+/** Bilinear, patch centres at (i + 0.5) * height / rows, edges continued. */
+function upsample({ rows, columns, values }, width, height) {
+  const across = neighbours(columns, width);
+  const heat = new Float32Array(width * height);
+  const line = new Float64Array(columns);
+  neighbours(rows, height).forEach(({ low, high, share }, y) => {
+    for (let column = 0; column < columns; column++) {
+      const above = values[low * columns + column];
+      line[column] = above + share * (values[high * columns + column] - above);
+    }
+    across.forEach((x, pixel) => {
+      heat[y * width + pixel] = line[x.low] + x.share * (line[x.high] - line[x.low]);
+    });
+  });
+  return heat;
+}
+
+/** Lowest and highest value, and the test that a value must pass to be in the mask. */
+function inside(heat) {
+  const sorted = heat.slice().sort();
+  const low = sorted[0], high = sorted[sorted.length - 1];
+  const cut = sorted[Math.floor(PERCENTILE / 100 * (sorted.length - 1))];
+  const passes = cut < high ? (value) => value > cut : (value) => low < high && value >= high;
+  return { low, high, passes };
+}
+
+/** Colours as one number each, in the byte order of the machine: a pixel is then one assignment. */
+function packed(rgba) {
+  return new Uint32Array(Uint8Array.from(rgba).buffer);
+}
+
+function paintHeat(pixels, heat, bound) {
+  const colours = packed(bytes(root.dataset.colours));
+  const zero = (colours.length - 1) / 2;
+  heat.forEach((value, i) => {
+    pixels[i] = colours[bound ? zero + Math.floor(value / bound * zero + 0.5) : zero];
+  });
+}
+
+/** What lies outside is dimmed, the border drawn; the picture itself shows what lies inside. */
+function paintMask(pixels, heat, width, height, passes) {
+  const [clear, border, dim] = packed([0, 0, 0, 0, 255, 255, 255, 255, 12, 12, 16, 176]);
+  const set = Uint8Array.from(heat, (value) => Number(passes(value)));
+  const at = (x, y) => x < 0 || y < 0 || x >= width || y >= height ? 0 : set[y * width + x];
+  for (let y = 0; y < height; y++) {
+    for (let x = 0; x < width; x++) {
+      const deep = at(x - 2, y) && at(x + 2, y) && at(x, y - 2) && at(x, y + 2);
+      pixels[y * width + x] = !at(x, y) ? dim : deep ? clear : border;
+    }
+  }
+}
+
+/** Draws a map over the picture beside it, and returns its range at the picture's own size. */
+function draw(canvas, picture, grid, mode) {
+  const [width, height] = [picture.getAttribute("width"), picture.getAttribute("height")].map(Number);
+  const own = upsample(grid, width, height);
+  const { low, high, passes } = inside(own);
+  const times = Math.ceil(SHARP / Math.max(width, height));
+  const heat = times > 1 ? upsample(grid, width * times, height * times) : own;
+  canvas.width = width * times;
+  canvas.height = height * times;
+  const image = new ImageData(canvas.width, canvas.height);
+  const bound = Math.max(Math.abs(low), Math.abs(high));
+  const pixels = new Uint32Array(image.data.buffer);
+  // Between the picture's own pixels a map may pass the bound by a little.
+  if (mode === "mask") paintMask(pixels, heat, canvas.width, canvas.height, passes);
+  else paintHeat(pixels, heat.map((value) => Math.min(Math.max(value, -bound), bound)), bound);
+  canvas.getContext("2d").putImageData(image, 0, 0);
+  return { low, high, count: own.reduce((sum, value) => sum + Number(passes(value)), 0) };
+}
+
+function number(value) {
+  return value.toPrecision(3).replace("-", "−");
+}
+
+/** Everything that can be chosen for one image. */
+function setUp(article) {
+  const all = (selector) => [...article.querySelectorAll(selector)];
+  const panels = all(".panel");
+  if (!panels.length) return;
+  const picture = article.querySelector(".stage img");
+  const shown = article.querySelector(".shown");
+  const legend = article.querySelector(".legend");
+  const canvas = document.createElement("canvas");
+  canvas.setAttribute("aria-hidden", "true"); // what it shows is said in words by .shown
+  let noun = panels[0].id, k = null, pinned = null, passing = null;
+  let visible = article.getBoundingClientRect().top < innerHeight + NEAR;
+
+  const kOf = (id) => all(`.choice[data-noun="${id}"] input`);
+
+  function choose(id) {
+    noun = id;
+    pinned = passing = null;
+    panels.forEach((panel) => { panel.hidden = panel.id !== id; });
+    all("button[data-noun]").forEach((button) => button.setAttribute("aria-pressed", button.dataset.noun === id));
+    all(".choice[data-noun]").forEach((choice) => { choice.hidden = choice.dataset.noun !== id; });
+    const same = kOf(id).find((input) => input.value === k);
+    if (same) same.checked = true;
+    refresh();
+  }
+
+  function refresh() {
+    all(".pin").forEach((pin) => pin.setAttribute("aria-pressed", pin.closest("tr") === pinned));
+    if (!picture || !shown || !visible) return;
+    const mode = article.querySelector("input[name$='-mode']:checked")?.value ?? "heat";
+    const row = passing ?? pinned;
+    const source = row ?? kOf(noun).find((input) => input.checked);
+    const stage = picture.parentElement;
+    stage.dataset.mode = source ? mode : "plain";
+    canvas.hidden = legend.hidden = !source || mode === "plain";
+    if (!source) { shown.textContent = "No map for this noun."; return; }
+    const { low, high, count } = draw(canvas, picture, gridOf(source), mode);
+    stage.dataset.shows = row ? row.querySelector(".name").textContent : source.value;
+    const word = panels.find((panel) => panel.id === noun).dataset.word;
+    const what = row ? `neuron ${stage.dataset.shows}` : `mean of the top ${source.value}`;
+    const said = { heat: "", mask: `: its strongest ${count} pixels`, plain: ", not drawn" };
+    shown.textContent = `“${word}”, ${what}${said[mode]}`;
+    legend.hidden ||= mode === "mask";
+    const bound = Math.max(Math.abs(low), Math.abs(high));
+    legend.querySelector("[data-legend=low]").textContent = number(-bound);
+    legend.querySelector("[data-legend=high]").textContent = number(bound);
+  }
+
+  if (picture && shown) picture.after(canvas);
+  all("button[data-noun]").forEach((button) => {
+    button.addEventListener("click", () => choose(button.dataset.noun));
+    button.addEventListener("keydown", (event) => {
+      const step = { ArrowLeft: -1, ArrowRight: 1 }[event.key];
+      if (!step) return;
+      const group = [...button.closest("p, ul").querySelectorAll("button")];
+      const next = group[(group.indexOf(button) + step + group.length) % group.length];
+      event.preventDefault();
+      next.focus();
+      choose(next.dataset.noun);
+    });
+  });
+  all(".choice input").forEach((input) => input.addEventListener("change", () => {
+    if (input.dataset.map) { k = input.value; pinned = null; }
+    refresh();
+  }));
+  all("tr[data-map]").forEach((row) => {
+    const pass = (to) => () => { passing = to; refresh(); };
+    row.addEventListener("pointerenter", (event) => { if (event.pointerType === "mouse") pass(row)(); });
+    row.addEventListener("pointerleave", pass(null));
+    row.addEventListener("focusin", pass(row));
+    row.addEventListener("focusout", pass(null));
+    row.querySelector(".pin").addEventListener("click", () => {
+      passing = pinned = pinned === row ? null : row;
+      refresh();
+    });
+  });
+  choose(noun);
+  if (visible) return;
+  // A page of many images draws each when it comes near.
+  const near = new IntersectionObserver((entries) => {
+    if (!entries.some((entry) => entry.isIntersecting)) return;
+    near.disconnect();
+    visible = true;
+    refresh();
+  }, { rootMargin: `${NEAR}px` });
+  near.observe(article);
+}
+
+root.classList.add("js");
+document.querySelectorAll("article").forEach(setUp);
+root.dataset.ready = "true";

@@ -1,0 +1,105 @@
+"""Numbers and words as the page writes them: nothing invisible, nothing that moves the text around it."""
+
+from __future__ import annotations
+
+import math
+import re
+import unicodedata
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+_MARKS = {" ": "␣", "\n": "⏎", "\r": "␍", "\t": "⇥", "\x7f": "␡"}
+_HIDDEN = {"Cc", "Cf", "Cs", "Zl", "Zp"}  # control, format (also right-to-left overrides), surrogate, separators
+_JOINERS = "\u200c\u200d"  # inside emoji and Indic words they belong to the spelling
+_MINUS = "\N{MINUS SIGN}"
+_EDGE_SPACE = re.compile(r"^ +| +$")
+
+
+class Piece(NamedTuple):
+    """A stretch of text that is shown as it is, or a mark that stands for what cannot be seen."""
+
+    text: str
+    is_mark: bool
+
+
+def pieces(text: str, *, spaces: bool = True) -> list[Piece]:
+    """`text` with a mark for every character that cannot be seen, and for each space it begins or ends with.
+
+    Args:
+        text: Any string, lone surrogates included.
+        spaces: Mark leading and trailing spaces too, which belong to a token but not to a caption.
+    """
+    if not text:
+        return [Piece("(empty)", True)]
+    edges: set[int] = set()
+    if spaces:
+        edges = {i for match in _EDGE_SPACE.finditer(text) for i in range(*match.span())}
+    found: list[Piece] = []
+    for i, character in enumerate(text):
+        hidden = i in edges or _is_hidden(character) or (character in _JOINERS and len(text) == 1)
+        shown = _mark(character) if hidden else character
+        if found and found[-1].is_mark == hidden:
+            found[-1] = Piece(found[-1].text + shown, hidden)
+        else:
+            found.append(Piece(shown, hidden))
+    return found
+
+
+def printable(text: str) -> str:
+    """`text` with marks in it: what a page, an attribute or a file name may hold, and UTF-8 can encode."""
+    return "".join(_mark(character) if _is_hidden(character) else character for character in text)
+
+
+def number(value: float, *, signed: bool = False) -> str:
+    """A number of about four digits, with a typographic minus: '+1.234', '12.35', '123456' as '1.2e+05'."""
+    if not math.isfinite(value):
+        return "not a number" if math.isnan(value) else "∞" if value > 0 else f"{_MINUS}∞"
+    size = abs(value)
+    if value and not 1e-3 <= size < 1e5:
+        digits = f"{value:.1e}"
+    else:
+        digits = f"{value:.{3 if size < 10 else 2 if size < 100 else 1}f}"
+    return ("+" if signed and value > 0 else "") + digits.replace("-", _MINUS)
+
+
+def percent(share: float) -> str:
+    """A share as a percentage with one decimal: '92.1 %'."""
+    digits = f"{share * 100:.1f}".replace("-", _MINUS) if math.isfinite(share) else number(share)
+    return f"{digits}\N{NO-BREAK SPACE}%"
+
+
+def flatten(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
+    """Nested mappings as rows: {'versions': {'torch': '2'}} -> ('versions.torch', '2')."""
+    rows: list[tuple[str, str]] = []
+    for key, value in values.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, Mapping) and value:
+            rows += flatten(value, f"{name}.")
+        else:
+            rows.append((name, _plain(value)))
+    return rows
+
+
+def _plain(value: Any) -> str:
+    if value is None or value == {}:
+        return "none"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return ", ".join(_plain(entry) for entry in value) or "none"
+    return str(value)
+
+
+def _is_hidden(character: str) -> bool:
+    return unicodedata.category(character) in _HIDDEN and character not in _JOINERS
+
+
+def _mark(character: str) -> str:
+    if character in _MARKS:
+        return _MARKS[character]
+    code = ord(character)
+    if code < 0x20:
+        return chr(0x2400 + code)
+    if 0xD800 <= code < 0xE000:
+        return "\ufffd"
+    return f"[U+{code:04X}]"

@@ -1,0 +1,147 @@
+"""Load a vision-language model: the pocket model, a hub id, a folder, or a model object of the user's own."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+
+from mmneurons import pocket
+from mmneurons.errors import ModelError
+from mmneurons.vlm.anatomy import find_anatomy
+from mmneurons.vlm.vlm import VLM
+
+POCKET = "pocket"
+"""The name of the model that comes with the package."""
+
+
+def load(
+    model: str | os.PathLike[str] | PreTrainedModel | None = None,
+    *,
+    processor: Any = None,
+    dtype: str | torch.dtype | None = None,
+    device: str | torch.device | None = None,
+    device_map: Any = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    decoder: str | None = None,
+) -> VLM:
+    """Load a model and find its neurons.
+
+    Args:
+        model: A hub id, a folder, or a loaded model; None (or "pocket") for the pocket model.
+        processor: Its processor; needed with a model object, else found beside the weights.
+        dtype: "float32", "bfloat16", "float16", a torch dtype, or None for the checkpoint's own (pocket: float32).
+        device: Where to put it; None for the first GPU if there is one, else the CPU. Not with a model object.
+        device_map: Passed to transformers instead of `device` (needs the extra `accelerate`).
+        revision: Passed to transformers.
+        trust_remote_code: Passed to transformers; off, so that no code of a hub runs unasked.
+        decoder: Path of the language model in the model, if it cannot be told.
+
+    Raises:
+        ModelError: if there is no such model, it has no weights, is no vision-language model, or its parts cannot be
+            told.
+    """
+    if isinstance(model, PreTrainedModel):
+        return _adopt(model, processor, decoder)
+    if model is not None and not isinstance(model, str | os.PathLike):
+        raise ModelError(
+            "This is not a model of the transformers library.",
+            seen=f"{type(model).__module__}.{type(model).__name__}",
+            fix='Give a hub id, a folder, or a loaded model: load("llava-hf/llava-1.5-7b-hf")',
+        )
+    is_pocket = model is None or model == POCKET
+    source = str(pocket.folder()) if model is None or is_pocket else os.fspath(model)
+    if is_pocket and dtype is None:
+        dtype = torch.float32  # it is stored in half precision, which CPUs compute slowly
+    loaded = _load_model(source, _dtype(dtype), device_map, revision, trust_remote_code)
+    if device_map is None:
+        loaded.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))  # pyright: ignore[reportArgumentType]
+    if processor is None:
+        processor = _load_processor(source, revision, trust_remote_code)
+    return VLM(
+        model=loaded,
+        processor=processor,
+        anatomy=find_anatomy(loaded, decoder),
+        model_id=POCKET if is_pocket else source,
+        revision=getattr(loaded.config, "_commit_hash", None) or revision,
+        is_pocket=is_pocket,
+    )
+
+
+def _adopt(model: PreTrainedModel, processor: Any, decoder: str | None) -> VLM:
+    """Use a model object as it is: nothing in it is moved, cast or changed."""
+    _check_kind(model.config)
+    if processor is None:
+        raise ModelError(
+            "A model object needs its processor.",
+            fix="load(model, processor=AutoProcessor.from_pretrained(...))",
+        )
+    name = getattr(model.config, "_name_or_path", "") or type(model).__name__
+    return VLM(model, processor, find_anatomy(model, decoder), name, getattr(model.config, "_commit_hash", None))
+
+
+def _load_model(
+    source: str, dtype: torch.dtype | str, device_map: Any, revision: str | None, trust_remote_code: bool
+) -> PreTrainedModel:
+    options = {"dtype": dtype, "revision": revision, "trust_remote_code": trust_remote_code}
+    if device_map is not None:
+        options["device_map"] = device_map
+    try:
+        model = AutoModelForImageTextToText.from_pretrained(source, **options)
+    except ValueError as error:
+        raise ModelError(
+            f"'{source}' is not a vision-language model that transformers knows.",
+            seen=_first_line(error),
+            fix="Give a model for image-text-to-text, such as llava-hf/llava-1.5-7b-hf.",
+        ) from error
+    except (OSError, ImportError) as error:
+        raise ModelError(
+            f"Cannot load the model '{source}'.",
+            seen=_first_line(error),
+            fix="Give a hub id, or a folder with config.json and model.safetensors.",
+        ) from error
+    return model.eval()
+
+
+def _load_processor(source: str, revision: str | None, trust_remote_code: bool) -> Any:
+    try:
+        return AutoProcessor.from_pretrained(source, revision=revision, trust_remote_code=trust_remote_code)
+    except ImportError as error:
+        raise ModelError(
+            f"The processor of '{source}' needs a package that is not installed.",
+            seen=_first_line(error),
+            fix="Often it is torchvision: pip install torchvision   (of the version that fits your torch)",
+        ) from error
+    except (OSError, ValueError) as error:
+        raise ModelError(
+            f"Cannot load the processor of '{source}'.",
+            seen=_first_line(error),
+            fix="Give one: load(model, processor=AutoProcessor.from_pretrained(...))",
+        ) from error
+
+
+def _check_kind(config: Any) -> None:
+    if config.model_type not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
+        raise ModelError(
+            f"A model of type '{config.model_type}' is not a vision-language model that transformers knows.",
+            fix="Give a model for image-text-to-text, such as llava-hf/llava-1.5-7b-hf.",
+        )
+
+
+def _dtype(dtype: str | torch.dtype | None) -> torch.dtype | str:
+    if dtype is None or isinstance(dtype, torch.dtype):
+        return dtype or "auto"
+    named = getattr(torch, dtype, None)
+    if not isinstance(named, torch.dtype) or not named.is_floating_point:
+        raise ModelError(f"There is no dtype '{dtype}'.", fix="Choose one of: float32, bfloat16, float16.")
+    return named
+
+
+def _first_line(error: Exception) -> str:
+    """The first line that says something; transformers' messages run to hundreds of lines."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0][:300] if lines else type(error).__name__

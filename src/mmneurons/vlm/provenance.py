@@ -1,0 +1,60 @@
+"""What made a result: model, weights, versions."""
+
+from __future__ import annotations
+
+import hashlib
+import platform
+from importlib import metadata
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+PACKAGES = ("mmneurons", "torch", "transformers", "tokenizers", "numpy", "pillow", "HanTa")
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that decide a result."""
+    return {"python": platform.python_version(), **{name: metadata.version(name) for name in PACKAGES}}
+
+
+def weights_hash(model: PreTrainedModel) -> str:
+    """One hash over every parameter and buffer that is saved: name, type, shape, and two checksums of all its bits.
+
+    A checksum is a sum over 32-bit words (modulo 2^64), plain and weighted by position: any one changed number changes
+    it, and it is as fast as reading the weights, on any device. It tells models apart; it is no protection against
+    someone who wants two models to look alike.
+    """
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} {_checksums(tensor)}".encode())
+    return digest.hexdigest()
+
+
+def _checksums(tensor: Tensor, chunk: int = 1 << 22) -> tuple[int, int]:
+    if tensor.is_meta:
+        return (0, 0)
+    words = tensor.detach().contiguous().view(-1).view(torch.uint8)
+    words = torch.nn.functional.pad(words, (0, -len(words) % 4)).view(torch.int32)
+    weights = torch.arange(1, min(chunk, len(words)) + 1, device=words.device)
+    plain = weighted = 0
+    for start in range(0, len(words), chunk):
+        part = words[start : start + chunk].long()
+        total, ranked = int(part.sum()), int((part * weights[: len(part)]).sum())
+        plain += total
+        weighted += ranked + start * total
+    return plain % 2**64, weighted % 2**64
+
+
+def model_facts(model: PreTrainedModel, model_id: str, revision: str | None) -> dict[str, Any]:
+    """Which model made a result, as plain data."""
+    parameter = next(model.parameters())
+    return {
+        "id": model_id,
+        "revision": revision,
+        "class": type(model).__name__,
+        "weights_hash": weights_hash(model),
+        "dtype": str(parameter.dtype).removeprefix("torch."),
+        "device": parameter.device.type,
+    }
