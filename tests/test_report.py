@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mmneurons.find.finding import Finding, Grid, NeuronFinding, NounFinding, Parts
+from mmneurons.finding.result import Finding, Grid, NeuronFinding, NounFinding, Parts
 from mmneurons.maths import regions
 from mmneurons.neurons import Neuron
 from mmneurons.pocket.scenes import scene

@@ -248,7 +248,7 @@ def run_stage(state: State, n_steps: int, device: torch.device, workers: int) ->
 def main() -> None:
     """Run or continue all stages, then save the model as an ordinary Hugging Face folder."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, nargs=3, default=(5500, 500, 4500), metavar=STAGES)
+    parser.add_argument("--steps", type=int, nargs=3, default=(5500, 500, 3400), metavar=STAGES)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--workers", type=int, default=1)

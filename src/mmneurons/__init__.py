@@ -1,1 +1,59 @@
-"""Find, inspect and edit the multi-modal neurons of vision-language models."""
+"""Find, inspect and edit the multi-modal neurons of vision-language models.
+
+    import mmneurons as mmn
+    vlm = mmn.load()                      # the pocket model; or mmn.load("llava-hf/llava-1.5-7b-hf")
+    finding = mmn.find(vlm, "dog.png")
+
+Names are imported when they are first used: reading a saved Finding needs no torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from mmneurons import pocket as pocket
+    from mmneurons.errors import MmneuronsError as MmneuronsError
+    from mmneurons.finding.finder import find as find
+    from mmneurons.finding.result import Finding as Finding
+    from mmneurons.finding.result import NeuronFinding as NeuronFinding
+    from mmneurons.finding.result import NounFinding as NounFinding
+    from mmneurons.finding.result import load as load_findings
+    from mmneurons.finding.result import save as save_findings
+    from mmneurons.neurons import Neuron as Neuron
+    from mmneurons.report import write_report as write_report
+    from mmneurons.vlm.doctor import doctor as doctor
+    from mmneurons.vlm.load import load as load
+    from mmneurons.vlm.recording import record as record
+    from mmneurons.vlm.vlm import VLM as VLM
+
+_HOMES = {
+    "VLM": "mmneurons.vlm.vlm:VLM",
+    "Finding": "mmneurons.finding.result:Finding",
+    "MmneuronsError": "mmneurons.errors:MmneuronsError",
+    "Neuron": "mmneurons.neurons:Neuron",
+    "NeuronFinding": "mmneurons.finding.result:NeuronFinding",
+    "NounFinding": "mmneurons.finding.result:NounFinding",
+    "doctor": "mmneurons.vlm.doctor:doctor",
+    "find": "mmneurons.finding.finder:find",
+    "load": "mmneurons.vlm.load:load",
+    "load_findings": "mmneurons.finding.result:load",
+    "pocket": "mmneurons.pocket",
+    "record": "mmneurons.vlm.recording:record",
+    "save_findings": "mmneurons.finding.result:save",
+    "write_report": "mmneurons.report:write_report",
+}
+__all__ = sorted(_HOMES)  # noqa: PLE0605
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'mmneurons' has no attribute '{name}'")
+    module, _, attribute = _HOMES[name].partition(":")
+    loaded = importlib.import_module(module)
+    return getattr(loaded, attribute) if attribute else loaded
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *__all__]

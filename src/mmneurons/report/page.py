@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import jinja2
 from markupsafe import Markup
 
-from mmneurons.find.finding import Finding, NounFinding
+from mmneurons.finding.result import Finding, NounFinding
 from mmneurons.report import pictures, text
 
 MEANINGS = {

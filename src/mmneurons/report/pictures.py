@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from mmneurons.errors import ImageError
-from mmneurons.find.finding import Finding, Grid
+from mmneurons.finding.result import Finding, Grid
 from mmneurons.maths import regions
 from mmneurons.vlm.images import open_image
 

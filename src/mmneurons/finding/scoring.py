@@ -9,7 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from mmneurons.errors import SettingError
-from mmneurons.find.finding import NeuronFinding, NounFinding, Parts, Score
+from mmneurons.finding.result import NeuronFinding, NounFinding, Parts, Score
 from mmneurons.maths.ranking import said_tokens, top_k
 from mmneurons.maths.readout import expected_row, frozen_direction, jacobian_direction
 from mmneurons.neurons import Neuron

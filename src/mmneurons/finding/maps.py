@@ -10,8 +10,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import BatchFeature
 
-from mmneurons.find.finding import Grid, NounFinding
-from mmneurons.find.scoring import REGION_SIZES, Scored, columns_of, pick_moments, read_out
+from mmneurons.finding.result import Grid, NounFinding
+from mmneurons.finding.scoring import REGION_SIZES, Scored, columns_of, pick_moments, read_out
 from mmneurons.vlm.grid import PatchGrid
 from mmneurons.vlm.recording import Recording, record
 from mmneurons.vlm.vlm import VLM, Answers
