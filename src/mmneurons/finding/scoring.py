@@ -134,7 +134,10 @@ def read_out(
     if choices.score == "logit":
         return frozen_direction(rows, moments.residual, norm)
     if choices.against is None:  # in a difference of log probabilities, what is expected drops out
-        rows = rows - expected_row(logits.softmax(-1), unembed)
+        # u_t - sum_v p_v u_v without t's own share, which would cancel badly where p_t is close to 1.
+        others = logits.softmax(-1)
+        others[torch.arange(len(token_ids)), token_ids] = 0
+        rows = rows * others.sum(-1, keepdim=True) - expected_row(others, unembed)
     return jacobian_direction(rows, moments.residual, norm)
 
 

@@ -1,0 +1,369 @@
+"""What `find` costs: against `generate` alone, the released algorithm and gradients; memory; growth with nouns.
+
+    python benchmarks/find.py                      about ten minutes on two cores, no download
+    python benchmarks/find.py --quick --out FILE   toy sizes: shows that it runs, measures nothing
+
+Writes its tables between the markers of docs/benchmarks.md, which says what each number means.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import shlex
+import statistics
+import subprocess
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+import transformers
+from PIL import Image
+
+import mmneurons as mmn
+from mmneurons.finding import finder
+from mmneurons.finding.result import Score
+from mmneurons.finding.scoring import Choices, Target, describe, score_targets
+from mmneurons.vlm import provenance
+from mmneurons.vlm.prompts import ANSWER_PREFIX, PROMPT
+from mmneurons.vlm.recording import Recording, record
+from mmneurons.vlm.vlm import Answers
+from mmneurons.words import Word
+from models import LARGE, NOUNS_PER_CAPTION, TINY, Geometry, build, nouns_of, pictures
+from rivals import Said, generate, gradient_cached, gradient_whole, project_all, released
+from timing import Ratio, rounds, say, stopwatch
+
+NEW_TOKENS = 12
+BATCHES = (1, 8)
+NOUNS = (1, 3, 10, 30, 100)
+BEGIN, END = "<!-- begin: benchmarks/find.py -->", "<!-- end: benchmarks/find.py -->"
+PLACES = {
+    "processor": (mmn.VLM, "encode"),
+    "generation": (mmn.VLM, "generate"),
+    "words": (finder, "find_nouns"),
+    "scoring": (finder, "score_targets"),
+    "describing": (finder, "describe"),
+    "picture": (finder, "model_view"),
+    "versions": (provenance, "versions"),
+}
+"""The parts of `find`, each a function it calls."""
+
+Table = defaultdict[str, dict[str, str]]
+"""Row name -> column name -> cell."""
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How often things are repeated."""
+
+    pairs: int
+    rivals: int
+    growth: int
+
+
+@dataclass(frozen=True, eq=False)
+class Case:
+    """One model and one batch of images."""
+
+    vlm: mmn.VLM
+    images: list[Image.Image]
+    name: str
+
+    @property
+    def column(self) -> str:
+        """Where its numbers stand."""
+        return f"{self.name}, batch {len(self.images)}"
+
+    def find(self, **choices) -> list[mmn.Finding]:
+        """All images in one batch."""
+        return mmn.find(self.vlm, self.images, max_new_tokens=NEW_TOKENS, batch_size=len(self.images), **choices)
+
+    def generate(self) -> Answers:
+        """The plain baseline: what `find` does besides finding."""
+        return self.vlm.generate(self.vlm.encode(self.images, PROMPT, ANSWER_PREFIX), NEW_TOKENS)
+
+    def recorded(self, score: Score) -> Recording:
+        """What `find` scores."""
+        inputs = self.vlm.encode(self.images, PROMPT, ANSWER_PREFIX)
+        with record(self.vlm.anatomy, gates=score == "paper") as recording:
+            self.vlm.generate(inputs, NEW_TOKENS)
+        return recording
+
+
+def measure_pairs(case: Case, n: int, table: Table) -> None:
+    """`find` next to `generate`, and where its extra time goes."""
+    check_baseline(case)
+    plain_parts: list[dict[str, float]] = []
+    find_parts: list[dict[str, float]] = []
+
+    def watched(run: Callable[[], object], log: list[dict[str, float]]) -> None:
+        with stopwatch(PLACES) as spent:
+            run()
+        log.append(spent)
+
+    found = case.find()  # also loads the tagger and hashes the weights: once per process, once per model
+    seconds = rounds(
+        {"generate": partial(watched, case.generate, plain_parts), "find": partial(watched, case.find, find_parts)}, n
+    )
+    plain, whole = seconds["generate"], seconds["find"]
+    parts = {name: [spent[name] for spent in find_parts[1:]] for name in PLACES}
+    parts["rest"] = [total - sum(spent.values()) for total, spent in zip(whole, find_parts[1:], strict=True)]
+    for name in ("processor", "generation"):  # what `generate` alone needs for them is no extra
+        parts[name] = [more - less[name] for more, less in zip(parts[name], plain_parts[1:], strict=True)]
+    parts["recording"] = parts.pop("generation")
+    parts["rest"] = [a + b for a, b in zip(parts["rest"], parts.pop("processor"), strict=True)]
+
+    column = case.column
+    table["nouns scored"][column] = str(sum(len(finding.nouns) for finding in found))
+    table["`generate`, seconds"][column] = f"{statistics.median(plain):.3f}"
+    table["`find`, seconds"][column] = f"{statistics.median(whole):.3f}"
+    table["**`find` / `generate`**"][column] = f"**{Ratio.of(whole, plain)}**"
+    for name in ("recording", "words", "scoring", "describing", "picture", "versions", "rest"):
+        share = 100 * statistics.median(part / total for part, total in zip(parts[name], plain, strict=True))
+        table[f"- {name}, % of `generate`"][column] = f"{share:.1f}"
+
+
+def measure_once(case: Case, n: int, table: Table) -> None:
+    """What is asked for apart, and what is done once per model."""
+    seconds = rounds(
+        {"find": case.find, "maps": partial(case.find, maps=True), "blank": partial(case.find, blank=True)}, n
+    )
+    table["`find` with maps / without"][case.column] = str(Ratio.of(seconds["maps"], seconds["find"]))
+    table["`find` with a blank image / without"][case.column] = str(Ratio.of(seconds["blank"], seconds["find"]))
+    hashed = rounds({"hash": partial(provenance.weights_hash, case.vlm.model)}, n)["hash"]
+    table["weights hash, once per model, seconds"][case.column] = f"{statistics.median(hashed):.3f}"
+
+
+def measure_rivals(case: Case, n: int, table: Table) -> None:
+    """The released algorithm and gradient x activation, next to `find`, for the same nouns of one image."""
+    (finding,) = case.find(score="paper")
+    image, vlm = case.images[0], case.vlm
+    said = [Said(noun.step, noun.token_id) for noun in finding.nouns]
+    check_gradients(case, said)
+    start = time.perf_counter()
+    projections = project_all(vlm)
+    built = time.perf_counter() - start
+    held = sum(part.nbytes for part in projections)
+    check_released(case, finding, said, projections)
+    seconds = rounds(
+        {
+            "generate": case.generate,
+            "find": case.find,
+            "released": partial(released, vlm, image, said, projections, NEW_TOKENS),
+            "gradient": partial(gradient_whole, vlm, image, said, NEW_TOKENS),
+            "cached": partial(gradient_cached, vlm, image, said, NEW_TOKENS),
+        },
+        n,
+    )
+    column, weights_bytes = case.name, sum(part.nbytes for part in vlm.model.parameters())
+    table["nouns of the image"][column] = str(len(said))
+    table["released algorithm / `find`"][column] = str(Ratio.of(seconds["released"], seconds["find"]))
+    table["- its projections, built once, seconds"][column] = f"{built:.2f}"
+    table["- their size, MiB (and over that of the weights)"][column] = (
+        f"{held / 2**20:.0f} ({held / weights_bytes:.2f})"
+    )
+    for name, row in (("gradient", "gradient x activation, whole prefix"), ("cached", "gradient x activation, cached")):
+        beyond = [(a - b) / len(said) for a, b in zip(seconds[name], seconds["generate"], strict=True)]
+        table[f"{row} / `find`"][column] = str(Ratio.of(seconds[name], seconds["find"]))
+        table[f"- {row}: ms for each noun"][column] = f"{1000 * statistics.median(beyond):.1f}"
+
+
+def measure_growth(case: Case, n: int, table: Table, rivals: Table) -> None:
+    """Scoring and describing against the number of nouns, next to one read of every `w_out`."""
+    vlm, recording = case.vlm, case.recorded("logit")
+    n_steps = len(recording.residual)
+    choices = _choices("logit")
+    torch.manual_seed(0)
+    token_ids = torch.randperm(vlm.anatomy.vocab)[: max(NOUNS)].tolist()
+
+    def score(n_nouns: int) -> None:
+        score_targets(vlm, recording, targets[:n_nouns], choices)
+
+    def tell(n_nouns: int) -> None:
+        for i in range(n_nouns):
+            describe(vlm, scored, i)
+
+    def read() -> None:
+        for block in vlm.anatomy.blocks:
+            block.w_out.get_parameter("weight").sum()
+
+    targets = [_target(i % n_steps, token_id) for i, token_id in enumerate(token_ids)]
+    scored = score_targets(vlm, recording, targets, choices)
+    arms: dict[str, Callable[[], object]] = {"read": read}
+    arms |= {f"score {k}": partial(score, k) for k in NOUNS} | {f"tell {k}": partial(tell, k) for k in NOUNS}
+    seconds = rounds(arms, n)
+    column = case.name
+    table["one read of every `w_out`, ms"][column] = f"{1000 * statistics.median(seconds['read']):.2f}"
+    for k in NOUNS:
+        table[f"{k} nouns: scoring, ms (over that read)"][column] = (
+            f"{1000 * statistics.median(seconds[f'score {k}']):.2f} "
+            f"({Ratio.of(seconds[f'score {k}'], seconds['read']).median:.3g})"
+        )
+        table[f"{k} nouns: describing, ms"][column] = f"{1000 * statistics.median(seconds[f'tell {k}']):.2f}"
+    few, many = (
+        [a + b for a, b in zip(seconds[f"score {k}"], seconds[f"tell {k}"], strict=True)] for k in (1, 10)
+    )
+    further = statistics.median((b - a) / 9 for a, b in zip(few, many, strict=True))
+    rivals["- `find`: ms for each further noun"][column] = f"{1000 * further:.1f}"
+
+
+def measure_memory(names: Sequence[str], batches: Sequence[int], tiny: bool, table: Table) -> None:
+    """Peaks of fresh processes, one that generates and one that finds.
+
+    First of all: on Linux a child's peak counts what this process held when the child was started.
+    """
+    for name in names:
+        for batch in batches:
+            side = _side(name, TINY if tiny else LARGE)
+            numbers = [str(batch), str(NEW_TOKENS), str(side), *(["tiny"] if tiny else [])]
+            script = str(Path(__file__).with_name("peak.py"))
+            started = [
+                subprocess.Popen(
+                    [sys.executable, script, name, what, *numbers], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+                )
+                for what in ("generate", "find")
+            ]
+            peaks = []
+            for process in started:
+                out, err = process.communicate()
+                if process.returncode:
+                    raise RuntimeError(err.decode())
+                peaks.append(float(out.split()[1]))
+            say(f"  peak of {name}, batch {batch}: {peaks} MiB")
+            column = f"{_title(name)}, batch {batch}"
+            ratio, extra = peaks[1] / peaks[0], peaks[1] - peaks[0]
+            table["peak memory, `find` / `generate`"][column] = f"{ratio:.3f} (+{extra:.0f} MiB)"
+
+
+def check_baseline(case: Case) -> None:
+    """The baseline says what a raw `model.generate` says, and `find` the same."""
+    answers, found = case.generate(), case.find()
+    raw = generate(case.vlm, case.vlm.encode(case.images, PROMPT, ANSWER_PREFIX), NEW_TOKENS).sequences
+    assert torch.equal(raw, answers.sequences), "our generate is not model.generate"
+    assert tuple(finding.token_ids for finding in found) == answers.token_ids, "find captions otherwise"
+
+
+def check_released(case: Case, finding: mmn.Finding, said: list[Said], projections: list[torch.Tensor]) -> None:
+    """`score="paper"` and the released algorithm give the same neurons in the same order.
+
+    Up to what its float16 leaves open: scores closer than that may change places.
+    """
+    token_ids, found = released(case.vlm, case.images[0], said, projections, NEW_TOKENS)
+    assert token_ids[: len(finding.token_ids)] == finding.token_ids, "the released algorithm captions otherwise"
+    for noun, ranked in zip(finding.nouns, found, strict=True):
+        ours = {entry.neuron: entry.score for entry in noun.neurons}
+        for entry, neuron, score in zip(noun.neurons, ranked.neurons, ranked.scores, strict=True):
+            margin = 2e-3 * abs(entry.score)
+            same = abs(score - entry.score) < margin and abs(ours.get(neuron, noun.neurons[-1].score) - score) < margin
+            assert same, f"{noun.word}: {neuron} {score} where find has {entry.neuron} {entry.score}"
+
+
+def check_gradients(case: Case, said: list[Said]) -> None:
+    """In the last block `score="logprob"` is gradient x activation, and both ways to that agree everywhere."""
+    whole = gradient_whole(case.vlm, case.images[0], said, NEW_TOKENS)
+    cached = gradient_cached(case.vlm, case.images[0], said, NEW_TOKENS)
+    targets = [_target(noun.step, noun.token_id) for noun in said]
+    scores = score_targets(case.vlm, case.recorded("logprob"), targets, _choices("logprob")).scores
+    last = case.vlm.anatomy.blocks[-1].n_neurons
+    for ours, one, other in zip(scores, whole, cached, strict=True):
+        assert (one - other).abs().max() < 1e-3 * one.abs().max(), "the two gradients differ"
+        apart = (ours[-last:] - one[-last:]).abs().max() / one[-last:].abs().max()
+        assert apart < 1e-3, f"logprob and gradient x activation differ in the last block by {apart}"
+
+
+def _choices(score: Score) -> Choices:
+    return Choices(PROMPT, ANSWER_PREFIX, 10, score, None, None, False, False, NEW_TOKENS)
+
+
+def _target(step: int, token_id: int) -> Target:
+    return Target(0, Word("word", "word", 0, 4, (step,)), step, token_id)
+
+
+def _side(name: str, geometry: Geometry) -> int:
+    """Pixels of the images given: the random model's processor shrinks them, as photographs are."""
+    return mmn.pocket.SIDE if name == "pocket" else 3 * geometry.side
+
+
+def _title(name: str, dtype: str = "float32") -> str:
+    return f"{name} {dtype}"
+
+
+def machine() -> str:
+    """Where this was measured."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    cpu = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
+    return (
+        f"{cpu}, {os.cpu_count()} cores, {torch.get_num_threads()} threads; Python {platform.python_version()}, "
+        f"torch {torch.__version__}, transformers {transformers.__version__}, mmneurons {provenance.versions()['mmneurons']}"
+    )
+
+
+def markdown(title: str, table: Table) -> str:
+    """One table; a cell that was not measured is a dash."""
+    columns = list(dict.fromkeys(column for row in table.values() for column in row))
+    lines = [f"| {title} | {' | '.join(columns)} |", "| --- |" + " --- |" * len(columns)]
+    lines += [f"| {name} | {' | '.join(row.get(column, '-') for column in columns)} |" for name, row in table.items()]
+    return "\n".join(lines)
+
+
+def write(page: Path, measured: str) -> None:
+    """Put the tables between the page's markers; a page without them becomes the tables alone."""
+    text = page.read_text(encoding="utf-8") if page.exists() else ""
+    before, _, rest = text.partition(BEGIN)
+    _, _, after = rest.partition(END)
+    page.write_text(f"{before if rest else ''}{BEGIN}\n{measured}\n{END}{after or chr(10)}", encoding="utf-8")
+
+
+def main() -> None:
+    """Measure, print, write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="toy sizes and two rounds")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parents[1] / "docs" / "benchmarks.md")
+    asked = parser.parse_args()
+    geometry = TINY if asked.quick else LARGE
+    quick = Effort(2, 2, 2)
+    efforts = {"pocket": quick if asked.quick else Effort(25, 9, 15), "random": quick if asked.quick else Effort(7, 5, 7)}
+    cost, rival, growth = Table(dict), Table(dict), Table(dict)
+    memory = Table(dict)
+    measure_memory(["random"] if asked.quick else list(efforts), BATCHES[:1] if asked.quick else BATCHES, asked.quick, memory)
+    size = 0
+    for name, effort in efforts.items():
+        vlm = build(name, geometry)
+        size = sum(part.numel() for part in vlm.model.parameters())
+        images = pictures(max(BATCHES), _side(name, geometry))
+        for dtype in ("float32",) if vlm.is_pocket else ("float32", "bfloat16"):
+            vlm.model.to(getattr(torch, dtype))
+            with nouns_of(vlm):
+                for batch in BATCHES:
+                    case = Case(vlm, images[:batch], _title(name, dtype))
+                    say(case.column)
+                    measure_pairs(case, effort.pairs if batch == 1 else min(effort.pairs, max(5, effort.rivals)), cost)
+                    if dtype == "float32" and batch == 1:
+                        measure_once(case, effort.rivals, cost)
+                        measure_rivals(case, effort.rivals, rival)
+                        measure_growth(case, effort.growth, growth, rival)
+    cost |= memory
+    measured = "\n\n".join(
+        [
+            f"Command: `{shlex.join(['python', *sys.argv])}`" + (" (toy sizes: no measurement)" if asked.quick else ""),
+            f"Machine: {machine()}.",
+            f"Random model: {size / 1e6:.0f} M parameters; {geometry}; {NOUNS_PER_CAPTION} nouns a caption. "
+            f"At most {NEW_TOKENS} new tokens.",
+            markdown("`find` and `generate`", cost),
+            markdown("Rivals, one image", rival),
+            markdown("Growth, one image", growth),
+        ]
+    )
+    print(measured)
+    write(asked.out, measured)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,71 @@
+"""Time things side by side, and where the time goes."""
+
+from __future__ import annotations
+
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+from unittest import mock
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """Median of per-round ratios, and their range."""
+
+    median: float
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, above: Sequence[float], below: Sequence[float]) -> Ratio:
+        """Round by round, one over the other."""
+        ratios = [a / b for a, b in zip(above, below, strict=True)]
+        return cls(statistics.median(ratios), min(ratios), max(ratios))
+
+    def __str__(self) -> str:
+        return f"{self.median:.3g} ({self.low:.3g}-{self.high:.3g})"
+
+
+def rounds(arms: Mapping[str, Callable[[], object]], n: int) -> dict[str, list[float]]:
+    """Seconds of each arm in each of n rounds: one after the other, every other round in reverse order.
+
+    One round before them is not counted.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in arms}
+    for i in range(n + 1):
+        for name in list(arms)[:: -1 if i % 2 else 1]:
+            start = time.perf_counter()
+            arms[name]()
+            seconds[name].append(time.perf_counter() - start)
+            say(f"  round {i} {name}: {seconds[name][-1]:.4f} s")
+    return {name: taken[1:] for name, taken in seconds.items()}
+
+
+@contextmanager
+def stopwatch(places: Mapping[str, tuple[Any, str]]) -> Iterator[dict[str, float]]:
+    """Seconds spent inside functions, each named by (module or class, attribute), while the `with` lasts."""
+    spent = dict.fromkeys(places, 0.0)
+
+    def timed(name: str, function: Callable) -> Callable:
+        def run(*args: Any, **kwargs: Any) -> Any:
+            start = time.perf_counter()
+            try:
+                return function(*args, **kwargs)
+            finally:
+                spent[name] += time.perf_counter() - start
+
+        return run
+
+    with ExitStack() as stack:
+        for name, (owner, attribute) in places.items():
+            stack.enter_context(mock.patch.object(owner, attribute, timed(name, getattr(owner, attribute))))
+        yield spent
+
+
+def say(line: str) -> None:
+    """Progress."""
+    print(line, file=sys.stderr, flush=True)

@@ -1,0 +1,272 @@
+"""The command line: thin. Each command loads, calls one function and prints; torch is imported when a command runs."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+
+from mmneurons.errors import MmneuronsError, SettingError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from mmneurons.vlm.vlm import VLM
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    help="Find and inspect the multi-modal neurons of vision-language models.",
+)
+out = Console(highlight=False, markup=False, emoji=False)
+err = Console(stderr=True, highlight=False, markup=False, emoji=False)
+
+Images = Annotated[list[str] | None, typer.Argument(metavar="IMAGE...", help="Image files.")]
+ModelId = Annotated[str | None, typer.Option("--model", help="Hub id or folder. Default: the pocket model.")]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 ... Default: a GPU if there is one.")]
+Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16. Default: the checkpoint's own.")]
+DeviceMap = Annotated[str | None, typer.Option(help="Spread the model over devices: auto, balanced ...")]
+Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit on the Hub.")]
+Remote = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that comes with the model.")]
+Decoder = Annotated[str | None, typer.Option(help="Path of the language model in the model, if it cannot be told.")]
+Prompt = Annotated[str, typer.Option(help="What the model is asked.")]
+Prefix = Annotated[str, typer.Option("--answer-prefix", help="Words the answer is made to begin with.")]
+Length = Annotated[int, typer.Option("--max-new-tokens", min=1, help="Where to stop if the model does not.")]
+Batch = Annotated[int, typer.Option("--batch-size", min=1, help="Images in one batch.")]
+
+# The same words as in vlm/prompts.py, which would import torch through its package; a test compares them.
+PROMPT = "Describe the image in few words."
+ANSWER_PREFIX = "An image of"
+MAX_NEW_TOKENS = 32
+
+
+@app.command()
+def caption(
+    images: Images = None,
+    model: ModelId = None,
+    prompt: Prompt = PROMPT,
+    answer_prefix: Prefix = ANSWER_PREFIX,
+    max_new_tokens: Length = MAX_NEW_TOKENS,
+    batch_size: Batch = 8,
+    device: Device = None,
+    dtype: Dtype = None,
+    device_map: DeviceMap = None,
+    revision: Revision = None,
+    trust_remote_code: Remote = False,
+    decoder: Decoder = None,
+) -> None:
+    """Say what is in each image."""
+    paths = _images_or_sample(images)
+    from mmneurons.vlm.images import open_image
+
+    opened = [open_image(path) for path in paths]
+    vlm = _load(model, device, dtype, device_map, revision, trust_remote_code, decoder)
+    with _working(f"captioning {len(paths)} images"):
+        pictures = [o.image for o in opened]
+        texts = vlm.caption(pictures, prompt, answer_prefix, max_new_tokens=max_new_tokens, batch_size=batch_size)
+    for o, text in zip(opened, texts, strict=True):
+        out.print(f"{o.name}: {answer_prefix} {text}".strip(), soft_wrap=True)
+        for note in vlm.notes(o):
+            err.print(f"  note: {note}", style="yellow")
+
+
+@app.command()
+def find(
+    images: Images = None,
+    model: ModelId = None,
+    prompt: Prompt = PROMPT,
+    answer_prefix: Prefix = ANSWER_PREFIX,
+    top: Annotated[int, typer.Option(min=1, help="Neurons listed for each noun.")] = 10,
+    score: Annotated[str, typer.Option(help="logit, logprob or paper; see docs/method.md.")] = "logit",
+    word: Annotated[list[str] | None, typer.Option(help="A word of the caption to explain; repeatable.")] = None,
+    against: Annotated[str | None, typer.Option(help="Score why the noun rather than this word.")] = None,
+    json_path: Annotated[str | None, typer.Option("--json", metavar="FILE", help="Write JSON; - for stdout.")] = None,
+    report: Annotated[Path | None, typer.Option(metavar="FILE.html", help="Write a page to look at.")] = None,
+    maps: Annotated[bool, typer.Option(help="Also show where in the image the neurons look.")] = True,
+    max_new_tokens: Length = MAX_NEW_TOKENS,
+    batch_size: Batch = 8,
+    device: Device = None,
+    dtype: Dtype = None,
+    device_map: DeviceMap = None,
+    revision: Revision = None,
+    trust_remote_code: Remote = False,
+    decoder: Decoder = None,
+) -> None:
+    """Caption images and show the neurons that wrote each noun."""
+    paths = _images_or_sample(images)
+    _check_outputs(json_path, report)
+    from mmneurons.finding import result
+    from mmneurons.finding.finder import find as find_neurons
+    from mmneurons.report.terminal import show
+    from mmneurons.vlm.images import open_image
+
+    for path in paths:  # a missing file is told before a model is loaded
+        open_image(path)
+    vlm = _load(model, device, dtype, device_map, revision, trust_remote_code, decoder)
+    with _progress(len(paths), "images") as progress:
+        findings = find_neurons(
+            vlm,
+            paths,
+            prompt=prompt,
+            answer_prefix=answer_prefix,
+            top=top,
+            score=score,  # pyright: ignore[reportArgumentType]  # checked by find
+            words=word,
+            against=against,
+            maps=maps,
+            blank=report is not None,
+            max_new_tokens=max_new_tokens,
+            batch_size=batch_size,
+            progress=progress,
+        )
+    if json_path == "-":
+        sys.stdout.write(result.to_json(findings))
+    else:
+        for finding in findings:
+            show(finding, out)
+    if json_path not in (None, "-"):
+        result.save(findings, json_path)
+        err.print(f"wrote {json_path}", soft_wrap=True)
+    if report is not None:
+        from mmneurons.report import write_report
+
+        write_report(findings, report)
+        err.print(f"wrote {report}", soft_wrap=True)
+
+
+@app.command()
+def samples() -> None:
+    """List the sample images that come with the package."""
+    from mmneurons import pocket
+
+    for sample in pocket.samples():
+        out.print(f"{sample.path}  {sample.caption}", soft_wrap=True)
+
+
+@app.command()
+def doctor(
+    image: Annotated[str | None, typer.Argument(metavar="IMAGE", help="Default: a sample image.")] = None,
+    model: ModelId = None,
+    prompt: Prompt = PROMPT,
+    answer_prefix: Prefix = ANSWER_PREFIX,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+    device: Device = None,
+    dtype: Dtype = None,
+    device_map: DeviceMap = None,
+    revision: Revision = None,
+    trust_remote_code: Remote = False,
+    decoder: Decoder = None,
+) -> None:
+    """Show what was found in a model and check that its numbers add up; exit code 1 if a check fails."""
+    path = _images_or_sample([image] if image else None)[0]
+    from mmneurons.vlm.doctor import doctor as examine
+    from mmneurons.vlm.images import open_image
+
+    opened = open_image(path)
+    vlm = _load(model, device, dtype, device_map, revision, trust_remote_code, decoder)
+    report = examine(vlm, opened.image, prompt, answer_prefix)
+    if as_json:
+        out.print_json(json.dumps(report.to_dict()))
+    else:
+        for group in (report.model, report.structure, report.packages):
+            for name, value in group.items():
+                out.print(f"  {name:16s} {value}", soft_wrap=True)
+        for check in report.checks:
+            style = "green" if check.passed else "red"
+            out.print(f"{'PASS' if check.passed else 'FAIL'}  {check.name}", style=style)
+            out.print(f"      {check.detail}")
+    raise typer.Exit(0 if report.passed else 1)
+
+
+def _images_or_sample(images: list[str] | None) -> list[str]:
+    """The images given, or a sample, saying so."""
+    if images:
+        return list(images)
+    from mmneurons import pocket
+
+    sample = pocket.samples()[0]
+    err.print(f"no image given: this is the sample {sample.name}, see mmneurons samples", style="dim")
+    return [str(sample.path)]
+
+
+def _check_outputs(json_path: str | None, report: Path | None) -> None:
+    for path in (None if json_path == "-" else json_path, report):
+        if path is not None and not (folder := Path(path).parent).is_dir():
+            raise SettingError(
+                f"Cannot write {path}.", seen=f"There is no folder {folder}.", fix=f"Make it first: mkdir -p {folder}"
+            )
+
+
+def _load(
+    model: str | None,
+    device: str | None,
+    dtype: str | None,
+    device_map: str | None,
+    revision: str | None,
+    trust_remote_code: bool,
+    decoder: str | None,
+) -> VLM:
+    from transformers.utils import logging
+
+    from mmneurons.vlm.load import load
+
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    with _working(f"loading {model or 'the pocket model'}"):
+        return load(
+            model,
+            dtype=dtype,
+            device=device,
+            device_map=device_map,
+            revision=revision,
+            trust_remote_code=trust_remote_code,
+            decoder=decoder,
+        )
+
+
+@contextmanager
+def _working(what: str) -> Iterator[None]:
+    with err.status(what):
+        yield
+
+
+@contextmanager
+def _progress(total: int, what: str) -> Iterator[Any]:
+    """A bar with an estimate on stderr where someone sees it and there is something to wait for."""
+    if total == 1 or not err.is_terminal:
+        yield None
+        return
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=err, transient=True) as bar:
+        task = bar.add_task(what, total=total)
+        yield lambda done: bar.update(task, completed=done)
+
+
+def main() -> None:
+    """Run the command line: errors that a user can cause end with one message and exit code 2."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    try:
+        app()
+    except MmneuronsError as error:
+        err.print(str(error), style="red", soft_wrap=True)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        err.print("stopped")
+        sys.exit(130)
+    except BrokenPipeError:  # the reader of a pipe, such as head, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,69 @@
+"""What several test files need: the pocket model, and small models made on the spot."""
+
+from __future__ import annotations
+
+import copy
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+from transformers.utils import logging
+
+import mmneurons as mmn
+from mmneurons import pocket
+from mmneurons.vlm.vlm import VLM
+
+logging.disable_progress_bar()
+logging.set_verbosity_error()
+
+
+@pytest.fixture(scope="session")
+def vlm() -> VLM:
+    """The pocket model, float32."""
+    return mmn.load(device="cpu")
+
+
+@pytest.fixture(scope="session")
+def sample_paths() -> list[str]:
+    return [str(sample.path) for sample in pocket.samples()]
+
+
+@pytest.fixture(scope="session")
+def random_vlm(vlm: VLM) -> VLM:
+    """A LLaVA with random weights, no two of its norm weights alike, other sizes than the pocket model's."""
+    return make_random_vlm(vlm)
+
+
+def make_random_vlm(vlm: VLM, dtype: torch.dtype = torch.float32, seed: int = 0, **text_options) -> VLM:
+    """Untrained, but with every weight and norm away from its initial value, which would hide errors."""
+    text = LlamaConfig(
+        vocab_size=len(vlm.tokenizer),
+        hidden_size=48,
+        intermediate_size=80,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=None,
+        **text_options,
+    )
+    config = LlavaConfig(
+        vision_config=copy.deepcopy(vlm.model.config.vision_config),
+        text_config=text,
+        image_token_id=vlm.model.config.image_token_id,
+        vision_feature_layer=-1,
+        vision_feature_select_strategy="default",
+    )
+    torch.manual_seed(seed)
+    model = LlavaForConditionalGeneration(config).eval()
+    with torch.no_grad():
+        for name, parameter in model.model.language_model.named_parameters():
+            spread = 0.3 if "norm" in name else 2.0 / parameter.shape[-1] ** 0.5
+            parameter.copy_((1.0 if "norm" in name else 0.0) + spread * torch.randn_like(parameter))
+        model.lm_head.weight.copy_(torch.randn_like(model.lm_head.weight) / 4)
+    return mmn.load(model.to(dtype), processor=vlm.processor)

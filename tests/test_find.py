@@ -1,0 +1,387 @@
+"""Find against the raw Hugging Face model: every number recomputed here, by loops and hooks of this file's own."""
+
+import copy
+
+import pytest
+import torch
+
+import mmneurons as mmn
+from mmneurons.errors import SettingError, WordError
+from mmneurons.finding import finder
+from mmneurons.maths.readout import FinalNorm
+from mmneurons.vlm.doctor import additivity, sum_of_writes
+from mmneurons.vlm.images import open_image
+from mmneurons.vlm.recording import Recording, record
+from mmneurons.vlm.vlm import VLM
+from mmneurons.words import Word
+
+
+def raw_pass(vlm: VLM, image, token_ids, requires_grad=False):
+    """One teacher-forced forward of the bare model: inputs of each down_proj, gates, residual, logits, prompt length."""
+    text = "USER: <image>\nDescribe the image in few words. ASSISTANT: An image of"
+    batch = vlm.processor(images=[image], text=[text], return_tensors="pt").to(dtype=vlm.model.dtype)
+    n_prompt = batch["input_ids"].shape[1]
+    ids = torch.cat([batch["input_ids"], torch.tensor([token_ids])], 1)
+    got = {"a": [], "gate": [], "x": None, "prompt": n_prompt, "image": batch["input_ids"][0] == 3}
+    language = vlm.model.model.language_model
+    handles = []
+    for layer in language.layers:
+
+        def keep(module, args):
+            a = args[0].detach().requires_grad_() if requires_grad and not got["a"] else args[0]
+            if requires_grad:
+                a.retain_grad()
+            got["a"].append(a)
+            return (a,)
+
+        handles.append(layer.mlp.down_proj.register_forward_pre_hook(keep))
+        handles.append(layer.mlp.act_fn.register_forward_hook(lambda m, i, o: got["gate"].append(o[0])))
+    handles.append(language.norm.register_forward_pre_hook(lambda m, i: got.__setitem__("x", i[0][0])))
+    with torch.set_grad_enabled(requires_grad):
+        got["logits"] = vlm.model(input_ids=ids, pixel_values=batch["pixel_values"]).logits[0]
+    for handle in handles:
+        handle.remove()
+    return got
+
+
+@torch.no_grad()
+def slow_scores(vlm: VLM, raw, position, token_id, score, against=None):
+    """Scores in double precision, one block at a time, from the definitions."""
+    unembed = vlm.model.lm_head.weight.double()
+    gamma = vlm.model.model.language_model.norm.weight.double()
+    x = raw["x"][position].double()
+    sigma = (x.pow(2).mean() + 1e-6).sqrt()
+    row = unembed[token_id] - (0 if against is None else unembed[against])
+    if score == "paper":
+        direction = row
+    elif score == "logit":
+        direction = gamma * row / sigma
+    else:
+        if against is None:
+            p = raw["logits"][position].double().softmax(-1)
+            row = row - sum(p[v] * unembed[v] for v in range(len(p)))
+        jacobian = torch.diag(gamma) @ (torch.eye(len(x)) / sigma - torch.outer(x, x) / (len(x) * sigma**3))
+        direction = jacobian.T @ row
+    scores = []
+    for layer, block in enumerate(vlm.model.model.language_model.layers):
+        recorded = raw["gate"][layer] if score == "paper" else raw["a"][layer][0]
+        scores.append(recorded[position].double() * (block.mlp.down_proj.weight.double().T @ direction))
+    return torch.cat(scores)
+
+
+@pytest.fixture(scope="module")
+def images(sample_paths):
+    return [open_image(path).image for path in sample_paths[:4]]
+
+
+@pytest.fixture(scope="module")
+def bf16_vlm(vlm):
+    return mmn.load(copy.deepcopy(vlm.model).bfloat16(), processor=vlm.processor)
+
+
+@pytest.mark.parametrize("score", ["logit", "logprob", "paper"])
+@pytest.mark.parametrize("against", [None, "castle"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_scores_equal_a_slow_computation(vlm, bf16_vlm, images, score, against, dtype):
+    model = vlm if dtype == "float32" else bf16_vlm
+    other = None if against is None else vlm.tokenizer(" castle", add_special_tokens=False).input_ids[0]
+    for image in images:
+        found = mmn.find(model, image, score=score, against=against, top=5)
+        assert found.nouns
+        raw = raw_pass(model, image, list(found.token_ids))
+        for noun in found.nouns:
+            position = raw["prompt"] + noun.step - 1
+            expected = slow_scores(model, raw, position, noun.token_id, score, other)
+            best = expected.topk(5)
+            width = model.anatomy.blocks[0].n_neurons
+            names = [mmn.Neuron(i // width, i % width) for i in best.indices.tolist()]
+            scores = torch.tensor([n.score for n in noun.neurons], dtype=torch.double)
+            # Decoding step by step and one long pass round differently: a little in float32, more in bfloat16.
+            rtol = 1e-3 if dtype == "float32" else 5e-2
+            torch.testing.assert_close(scores, best.values, rtol=rtol, atol=rtol * float(best.values[0]))
+            if dtype == "float32":
+                assert [n.neuron for n in noun.neurons] == names
+                p = raw["logits"][position].softmax(-1)[noun.token_id]
+                assert noun.probability == pytest.approx(float(p), rel=1e-3)
+
+
+def test_bf16_scores_are_computed_in_float32(bf16_vlm, images):
+    found = mmn.find(bf16_vlm, images[0])
+    scores = torch.tensor([n.score for n in found.nouns[0].neurons])
+    assert not torch.equal(scores, scores.bfloat16().float())
+
+
+def test_logprob_is_gradient_times_activation_in_the_last_block(vlm, images):
+    # In double precision: where p is close to 1, float32 loses the gradient of log p to cancellation.
+    exact = mmn.load(copy.deepcopy(vlm.model).double(), processor=vlm.processor)
+    for image in images[:2]:
+        found = mmn.find(vlm, image, score="logprob", top=10**6)
+        raw = raw_pass(exact, image, list(found.token_ids), requires_grad=True)
+        for noun in found.nouns:
+            for a in raw["a"]:
+                a.grad = None
+            position = raw["prompt"] + noun.step - 1
+            raw["logits"][position].log_softmax(-1)[noun.token_id].backward(retain_graph=True)
+            last = raw["a"][-1]
+            expected = (last.grad * last)[0, position].detach()
+            scores = torch.zeros_like(expected)
+            for n in noun.neurons:
+                if n.neuron.layer == len(raw["a"]) - 1:
+                    scores[n.neuron.index] = n.score
+            torch.testing.assert_close(scores, expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max()))
+            assert expected.abs().max() > 0
+
+
+def test_additivity_on_every_token_of_every_sample(vlm, sample_paths):
+    for path in sample_paths:
+        with record(vlm.anatomy) as recording:
+            answers = vlm.generate(vlm.encode([open_image(path).image], answer_prefix="An image of"))
+        check = additivity(vlm, recording, answers.token_ids[0])
+        assert check.passed, check.detail
+
+
+@pytest.mark.parametrize("spoil", ["no attention", "weight read as 1 + w", "another column", "embedding missed"])
+def test_additivity_notices_what_is_read_wrongly(vlm, images, spoil):
+    with record(vlm.anatomy) as recording:
+        answers = vlm.generate(vlm.encode(images[:1], answer_prefix="An image of"))
+    anatomy = vlm.anatomy
+    if spoil == "no attention":
+        recording.attention = [torch.zeros_like(part) for part in recording.attention]
+    elif spoil == "embedding missed":
+        recording.embedding = [torch.zeros_like(part) for part in recording.embedding]
+    elif spoil == "another column":
+        recording.activations[0] = [part.roll(1, -1) for part in recording.activations[0]]
+    else:
+        norm = FinalNorm(anatomy.norm.weight + 1, anatomy.norm.bias, anatomy.norm.eps, centred=False)
+        anatomy = copy.copy(anatomy)
+        object.__setattr__(anatomy, "norm", norm)
+    ids = list(answers.token_ids[0])
+    residual = Recording.stacked(recording.residual)[0, : len(ids)].float()
+    summed = sum_of_writes(anatomy, recording, residual, ids)
+    logits = vlm.anatomy.logits(residual)[torch.arange(len(ids)), ids]
+    assert float((summed - logits).abs().max() / logits.abs().max()) > 1e-3
+
+
+def test_parts_add_up_to_the_logit(vlm, sample_paths):
+    for found in mmn.find(vlm, list(sample_paths[:8])):
+        for noun in found.nouns:
+            parts = noun.parts
+            total = parts.ffn + parts.attention + parts.embedding + parts.bias
+            assert total == pytest.approx(noun.logit, rel=1e-4, abs=1e-4)
+            # Here the score is `logit`: the top neurons' share is the sum of their scores.
+            assert parts.top == pytest.approx(sum(n.score for n in noun.neurons), rel=1e-4, abs=1e-5)
+
+
+def test_a_batch_gives_what_single_images_give(vlm, sample_paths):
+    paths = list(sample_paths[:10])
+    together = mmn.find(vlm, paths, batch_size=10)
+    assert len({len(found.token_ids) for found in together}) > 1, "captions of one length would show nothing"
+    for path, found in zip(paths, together, strict=True):
+        alone = mmn.find(vlm, path)
+        assert (alone.caption, alone.token_ids) == (found.caption, found.token_ids)
+        for one, other in zip(alone.nouns, found.nouns, strict=True):
+            assert one.neurons[0].neuron == other.neurons[0].neuron
+            scores = [torch.tensor([n.score for n in noun.neurons]) for noun in (one, other)]
+            torch.testing.assert_close(scores[0], scores[1], rtol=1e-4, atol=1e-4)
+
+
+def test_recording_changes_no_bit(vlm, images):
+    inputs = vlm.encode(images)
+    with torch.inference_mode():
+        before = vlm.model(**inputs).logits
+        with record(vlm.anatomy, gates=True):
+            during = vlm.model(**inputs).logits
+    assert torch.equal(before, during)
+
+
+def hooks(model):
+    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
+
+
+@pytest.mark.parametrize("interruption", [RuntimeError, KeyboardInterrupt])
+def test_hooks_are_gone_after_an_interruption(vlm, images, interruption):
+    vlm.caption(images[0])  # transformers puts hooks of its own on the vision tower at the first run
+    mine = vlm.model.lm_head.register_forward_hook(lambda *_: None)
+    stop = vlm.model.model.language_model.layers[2].register_forward_hook(lambda *_: (_ for _ in ()).throw(interruption))
+    own, before = vlm.model.generation_config, hooks(vlm.model)
+    try:
+        with pytest.raises(interruption):
+            mmn.find(vlm, images[0])
+        assert hooks(vlm.model) == before  # those of this test too: a user's own hooks stay
+        assert vlm.model.generation_config is own
+    finally:
+        mine.remove()
+        stop.remove()
+
+
+def test_a_block_that_is_not_reached_is_no_zero(random_vlm, images):
+    layer = random_vlm.model.model.language_model.layers[1]
+    forward = layer.forward
+    layer.forward = lambda hidden_states, **_: hidden_states
+    try:
+        with pytest.raises(mmn.MmneuronsError, match=r"layers\.1"):
+            mmn.find(random_vlm, images[0])
+    finally:
+        layer.forward = forward
+
+
+def test_the_checkpoints_own_generation_settings_do_not_matter(vlm, images):
+    expected = vlm.caption(images)
+    own = vlm.model.generation_config
+    vlm.model.generation_config = copy.deepcopy(own)
+    vlm.model.generation_config.update(
+        do_sample=True, temperature=5.0, num_beams=3, suppress_tokens=list(range(300, 600)), repetition_penalty=9.0
+    )
+    try:
+        assert vlm.caption(images) == expected
+    finally:
+        vlm.model.generation_config = own
+
+
+def test_a_model_in_training_is_read_in_evaluation_and_left_in_training(vlm, images):
+    model = copy.deepcopy(vlm.model)
+    for module in model.modules():
+        if hasattr(module, "attention_dropout"):
+            module.attention_dropout = 0.5
+    model.train()
+    model.model.vision_tower.eval()
+    adopted = mmn.load(model, processor=vlm.processor)
+    assert adopted.caption(images) == vlm.caption(images)
+    assert model.training
+    assert not model.model.vision_tower.training
+
+
+def test_maps_are_activations_at_the_image_tokens(vlm, images):
+    found = mmn.find(vlm, images[1], maps=True, top=3)
+    raw = raw_pass(vlm, images[1], list(found.token_ids))
+    noun = found.nouns[0]
+    position = raw["prompt"] + noun.step - 1
+    expected = slow_scores(vlm, raw, position, noun.token_id, "logit")
+    width = vlm.anatomy.blocks[0].n_neurons
+    order = expected.topk(50).indices.tolist()
+    maps = []
+    for flat in order:
+        a = raw["a"][flat // width][0, :, flat % width]
+        maps.append(a[: raw["prompt"]][raw["image"]].view(8, 8) * a[position].sign())
+    for n, one in zip(noun.neurons, maps, strict=False):
+        torch.testing.assert_close(torch.tensor(n.map), one, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(torch.tensor(noun.regions[1]), maps[0], rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(torch.tensor(noun.regions[50]), torch.stack(maps).mean(0), rtol=1e-3, atol=1e-4)
+    assert set(noun.regions) == {1, 10, 50, 100, 500, 1000}
+
+
+def test_what_is_lost_without_the_image(vlm, images):
+    found = mmn.find(vlm, images[1], blank=True, top=5)
+    grey = images[1].copy()
+    grey.paste((128, 128, 128), (0, 0, *grey.size))
+    raw = raw_pass(vlm, grey, list(found.token_ids))
+    width = vlm.anatomy.blocks[0].n_neurons
+    for noun in found.nouns:
+        without = slow_scores(vlm, raw, raw["prompt"] + noun.step - 1, noun.token_id, "logit")
+        for n in noun.neurons:
+            lost = 1 - without[n.neuron.layer * width + n.neuron.index].item() / n.score
+            assert n.lost_without_image == pytest.approx(lost, rel=1e-3, abs=1e-3)
+
+
+def test_layers_count_the_top_neurons(vlm, images):
+    noun = mmn.find(vlm, images[0], top=100).nouns[0]
+    counts = [sum(n.neuron.layer == layer for n in noun.neurons) for layer in range(5)]
+    assert list(noun.layers[100]) == counts
+    assert [sum(noun.layers[k]) for k in (10, 100, 1000)] == [10, 100, 1000]
+
+
+def test_says_follows_the_sign_of_the_activation(vlm, images):
+    unembed = vlm.model.lm_head.weight * vlm.model.model.language_model.norm.weight
+    found = mmn.find(vlm, images[0], top=200)
+    assert any(n.activation < 0 for n in found.nouns[0].neurons)
+    for n in found.nouns[0].neurons:
+        column = vlm.model.model.language_model.layers[n.neuron.layer].mlp.down_proj.weight[:, n.neuron.index]
+        logits = unembed @ column * (1 if n.activation >= 0 else -1)
+        assert vlm.tokenizer.decode([int(logits.argmax())]) == n.tokens[0] or "\ufffd" in vlm.tokenizer.decode(
+            [int(logits.argmax())]
+        )
+        assert len(n.tokens) == 10
+        assert len(n.suppressed) == 3
+
+
+def test_words_are_scored_whether_nouns_or_not(vlm, images):
+    caption = vlm.caption(images[0])
+    found = mmn.find(vlm, images[0], words=caption.split()[0])
+    assert [noun.step for noun in found.nouns][0] == 0
+    assert found.nouns[0].word == caption.split()[0]
+
+
+def test_a_word_that_was_not_said_is_an_error_that_prints_the_caption(vlm, images):
+    caption = vlm.caption(images[0])
+    with pytest.raises(WordError) as error:
+        mmn.find(vlm, images[0], words=["submarine"])
+    assert caption in str(error.value)
+
+
+def test_a_word_said_of_one_image_only_is_noted_on_the_other(vlm, images):
+    captions = vlm.caption(images)
+    first, second = next((a, b) for a in (0, 1) for b in (2, 3) if captions[a].split()[1] not in captions[b])
+    word = captions[first].split()[1].strip(",")
+    found = mmn.find(vlm, [images[first], images[second]], words=[word])
+    assert found[0].nouns
+    assert not found[1].nouns
+    assert any(word in note for note in found[1].notes)
+
+
+def test_a_noun_left_out_does_not_shift_the_others(vlm, images, monkeypatch):
+    whole = mmn.find(vlm, images, batch_size=4)
+    real = finder.find_nouns
+
+    def without_the_first(*args, **options) -> list[Word]:
+        return real(*args, **options)[1:]
+
+    monkeypatch.setattr(finder, "find_nouns", without_the_first)
+    for before, after in zip(whole, mmn.find(vlm, images, batch_size=4), strict=True):
+        assert [noun.step for noun in after.nouns] == [noun.step for noun in before.nouns[1:]]
+        for one, other in zip(after.nouns, before.nouns[1:], strict=True):
+            assert (one.word, one.token_id, one.neurons[0].neuron) == (other.word, other.token_id, other.neurons[0].neuron)
+            assert one.neurons[0].score == pytest.approx(other.neurons[0].score, rel=1e-4)
+
+
+def test_the_paper_scores_the_first_occurrence_only(vlm, images, monkeypatch):
+    real = finder.find_nouns
+    monkeypatch.setattr(finder, "find_nouns", lambda *a, **o: [w for w in real(*a, **o) for _ in range(2)])
+    assert len(mmn.find(vlm, images[0], score="paper").nouns) * 2 == len(mmn.find(vlm, images[0]).nouns)
+
+
+def test_a_caption_without_nouns_says_so(vlm, images, monkeypatch):
+    monkeypatch.setattr(finder, "find_nouns", lambda *_, **__: [])
+    found = mmn.find(vlm, images[0], maps=True, blank=True)
+    assert found.nouns == ()
+    assert any("no noun" in note for note in found.notes)
+
+
+@pytest.mark.parametrize(
+    ("choice", "message"),
+    [
+        ({"score": "grad"}, "logit, logprob, paper"),
+        ({"top": 0}, "start at 1"),
+        ({"batch_size": 0}, "start at 1"),
+        ({"max_new_tokens": 0}, "at least one token"),
+    ],
+)
+def test_settings_without_meaning_are_refused(vlm, images, choice, message):
+    with pytest.raises(SettingError, match=message):
+        mmn.find(vlm, images[0], **choice)
+
+
+def test_against_the_noun_itself_is_refused(vlm, images):
+    noun = mmn.find(vlm, images[0]).nouns[0]
+    with pytest.raises(SettingError, match="nothing to compare"):
+        mmn.find(vlm, images[0], words=[noun.word], against=noun.word)
+
+
+def test_an_empty_prompt_and_no_prefix_work(vlm, images):
+    found = mmn.find(vlm, images[0], prompt="", answer_prefix="", max_new_tokens=6)
+    assert len(found.token_ids) <= 6
+
+
+def test_progress_counts_images(vlm, images):
+    done: list[int] = []
+    mmn.find(vlm, images, batch_size=3, progress=done.append)
+    assert done == [3, 4]

@@ -1,0 +1,43 @@
+"""Make the sample images that the package ships: scenes of drawings kept from training, with their truth.
+
+    python training/samples.py
+
+The seeds are fixed before any model sees the scenes: samples are not picked by how well they are captioned.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from mmneurons.pocket.scenes import scene
+
+FOLDER = Path(__file__).parent.parent / "src" / "mmneurons" / "pocket" / "data" / "samples"
+SEEDS = range(100, 130)
+
+
+def main() -> None:
+    """Write one picture and one indexed mask (0 = background, i + 1 = object i) per seed, and samples.json."""
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    for old in FOLDER.iterdir():
+        old.unlink()
+    entries = []
+    for seed in SEEDS:
+        made = scene(seed, split="unseen")
+        name = "-".join(made.objects)
+        made.image.save(FOLDER / f"{name}.png", optimize=True)
+        indexed = np.zeros(made.masks.shape[1:], dtype=np.uint8)
+        for i, mask in enumerate(made.masks):
+            indexed[mask] = i + 1
+        Image.fromarray(indexed).save(FOLDER / f"{name}.mask.png", optimize=True)
+        entry = {"name": name, "seed": seed, "caption": made.caption}
+        entries.append(entry | {"objects": made.objects, "background": made.background})
+    (FOLDER / "samples.json").write_text(json.dumps(entries, indent=1) + "\n")
+    print(f"wrote {len(entries)} samples to {FOLDER}")
+
+
+if __name__ == "__main__":
+    main()
