@@ -23,23 +23,16 @@ from functools import partial
 from pathlib import Path
 
 import torch
-import transformers
-from PIL import Image
+from cases import NEW_TOKENS, Case, check_baseline, check_gradients, check_released, choices_of, target_at
+from models import LARGE, NOUNS_PER_CAPTION, TINY, Geometry, build, nouns_of, pictures
+from rivals import Said, gradient_cached, gradient_whole, project_all, released
+from timing import Ratio, rounds, say, stopwatch
 
 import mmneurons as mmn
 from mmneurons.finding import finder
-from mmneurons.finding.result import Score
-from mmneurons.finding.scoring import Choices, Target, describe, score_targets
+from mmneurons.finding.scoring import describe, score_targets
 from mmneurons.vlm import provenance
-from mmneurons.vlm.prompts import ANSWER_PREFIX, PROMPT
-from mmneurons.vlm.recording import Recording, record
-from mmneurons.vlm.vlm import Answers
-from mmneurons.words import Word
-from models import LARGE, NOUNS_PER_CAPTION, TINY, Geometry, build, nouns_of, pictures
-from rivals import Said, generate, gradient_cached, gradient_whole, project_all, released
-from timing import Ratio, rounds, say, stopwatch
 
-NEW_TOKENS = 12
 BATCHES = (1, 8)
 NOUNS = (1, 3, 10, 30, 100)
 BEGIN, END = "<!-- begin: benchmarks/find.py -->", "<!-- end: benchmarks/find.py -->"
@@ -65,35 +58,6 @@ class Effort:
     pairs: int
     rivals: int
     growth: int
-
-
-@dataclass(frozen=True, eq=False)
-class Case:
-    """One model and one batch of images."""
-
-    vlm: mmn.VLM
-    images: list[Image.Image]
-    name: str
-
-    @property
-    def column(self) -> str:
-        """Where its numbers stand."""
-        return f"{self.name}, batch {len(self.images)}"
-
-    def find(self, **choices) -> list[mmn.Finding]:
-        """All images in one batch."""
-        return mmn.find(self.vlm, self.images, max_new_tokens=NEW_TOKENS, batch_size=len(self.images), **choices)
-
-    def generate(self) -> Answers:
-        """The plain baseline: what `find` does besides finding."""
-        return self.vlm.generate(self.vlm.encode(self.images, PROMPT, ANSWER_PREFIX), NEW_TOKENS)
-
-    def recorded(self, score: Score) -> Recording:
-        """What `find` scores."""
-        inputs = self.vlm.encode(self.images, PROMPT, ANSWER_PREFIX)
-        with record(self.vlm.anatomy, gates=score == "paper") as recording:
-            self.vlm.generate(inputs, NEW_TOKENS)
-        return recording
 
 
 def measure_pairs(case: Case, n: int, table: Table) -> None:
@@ -178,7 +142,7 @@ def measure_growth(case: Case, n: int, table: Table, rivals: Table) -> None:
     """Scoring and describing against the number of nouns, next to one read of every `w_out`."""
     vlm, recording = case.vlm, case.recorded("logit")
     n_steps = len(recording.residual)
-    choices = _choices("logit")
+    choices = choices_of("logit")
     torch.manual_seed(0)
     token_ids = torch.randperm(vlm.anatomy.vocab)[: max(NOUNS)].tolist()
 
@@ -193,7 +157,7 @@ def measure_growth(case: Case, n: int, table: Table, rivals: Table) -> None:
         for block in vlm.anatomy.blocks:
             block.w_out.get_parameter("weight").sum()
 
-    targets = [_target(i % n_steps, token_id) for i, token_id in enumerate(token_ids)]
+    targets = [target_at(i % n_steps, token_id) for i, token_id in enumerate(token_ids)]
     scored = score_targets(vlm, recording, targets, choices)
     arms: dict[str, Callable[[], object]] = {"read": read}
     arms |= {f"score {k}": partial(score, k) for k in NOUNS} | {f"tell {k}": partial(tell, k) for k in NOUNS}
@@ -206,22 +170,20 @@ def measure_growth(case: Case, n: int, table: Table, rivals: Table) -> None:
             f"({Ratio.of(seconds[f'score {k}'], seconds['read']).median:.3g})"
         )
         table[f"{k} nouns: describing, ms"][column] = f"{1000 * statistics.median(seconds[f'tell {k}']):.2f}"
-    few, many = (
-        [a + b for a, b in zip(seconds[f"score {k}"], seconds[f"tell {k}"], strict=True)] for k in (1, 10)
-    )
+    few, many = ([a + b for a, b in zip(seconds[f"score {k}"], seconds[f"tell {k}"], strict=True)] for k in (1, 10))
     further = statistics.median((b - a) / 9 for a, b in zip(few, many, strict=True))
     rivals["- `find`: ms for each further noun"][column] = f"{1000 * further:.1f}"
 
 
-def measure_memory(names: Sequence[str], batches: Sequence[int], tiny: bool, table: Table) -> None:
+def measure_memory(names: Sequence[str], batches: Sequence[int], geometry: Geometry, table: Table) -> None:
     """Peaks of fresh processes, one that generates and one that finds.
 
     First of all: on Linux a child's peak counts what this process held when the child was started.
     """
     for name in names:
         for batch in batches:
-            side = _side(name, TINY if tiny else LARGE)
-            numbers = [str(batch), str(NEW_TOKENS), str(side), *(["tiny"] if tiny else [])]
+            size = ["tiny"] if geometry is TINY else []
+            numbers = [str(batch), str(NEW_TOKENS), str(_side(name, geometry)), *size]
             script = str(Path(__file__).with_name("peak.py"))
             started = [
                 subprocess.Popen(
@@ -241,50 +203,6 @@ def measure_memory(names: Sequence[str], batches: Sequence[int], tiny: bool, tab
             table["peak memory, `find` / `generate`"][column] = f"{ratio:.3f} (+{extra:.0f} MiB)"
 
 
-def check_baseline(case: Case) -> None:
-    """The baseline says what a raw `model.generate` says, and `find` the same."""
-    answers, found = case.generate(), case.find()
-    raw = generate(case.vlm, case.vlm.encode(case.images, PROMPT, ANSWER_PREFIX), NEW_TOKENS).sequences
-    assert torch.equal(raw, answers.sequences), "our generate is not model.generate"
-    assert tuple(finding.token_ids for finding in found) == answers.token_ids, "find captions otherwise"
-
-
-def check_released(case: Case, finding: mmn.Finding, said: list[Said], projections: list[torch.Tensor]) -> None:
-    """`score="paper"` and the released algorithm give the same neurons in the same order.
-
-    Up to what its float16 leaves open: scores closer than that may change places.
-    """
-    token_ids, found = released(case.vlm, case.images[0], said, projections, NEW_TOKENS)
-    assert token_ids[: len(finding.token_ids)] == finding.token_ids, "the released algorithm captions otherwise"
-    for noun, ranked in zip(finding.nouns, found, strict=True):
-        ours = {entry.neuron: entry.score for entry in noun.neurons}
-        for entry, neuron, score in zip(noun.neurons, ranked.neurons, ranked.scores, strict=True):
-            margin = 2e-3 * abs(entry.score)
-            same = abs(score - entry.score) < margin and abs(ours.get(neuron, noun.neurons[-1].score) - score) < margin
-            assert same, f"{noun.word}: {neuron} {score} where find has {entry.neuron} {entry.score}"
-
-
-def check_gradients(case: Case, said: list[Said]) -> None:
-    """In the last block `score="logprob"` is gradient x activation, and both ways to that agree everywhere."""
-    whole = gradient_whole(case.vlm, case.images[0], said, NEW_TOKENS)
-    cached = gradient_cached(case.vlm, case.images[0], said, NEW_TOKENS)
-    targets = [_target(noun.step, noun.token_id) for noun in said]
-    scores = score_targets(case.vlm, case.recorded("logprob"), targets, _choices("logprob")).scores
-    last = case.vlm.anatomy.blocks[-1].n_neurons
-    for ours, one, other in zip(scores, whole, cached, strict=True):
-        assert (one - other).abs().max() < 1e-3 * one.abs().max(), "the two gradients differ"
-        apart = (ours[-last:] - one[-last:]).abs().max() / one[-last:].abs().max()
-        assert apart < 1e-3, f"logprob and gradient x activation differ in the last block by {apart}"
-
-
-def _choices(score: Score) -> Choices:
-    return Choices(PROMPT, ANSWER_PREFIX, 10, score, None, None, False, False, NEW_TOKENS)
-
-
-def _target(step: int, token_id: int) -> Target:
-    return Target(0, Word("word", "word", 0, 4, (step,)), step, token_id)
-
-
 def _side(name: str, geometry: Geometry) -> int:
     """Pixels of the images given: the random model's processor shrinks them, as photographs are."""
     return mmn.pocket.SIDE if name == "pocket" else 3 * geometry.side
@@ -299,10 +217,9 @@ def machine() -> str:
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     cpu = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
-    return (
-        f"{cpu}, {os.cpu_count()} cores, {torch.get_num_threads()} threads; Python {platform.python_version()}, "
-        f"torch {torch.__version__}, transformers {transformers.__version__}, mmneurons {provenance.versions()['mmneurons']}"
-    )
+    versions = provenance.versions()
+    packages = ", ".join(f"{name} {versions[name]}" for name in ("python", "torch", "transformers", "mmneurons"))
+    return f"{cpu}, {os.cpu_count()} cores, {torch.get_num_threads()} threads; {packages}"
 
 
 def markdown(title: str, table: Table) -> str:
@@ -328,11 +245,13 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path(__file__).parents[1] / "docs" / "benchmarks.md")
     asked = parser.parse_args()
     geometry = TINY if asked.quick else LARGE
-    quick = Effort(2, 2, 2)
-    efforts = {"pocket": quick if asked.quick else Effort(25, 9, 15), "random": quick if asked.quick else Effort(7, 5, 7)}
-    cost, rival, growth = Table(dict), Table(dict), Table(dict)
-    memory = Table(dict)
-    measure_memory(["random"] if asked.quick else list(efforts), BATCHES[:1] if asked.quick else BATCHES, asked.quick, memory)
+    efforts = {"pocket": Effort(25, 9, 15), "random": Effort(7, 5, 7)}
+    if asked.quick:
+        efforts = dict.fromkeys(efforts, Effort(2, 1, 1))
+    cost, rival, growth, memory = Table(dict), Table(dict), Table(dict), Table(dict)
+    measure_memory(
+        ["random"] if asked.quick else list(efforts), BATCHES[:1] if asked.quick else BATCHES, geometry, memory
+    )
     size = 0
     for name, effort in efforts.items():
         vlm = build(name, geometry)

@@ -68,10 +68,10 @@ def build(name: str, geometry: Geometry) -> mmn.VLM:
         tokenizer, first_word = _tokenizer(geometry.vocab)
         processor = _processor(tokenizer, geometry)
         torch.manual_seed(SEED)
-        model = LlavaForConditionalGeneration(_config(tokenizer, geometry)).eval()
+        model = LlavaForConditionalGeneration(_config(geometry)).eval()
         model.generation_config = GenerationConfig(bos_token_id=1, eos_token_id=2, pad_token_id=0)
         with torch.no_grad():  # never the highest logit: only words are said, and the text does not end
-            model.get_output_embeddings().weight[:first_word] = 0
+            model.get_submodule("lm_head").get_parameter("weight")[:first_word] = 0
         vlm = mmn.load(model, processor=processor)
     vlm.model.requires_grad_(False)
     return vlm
@@ -94,7 +94,7 @@ class FirstWords(HantaTagger):
 
 @contextmanager
 def nouns_of(vlm: mmn.VLM) -> Iterator[None]:
-    """Inside, `find` takes the first three words of a random model's captions for nouns; the pocket model's are real."""
+    """Inside, `find` takes the first words of a random model's captions for nouns; the pocket model's are real."""
     if vlm.is_pocket:
         yield
         return
@@ -102,7 +102,7 @@ def nouns_of(vlm: mmn.VLM) -> Iterator[None]:
         yield
 
 
-def _config(tokenizer: PreTrainedTokenizerFast, geometry: Geometry) -> LlavaConfig:
+def _config(geometry: Geometry) -> LlavaConfig:
     vision = CLIPVisionConfig(
         hidden_size=geometry.tower_hidden,
         intermediate_size=4 * geometry.tower_hidden,
@@ -128,7 +128,7 @@ def _config(tokenizer: PreTrainedTokenizerFast, geometry: Geometry) -> LlavaConf
     return LlavaConfig(
         vision_config=vision.to_dict(),
         text_config=text.to_dict(),
-        image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
+        image_token_index=_SPECIAL.index("<image>"),
         vision_feature_layer=-1,
         vision_feature_select_strategy="default",
         image_seq_length=(geometry.side // PATCH) ** 2,

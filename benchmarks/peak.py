@@ -8,9 +8,10 @@ from __future__ import annotations
 import resource
 import sys
 
+from models import LARGE, TINY, build, nouns_of, pictures
+
 import mmneurons as mmn
 from mmneurons.vlm.prompts import ANSWER_PREFIX, PROMPT
-from models import LARGE, TINY, build, nouns_of, pictures
 
 
 def peak() -> float:
@@ -27,7 +28,7 @@ def main() -> None:
     loaded = peak()
     if what == "find":
         with nouns_of(vlm):
-            mmn.find(vlm, images, max_new_tokens=max_new_tokens, batch_size=batch)
+            mmn.find(vlm, [*images], max_new_tokens=max_new_tokens, batch_size=batch)
     else:
         vlm.generate(vlm.encode(images, PROMPT, ANSWER_PREFIX), max_new_tokens)
     print(f"{loaded:.1f} {peak():.1f}")

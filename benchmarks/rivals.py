@@ -17,6 +17,7 @@ from mmneurons.finding.scoring import name_of, texts
 from mmneurons.maths.ranking import top_k
 from mmneurons.neurons import Neuron
 from mmneurons.vlm import weights
+from mmneurons.vlm.anatomy import Block
 from mmneurons.vlm.prompts import ANSWER_PREFIX, PROMPT
 from mmneurons.vlm.vlm import VLM
 
@@ -65,15 +66,20 @@ def released(
     """
     inputs = vlm.encode([image], PROMPT, ANSWER_PREFIX)
     gates: list[list[Tensor]] = [[] for _ in vlm.anatomy.blocks]
-    hooks = []
-    for block, mine in zip(vlm.anatomy.blocks, gates, strict=True):
+
+    def hook(block: Block, mine: list[Tensor]) -> torch.utils.hooks.RemovableHandle:
+        def keep(module: nn.Module, args: tuple, output: Tensor) -> None:
+            mine.append(output)
+
         assert block.activation is not None
-        hooks.append(block.activation.register_forward_hook(lambda module, args, output, mine=mine: mine.append(output)))
+        return block.activation.register_forward_hook(keep)
+
+    hooks = [hook(block, mine) for block, mine in zip(vlm.anatomy.blocks, gates, strict=True)]
     try:
         sequences = generate(vlm, inputs, max_new_tokens, use_cache=False).sequences
     finally:
-        for hook in hooks:
-            hook.remove()
+        for handle in hooks:
+            handle.remove()
     found = []
     for noun in said:
         scores = torch.cat(
@@ -136,7 +142,7 @@ def generate(vlm: VLM, inputs: BatchFeature, max_new_tokens: int, use_cache: boo
 
 
 def _gradient_times_activation(vlm: VLM, batch: dict[str, Any], token_id: int) -> Float[Tensor, "neurons"]:
-    """a * d log p / d a at the last position for all neurons, blocks laid end to end; the weights are frozen."""
+    """Activation times d log p / d activation, at the last position; blocks end to end; weights frozen."""
     blocks, held = vlm.anatomy.blocks, []
 
     def begin(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
@@ -149,7 +155,10 @@ def _gradient_times_activation(vlm: VLM, batch: dict[str, Any], token_id: int) -
     try:
         with torch.enable_grad():
             logits = vlm.model(**batch, logits_to_keep=1).logits
-            log_p = logits[0, -1].float().log_softmax(-1)[token_id]
+            ahead = logits[0, -1].float() - logits[0, -1, token_id].float()
+            others = torch.cat([ahead[:token_id], ahead[token_id + 1 :]])
+            # Not log_softmax: where p is close to 1 its gradient in float32 is off by 1e-7 / (1 - p).
+            log_p = -torch.nn.functional.softplus(others.logsumexp(0))
             gradients = torch.autograd.grad(log_p, held)
     finally:
         for hook in hooks:

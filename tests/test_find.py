@@ -17,7 +17,7 @@ from mmneurons.words import Word
 
 
 def raw_pass(vlm: VLM, image, token_ids, requires_grad=False):
-    """One teacher-forced forward of the bare model: inputs of each down_proj, gates, residual, logits, prompt length."""
+    """One teacher-forced forward of the bare model: down_proj inputs, gates, residual, logits, prompt length."""
     text = "USER: <image>\nDescribe the image in few words. ASSISTANT: An image of"
     batch = vlm.processor(images=[image], text=[text], return_tensors="pt").to(dtype=vlm.model.dtype)
     n_prompt = batch["input_ids"].shape[1]
@@ -202,7 +202,9 @@ def hooks(model):
 def test_hooks_are_gone_after_an_interruption(vlm, images, interruption):
     vlm.caption(images[0])  # transformers puts hooks of its own on the vision tower at the first run
     mine = vlm.model.lm_head.register_forward_hook(lambda *_: None)
-    stop = vlm.model.model.language_model.layers[2].register_forward_hook(lambda *_: (_ for _ in ()).throw(interruption))
+    stop = vlm.model.model.language_model.layers[2].register_forward_hook(
+        lambda *_: (_ for _ in ()).throw(interruption)
+    )
     own, before = vlm.model.generation_config, hooks(vlm.model)
     try:
         with pytest.raises(interruption):
@@ -307,7 +309,7 @@ def test_says_follows_the_sign_of_the_activation(vlm, images):
 def test_words_are_scored_whether_nouns_or_not(vlm, images):
     caption = vlm.caption(images[0])
     found = mmn.find(vlm, images[0], words=caption.split()[0])
-    assert [noun.step for noun in found.nouns][0] == 0
+    assert found.nouns[0].step == 0
     assert found.nouns[0].word == caption.split()[0]
 
 
@@ -339,7 +341,11 @@ def test_a_noun_left_out_does_not_shift_the_others(vlm, images, monkeypatch):
     for before, after in zip(whole, mmn.find(vlm, images, batch_size=4), strict=True):
         assert [noun.step for noun in after.nouns] == [noun.step for noun in before.nouns[1:]]
         for one, other in zip(after.nouns, before.nouns[1:], strict=True):
-            assert (one.word, one.token_id, one.neurons[0].neuron) == (other.word, other.token_id, other.neurons[0].neuron)
+            assert (one.word, one.token_id, one.neurons[0].neuron) == (
+                other.word,
+                other.token_id,
+                other.neurons[0].neuron,
+            )
             assert one.neurons[0].score == pytest.approx(other.neurons[0].score, rel=1e-4)
 
 

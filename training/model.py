@@ -36,7 +36,7 @@ CHAT_TEMPLATE = (
 
 
 def corpus() -> Iterator[str]:
-    """Captions in which the noun of rank r stands in proportion to 1 / r, so that merges reach the common nouns first."""
+    """Captions with the noun of rank r in proportion to 1 / r, so that merges reach the common nouns first."""
     random = np.random.default_rng(0)
     nouns = list(scenes.nouns())
     random.shuffle(nouns)

@@ -180,7 +180,7 @@ def clusters(drawings: list[Drawing], threshold: int = 22) -> list[list[int]]:
 def unseen(drawings: list[Drawing], share: float = 0.15) -> set[int]:
     """Which drawings of one noun are kept from training: whole clusters, chosen by a hash of their sources.
 
-    Never more than a third of them; none where fewer than six drawings or three clusters leave too little to learn from.
+    Never more than a third of them; none where fewer than six drawings or three clusters leave little to learn from.
     """
     groups = clusters(drawings)
     if len(drawings) < 6 or len(groups) < 3:

@@ -68,7 +68,7 @@ class Scenes(Dataset):
         return torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous(), ids, targets, self.patch_labels(made)
 
     def patch_labels(self, made: list[scenes.Scene]) -> Tensor:
-        """What each patch shows: an object that covers more than a quarter of it (the most visible one), else ground."""
+        """What each patch shows: the object that covers most of it, if more than a quarter, else the background."""
         labels = np.zeros((len(made), GRID, GRID), dtype=np.int64)
         for row, scene in zip(labels, made, strict=True):
             share = scene.masks.reshape(-1, GRID, PATCH, GRID, PATCH).mean((2, 4))

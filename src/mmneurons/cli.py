@@ -170,9 +170,9 @@ def doctor(
     from mmneurons.vlm.doctor import doctor as examine
     from mmneurons.vlm.images import open_image
 
-    opened = open_image(path)
+    open_image(path)  # what is no image is told before a model is loaded
     vlm = _load(model, device, dtype, device_map, revision, trust_remote_code, decoder)
-    report = examine(vlm, opened.image, prompt, answer_prefix)
+    report = examine(vlm, path, prompt, answer_prefix)
     if as_json:
         out.print_json(json.dumps(report.to_dict()))
     else:

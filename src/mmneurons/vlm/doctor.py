@@ -7,16 +7,17 @@ from typing import Any
 
 import torch
 from jaxtyping import Float
-from PIL import Image
 from torch import Tensor
 
+from mmneurons import pocket
 from mmneurons.maths.readout import frozen_direction
 from mmneurons.vlm import provenance, weights
 from mmneurons.vlm.anatomy import Anatomy
 from mmneurons.vlm.grid import find_grid
+from mmneurons.vlm.images import open_image
 from mmneurons.vlm.prompts import ANSWER_PREFIX, PROMPT
 from mmneurons.vlm.recording import Recording, record
-from mmneurons.vlm.vlm import VLM
+from mmneurons.vlm.vlm import VLM, Picture
 
 TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-4, torch.bfloat16: 3e-2, torch.float16: 5e-3}
 """Largest error of the additivity identity, by the dtype the model computes in (ours is float32 throughout)."""
@@ -50,14 +51,15 @@ class Report:
         return {"passed": self.passed, **asdict(self)}
 
 
-def doctor(vlm: VLM, image: Image.Image, prompt: str = PROMPT, answer_prefix: str = ANSWER_PREFIX) -> Report:
-    """Check a model on one image (RGB).
+def doctor(vlm: VLM, image: Picture | None = None, prompt: str = PROMPT, answer_prefix: str = ANSWER_PREFIX) -> Report:
+    """Check a model on one image; a sample image if none is given.
 
     The additivity identity: for every generated token, the contributions of all neurons and what attention, embedding
     and biases write, each recorded by itself, add up to the logit that the model gave. Reading `w_out` the wrong way
     round, a missed bias or a misread norm all break it.
     """
-    inputs = vlm.encode([image], prompt, answer_prefix)
+    opened = open_image(pocket.samples()[0].path if image is None else image)
+    inputs = vlm.encode([opened.image], prompt, answer_prefix)
     plain = vlm.generate(inputs)
     with record(vlm.anatomy) as recording:
         answers = vlm.generate(inputs)
@@ -69,22 +71,21 @@ def doctor(vlm: VLM, image: Image.Image, prompt: str = PROMPT, answer_prefix: st
     detail = "each generated token has the highest logit read off the recorded residual stream"
     checks.append(Check("residual stream gives the answer", agree, detail))
     facts, structure = dict(vlm.facts), describe_anatomy(vlm)
-    structure["patch_grid"] = grid if isinstance(grid := find_grid(vlm.model, inputs), str) else [grid.rows, grid.columns]
+    structure["patch_grid"] = (
+        grid if isinstance(grid := find_grid(vlm.model, inputs), str) else [grid.rows, grid.columns]
+    )
     structure["caption"] = f"{answer_prefix} {answers.texts[0]}"
     return Report(facts, structure, tuple(checks), provenance.versions())
 
 
 def additivity(vlm: VLM, recording: Recording, token_ids: tuple[int, ...]) -> Check:
     """Check the identity of DESIGN for each token of row 0 of a recorded batch."""
-    error, largest, n = 0.0, 0.0, len(token_ids)
-    anatomy = vlm.anatomy
+    n, anatomy = len(token_ids), vlm.anatomy
     residual = Recording.stacked(recording.residual)[0, :n].float()
     logits = anatomy.logits(residual)[torch.arange(n), list(token_ids)]
     summed = sum_of_writes(anatomy, recording, residual, list(token_ids))
-    error = float((summed - logits).abs().max())
-    largest = float(logits.abs().max())
+    relative = float((summed - logits).abs().max() / logits.abs().max())
     limit = TOLERANCE.get(vlm.model.dtype, 0.0)
-    relative = error / largest
     return Check(
         "neurons, attention, embedding and biases add up to the logit",
         relative <= limit,

@@ -1,0 +1,162 @@
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from mmneurons import cli, pocket
+from mmneurons.vlm import prompts
+
+
+def run(*arguments, **options):
+    command = [sys.executable, "-m", "mmneurons.cli", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, **options)
+
+
+def call(capsys, monkeypatch, *arguments):
+    """The command line in this process: exit code, stdout, stderr."""
+    monkeypatch.setattr(sys, "argv", ["mmneurons", *map(str, arguments)])
+    monkeypatch.setattr(cli.out, "_file", None)
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    captured = capsys.readouterr()
+    return stop.value.code, captured.out, captured.err
+
+
+@pytest.fixture
+def sample():
+    return pocket.samples()[0].path
+
+
+def test_defaults_are_those_of_the_library():
+    assert (cli.PROMPT, cli.ANSWER_PREFIX, cli.MAX_NEW_TOKENS) == (
+        prompts.PROMPT,
+        prompts.ANSWER_PREFIX,
+        prompts.MAX_NEW_TOKENS,
+    )
+
+
+def test_find_writes_all_that_was_asked_for(tmp_path, sample):
+    done = run("find", sample, "--json", "f.json", "--report", "r.html", "--top", 3, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    document = json.loads((tmp_path / "f.json").read_text())
+    found = document["findings"][0]
+    assert found["caption"] in done.stdout
+    for noun in found["nouns"]:
+        for neuron in noun["neurons"]:
+            assert f"L{neuron['layer']}.u{neuron['index']}" in done.stdout
+            assert len(neuron["map"]) == 8
+            assert "lost_without_image" in neuron
+    assert found["caption"].split()[1] in (tmp_path / "r.html").read_text()
+    assert "Traceback" not in done.stderr
+
+
+def test_json_on_stdout_is_nothing_but_json(capsys, monkeypatch, sample):
+    code, out, _ = call(capsys, monkeypatch, "find", sample, "--json", "-")
+    assert code == 0
+    assert json.loads(out)["findings"][0]["image"] == str(sample)
+
+
+def test_without_an_image_a_sample_is_used_and_said(capsys, monkeypatch):
+    code, out, err = call(capsys, monkeypatch, "caption")
+    assert code == 0
+    assert "sample" in err
+    assert "An image of" in out
+
+
+def test_samples_are_listed_with_their_truth(capsys, monkeypatch):
+    code, out, _ = call(capsys, monkeypatch, "samples")
+    assert code == 0
+    assert len(out.splitlines()) == len(pocket.samples()) >= 24
+    assert all(sample.caption in out for sample in pocket.samples())
+
+
+def test_doctor_passes_and_its_json_says_so(capsys, monkeypatch):
+    code, out, _ = call(capsys, monkeypatch, "doctor", "--json")
+    report = json.loads(out)
+    assert code == 0
+    assert report["passed"]
+    assert all(check["passed"] for check in report["checks"])
+    code, out, _ = call(capsys, monkeypatch, "doctor")
+    assert out.count("PASS") == len(report["checks"])
+
+
+def test_doctor_fails_with_code_1(capsys, monkeypatch):
+    monkeypatch.setattr("mmneurons.vlm.doctor.TOLERANCE", {})
+    code, out, _ = call(capsys, monkeypatch, "doctor")
+    assert code == 1
+    assert "FAIL" in out
+
+
+def test_a_photograph_is_answered_with_a_warning(capsys, monkeypatch, tmp_path):
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (480, 640, 3), dtype=np.uint8)).save(tmp_path / "p.jpg")
+    for command in ("caption", "find"):
+        code, out, err = call(capsys, monkeypatch, command, tmp_path / "p.jpg")
+        assert code == 0
+        assert "knows only its own" in out + err
+
+
+def bad_files(folder):
+    good = folder / "good.png"
+    Image.new("RGB", (60, 40), "red").save(good)
+    (folder / "text.png").write_text("no image")
+    (folder / "empty.png").touch()
+    (folder / "cut.png").write_bytes(good.read_bytes()[:60])
+    (folder / "folder").mkdir()
+    return ["missing.png", "text.png", "empty.png", "cut.png", "folder"]
+
+
+def test_what_is_no_image_is_told_before_a_model_is_loaded(capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr(cli, "_load", lambda *_: pytest.fail("loaded"))
+    for name in bad_files(tmp_path):
+        for command in ("find", "caption", "doctor"):
+            code, _, err = call(capsys, monkeypatch, command, tmp_path / name)
+            assert code == 2, name
+            assert name in err
+            assert "Traceback" not in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--word", "submarine"], "submarine"),
+        (["--score", "best"], "logit, logprob, paper"),
+        (["--model", "/no/such/folder"], "Cannot load"),
+        (["--dtype", "int4"], "int4"),
+        (["--json", "/no/such/folder/f.json"], "mkdir -p"),
+        (["--report", "/no/such/folder/r.html"], "mkdir -p"),
+        (["--decoder", "nothing"], "nothing"),
+    ],
+)
+def test_a_users_mistake_ends_with_code_2_and_one_message(capsys, monkeypatch, sample, arguments, message):
+    code, out, err = call(capsys, monkeypatch, "find", sample, *arguments)
+    assert code == 2
+    assert message in err
+    assert "Traceback" not in out + err
+
+
+def test_help_is_quick_because_it_needs_no_torch():
+    code = "import sys, mmneurons.cli; assert not {'torch', 'transformers', 'jinja2', 'PIL'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
+    assert run("--help").returncode == 0
+
+
+def test_ctrl_c_stops_without_a_traceback(tmp_path, sample):
+    many = []
+    for i in range(300):
+        many.append(tmp_path / f"{i}.png")
+        shutil.copy(sample, many[-1])
+    command = [sys.executable, "-m", "mmneurons.cli", "find", *map(str, many), "--report", str(tmp_path / "r.html")]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, env=os.environ)
+    time.sleep(5)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "Traceback" not in err
+    assert not (tmp_path / "r.html").exists()

@@ -1,0 +1,155 @@
+import copy
+import json
+import shutil
+
+import pytest
+import torch
+from torch import nn
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+
+import mmneurons as mmn
+from mmneurons import pocket
+from mmneurons.errors import ModelError
+from mmneurons.vlm import weights
+from mmneurons.vlm.anatomy import find_anatomy
+from mmneurons.vlm.provenance import weights_hash
+
+
+def test_the_pocket_model_is_an_ordinary_folder(vlm):
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    model = AutoModelForImageTextToText.from_pretrained(pocket.folder(), dtype=torch.float32).eval()
+    processor = AutoProcessor.from_pretrained(pocket.folder())
+    sample = pocket.samples()[0]
+    from PIL import Image
+
+    text = "USER: <image>\nDescribe the image in few words. ASSISTANT: An image of"
+    batch = processor(images=[Image.open(sample.path)], text=[text], return_tensors="pt")
+    ids = model.generate(**batch, max_new_tokens=32, do_sample=False)[:, batch["input_ids"].shape[1] :]
+    assert processor.batch_decode(ids, skip_special_tokens=True)[0].strip() == vlm.caption(str(sample.path))
+    assert 3e6 < sum(p.numel() for p in model.parameters()) < 12e6
+    assert (pocket.folder() / "model.safetensors").stat().st_size < 16e6
+
+
+def test_anatomy_of_a_llava(random_vlm):
+    anatomy = random_vlm.anatomy
+    language = random_vlm.model.model.language_model
+    assert [b.w_out for b in anatomy.blocks] == [layer.mlp.down_proj for layer in language.layers]
+    assert [b.mixer for b in anatomy.blocks] == [layer.self_attn for layer in language.layers]
+    assert anatomy.norm_module is language.norm
+    assert anatomy.head is random_vlm.model.lm_head
+    assert anatomy.n_neurons == 240
+    torch.testing.assert_close(anatomy.norm.weight, language.norm.weight.detach())
+
+
+def test_two_matches_are_an_error_that_lists_both(random_vlm):
+    model = copy.deepcopy(random_vlm.model)
+    model.model.language_model.other_layers = nn.ModuleList(nn.Identity() for _ in range(3))
+    with pytest.raises(
+        ModelError, match=r"(?s)found 2.*language_model\.layers.*language_model\.other_layers.*decoder="
+    ):
+        find_anatomy(model)
+
+
+def test_a_block_without_an_ffn_is_an_error_that_names_it(random_vlm):
+    model = copy.deepcopy(random_vlm.model)
+    model.model.language_model.layers[1].mlp = nn.Identity()
+    with pytest.raises(ModelError, match=r"output projection of block '.*layers\.1'"):
+        find_anatomy(model)
+
+
+def test_the_decoder_can_be_named_and_a_wrong_name_is_told(random_vlm):
+    named = mmn.load(random_vlm.model, processor=random_vlm.processor, decoder="model.language_model")
+    assert named.anatomy.decoder_name == "model.language_model"
+    with pytest.raises(ModelError, match=r"no part named 'model\.nothing'"):
+        mmn.load(random_vlm.model, processor=random_vlm.processor, decoder="model.nothing")
+
+
+@pytest.mark.parametrize(
+    ("missing", "message"),
+    [
+        ("model.safetensors", "Cannot load the model"),
+        ("config.json", "not a vision-language model"),
+        ("processor_config.json", "Cannot load the processor"),
+    ],
+)
+def test_a_folder_that_lacks_a_file(tmp_path, missing, message):
+    folder = tmp_path / "model"
+    shutil.copytree(pocket.folder(), folder)
+    (folder / missing).unlink()
+    with pytest.raises(ModelError, match=message):
+        mmn.load(folder)
+
+
+def test_a_folder_that_does_not_exist():
+    with pytest.raises(ModelError, match=r"Cannot load the model 'no/such-model'"):
+        mmn.load("no/such-model")
+
+
+def test_a_language_model_is_not_a_vision_language_model(tmp_path):
+    LlamaForCausalLM(
+        LlamaConfig(vocab_size=32, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
+    ).save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match="not a vision-language model"):
+        mmn.load(tmp_path)
+    with pytest.raises(ModelError, match="'gpt2' is not a vision-language model"):
+        mmn.load(GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=16, n_head=2, vocab_size=32)), processor=object())
+
+
+def test_other_objects_are_refused(vlm):
+    with pytest.raises(ModelError, match="not a model of the transformers library"):
+        mmn.load(nn.Linear(2, 2))
+    with pytest.raises(ModelError, match="needs its processor"):
+        mmn.load(vlm.model)
+    with pytest.raises(ModelError, match="no dtype 'int8'"):
+        mmn.load(dtype="int8")
+
+
+def test_dtype_is_passed_on():
+    assert mmn.load(dtype="bfloat16", device="cpu").model.dtype == torch.bfloat16
+
+
+def test_a_config_that_asks_for_code_of_its_own_is_refused(tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(pocket.folder(), folder)
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"model_type": "evil", "auto_map": {"AutoConfig": "evil.Config", "AutoModelForImageTextToText": "evil.M"}}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "evil.py").write_text("raise SystemExit('code of the model ran')")
+    with pytest.raises(ModelError):
+        mmn.load(folder)
+
+
+def test_weights_that_cannot_be_read_are_refused_by_name(random_vlm):
+    class Packed(nn.Linear):
+        pass
+
+    with pytest.raises(ModelError, match="type Packed"):
+        weights.dense(Packed(4, 4))
+
+
+def test_weights_are_read_the_same_in_every_form():
+    from transformers.pytorch_utils import Conv1D
+
+    linear, conv = nn.Linear(5000, 6), Conv1D(6, 5000)
+    with torch.no_grad():
+        conv.weight.copy_(linear.weight.T)
+    directions = torch.randn(3, 6)
+    expected = directions @ linear.weight.detach()
+    for module in (linear, conv):
+        torch.testing.assert_close(weights.project(directions, module), expected)
+        torch.testing.assert_close(weights.columns(module, torch.tensor([4999, 0]))[1], linear.weight[:, 0].detach())
+    half = nn.Linear(5000, 6).bfloat16()  # more neurons than one slice holds
+    torch.testing.assert_close(weights.project(directions, half), directions @ half.weight.detach().float())
+
+
+def test_one_changed_weight_changes_the_hash(random_vlm):
+    model = copy.deepcopy(random_vlm.model)
+    before = weights_hash(model)
+    assert weights_hash(copy.deepcopy(model)) == before
+    weight = model.lm_head.weight.data
+    weight[3, 5] += 1e-3
+    changed = weights_hash(model)
+    weight[3, 5] -= 1e-3
+    weight[3, 5], weight[3, 6] = weight[3, 6].item(), weight[3, 5].item()
+    assert len({before, changed, weights_hash(model)}) == 3

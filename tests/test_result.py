@@ -1,0 +1,149 @@
+import dataclasses
+import json
+import math
+import subprocess
+import sys
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import mmneurons as mmn
+from mmneurons.errors import FormatError
+from mmneurons.finding import result
+from mmneurons.finding.result import Finding, NeuronFinding, NounFinding, Parts
+from mmneurons.neurons import Neuron
+
+# What a model can give: any text, finite float32.
+numbers = st.floats(width=32, allow_nan=False, allow_infinity=False)
+text = st.text(st.characters(exclude_categories=["Cs"]), max_size=8)
+grids = st.integers(1, 3).flatmap(
+    lambda n: st.lists(st.lists(numbers, min_size=n, max_size=n).map(tuple), min_size=1, max_size=3).map(tuple)
+)
+neurons = st.builds(
+    NeuronFinding,
+    st.builds(Neuron, st.integers(0, 99), st.integers(0, 9999), st.none() | st.integers(0, 9)),
+    numbers,
+    numbers,
+    st.lists(text, max_size=3).map(tuple),
+    st.lists(text, max_size=3).map(tuple),
+    st.none() | grids,
+    st.none() | numbers,
+)
+nouns = st.builds(
+    NounFinding,
+    word=text,
+    lemma=text,
+    start=st.integers(0, 50),
+    token=text,
+    token_id=st.integers(0, 10**6),
+    step=st.integers(0, 50),
+    n_tokens=st.integers(1, 5),
+    probability=numbers,
+    logit=numbers,
+    parts=st.builds(Parts, numbers, numbers, numbers, numbers, numbers),
+    neurons=st.lists(neurons, max_size=2).map(tuple),
+    layers=st.dictionaries(st.sampled_from([10, 100]), st.lists(st.integers(0, 9), max_size=3).map(tuple)),
+    regions=st.dictionaries(st.sampled_from([1, 10]), grids),
+)
+findings = st.builds(
+    Finding,
+    image=text,
+    prompt=text,
+    answer_prefix=text,
+    caption=text,
+    token_ids=st.lists(st.integers(0, 10**6), max_size=4).map(tuple),
+    score=st.sampled_from(["logit", "logprob", "paper"]),
+    against=st.none() | text,
+    nouns=st.lists(nouns, max_size=2).map(tuple),
+    notes=st.lists(text, max_size=2).map(tuple),
+)
+
+
+def assert_close(one, other):
+    """Equal, numbers to seven digits."""
+    if isinstance(one, float):
+        assert math.isclose(one, other, rel_tol=1e-6)
+    elif dataclasses.is_dataclass(one):
+        for f in dataclasses.fields(one):
+            assert_close(getattr(one, f.name), getattr(other, f.name))
+    elif isinstance(one, dict):
+        assert one.keys() == other.keys()
+        for key in one:
+            assert_close(one[key], other[key])
+    elif isinstance(one, tuple | list):
+        assert len(one) == len(other)
+        for a, b in zip(one, other, strict=True):
+            assert_close(a, b)
+    else:
+        assert one == other
+
+
+@given(st.lists(findings, max_size=2))
+def test_json_reads_back(written):
+    text = result.to_json(written)
+    read = result.from_json(text)
+    assert_close(written, read)
+    assert result.to_json(read) == text
+
+
+def test_the_same_run_gives_the_same_bytes(vlm, sample_paths):
+    runs = [result.to_json(mmn.find(vlm, sample_paths[:3], maps=True, blank=True)) for _ in range(2)]
+    assert runs[0] == runs[1]
+
+
+def test_the_form_that_the_issue_fixes(vlm, sample_paths):
+    document = json.loads(result.to_json(mmn.find(vlm, sample_paths[:1])))
+    assert document["schema"] == 1
+    assert document["provenance"]["model"]["id"] == "pocket"
+    found = document["findings"][0]
+    assert {"image", "prompt", "answer_prefix", "caption", "token_ids", "choices", "nouns"} <= found.keys()
+    assert found["choices"] == {"score": "logit", "against": None}
+    noun = found["nouns"][0]
+    assert {"word", "lemma", "token", "token_id", "step", "probability", "neurons"} <= noun.keys()
+    assert found["token_ids"][noun["step"]] == noun["token_id"]
+    assert {"layer", "index", "score", "activation", "tokens"} <= noun["neurons"][0].keys()
+    assert "expert" not in noun["neurons"][0]
+
+
+def test_provenance_says_what_made_it(vlm, sample_paths):
+    made_by = mmn.find(vlm, sample_paths[0], score="logprob", top=3).provenance
+    assert made_by["model"].keys() == {"id", "revision", "class", "weights_hash", "dtype", "device"}
+    assert made_by["packages"].keys() >= {"mmneurons", "torch", "transformers"}
+    assert (made_by["settings"]["score"], made_by["settings"]["top"]) == ("logprob", 3)
+
+
+def test_saved_whole_or_not_at_all(tmp_path, vlm, sample_paths, monkeypatch):
+    path = tmp_path / "finding.json"
+    path.write_text("before")
+    found = mmn.find(vlm, sample_paths[0])
+    broken = dataclasses.replace(found, caption=float("nan"))  # JSON has no such number
+    with pytest.raises(ValueError, match="JSON"):
+        result.save([broken], path)
+    assert path.read_text() == "before"
+    assert list(tmp_path.iterdir()) == [path]
+    result.save([found], path)
+    assert result.load(path)[0].caption == found.caption
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", '{"schema": 2}', '{"schema": 1}', '{"schema": 1, "provenance": {}, "findings": [{}]}', "3"]
+)
+def test_a_damaged_file_is_refused(text):
+    with pytest.raises(FormatError):
+        result.from_json(text)
+
+
+def test_findings_of_different_runs_make_no_file(vlm, sample_paths):
+    one, other = mmn.find(vlm, sample_paths[0]), mmn.find(vlm, sample_paths[0], top=3)
+    with pytest.raises(FormatError, match="different runs"):
+        result.to_json([one, other])
+
+
+def test_a_file_is_read_without_torch(tmp_path, vlm, sample_paths):
+    path = tmp_path / "finding.json"
+    result.save([mmn.find(vlm, sample_paths[0])], path)
+    code = (
+        f"import sys, mmneurons; mmneurons.load_findings({str(path)!r})[0].caption; assert 'torch' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
