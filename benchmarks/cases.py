@@ -49,12 +49,13 @@ class Case:
         return recording
 
 
-def check_baseline(case: Case) -> None:
-    """The baseline says what a raw `model.generate` says, and `find` the same."""
+def check_baseline(case: Case) -> list[mmn.Finding]:
+    """The baseline says what a raw `model.generate` says, and `find` the same; what it found."""
     answers, found = case.generate(), case.find()
     raw = generate(case.vlm, case.vlm.encode(case.images, PROMPT, ANSWER_PREFIX), NEW_TOKENS).sequences
     assert torch.equal(raw, answers.sequences), "our generate is not model.generate"
     assert tuple(finding.token_ids for finding in found) == answers.token_ids, "find captions otherwise"
+    return found
 
 
 def check_released(case: Case, finding: mmn.Finding, said: Sequence[Said], projections: list[torch.Tensor]) -> None:

@@ -18,7 +18,7 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -56,13 +56,28 @@ class Effort:
     """How often things are repeated."""
 
     pairs: int
-    rivals: int
-    growth: int
+    """Rounds of `find` and `generate` for one image."""
+    others: int
+    """Rounds of all else."""
 
 
-def measure_pairs(case: Case, n: int, table: Table) -> None:
+FULL = {"pocket": Effort(25, 9), "random": Effort(9, 5)}
+QUICK = {"pocket": Effort(2, 1), "random": Effort(2, 1)}
+
+
+@dataclass(frozen=True)
+class Tables:
+    """What was measured."""
+
+    cost: Table = field(default_factory=lambda: Table(dict))
+    memory: Table = field(default_factory=lambda: Table(dict))
+    rivals: Table = field(default_factory=lambda: Table(dict))
+    growth: Table = field(default_factory=lambda: Table(dict))
+
+
+def measure_pairs(case: Case, n: int, tables: Tables) -> None:
     """`find` next to `generate`, and where its extra time goes."""
-    check_baseline(case)
+    found = check_baseline(case)  # runs both once; the first time, the tagger loads and the weights are hashed
     plain_parts: list[dict[str, float]] = []
     find_parts: list[dict[str, float]] = []
 
@@ -71,19 +86,18 @@ def measure_pairs(case: Case, n: int, table: Table) -> None:
             run()
         log.append(spent)
 
-    found = case.find()  # also loads the tagger and hashes the weights: once per process, once per model
     seconds = rounds(
         {"generate": partial(watched, case.generate, plain_parts), "find": partial(watched, case.find, find_parts)}, n
     )
     plain, whole = seconds["generate"], seconds["find"]
-    parts = {name: [spent[name] for spent in find_parts[1:]] for name in PLACES}
-    parts["rest"] = [total - sum(spent.values()) for total, spent in zip(whole, find_parts[1:], strict=True)]
+    parts = {name: [spent[name] for spent in find_parts] for name in PLACES}
+    parts["rest"] = [total - sum(spent.values()) for total, spent in zip(whole, find_parts, strict=True)]
     for name in ("processor", "generation"):  # what `generate` alone needs for them is no extra
-        parts[name] = [more - less[name] for more, less in zip(parts[name], plain_parts[1:], strict=True)]
+        parts[name] = [more - less[name] for more, less in zip(parts[name], plain_parts, strict=True)]
     parts["recording"] = parts.pop("generation")
     parts["rest"] = [a + b for a, b in zip(parts["rest"], parts.pop("processor"), strict=True)]
 
-    column = case.column
+    column, table = case.column, tables.cost
     table["nouns scored"][column] = str(sum(len(finding.nouns) for finding in found))
     table["`generate`, seconds"][column] = f"{statistics.median(plain):.3f}"
     table["`find`, seconds"][column] = f"{statistics.median(whole):.3f}"
@@ -93,19 +107,8 @@ def measure_pairs(case: Case, n: int, table: Table) -> None:
         table[f"- {name}, % of `generate`"][column] = f"{share:.1f}"
 
 
-def measure_once(case: Case, n: int, table: Table) -> None:
-    """What is asked for apart, and what is done once per model."""
-    seconds = rounds(
-        {"find": case.find, "maps": partial(case.find, maps=True), "blank": partial(case.find, blank=True)}, n
-    )
-    table["`find` with maps / without"][case.column] = str(Ratio.of(seconds["maps"], seconds["find"]))
-    table["`find` with a blank image / without"][case.column] = str(Ratio.of(seconds["blank"], seconds["find"]))
-    hashed = rounds({"hash": partial(provenance.weights_hash, case.vlm.model)}, n)["hash"]
-    table["weights hash, once per model, seconds"][case.column] = f"{statistics.median(hashed):.3f}"
-
-
-def measure_rivals(case: Case, n: int, table: Table) -> None:
-    """The released algorithm and gradient x activation, next to `find`, for the same nouns of one image."""
+def measure_rivals(case: Case, n: int, tables: Tables) -> None:
+    """Maps, the released algorithm and gradient x activation, next to `find`, for the same nouns of one image."""
     (finding,) = case.find(score="paper")
     image, vlm = case.images[0], case.vlm
     said = [Said(noun.step, noun.token_id) for noun in finding.nouns]
@@ -115,17 +118,25 @@ def measure_rivals(case: Case, n: int, table: Table) -> None:
     built = time.perf_counter() - start
     held = sum(part.nbytes for part in projections)
     check_released(case, finding, said, projections)
+    case.find(maps=True, blank=True)
     seconds = rounds(
         {
             "generate": case.generate,
             "find": case.find,
+            "maps": partial(case.find, maps=True),
+            "blank": partial(case.find, blank=True),
+            "hash": partial(provenance.weights_hash, vlm.model),
             "released": partial(released, vlm, image, said, projections, NEW_TOKENS),
             "gradient": partial(gradient_whole, vlm, image, said, NEW_TOKENS),
             "cached": partial(gradient_cached, vlm, image, said, NEW_TOKENS),
         },
         n,
     )
+    tables.cost["`find` with maps / without"][case.column] = str(Ratio.of(seconds["maps"], seconds["find"]))
+    tables.cost["`find` with a blank image / without"][case.column] = str(Ratio.of(seconds["blank"], seconds["find"]))
+    tables.cost["weights hash, once per model, seconds"][case.column] = f"{statistics.median(seconds['hash']):.3f}"
     column, weights_bytes = case.name, sum(part.nbytes for part in vlm.model.parameters())
+    table = tables.rivals
     table["nouns of the image"][column] = str(len(said))
     table["released algorithm / `find`"][column] = str(Ratio.of(seconds["released"], seconds["find"]))
     table["- its projections, built once, seconds"][column] = f"{built:.2f}"
@@ -138,7 +149,7 @@ def measure_rivals(case: Case, n: int, table: Table) -> None:
         table[f"- {row}: ms for each noun"][column] = f"{1000 * statistics.median(beyond):.1f}"
 
 
-def measure_growth(case: Case, n: int, table: Table, rivals: Table) -> None:
+def measure_growth(case: Case, n: int, tables: Tables) -> None:
     """Scoring and describing against the number of nouns, next to one read of every `w_out`."""
     vlm, recording = case.vlm, case.recorded("logit")
     n_steps = len(recording.residual)
@@ -162,7 +173,7 @@ def measure_growth(case: Case, n: int, table: Table, rivals: Table) -> None:
     arms: dict[str, Callable[[], object]] = {"read": read}
     arms |= {f"score {k}": partial(score, k) for k in NOUNS} | {f"tell {k}": partial(tell, k) for k in NOUNS}
     seconds = rounds(arms, n)
-    column = case.name
+    column, table = case.name, tables.growth
     table["one read of every `w_out`, ms"][column] = f"{1000 * statistics.median(seconds['read']):.2f}"
     for k in NOUNS:
         table[f"{k} nouns: scoring, ms (over that read)"][column] = (
@@ -172,10 +183,10 @@ def measure_growth(case: Case, n: int, table: Table, rivals: Table) -> None:
         table[f"{k} nouns: describing, ms"][column] = f"{1000 * statistics.median(seconds[f'tell {k}']):.2f}"
     few, many = ([a + b for a, b in zip(seconds[f"score {k}"], seconds[f"tell {k}"], strict=True)] for k in (1, 10))
     further = statistics.median((b - a) / 9 for a, b in zip(few, many, strict=True))
-    rivals["- `find`: ms for each further noun"][column] = f"{1000 * further:.1f}"
+    tables.rivals["- `find`: ms for each further noun"][column] = f"{1000 * further:.1f}"
 
 
-def measure_memory(names: Sequence[str], batches: Sequence[int], geometry: Geometry, table: Table) -> None:
+def measure_memory(names: Sequence[str], batches: Sequence[int], geometry: Geometry, tables: Tables) -> None:
     """Peaks of fresh processes, one that generates and one that finds.
 
     First of all: on Linux a child's peak counts what this process held when the child was started.
@@ -200,7 +211,7 @@ def measure_memory(names: Sequence[str], batches: Sequence[int], geometry: Geome
             say(f"  peak of {name}, batch {batch}: {peaks} MiB")
             column = f"{_title(name)}, batch {batch}"
             ratio, extra = peaks[1] / peaks[0], peaks[1] - peaks[0]
-            table["peak memory, `find` / `generate`"][column] = f"{ratio:.3f} (+{extra:.0f} MiB)"
+            tables.memory["peak memory, `find` / `generate`"][column] = f"{ratio:.3f} (+{extra:.0f} MiB)"
 
 
 def _side(name: str, geometry: Geometry) -> int:
@@ -238,6 +249,23 @@ def write(page: Path, measured: str) -> None:
     page.write_text(f"{before if rest else ''}{BEGIN}\n{measured}\n{END}{after or chr(10)}", encoding="utf-8")
 
 
+def page(tables: Tables, sizes: dict[str, int], geometry: Geometry) -> str:
+    """All that was measured so far."""
+    toy = " (toy sizes: no measurement)" if geometry is TINY else ""
+    millions = ", ".join(f"{name} {size / 1e6:.1f} M" for name, size in sizes.items())
+    return "\n\n".join(
+        [
+            f"Command: `{shlex.join(['python', *sys.argv])}`{toy}",
+            f"Machine: {machine()}.",
+            f"Parameters: {millions}. Random model: {geometry}; {NOUNS_PER_CAPTION} nouns a caption. "
+            f"At most {NEW_TOKENS} new tokens.",
+            markdown("`find` and `generate`", Table(dict, tables.cost | tables.memory)),
+            markdown("Rivals, one image", tables.rivals),
+            markdown("Growth, one image", tables.growth),
+        ]
+    )
+
+
 def main() -> None:
     """Measure, print, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -245,43 +273,27 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path(__file__).parents[1] / "docs" / "benchmarks.md")
     asked = parser.parse_args()
     geometry = TINY if asked.quick else LARGE
-    efforts = {"pocket": Effort(25, 9, 15), "random": Effort(7, 5, 7)}
-    if asked.quick:
-        efforts = dict.fromkeys(efforts, Effort(2, 1, 1))
-    cost, rival, growth, memory = Table(dict), Table(dict), Table(dict), Table(dict)
+    efforts = QUICK if asked.quick else FULL
+    tables, sizes = Tables(), {}
     measure_memory(
-        ["random"] if asked.quick else list(efforts), BATCHES[:1] if asked.quick else BATCHES, geometry, memory
+        ["random"] if asked.quick else list(efforts), BATCHES[: 1 if asked.quick else None], geometry, tables
     )
-    size = 0
     for name, effort in efforts.items():
         vlm = build(name, geometry)
-        size = sum(part.numel() for part in vlm.model.parameters())
+        sizes[name] = sum(part.numel() for part in vlm.model.parameters())
         images = pictures(max(BATCHES), _side(name, geometry))
         for dtype in ("float32",) if vlm.is_pocket else ("float32", "bfloat16"):
             vlm.model.to(getattr(torch, dtype))
-            with nouns_of(vlm):
-                for batch in BATCHES:
-                    case = Case(vlm, images[:batch], _title(name, dtype))
-                    say(case.column)
-                    measure_pairs(case, effort.pairs if batch == 1 else min(effort.pairs, max(5, effort.rivals)), cost)
+            for batch in BATCHES:
+                case = Case(vlm, images[:batch], _title(name, dtype))
+                say(case.column)
+                with nouns_of(vlm):
+                    measure_pairs(case, effort.pairs if batch == 1 else effort.others, tables)
                     if dtype == "float32" and batch == 1:
-                        measure_once(case, effort.rivals, cost)
-                        measure_rivals(case, effort.rivals, rival)
-                        measure_growth(case, effort.growth, growth, rival)
-    cost |= memory
-    measured = "\n\n".join(
-        [
-            f"Command: `{shlex.join(['python', *sys.argv])}`" + (" (toy sizes: no measurement)" if asked.quick else ""),
-            f"Machine: {machine()}.",
-            f"Random model: {size / 1e6:.0f} M parameters; {geometry}; {NOUNS_PER_CAPTION} nouns a caption. "
-            f"At most {NEW_TOKENS} new tokens.",
-            markdown("`find` and `generate`", cost),
-            markdown("Rivals, one image", rival),
-            markdown("Growth, one image", growth),
-        ]
-    )
-    print(measured)
-    write(asked.out, measured)
+                        measure_rivals(case, effort.others, tables)
+                        measure_growth(case, effort.others, tables)
+                write(asked.out, page(tables, sizes, geometry))  # a run cut short leaves what it measured
+    print(page(tables, sizes, geometry))
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
 import torch
+from hypothesis import settings
 from transformers import LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 from transformers.utils import logging
 
@@ -17,6 +18,8 @@ import mmneurons as mmn
 from mmneurons import pocket
 from mmneurons.vlm.vlm import VLM
 
+settings.register_profile("quiet", deadline=None)  # speed is measured in benchmarks/, never asserted in a test
+settings.load_profile("quiet")
 logging.disable_progress_bar()
 logging.set_verbosity_error()
 

@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from mmneurons.finding.result import Finding as Finding
     from mmneurons.finding.result import NeuronFinding as NeuronFinding
     from mmneurons.finding.result import NounFinding as NounFinding
-    from mmneurons.finding.result import load as load_findings
-    from mmneurons.finding.result import save as save_findings
+    from mmneurons.finding.result import load as load_findings  # noqa: F401
+    from mmneurons.finding.result import save as save_findings  # noqa: F401
     from mmneurons.neurons import Neuron as Neuron
     from mmneurons.report import write_report as write_report
     from mmneurons.vlm.doctor import doctor as doctor
@@ -44,7 +44,7 @@ _HOMES = {
     "save_findings": "mmneurons.finding.result:save",
     "write_report": "mmneurons.report:write_report",
 }
-__all__ = sorted(_HOMES)  # noqa: PLE0605
+__all__ = sorted(_HOMES)
 
 
 def __getattr__(name: str) -> Any:

@@ -13,8 +13,8 @@ from typing import Any, overload
 from PIL import Image
 
 from mmneurons.errors import SettingError, WordError
-from mmneurons.finding.result import Finding, NounFinding, Score
 from mmneurons.finding.maps import with_blank, with_maps
+from mmneurons.finding.result import Finding, NounFinding, Score
 from mmneurons.finding.scoring import SCORES, Choices, Target, describe, score_targets
 from mmneurons.vlm import provenance
 from mmneurons.vlm.grid import PatchGrid, find_grid, model_view
