@@ -126,11 +126,12 @@ def test_what_is_no_image_is_told_before_a_model_is_loaded(capsys, monkeypatch, 
     ("arguments", "message"),
     [
         (["--word", "submarine"], "submarine"),
-        (["--score", "best"], "logit, logprob, paper"),
+        (["--score", "best"], "logprob"),
         (["--model", "/no/such/folder"], "Cannot load"),
         (["--dtype", "int4"], "int4"),
         (["--json", "/no/such/folder/f.json"], "mkdir -p"),
         (["--report", "/no/such/folder/r.html"], "mkdir -p"),
+        (["--json", "."], "It is a folder"),
         (["--decoder", "nothing"], "nothing"),
     ],
 )

@@ -96,8 +96,9 @@ def test_python_blocks_run(path, tmp_path, monkeypatch):
 def test_blocks_are_found_and_share_names(tmp_path, monkeypatch):
     page = tmp_path / "page.md"
     page.write_text(
-        "```python\nx = 1\n```\n<!-- not run: needs a download -->\n\n```python\n1 / 0\n```\n````python\nassert x == 1\n"
-        'from pathlib import Path\nassert Path("dog.png").is_file()\n````\n```text\n)(\n```\n'
+        "```python\nx = 1\n```\n<!-- not run: needs a download -->\n\n```python\n1 / 0\n```\n"
+        '````python\nassert x == 1\nfrom pathlib import Path\nassert Path("dog.png").is_file()\n````\n'
+        "```text\n)(\n```\n"
     )
     monkeypatch.chdir(tmp_path)
     assert run(page, tmp_path) == 2
@@ -139,7 +140,7 @@ def test_links_lead_somewhere(path):
 
 @each_document
 def test_files_that_are_named_exist(path):
-    folders = "|".join(["src", "docs", "tests", "benchmarks", "training"] + packages())
+    folders = "|".join(["src", "docs", "tests", "benchmarks", "training", *packages()])
     for name in re.findall(rf"`((?:{folders})/[\w./-]+)(?::[\w.]+)?`", prose(read(path))):
         ours = [ROOT / name, SOURCE / name]
         assert any(place.exists() for place in ours) or is_theirs(path, name), f"{name}: there is no such file"
@@ -222,7 +223,7 @@ def documented() -> dict[str, tuple[str, bool]]:
 
 
 def written(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    """The fields of a JSON value by their paths; what is below a key that is a number, or in provenance, is no field."""
+    """The fields of a JSON value by their paths; keys that are numbers, and what provenance holds, are no fields."""
     if isinstance(value, dict) and not all(key.isdigit() for key in value):
         for key, entry in value.items():
             here = f"{path}.{key}".lstrip(".")
@@ -303,12 +304,37 @@ def test_the_schema_number_is_the_one_described():
     assert f"A file of schema {result.SCHEMA} has the fields of this page" in read(FORMAT)
 
 
-def test_the_example_of_the_format_is_a_file_of_findings():
-    (example,) = [block.text for block in blocks(read(FORMAT)) if block.language == "json"]
-    (finding,) = result.from_json(example)
-    (noun,) = finding.nouns
-    parts = noun.parts
-    assert finding.caption[noun.start :].startswith(noun.word)
-    assert finding.token_ids[noun.step] == noun.token_id
-    assert parts.ffn + parts.attention + parts.embedding + parts.bias == pytest.approx(noun.logit, rel=1e-4)
-    assert json.loads(result.to_json([finding])) == json.loads(example)
+# The example: `python tests/test_docs.py` writes it anew
+
+EXAMPLE = re.compile(r"(?<=^```json\n).*?(?=^```$)", re.DOTALL | re.MULTILINE)
+SAMPLE, WORD = "envelope-cat", "snow"
+
+
+def make_example(vlm: mmn.VLM) -> str:
+    path = next(sample.path for sample in pocket.samples() if sample.name == SAMPLE)
+    finding = mmn.find(vlm, path, words=[WORD], top=1)
+    text = result.to_json([dataclasses.replace(finding, image=path.name)])
+    return re.sub(
+        r"\[[^\[\]{}]*\]", lambda short: re.sub(r"\s*\n\s*", " ", short[0]).replace("[ ", "[").replace(" ]", "]"), text
+    )
+
+
+def test_the_example_is_what_its_command_gives(vlm):
+    assert f"mmneurons find {SAMPLE}.png --word {WORD} --top 1 --no-maps --json -\n" in read(FORMAT)
+    (shown,) = EXAMPLE.findall(read(FORMAT))
+    ((here,), (there,)) = (result.from_json(text) for text in (shown, make_example(vlm)))
+    assert json.loads(result.to_json([here])) == json.loads(shown)
+    assert here.provenance["settings"] == there.provenance["settings"]
+    again = "another model wrote the example; write it anew: python tests/test_docs.py"
+    assert here.provenance["model"]["weights_hash"] == there.provenance["model"]["weights_hash"], again
+    assert (here.caption, here.token_ids) == (there.caption, there.token_ids)
+    for one, other in zip(here.nouns, there.nouns, strict=True):
+        assert dataclasses.asdict(one.parts) == pytest.approx(dataclasses.asdict(other.parts), rel=1e-3, abs=1e-3)
+        assert one.neurons[0].neuron == other.neurons[0].neuron
+        assert one.neurons[0].tokens == other.neurons[0].tokens
+        assert one.neurons[0].score == pytest.approx(other.neurons[0].score, rel=1e-3)
+
+
+if __name__ == "__main__":
+    made = make_example(mmn.load(device="cpu"))
+    FORMAT.write_text(EXAMPLE.sub(lambda _: made, read(FORMAT)), encoding="utf-8")

@@ -135,8 +135,8 @@ def test_logprob_is_gradient_times_activation_in_the_last_block(vlm, images):
 def test_additivity_on_every_token_of_every_sample(vlm, sample_paths):
     for path in sample_paths:
         with record(vlm.anatomy) as recording:
-            answers = vlm.generate(vlm.encode([open_image(path).image], answer_prefix="An image of"))
-        check = additivity(vlm, recording, answers.token_ids[0])
+            answers = vlm.generate(vlm.encode([open_image(path).image], answer_prefix="An image of"), logits=True)
+        check = additivity(vlm, recording, answers)
         assert check.passed, check.detail
 
 
@@ -166,8 +166,7 @@ def test_parts_add_up_to_the_logit(vlm, sample_paths):
     for found in mmn.find(vlm, list(sample_paths[:8])):
         for noun in found.nouns:
             parts = noun.parts
-            total = parts.ffn + parts.attention + parts.embedding + parts.bias
-            assert total == pytest.approx(noun.logit, rel=1e-4, abs=1e-4)
+            assert parts.total == pytest.approx(noun.logit, rel=1e-4, abs=1e-4)
             # Here the score is `logit`: the top neurons' share is the sum of their scores.
             assert parts.top == pytest.approx(sum(n.score for n in noun.neurons), rel=1e-4, abs=1e-5)
 
@@ -374,6 +373,39 @@ def test_a_caption_without_nouns_says_so(vlm, images, monkeypatch):
 def test_settings_without_meaning_are_refused(vlm, images, choice, message):
     with pytest.raises(SettingError, match=message):
         mmn.find(vlm, images[0], **choice)
+
+
+def test_against_a_word_that_is_no_word_is_refused(vlm, images):
+    for word in ("", "  ", "\u65e5"):
+        with pytest.raises(WordError, match="no token of its own"):
+            mmn.find(vlm, images[0], against=word)
+
+
+def test_a_noun_is_not_compared_with_itself(vlm, images):
+    nouns = mmn.find(vlm, images[0]).nouns
+    left = mmn.find(vlm, images[0], against=nouns[0].word).nouns
+    assert [noun.word for noun in left] == [noun.word for noun in nouns[1:]]
+
+
+def test_a_gate_that_is_not_called_is_no_activation(random_vlm, images):
+    mlp = random_vlm.model.model.language_model.layers[1].mlp
+    forward = mlp.forward
+    silu = torch.nn.functional.silu
+    mlp.forward = lambda x: mlp.down_proj(silu(mlp.gate_proj(x)) * mlp.up_proj(x))
+    try:
+        with pytest.raises(mmn.MmneuronsError, match=r"activation function was reached.*|layers\.1"):
+            mmn.find(random_vlm, images[0], score="paper")
+    finally:
+        mlp.forward = forward
+
+
+def test_a_softcap_is_noticed(vlm, images):
+    capped = copy.deepcopy(vlm.model)
+    capped.lm_head.register_forward_hook(lambda module, args, output: 5 * torch.tanh(output / 5))
+    model = mmn.load(capped, processor=vlm.processor)
+    assert not mmn.doctor(model, images[0]).checks[0].passed
+    assert any("Approximate" in note for note in mmn.find(model, images[0]).notes)
+    assert not any("Approximate" in note for note in mmn.find(vlm, images[0]).notes)
 
 
 def test_against_the_noun_itself_is_refused(vlm, images):

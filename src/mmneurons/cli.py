@@ -7,7 +7,7 @@ import os
 import sys
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich.console import Console
@@ -85,7 +85,7 @@ def find(
     prompt: Prompt = PROMPT,
     answer_prefix: Prefix = ANSWER_PREFIX,
     top: Annotated[int, typer.Option(min=1, help="Neurons listed for each noun.")] = 10,
-    score: Annotated[str, typer.Option(help="logit, logprob or paper; see docs/method.md.")] = "logit",
+    score: Annotated[Literal["logit", "logprob", "paper"], typer.Option(help="See docs/method.md.")] = "logit",
     word: Annotated[list[str] | None, typer.Option(help="A word of the caption to explain; repeatable.")] = None,
     against: Annotated[str | None, typer.Option(help="Score why the noun rather than this word.")] = None,
     json_path: Annotated[str | None, typer.Option("--json", metavar="FILE", help="Write JSON; - for stdout.")] = None,
@@ -118,7 +118,7 @@ def find(
             prompt=prompt,
             answer_prefix=answer_prefix,
             top=top,
-            score=score,  # pyright: ignore[reportArgumentType]  # checked by find
+            score=score,
             words=word,
             against=against,
             maps=maps,
@@ -199,9 +199,15 @@ def _images_or_sample(images: list[str] | None) -> list[str]:
 
 def _check_outputs(json_path: str | None, report: Path | None) -> None:
     for path in (None if json_path == "-" else json_path, report):
-        if path is not None and not (folder := Path(path).parent).is_dir():
+        if path is None:
+            continue
+        if not (folder := Path(path).parent).is_dir():
             raise SettingError(
                 f"Cannot write {path}.", seen=f"There is no folder {folder}.", fix=f"Make it first: mkdir -p {folder}"
+            )
+        if Path(path).is_dir():
+            raise SettingError(
+                f"Cannot write {path}.", seen="It is a folder.", fix=f"Name a file in it: {path}/find.out"
             )
 
 
@@ -263,9 +269,6 @@ def main() -> None:
     except KeyboardInterrupt:
         err.print("stopped")
         sys.exit(130)
-    except BrokenPipeError:  # the reader of a pipe, such as head, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(0)
 
 
 if __name__ == "__main__":

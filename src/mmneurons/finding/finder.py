@@ -17,9 +17,10 @@ from mmneurons.finding.maps import with_blank, with_maps
 from mmneurons.finding.result import Finding, NounFinding, Score
 from mmneurons.finding.scoring import SCORES, Choices, Target, describe, score_targets
 from mmneurons.vlm import provenance
+from mmneurons.vlm.doctor import TOLERANCE
 from mmneurons.vlm.grid import PatchGrid, find_grid, model_view
 from mmneurons.vlm.images import OpenedImage, open_image
-from mmneurons.vlm.prompts import ANSWER_PREFIX, MAX_NEW_TOKENS, PROMPT
+from mmneurons.vlm.prompts import ANSWER_PREFIX, MAX_NEW_TOKENS, PROMPT, token_of
 from mmneurons.vlm.recording import record
 from mmneurons.vlm.vlm import VLM, Answers, Picture, Pictures, as_list
 from mmneurons.words import find_nouns, find_words, says
@@ -59,7 +60,7 @@ def find(  # pyright: ignore[reportInconsistentOverload]  # the overloads say wh
         score: "logit": how many logits of the word a neuron wrote. "logprob": how far it pushes log p of the word, to
             first order. "paper": what the released MM_Neurons code prints. See docs/method.md.
         words: Words of the caption to explain instead of its nouns.
-        against: Another word: scores say why the noun rather than this one.
+        against: Another word: scores say why the noun rather than this one. A noun that is this word is left out.
         maps: Also where in the image each neuron is active, and heat maps of the top 1 to 1000: one more prefill.
         blank: Also what share of each score is lost with a blank image: one more pass over the caption.
         max_new_tokens: Where to stop if the model does not.
@@ -74,15 +75,15 @@ def find(  # pyright: ignore[reportInconsistentOverload]  # the overloads say wh
         WordError: if a word asked for is in none of the captions.
         SettingError: for a setting that has no meaning.
 
-    Source: Pan et al., Findings of ACL 2024, section 3. Their code projects the gate alone onto the unembedding and
-        needs a second run; `score="paper"` repeats the former.
+    Source: Pan et al., Findings of ACL 2024, section 3. Their code projects the gate alone onto the unembedding:
+        `score="paper"`.
     """
     if score not in SCORES:
         raise SettingError(f"There is no score '{score}'.", fix=f"Choose one of: {', '.join(SCORES)}.")
     if top < 1 or batch_size < 1:
         raise SettingError("Sizes start at 1.", seen=f"top={top}, batch_size={batch_size}")
     opened = [open_image(image) for image in as_list(images)]
-    wanted = None if words is None else (words,) if isinstance(words, str) else tuple(words)
+    wanted = (words,) if isinstance(words, str) else tuple(words or ()) or None
     choices = Choices(prompt, answer_prefix, top, score, wanted, against, maps, blank, max_new_tokens)
     findings: list[Finding] = []
     for start in range(0, len(opened), batch_size):
@@ -99,13 +100,14 @@ def _find_batch(vlm: VLM, opened: list[OpenedImage], choices: Choices) -> list[F
     """The whole way for one batch, top to bottom."""
     inputs = vlm.encode([o.image for o in opened], choices.prompt, choices.answer_prefix)
     with record(vlm.anatomy, gates=choices.score == "paper") as recording:
-        answers = vlm.generate(inputs, choices.max_new_tokens)
+        answers = vlm.generate(inputs, choices.max_new_tokens, logits=True)
     targets = [t for row in range(len(opened)) for t in _targets(vlm, answers, row, choices)]
     nouns: list[NounFinding] = []
     notes: list[str] = []
     if targets:
-        scored = score_targets(vlm, recording, targets, choices)
+        scored = score_targets(vlm, recording, answers, targets, choices)
         nouns = [describe(vlm, scored, i) for i in range(len(targets))]
+        notes += _doubt(vlm, nouns)
         if choices.maps:
             grid = find_grid(vlm.model, inputs)
             if isinstance(grid, PatchGrid):
@@ -119,7 +121,7 @@ def _find_batch(vlm: VLM, opened: list[OpenedImage], choices: Choices) -> list[F
             nouns = with_blank(vlm, grey, answers, scored, nouns)
     return [
         Finding(
-            image=o.name,
+            image=o.name.encode("utf-8", "replace").decode(),  # a file name may hold bytes that JSON cannot
             prompt=choices.prompt,
             answer_prefix=choices.answer_prefix,
             caption=answers.texts[row],
@@ -135,7 +137,11 @@ def _find_batch(vlm: VLM, opened: list[OpenedImage], choices: Choices) -> list[F
 
 
 def _targets(vlm: VLM, answers: Answers, row: int, choices: Choices) -> list[Target]:
-    """Which tokens of one caption are scored: the first of each noun, or of each word asked for."""
+    """Which tokens of one caption are scored: the first of each noun, or of each word asked for.
+
+    Raises:
+        SettingError: if a word asked for begins with the same token as the one it is to be compared with.
+    """
     caption, ids = answers.texts[row], answers.token_ids[row]
 
     def decode(part: Sequence[int]) -> str:
@@ -146,10 +152,27 @@ def _targets(vlm: VLM, answers: Answers, row: int, choices: Choices) -> list[Tar
     else:
         words = find_words([w for w in choices.words if says(caption, w)], caption, ids, decode)
     targets = [Target(row, word, word.steps[0], ids[word.steps[0]]) for word in words]
+    if choices.against is not None:
+        other = token_of(vlm.tokenizer, choices.against)
+        if choices.words is not None and any(target.token_id == other for target in targets):
+            raise SettingError(
+                f"'{choices.against}' begins with the same token as a word to score: nothing to compare.",
+                fix="Compare with a word that begins differently.",
+            )
+        targets = [target for target in targets if target.token_id != other]
     if choices.score == "paper":  # as the released code: a word's first occurrence only
         first = {target.word.text: target for target in reversed(targets)}
         targets = [target for target in targets if first[target.word.text] is target]
     return targets
+
+
+def _doubt(vlm: VLM, nouns: Sequence[NounFinding]) -> list[str]:
+    """Whether what was recorded adds up to the logits that this model gave; it does where the anatomy is right."""
+    largest = max(abs(noun.logit) for noun in nouns)
+    error = max(abs(noun.parts.total - noun.logit) for noun in nouns) / largest
+    if error <= TOLERANCE.get(vlm.model.dtype, 0.0):
+        return []
+    return [f"Approximate: what was recorded misses the model's logits by {error:.1%}. See mmneurons doctor."]
 
 
 def _silence(caption: str, nouns: Sequence[NounFinding], choices: Choices) -> list[str]:

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import BatchFeature
 
 from mmneurons.finding.result import Grid, NounFinding
-from mmneurons.finding.scoring import REGION_SIZES, Scored, columns_of, pick_moments, read_out
+from mmneurons.finding.scoring import REGION_SIZES, Scored, columns_of, pick_moments, read_out, scored_activations
 from mmneurons.vlm.grid import PatchGrid
 from mmneurons.vlm.recording import Recording, record
 from mmneurons.vlm.vlm import VLM, Answers
@@ -20,7 +20,7 @@ from mmneurons.vlm.vlm import VLM, Answers
 def with_maps(
     vlm: VLM, inputs: BatchFeature, grid: PatchGrid, scored: Scored, nouns: list[NounFinding]
 ) -> list[NounFinding]:
-    """Add each top neuron's map and the heat maps of the top k (METRICS: mean of a(position) * sign(a where scored)).
+    """Add each top neuron's map and the heat maps of the top k (the mean of a(position) * sign(a where scored)).
 
     One prefill; image tokens stand before the caption, which they cannot see, so that it is not read again.
     """
@@ -40,7 +40,7 @@ def with_maps(
     mapped = []
     for i, noun in enumerate(nouns):
         order = scored.ranked[i]
-        signs = scored.activations[i, order].sign()
+        signs = 1.0 if gates else scored.activations[i, order].sign()  # the paper maps the raw gate
         maps = (values[scored.targets[i].row][:, place[order]].float() * signs).T
         means = maps.cumsum(0) / torch.arange(1, len(maps) + 1, device=maps.device)[:, None]
         mapped.append(
@@ -72,7 +72,7 @@ def with_blank(
     moments = pick_moments(recording, torch.tensor(places))
     token_ids = [target.token_id for target in scored.targets]
     directions = read_out(vlm, moments, vlm.anatomy.logits(moments.residual), token_ids, scored.choices)
-    activations = torch.cat([part.to(directions.device) for part in moments.gates or moments.activations], dim=1)
+    activations = scored_activations(moments, scored.choices)
     compared = []
     for i, noun in enumerate(nouns):
         listed = scored.ranked[i][: len(noun.neurons)]

@@ -60,6 +60,11 @@ class Parts:
     bias: float
     """Biases of the FFN output projections, the final norm and the head."""
 
+    @property
+    def total(self) -> float:
+        """The logit as the parts have it."""
+        return self.ffn + self.attention + self.embedding + self.bias
+
 
 @dataclass(frozen=True)
 class NounFinding:
@@ -125,7 +130,7 @@ class Finding:
         raise KeyError(word)
 
 
-def to_json(findings: Iterable[Finding]) -> str:
+def to_json(findings: Finding | Iterable[Finding]) -> str:
     """The findings of one run as JSON text: the same run gives the same bytes.
 
     Numbers keep seven significant digits, what float32 holds.
@@ -133,7 +138,7 @@ def to_json(findings: Iterable[Finding]) -> str:
     Raises:
         FormatError: if the findings do not come from one run (their provenance differs).
     """
-    findings = list(findings)
+    findings = [findings] if isinstance(findings, Finding) else list(findings)
     provenance = dict(findings[0].provenance) if findings else {}
     if any(dict(finding.provenance) != provenance for finding in findings):
         raise FormatError("These findings come from different runs.", fix="Write one file for each run.")
@@ -164,7 +169,7 @@ def from_json(text: str) -> list[Finding]:
         raise FormatError("This file of findings is incomplete or damaged.", seen=repr(error)) from error
 
 
-def save(findings: Iterable[Finding], path: str | os.PathLike[str]) -> None:
+def save(findings: Finding | Iterable[Finding], path: str | os.PathLike[str]) -> None:
     """Write the findings of one run to `path`, whole or not at all."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -181,7 +186,11 @@ def load(path: str | os.PathLike[str]) -> list[Finding]:
     Raises:
         FormatError: if it is not one.
     """
-    return from_json(Path(path).read_text(encoding="utf-8"))
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise FormatError(f"{path} is not a JSON file of findings.", seen=str(error)) from error
+    return from_json(text)
 
 
 def _rounded(value: Any) -> Any:

@@ -8,7 +8,6 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from mmneurons.errors import SettingError
 from mmneurons.finding.result import NeuronFinding, NounFinding, Parts, Score
 from mmneurons.maths.ranking import said_tokens, top_k
 from mmneurons.maths.readout import expected_row, frozen_direction, jacobian_direction
@@ -17,7 +16,7 @@ from mmneurons.vlm import weights
 from mmneurons.vlm.anatomy import Anatomy
 from mmneurons.vlm.prompts import token_of
 from mmneurons.vlm.recording import Recording
-from mmneurons.vlm.vlm import VLM
+from mmneurons.vlm.vlm import VLM, Answers
 from mmneurons.words import Word
 
 SCORES: tuple[Score, ...] = ("logit", "logprob", "paper")
@@ -80,13 +79,13 @@ class Scored:
     """Per target, the neurons with the highest scores, as many as the largest region needs."""
 
 
-def score_targets(vlm: VLM, recording: Recording, targets: list[Target], choices: Choices) -> Scored:
+def score_targets(vlm: VLM, recording: Recording, answers: Answers, targets: list[Target], choices: Choices) -> Scored:
     """Score every neuron for every target: one read of each `w_out` for all of them."""
     places = torch.tensor([[target.row, target.step] for target in targets])
     moments = pick_moments(recording, places)
-    logits = vlm.anatomy.logits(moments.residual)
+    logits = torch.stack([answers.logits[target.step][target.row] for target in targets]).float()
     directions = read_out(vlm, moments, logits, [target.token_id for target in targets], choices)
-    activations = torch.cat([part.to(logits.device) for part in moments.gates or moments.activations], dim=1)
+    activations = scored_activations(moments, choices)
     projected = [weights.project(directions, block.w_out).to(logits.device) for block in vlm.anatomy.blocks]
     scores = activations * torch.cat(projected, dim=1)
     ranked = [top_k(row, max(*REGION_SIZES, choices.top)) for row in scores]
@@ -95,11 +94,12 @@ def score_targets(vlm: VLM, recording: Recording, targets: list[Target], choices
 
 def pick_moments(recording: Recording, places: Int[Tensor, "targets 2"]) -> Moments:
     """What was recorded at (row, step) of each target."""
+    device = recording.residual[-1].device  # blocks may lie on several
 
     def pick(parts: list[Tensor]) -> Tensor:
         stacked = Recording.stacked(parts)
         rows, steps = places.to(stacked.device).unbind(1)
-        return stacked[rows, steps].float()
+        return stacked[rows, steps].to(device).float()
 
     return Moments(
         activations=[pick(parts) for parts in recording.activations],
@@ -111,24 +111,19 @@ def pick_moments(recording: Recording, places: Int[Tensor, "targets 2"]) -> Mome
     )
 
 
+def scored_activations(moments: Moments, choices: Choices) -> Float[Tensor, "targets neurons"]:
+    """What the score multiplies: the activations, or the gates alone if it is the paper's."""
+    return torch.cat(moments.gates if choices.score == "paper" else moments.activations, dim=1)
+
+
 def read_out(
     vlm: VLM, moments: Moments, logits: Float[Tensor, "targets vocab"], token_ids: list[int], choices: Choices
 ) -> Float[Tensor, "targets hidden"]:
-    """g_t of the score chosen: what a neuron's write is multiplied by.
-
-    Raises:
-        SettingError: if `against` begins with the same token as a target.
-    """
+    """g_t of the score chosen: what a neuron's write is multiplied by."""
     unembed, norm = vlm.anatomy.unembed, vlm.anatomy.norm
     rows = unembed[token_ids].float()
     if choices.against is not None:
-        other = token_of(vlm.tokenizer, choices.against)
-        if other in token_ids:
-            raise SettingError(
-                f"'{choices.against}' begins with the same token as a word to score: nothing to compare.",
-                fix="Compare with a word that begins differently, or name the words to score.",
-            )
-        rows = rows - unembed[other].float()
+        rows = rows - unembed[token_of(vlm.tokenizer, choices.against)].float()
     if choices.score == "paper":
         return rows
     if choices.score == "logit":
@@ -192,7 +187,7 @@ def _parts(
     w_out_bias = sum((b.float() for block in anatomy.blocks if (b := _bias(block.w_out)) is not None), torch.zeros(1))
     bias = direction @ w_out_bias.to(direction.device).expand_as(direction)
     head_bias = 0.0 if anatomy.head_bias is None else float(anatomy.head_bias[token_id])
-    activations = torch.cat([part[i].to(direction.device) for part in moments.activations])
+    activations = torch.cat([part[i] for part in moments.activations])
     return Parts(
         ffn=float(direction @ moments.ffn[i] - bias),
         top=float(activations[listed] @ (columns.to(direction.device) @ direction)),

@@ -47,7 +47,7 @@ def upsample(
 def mask(heat: Float[np.ndarray, "height width"], percentile: float = PERCENTILE) -> Bool[np.ndarray, "height width"]:
     """The strongest pixels of a map: about 100 - `percentile` percent of them.
 
-    True strictly above the percentile, itself a value of the map (of two neighbours the lower), so that at most that
+    True strictly above the percentile, itself a value of the map (of two neighbours the lower), so that about that
     share is set. Fewer are where values tie. Where so many pixels tie at the maximum that none lies above, those at
     the maximum are set. A constant map has no strongest pixels: its mask is empty.
 

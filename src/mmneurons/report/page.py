@@ -89,7 +89,9 @@ class _Run:
     provenance: list[tuple[str, str]]
 
 
-def write_report(findings: Sequence[Finding], path: str | os.PathLike[str], *, title: str | None = None) -> None:
+def write_report(
+    findings: Finding | Sequence[Finding], path: str | os.PathLike[str], *, title: str | None = None
+) -> None:
     """Write one HTML file that shows `findings`, whole or not at all; the same findings give the same bytes.
 
     The file loads nothing from elsewhere, holds its pictures, and shows whatever a caption, a token or a file name
@@ -101,7 +103,7 @@ def write_report(findings: Sequence[Finding], path: str | os.PathLike[str], *, t
         title: Heading of the page; a neutral one when None.
     """
     path = Path(path)
-    page = render(findings, title=title).encode("utf-8")
+    page = render([findings] if isinstance(findings, Finding) else findings, title=title).encode("utf-8")
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         temporary.write_bytes(page)

@@ -17,12 +17,13 @@ SHADES = " ░▒▓█"
 def show(finding: Finding, console: Console) -> None:
     """Print one finding: the caption with its nouns marked, then per noun its probability, parts and top neurons."""
     console.print()
-    console.print(Text(finding.image, style="bold"), soft_wrap=True)
-    text = Text(f"{finding.answer_prefix} ", style="dim").append(printable(finding.caption), style="not dim")
-    offset = len(finding.answer_prefix) + 1
+    console.print(Text(printable(finding.image), style="bold"), soft_wrap=True)
+    text, shown = Text().append(f"{finding.answer_prefix} ", style="dim"), 0
     for noun in finding.nouns:
-        text.stylize("bold green", offset + noun.start, offset + noun.start + len(noun.word))
-    console.print(text)
+        text.append(printable(finding.caption[shown : noun.start]))
+        shown = noun.start + len(noun.word)
+        text.append(printable(finding.caption[noun.start : shown]), style="bold green")
+    console.print(text.append(printable(finding.caption[shown:])))
     for note in finding.notes:
         console.print(Text(f"note: {note}", style="yellow"))
     for noun in finding.nouns:
@@ -35,7 +36,7 @@ def show(finding: Finding, console: Console) -> None:
 
 def _heading(noun: NounFinding) -> Text:
     parts = noun.parts
-    heading = Text(noun.word, style="bold green")
+    heading = Text().append(printable(noun.word), style="bold green")
     if noun.n_tokens > 1:
         heading.append(f"  scored at its first of {noun.n_tokens} tokens, {printable(noun.token)!r}", style="dim")
     heading.append(f"\n  p {noun.probability:.3f}, logit {noun.logit:.2f}: ")

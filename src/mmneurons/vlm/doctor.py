@@ -17,7 +17,7 @@ from mmneurons.vlm.grid import find_grid
 from mmneurons.vlm.images import open_image
 from mmneurons.vlm.prompts import ANSWER_PREFIX, PROMPT
 from mmneurons.vlm.recording import Recording, record
-from mmneurons.vlm.vlm import VLM, Picture
+from mmneurons.vlm.vlm import VLM, Answers, Picture
 
 TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-4, torch.bfloat16: 3e-2, torch.float16: 5e-3}
 """Largest error of the additivity identity, by the dtype the model computes in (ours is float32 throughout)."""
@@ -62,8 +62,8 @@ def doctor(vlm: VLM, image: Picture | None = None, prompt: str = PROMPT, answer_
     inputs = vlm.encode([opened.image], prompt, answer_prefix)
     plain = vlm.generate(inputs)
     with record(vlm.anatomy) as recording:
-        answers = vlm.generate(inputs)
-    checks = [additivity(vlm, recording, answers.token_ids[0])]
+        answers = vlm.generate(inputs, logits=True)
+    checks = [additivity(vlm, recording, answers)]
     same = torch.equal(plain.sequences, answers.sequences)
     checks.append(Check("recording changes nothing", same, "the same tokens with and without hooks"))
     chosen = vlm.anatomy.logits(Recording.stacked(recording.residual)[0])[: len(answers.token_ids[0])].argmax(-1)
@@ -78,11 +78,12 @@ def doctor(vlm: VLM, image: Picture | None = None, prompt: str = PROMPT, answer_
     return Report(facts, structure, tuple(checks), provenance.versions())
 
 
-def additivity(vlm: VLM, recording: Recording, token_ids: tuple[int, ...]) -> Check:
-    """Check the identity of DESIGN for each token of row 0 of a recorded batch."""
+def additivity(vlm: VLM, recording: Recording, answers: Answers) -> Check:
+    """Check the identity for each token of row 0 of a recorded batch, against the logits that the model gave."""
+    token_ids = answers.token_ids[0]
     n, anatomy = len(token_ids), vlm.anatomy
     residual = Recording.stacked(recording.residual)[0, :n].float()
-    logits = anatomy.logits(residual)[torch.arange(n), list(token_ids)]
+    logits = torch.stack([answers.logits[step][0, token] for step, token in enumerate(token_ids)]).float()
     summed = sum_of_writes(anatomy, recording, residual, list(token_ids))
     relative = float((summed - logits).abs().max() / logits.abs().max())
     limit = TOLERANCE.get(vlm.model.dtype, 0.0)
@@ -104,13 +105,13 @@ def sum_of_writes(
     if anatomy.head_bias is not None:
         total = total + anatomy.head_bias[token_ids].float()
     for parts in (recording.embedding, recording.attention):
-        total = total + (Recording.stacked(parts)[0, :n].float() * directions).sum(-1)
+        total = total + (Recording.stacked(parts)[0, :n].to(total.device).float() * directions).sum(-1)
     for block, parts in zip(anatomy.blocks, recording.activations, strict=True):
         activations = Recording.stacked(parts)[0, :n].float()
-        total = total + (activations * weights.project(directions, block.w_out)).sum(-1)
+        total = total + (activations * weights.project(directions, block.w_out)).sum(-1).to(total.device)
         bias = getattr(block.w_out, "bias", None)
         if bias is not None:
-            total = total + directions @ bias.detach().float()
+            total = total + directions @ bias.detach().to(total.device).float()
     return total
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from mmneurons.errors import WordError
+
 PROMPT = "Describe the image in few words."
 """Asked unless the user asks something else (Pan et al., section 4)."""
 ANSWER_PREFIX = "An image of"
@@ -23,6 +25,17 @@ def chat_text(processor: Any, prompt: str, answer_prefix: str) -> str:
 
 
 def token_of(tokenizer: Any, word: str) -> int:
-    """The first token of a word inside a sentence: what a model would write to begin it."""
+    """The first token of a word inside a sentence: what a model would write to begin it.
+
+    Raises:
+        WordError: if the word is empty, or its first token is no more than the space before it.
+    """
     before = tokenizer("a", add_special_tokens=False).input_ids
-    return tokenizer(f"a {word}", add_special_tokens=False).input_ids[len(before)]
+    rest = tokenizer(f"a {word.strip()}", add_special_tokens=False).input_ids[len(before) :]
+    if not rest or not tokenizer.decode(rest[:1]).strip():
+        raise WordError(
+            f"'{word}' has no token of its own to begin with.",
+            seen=f"The tokenizer writes it as {tokenizer.convert_ids_to_tokens(rest)}.",
+            fix="Compare with another word.",
+        )
+    return rest[0]

@@ -26,7 +26,7 @@ def last_position(values: Float[Tensor, "batch positions width"]) -> Float[Tenso
 class Recording:
     """What was recorded: one entry per forward pass in each list; join with `stacked`.
 
-    All but the activations are None where only activations were asked for.
+    What was not asked for stays empty.
     """
 
     activations: list[list[Float[Tensor, "batch kept neurons"]]]
@@ -62,7 +62,7 @@ def record(
 
     Raises:
         ModelError: if `gates` is asked for and a block has no module of its own for its activation function; after
-            the `with`, if a block was not reached in a forward pass (silence must not be taken for zero).
+            the `with`, if a block was not reached in a forward pass: silence must not be taken for zero.
     """
     blocks = anatomy.blocks
     if gates and (nameless := [block.name for block in blocks if block.activation is None]):
@@ -84,14 +84,14 @@ def record(
     finally:
         for hook in hooks:
             hook.remove()
-    passes = [len(layer) for layer in recording.activations]
-    if len(set(passes)) > 1:
-        missed = [block.name for block, n in zip(blocks, passes, strict=True) if n < max(passes)]
-        raise ModelError(
-            "Not every block was reached in every forward pass.",
-            seen=f"{max(passes)} passes; fewer in {', '.join(missed)}",
-            fix="Switch off layer skipping, early exit and compiled generation.",
-        )
+    for recorded, what in ((recording.activations, "FFN"), (recording.gates if gates else [], "activation function")):
+        passes = [len(layer) for layer in recorded]
+        if missed := [block.name for block, n in zip(blocks, passes, strict=False) if n < max(passes, default=1)]:
+            raise ModelError(
+                f"Not every block's {what} was reached in every forward pass.",
+                seen=f"{max(passes)} passes; fewer in {', '.join(missed)}",
+                fix="Switch off layer skipping, early exit, compiled generation and replaced forward functions.",
+            )
 
 
 def _block_hooks(
@@ -102,7 +102,7 @@ def _block_hooks(
         if writes:
             _add(recording.ffn, layer, keep(_with_batch(output)))
 
-    def mixer(module: nn.Module, args: tuple, output: Tensor | tuple[Tensor, ...]) -> None:
+    def mixer(module: nn.Module, args: tuple, output: Tensor | tuple) -> None:
         _add(recording.attention, layer, keep(output if isinstance(output, Tensor) else output[0]))
 
     def gate(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:

@@ -11,7 +11,7 @@ from typing import Any, cast, overload
 
 import numpy as np
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from PIL import Image
 from torch import Tensor
 from transformers import BatchFeature, GenerationConfig, PreTrainedModel
@@ -38,6 +38,8 @@ class Answers:
     """Per row, decoded without special tokens and stripped; the answer prefix is not part of it."""
     sequences: Int[Tensor, "batch positions"]
     """Prompt and answer, padded; for reading the same words again."""
+    logits: tuple[Float[Tensor, "batch vocab"], ...]
+    """Per step, as the model gave them; empty unless asked for."""
     n_prompt: int
     """Positions of the prompt: what predicted generated token s stands at n_prompt + s - 1."""
 
@@ -97,6 +99,8 @@ class VLM:
         Raises:
             ImageError: if something is not an image.
         """
+        if batch_size < 1:
+            raise SettingError("A batch holds at least one image.", seen=f"batch_size={batch_size}")
         opened = [open_image(image) for image in as_list(images)]
         texts: list[str] = []
         for start in range(0, len(opened), batch_size):
@@ -118,18 +122,18 @@ class VLM:
         )
         return batch.to(device=self.device, dtype=self.model.dtype)
 
-    def generate(self, inputs: BatchFeature, max_new_tokens: int = MAX_NEW_TOKENS) -> Answers:
-        """Greedy answers for one encoded batch, with a KV cache and nothing compiled."""
+    def generate(self, inputs: BatchFeature, max_new_tokens: int = MAX_NEW_TOKENS, *, logits: bool = False) -> Answers:
+        """Greedy answers for one encoded batch, with a KV cache and nothing compiled; `logits` keeps those too."""
         if max_new_tokens < 1:
             raise SettingError("An answer has at least one token.", seen=f"max_new_tokens={max_new_tokens}")
         with torch.inference_mode(), _greedy(self.model, self.tokenizer, max_new_tokens):
-            sequences = cast(Any, self.model).generate(**inputs)
-        assert isinstance(sequences, Tensor)
+            made = cast(Any, self.model).generate(**inputs, return_dict_in_generate=True, output_logits=logits)
+        sequences = made.sequences
         n_prompt = inputs["input_ids"].shape[1]
         stops = _stop_ids(self.model, self.tokenizer)
         rows = tuple(_until_stop(row, stops) for row in sequences[:, n_prompt:].tolist())
         texts = tuple(self.tokenizer.decode(row, skip_special_tokens=True).strip() for row in rows)
-        return Answers(rows, texts, sequences, n_prompt)
+        return Answers(rows, texts, sequences, made.logits or (), n_prompt)
 
     def read(self, inputs: BatchFeature, answers: Answers | None = None) -> None:
         """Run the model once over a prompt, and an answer if one is given, for what `record` records on the way."""
