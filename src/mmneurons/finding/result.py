@@ -40,7 +40,10 @@ class NeuronFinding:
     suppressed: tuple[str, ...] = ()
     """The three it pushes down most."""
     map: Grid | None = None
-    """Activation at each image patch, times the sign of `activation`; None if not asked for or without a grid."""
+    """Activation at each image patch, times the sign of `activation` (`score="paper"`: as it is).
+
+    None if not asked for or without a grid.
+    """
     lost_without_image: float | None = None
     """Share of `score` that is lost when the same words are read with a blank image; None if not asked for."""
 
