@@ -41,12 +41,12 @@ class Case:
         """The plain baseline: what `find` does besides finding."""
         return self.vlm.generate(self.vlm.encode(self.images, PROMPT, ANSWER_PREFIX), NEW_TOKENS)
 
-    def recorded(self, score: Score) -> Recording:
+    def recorded(self, score: Score) -> tuple[Recording, Answers]:
         """What `find` scores."""
         inputs = self.vlm.encode(self.images, PROMPT, ANSWER_PREFIX)
         with record(self.vlm.anatomy, gates=score == "paper") as recording:
-            self.vlm.generate(inputs, NEW_TOKENS)
-        return recording
+            answers = self.vlm.generate(inputs, NEW_TOKENS, logits=True)
+        return recording, answers
 
 
 def check_baseline(case: Case) -> list[mmn.Finding]:
@@ -78,7 +78,7 @@ def check_gradients(case: Case, said: Sequence[Said]) -> None:
     whole = gradient_whole(case.vlm, case.images[0], said, NEW_TOKENS)
     cached = gradient_cached(case.vlm, case.images[0], said, NEW_TOKENS)
     targets = [target_at(noun.step, noun.token_id) for noun in said]
-    scores = score_targets(case.vlm, case.recorded("logprob"), targets, choices_of("logprob")).scores
+    scores = score_targets(case.vlm, *case.recorded("logprob"), targets, choices_of("logprob")).scores
     last = case.vlm.anatomy.blocks[-1].n_neurons
     for ours, one, other in zip(scores, whole, cached, strict=True):
         assert (one - other).abs().max() < 1e-3 * one.abs().max(), "the two gradients differ"

@@ -151,14 +151,14 @@ def measure_rivals(case: Case, n: int, tables: Tables) -> None:
 
 def measure_growth(case: Case, n: int, tables: Tables) -> None:
     """Scoring and describing against the number of nouns, next to one read of every `w_out`."""
-    vlm, recording = case.vlm, case.recorded("logit")
+    vlm, (recording, answers) = case.vlm, case.recorded("logit")
     n_steps = len(recording.residual)
     choices = choices_of("logit")
     torch.manual_seed(0)
     token_ids = torch.randperm(vlm.anatomy.vocab)[: max(NOUNS)].tolist()
 
     def score(n_nouns: int) -> None:
-        score_targets(vlm, recording, targets[:n_nouns], choices)
+        score_targets(vlm, recording, answers, targets[:n_nouns], choices)
 
     def tell(n_nouns: int) -> None:
         for i in range(n_nouns):
@@ -169,7 +169,7 @@ def measure_growth(case: Case, n: int, tables: Tables) -> None:
             block.w_out.get_parameter("weight").sum()
 
     targets = [target_at(i % n_steps, token_id) for i, token_id in enumerate(token_ids)]
-    scored = score_targets(vlm, recording, targets, choices)
+    scored = score_targets(vlm, recording, answers, targets, choices)
     arms: dict[str, Callable[[], object]] = {"read": read}
     arms |= {f"score {k}": partial(score, k) for k in NOUNS} | {f"tell {k}": partial(tell, k) for k in NOUNS}
     seconds = rounds(arms, n)

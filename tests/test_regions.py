@@ -61,7 +61,7 @@ def test_the_mask_is_the_strongest_twentieth():
     heat = np.arange(100, dtype=np.float32)[::-1].reshape(10, 10)
     # 99 places from lowest to highest; 95 % of the way is place 94.05, so five values lie above the 95th lowest.
     assert np.argwhere(regions.mask(heat)).tolist() == [[0, 0], [0, 1], [0, 2], [0, 3], [0, 4]]
-    assert regions.mask(heat, 50).sum() == 50
+    assert regions.mask(heat, 50.0).sum() == 50
 
 
 def test_the_mask_agrees_with_numpys_percentile():
@@ -102,7 +102,7 @@ def test_overlay_takes_the_sign_from_the_map_and_the_strength_from_its_bound():
     table = regions.colours().tolist()
     assert (first, zero, last) == (table[0], table[regions.LEVELS], table[-1])
     assert half == table[regions.LEVELS + 64]  # 63.5 rounds up
-    assert regions.overlay(heat, bound=1)[0, 3].tolist() == last, "beyond the bound stays at the strongest"
+    assert regions.overlay(heat, bound=1.0)[0, 3].tolist() == last, "beyond the bound stays at the strongest"
 
 
 def test_overlay_of_nothing_is_clear():

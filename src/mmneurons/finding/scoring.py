@@ -234,7 +234,5 @@ def columns_of(anatomy: Anatomy, flat: Int[Tensor, "n"]) -> Float[Tensor, "n hid
 
 
 def texts(vlm: VLM, token_ids: list[int]) -> tuple[str, ...]:
-    """Tokens as text, leading space kept; a token that is part of a character is given as the vocabulary writes it."""
-    written = [vlm.tokenizer.decode([token_id]) for token_id in token_ids]
-    names = vlm.tokenizer.convert_ids_to_tokens(token_ids)
-    return tuple(n if "\ufffd" in w or not w else w for w, n in zip(written, names, strict=True))
+    """Tokens as text, one by one."""
+    return tuple(vlm.token_text(token_id) for token_id in token_ids)

@@ -39,9 +39,9 @@ def _heading(noun: NounFinding) -> Text:
     heading = Text().append(printable(noun.word), style="bold green")
     if noun.n_tokens > 1:
         heading.append(f"  scored at its first of {noun.n_tokens} tokens, {printable(noun.token)!r}", style="dim")
-    heading.append(f"\n  p {noun.probability:.3f}, logit {noun.logit:.2f}: ")
-    heading.append(f"FFN neurons {parts.ffn:+.2f} (top {len(noun.neurons)}: {parts.top:+.2f}), ")
-    heading.append(f"attention {parts.attention:+.2f}, embedding {parts.embedding:+.2f}, bias {parts.bias:+.2f}")
+    heading.append(f"\n  p {noun.probability:.3f}; logit {noun.logit:.2f}: ")
+    heading.append(f"FFN {parts.ffn:+.2f} (top {len(noun.neurons)} {parts.top:+.2f}), ")
+    heading.append(f"attention {parts.attention:+.2f}, rest {parts.embedding + parts.bias:+.2f}")
     return heading
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import platform
 from importlib import metadata
@@ -14,6 +15,7 @@ from transformers import PreTrainedModel
 PACKAGES = ("mmneurons", "torch", "transformers", "tokenizers", "numpy", "pillow", "HanTa")
 
 
+@functools.cache
 def versions() -> dict[str, str]:
     """Versions of Python and of the packages that decide a result."""
     return {"python": platform.python_version(), **{name: metadata.version(name) for name in PACKAGES}}

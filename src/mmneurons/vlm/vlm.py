@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, cast, overload
 
@@ -55,6 +55,7 @@ class VLM:
     revision: str | None = None
     is_pocket: bool = False
     """The model that comes with the package, which knows only its own scenes."""
+    _token_texts: dict[int, str] = field(default_factory=dict, init=False, repr=False)
 
     @property
     def tokenizer(self) -> Any:
@@ -70,6 +71,15 @@ class VLM:
     def facts(self) -> dict[str, Any]:
         """Id, revision, class, weights hash, dtype and device, for provenance; the weights are read once."""
         return provenance.model_facts(self.model, self.model_id, self.revision)
+
+    def token_text(self, token_id: int) -> str:
+        """One token as text, leading space kept; part of a character is given as the vocabulary writes it."""
+        if token_id not in self._token_texts:
+            text = self.tokenizer.decode([token_id])
+            if not text or "\ufffd" in text:
+                text = self.tokenizer.convert_ids_to_tokens(token_id)
+            self._token_texts[token_id] = text
+        return self._token_texts[token_id]
 
     @overload
     def caption(self, images: Pictures, prompt: str = ..., answer_prefix: str = ..., **limits: int) -> list[str]: ...
