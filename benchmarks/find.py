@@ -271,6 +271,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="toy sizes and two rounds")
     parser.add_argument("--out", type=Path, default=Path(__file__).parents[1] / "docs" / "benchmarks.md")
+    parser.add_argument("--bfloat16", action="store_true", help="the random model also in bfloat16")
     asked = parser.parse_args()
     geometry = TINY if asked.quick else LARGE
     efforts = QUICK if asked.quick else FULL
@@ -282,7 +283,7 @@ def main() -> None:
         vlm = build(name, geometry)
         sizes[name] = sum(part.numel() for part in vlm.model.parameters())
         images = pictures(max(BATCHES), _side(name, geometry))
-        for dtype in ("float32",) if vlm.is_pocket else ("float32", "bfloat16"):
+        for dtype in ("float32", "bfloat16") if asked.bfloat16 and not vlm.is_pocket else ("float32",):
             vlm.model.to(getattr(torch, dtype))
             for batch in BATCHES:
                 case = Case(vlm, images[:batch], _title(name, dtype))

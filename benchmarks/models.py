@@ -56,7 +56,7 @@ class Geometry:
         )
 
 
-LARGE = Geometry(hidden=1024, neurons=2816, layers=24, vocab=32000, tower_hidden=768, tower_layers=12, side=168)
+LARGE = Geometry(hidden=1024, neurons=2816, layers=24, vocab=32000, tower_hidden=768, tower_layers=12, side=140)
 TINY = Geometry(hidden=64, neurons=160, layers=2, vocab=2000, tower_hidden=64, tower_layers=2, side=56)
 
 

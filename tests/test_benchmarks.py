@@ -30,7 +30,7 @@ def test_the_quick_benchmark_fills_every_row_between_the_markers(tmp_path):
     page = tmp_path / "page.md"
     begin, end = "<!-- begin: benchmarks/find.py -->", "<!-- end: benchmarks/find.py -->"
     page.write_text(f"Before.\n{begin}\nold\n{end}\nAfter.\n", encoding="utf-8")
-    command = [sys.executable, str(SCRIPT), "--quick", "--out", str(page)]
+    command = [sys.executable, str(SCRIPT), "--quick", "--bfloat16", "--out", str(page)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     text = page.read_text(encoding="utf-8")
