@@ -58,11 +58,13 @@ def check_baseline(case: Case) -> list[mmn.Finding]:
     return found
 
 
-def check_released(case: Case, finding: mmn.Finding, said: Sequence[Said], projections: list[torch.Tensor]) -> None:
+def check_released(case: Case, projections: list[torch.Tensor]) -> None:
     """`score="paper"` and the released algorithm give the same neurons in the same order.
 
     Up to what its float16 leaves open: scores closer than that may change places.
     """
+    (finding,) = case.find(score="paper")
+    said = [Said(noun.step, noun.token_id) for noun in finding.nouns]
     token_ids, found = released(case.vlm, case.images[0], said, projections, NEW_TOKENS)
     assert token_ids[: len(finding.token_ids)] == finding.token_ids, "the released algorithm captions otherwise"
     for noun, ranked in zip(finding.nouns, found, strict=True):

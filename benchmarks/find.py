@@ -109,7 +109,7 @@ def measure_pairs(case: Case, n: int, tables: Tables) -> None:
 
 def measure_rivals(case: Case, n: int, tables: Tables) -> None:
     """Maps, the released algorithm and gradient x activation, next to `find`, for the same nouns of one image."""
-    (finding,) = case.find(score="paper")
+    (finding,) = case.find()
     image, vlm = case.images[0], case.vlm
     said = [Said(noun.step, noun.token_id) for noun in finding.nouns]
     check_gradients(case, said)
@@ -117,7 +117,7 @@ def measure_rivals(case: Case, n: int, tables: Tables) -> None:
     projections = project_all(vlm)
     built = time.perf_counter() - start
     held = sum(part.nbytes for part in projections)
-    check_released(case, finding, said, projections)
+    check_released(case, projections)
     case.find(maps=True, blank=True)
     seconds = rounds(
         {
@@ -161,15 +161,14 @@ def measure_growth(case: Case, n: int, tables: Tables) -> None:
         score_targets(vlm, recording, answers, targets[:n_nouns], choices)
 
     def tell(n_nouns: int) -> None:
-        for i in range(n_nouns):
-            describe(vlm, scored, i)
+        describe(vlm, scored[n_nouns])
 
     def read() -> None:
         for block in vlm.anatomy.blocks:
             block.w_out.get_parameter("weight").sum()
 
     targets = [target_at(i % n_steps, token_id) for i, token_id in enumerate(token_ids)]
-    scored = score_targets(vlm, recording, answers, targets, choices)
+    scored = {k: score_targets(vlm, recording, answers, targets[:k], choices) for k in NOUNS}
     arms: dict[str, Callable[[], object]] = {"read": read}
     arms |= {f"score {k}": partial(score, k) for k in NOUNS} | {f"tell {k}": partial(tell, k) for k in NOUNS}
     seconds = rounds(arms, n)

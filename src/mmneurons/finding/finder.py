@@ -106,7 +106,7 @@ def _find_batch(vlm: VLM, opened: list[OpenedImage], choices: Choices) -> list[F
     notes: list[str] = []
     if targets:
         scored = score_targets(vlm, recording, answers, targets, choices)
-        nouns = [describe(vlm, scored, i) for i in range(len(targets))]
+        nouns = describe(vlm, scored)
         notes += _doubt(vlm, nouns)
         if choices.maps:
             grid = find_grid(vlm.model, inputs)

@@ -136,26 +136,36 @@ def read_out(
     return jacobian_direction(rows, moments.residual, norm)
 
 
-def describe(vlm: VLM, scored: Scored, i: int) -> NounFinding:
-    """Numbers of target i -> a NounFinding: its top neurons with their words, the parts of its logit, the layers."""
-    target, order = scored.targets[i], scored.ranked[i]
-    listed = order[: scored.choices.top]
-    columns = columns_of(vlm.anatomy, listed)
-    activations, scores = scored.activations[i, listed], scored.scores[i, listed]
-    promoted, suppressed = said_tokens(
-        torch.where(activations < 0, -1.0, 1.0)[:, None] * as_read(vlm.anatomy, columns, scored.choices.score),
-        vlm.anatomy.unembed,
-    )
-    neurons = tuple(
-        NeuronFinding(
-            neuron=name_of(vlm.anatomy, int(flat)),
-            score=float(scores[rank]),
-            activation=float(activations[rank]),
-            tokens=texts(vlm, promoted[rank].tolist()),
-            suppressed=texts(vlm, suppressed[rank].tolist()),
+def describe(vlm: VLM, scored: Scored) -> list[NounFinding]:
+    """Numbers -> NounFindings: top neurons with their words, parts of the logit, layers.
+
+    The columns of all targets are read off together: the unembedding is large, and so is read once.
+    """
+    listed = torch.stack([order[: scored.choices.top] for order in scored.ranked])
+    activations, scores = scored.activations.gather(1, listed), scored.scores.gather(1, listed)
+    columns = columns_of(vlm.anatomy, listed.flatten())
+    signs = torch.where(activations < 0, -1.0, 1.0).flatten()[:, None]
+    said = said_tokens(signs * as_read(vlm.anatomy, columns, scored.choices.score), vlm.anatomy.unembed)
+    promoted, suppressed = (ids.view(*listed.shape, -1).tolist() for ids in said)
+    columns = columns.view(*listed.shape, -1)
+    nouns = []
+    for i in range(len(scored.targets)):
+        neurons = tuple(
+            NeuronFinding(
+                neuron=name_of(vlm.anatomy, int(flat)),
+                score=float(scores[i, rank]),
+                activation=float(activations[i, rank]),
+                tokens=texts(vlm, promoted[i][rank]),
+                suppressed=texts(vlm, suppressed[i][rank]),
+            )
+            for rank, flat in enumerate(listed[i])
         )
-        for rank, flat in enumerate(listed)
-    )
+        nouns.append(_noun(vlm, scored, i, neurons, _parts(vlm.anatomy, scored, i, listed[i], columns[i])))
+    return nouns
+
+
+def _noun(vlm: VLM, scored: Scored, i: int, neurons: tuple[NeuronFinding, ...], parts: Parts) -> NounFinding:
+    target, order = scored.targets[i], scored.ranked[i]
     return NounFinding(
         word=target.word.text,
         lemma=target.word.lemma,
@@ -166,7 +176,7 @@ def describe(vlm: VLM, scored: Scored, i: int) -> NounFinding:
         n_tokens=len(target.word.steps),
         probability=float(scored.logits[i].softmax(-1)[target.token_id]),
         logit=float(scored.logits[i, target.token_id]),
-        parts=_parts(vlm.anatomy, scored, i, listed, columns),
+        parts=parts,
         neurons=neurons,
         layers={k: _histogram(vlm.anatomy, order[:k]) for k in HISTOGRAM_SIZES if k <= len(order)},
     )

@@ -34,11 +34,13 @@ def weights_hash(model: PreTrainedModel) -> str:
     return digest.hexdigest()
 
 
-def _checksums(tensor: Tensor, chunk: int = 1 << 22) -> tuple[int, int]:
+def _checksums(tensor: Tensor, chunk: int = 1 << 20) -> tuple[int, int]:
     if tensor.is_meta:
         return (0, 0)
     words = tensor.detach().contiguous().view(-1).view(torch.uint8)
-    words = torch.nn.functional.pad(words, (0, -len(words) % 4)).view(torch.int32)
+    if len(words) % 4:  # padding copies: only where it must
+        words = torch.nn.functional.pad(words, (0, -len(words) % 4))
+    words = words.view(torch.int32)
     weights = torch.arange(1, min(chunk, len(words)) + 1, device=words.device)
     plain = weighted = 0
     for start in range(0, len(words), chunk):
