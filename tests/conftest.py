@@ -58,7 +58,7 @@ def make_random_vlm(vlm: VLM, dtype: torch.dtype = torch.float32, seed: int = 0,
     config = LlavaConfig(
         vision_config=copy.deepcopy(vlm.model.config.vision_config),
         text_config=text,
-        image_token_id=vlm.model.config.image_token_id,
+        image_token_id=vlm.model.config.image_token_id,  # pyright: ignore[reportCallIssue]
         vision_feature_layer=-1,
         vision_feature_select_strategy="default",
     )
@@ -69,4 +69,4 @@ def make_random_vlm(vlm: VLM, dtype: torch.dtype = torch.float32, seed: int = 0,
             spread = 0.3 if "norm" in name else 2.0 / parameter.shape[-1] ** 0.5
             parameter.copy_((1.0 if "norm" in name else 0.0) + spread * torch.randn_like(parameter))
         model.lm_head.weight.copy_(torch.randn_like(model.lm_head.weight) / 4)
-    return mmn.load(model.to(dtype), processor=vlm.processor)
+    return mmn.load(model.to(dtype), processor=vlm.processor)  # pyright: ignore[reportArgumentType]

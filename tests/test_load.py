@@ -25,7 +25,9 @@ def test_the_pocket_model_is_an_ordinary_folder(vlm):
 
     text = "USER: <image>\nDescribe the image in few words. ASSISTANT: An image of"
     batch = processor(images=[Image.open(sample.path)], text=[text], return_tensors="pt")
-    ids = model.generate(**batch, max_new_tokens=32, do_sample=False)[:, batch["input_ids"].shape[1] :]
+    ids = model.generate(  # pyright: ignore[reportAttributeAccessIssue]
+        **batch, max_new_tokens=32, do_sample=False
+    )[:, batch["input_ids"].shape[1] :]
     assert processor.batch_decode(ids, skip_special_tokens=True)[0].strip() == vlm.caption(str(sample.path))
     assert 3e6 < sum(p.numel() for p in model.parameters()) < 12e6
     assert (pocket.folder() / "model.safetensors").stat().st_size < 16e6
@@ -98,7 +100,7 @@ def test_a_language_model_is_not_a_vision_language_model(tmp_path):
 
 def test_other_objects_are_refused(vlm):
     with pytest.raises(ModelError, match="not a model of the transformers library"):
-        mmn.load(nn.Linear(2, 2))
+        mmn.load(nn.Linear(2, 2))  # pyright: ignore[reportArgumentType]
     with pytest.raises(ModelError, match="needs its processor"):
         mmn.load(vlm.model)
     with pytest.raises(ModelError, match="no dtype 'int8'"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
@@ -111,7 +112,7 @@ def build_model(processor: LlavaProcessor) -> LlavaForConditionalGeneration:
     config = LlavaConfig(
         vision_config=vision.to_dict(),
         text_config=text.to_dict(),
-        image_token_id=tokenizer.image_token_id,
+        image_token_id=tokenizer.image_token_id,  # pyright: ignore[reportCallIssue]  # an alias it takes
         vision_feature_layer=-1,
         vision_feature_select_strategy="default",
         image_seq_length=GRID * GRID,
@@ -124,5 +125,6 @@ def build_model(processor: LlavaProcessor) -> LlavaForConditionalGeneration:
 def prompt_text(processor: LlavaProcessor) -> str:
     """The prompt as `mmneurons` builds it: chat template, then the words that the answer begins with."""
     content = [{"type": "image"}, {"type": "text", "text": PROMPT}]
-    chat = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+    chat: Any = processor
+    chat = chat.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
     return f"{chat} {ANSWER_PREFIX}"

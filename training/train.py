@@ -20,6 +20,7 @@ import os
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -116,7 +117,8 @@ def pad_batch(prompt: list[int], captions: list[list[int]]) -> tuple[Tensor, Ten
 class State:
     """Everything a checkpoint holds."""
 
-    model: nn.Module
+    model: Any
+    """The LLaVA; its parts are typed as tensors by nn.Module's `__getattr__`."""
     heads: nn.ModuleDict
     stage: int = 0
     step: int = 0
@@ -219,7 +221,7 @@ def run_stage(state: State, n_steps: int, device: torch.device, workers: int) ->
         tensors = tuple(t.to(device) for t in tensors)
         with torch.autocast(device.type, dtype=torch.bfloat16):
             losses = stage_loss(state, stage, tensors, state.step / n_steps)
-        sum(losses.values()).backward()
+        torch.stack(list(losses.values())).sum().backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -261,7 +263,8 @@ def main() -> None:
     processor = build_processor()
     n_labels = len(scenes.nouns()) + len(scenes.BACKGROUNDS)
     heads = nn.ModuleDict({"tower": nn.Linear(192, n_labels), "projector": nn.Linear(192, n_labels)})
-    model = build_model(processor).to(device)
+    model: Any = build_model(processor)
+    model.to(device)
     model.set_attn_implementation("eager")  # a third faster than sdpa on a CPU at these lengths
     state = State(model, heads.to(device))
     if (WORK / "checkpoint.pt").exists():

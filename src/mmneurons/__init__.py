@@ -44,7 +44,7 @@ _HOMES = {
     "save_findings": "mmneurons.finding.result:save",
     "write_report": "mmneurons.report:write_report",
 }
-__all__ = sorted(_HOMES)
+__all__ = sorted(_HOMES)  # pyright: ignore[reportUnsupportedDunderAll]
 
 
 def __getattr__(name: str) -> Any:

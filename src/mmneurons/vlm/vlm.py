@@ -25,7 +25,8 @@ from mmneurons.vlm.prompts import ANSWER_PREFIX, MAX_NEW_TOKENS, PROMPT, chat_te
 
 Picture = str | os.PathLike[str] | Image.Image | np.ndarray
 """What `open_image` takes."""
-Pictures = list[Picture] | tuple[Picture, ...]
+Pictures = list[Any] | tuple[Any, ...]
+"""Several of them; `Any`, because a list of paths is no list of `Picture` to a type checker."""
 
 
 @dataclass(frozen=True, eq=False)
