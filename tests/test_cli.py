@@ -51,7 +51,7 @@ def test_find_writes_all_that_was_asked_for(tmp_path, sample):
     for noun in found["nouns"]:
         for neuron in noun["neurons"]:
             assert f"L{neuron['layer']}.u{neuron['index']}" in done.stdout
-            assert len(neuron["map"]) == 8
+            assert [len(rows) for rows in neuron["maps"]] == [8]
             assert "lost_without_image" in neuron
     assert found["caption"].split()[1] in (tmp_path / "r.html").read_text()
     assert "Traceback" not in done.stderr
@@ -60,7 +60,7 @@ def test_find_writes_all_that_was_asked_for(tmp_path, sample):
 def test_json_on_stdout_is_nothing_but_json(capsys, monkeypatch, sample):
     code, out, _ = call(capsys, monkeypatch, "find", sample, "--json", "-")
     assert code == 0
-    assert json.loads(out)["findings"][0]["image"] == str(sample)
+    assert json.loads(out)["findings"][0]["images"] == [str(sample)]
 
 
 def test_without_an_image_a_sample_is_used_and_said(capsys, monkeypatch):

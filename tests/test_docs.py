@@ -265,7 +265,7 @@ def test_the_format_lists_exactly_the_fields_that_are_written():
 
 
 def test_every_field_of_a_finding_is_in_the_format():
-    names = {path.rpartition(".")[2] for path in documented()} | {"neuron", "view"}
+    names = {path.rpartition(".")[2] for path in documented()} | {"neuron", "views"}
     for kind in (Finding, NounFinding, NeuronFinding, Parts, Neuron):
         assert {field.name for field in dataclasses.fields(kind)} <= names, kind
 
@@ -313,7 +313,7 @@ SAMPLE, WORD = "envelope-cat", "snow"
 def make_example(vlm: mmn.VLM) -> str:
     path = next(sample.path for sample in pocket.samples() if sample.name == SAMPLE)
     finding = mmn.find(vlm, path, words=[WORD], top=1)
-    text = result.to_json([dataclasses.replace(finding, image=path.name)])
+    text = result.to_json([dataclasses.replace(finding, images=(path.name,))])
     return re.sub(
         r"\[[^\[\]{}]*\]", lambda short: re.sub(r"\s*\n\s*", " ", short[0]).replace("[ ", "[").replace(" ]", "]"), text
     )

@@ -90,7 +90,7 @@ def test_imports_point_up_the_list(path):
         ("mmneurons.maths.ranking", "from mmneurons import finding", False),
         ("mmneurons.maths.ranking", "from mmneurons import find", False),
         ("mmneurons.maths.ranking", "import mmneurons", False),
-        ("mmneurons.maths.ranking", "from .readout import FinalNorm", False),
+        ("mmneurons.maths.ranking", "from .readout import Norm", False),
         ("mmneurons.maths.ranking", "import mmneurons_of_another_kind, torch", True),
         ("mmneurons.errors", "from mmneurons.neurons import Neuron", False),
         ("mmneurons.report.page", "from mmneurons.vlm.images import open_image", True),

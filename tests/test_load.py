@@ -4,14 +4,14 @@ import shutil
 
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 import mmneurons as mmn
 from mmneurons import pocket
 from mmneurons.errors import ModelError
-from mmneurons.vlm import weights
-from mmneurons.vlm.anatomy import find_anatomy
+from mmneurons.vlm.analysis import find_anatomy
 from mmneurons.vlm.provenance import weights_hash
 
 
@@ -36,8 +36,8 @@ def test_the_pocket_model_is_an_ordinary_folder(vlm):
 def test_anatomy_of_a_llava(random_vlm):
     anatomy = random_vlm.anatomy
     language = random_vlm.model.model.language_model
-    assert [b.w_out for b in anatomy.blocks] == [layer.mlp.down_proj for layer in language.layers]
-    assert [b.mixer for b in anatomy.blocks] == [layer.self_attn for layer in language.layers]
+    assert [ffn.module for ffn in anatomy.ffns] == [layer.mlp.down_proj for layer in language.layers]
+    assert [source.module for source in anatomy.sources] == [layer.self_attn.o_proj for layer in language.layers]
     assert anatomy.norm_module is language.norm
     assert anatomy.head is random_vlm.model.lm_head
     assert anatomy.n_neurons == 240
@@ -101,8 +101,8 @@ def test_a_language_model_is_not_a_vision_language_model(tmp_path):
 def test_other_objects_are_refused(vlm):
     with pytest.raises(ModelError, match="not a model of the transformers library"):
         mmn.load(nn.Linear(2, 2))  # pyright: ignore[reportArgumentType]
-    with pytest.raises(ModelError, match="needs its processor"):
-        mmn.load(vlm.model)
+    with pytest.raises(ModelError, match="without a processor"):
+        mmn.find(mmn.load(vlm.model), Image.new("RGB", (8, 8)))
     with pytest.raises(ModelError, match="no dtype 'int8'"):
         mmn.load(dtype="int8")
 
@@ -120,29 +120,6 @@ def test_a_config_that_asks_for_code_of_its_own_is_refused(tmp_path):
     (folder / "evil.py").write_text("raise SystemExit('code of the model ran')")
     with pytest.raises(ModelError):
         mmn.load(folder)
-
-
-def test_weights_that_cannot_be_read_are_refused_by_name(random_vlm):
-    class Packed(nn.Linear):
-        pass
-
-    with pytest.raises(ModelError, match="type Packed"):
-        weights.dense(Packed(4, 4))
-
-
-def test_weights_are_read_the_same_in_every_form():
-    from transformers.pytorch_utils import Conv1D
-
-    linear, conv = nn.Linear(5000, 6), Conv1D(6, 5000)
-    with torch.no_grad():
-        conv.weight.copy_(linear.weight.T)
-    directions = torch.randn(3, 6)
-    expected = directions @ linear.weight.detach()
-    for module in (linear, conv):
-        torch.testing.assert_close(weights.project(directions, module), expected)
-        torch.testing.assert_close(weights.columns(module, torch.tensor([4999, 0]))[1], linear.weight[:, 0].detach())
-    half = nn.Linear(5000, 6).bfloat16()  # more neurons than one slice holds
-    torch.testing.assert_close(weights.project(directions, half), directions @ half.weight.detach().float())
 
 
 def test_one_changed_weight_changes_the_hash(random_vlm):

@@ -7,8 +7,8 @@ from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from mmneurons.maths.ranking import said_tokens, top_k
-from mmneurons.maths.readout import FinalNorm, expected_row, frozen_direction, jacobian_direction
-from mmneurons.vlm.anatomy import measure_norm
+from mmneurons.maths.readout import Norm, expected_row, frozen_direction, jacobian_direction
+from mmneurons.vlm.norms import measure_norm
 
 HIDDEN = 12
 
@@ -42,7 +42,7 @@ def test_a_norm_is_measured_as_what_it_does(kind):
 
 def by_hand(centred=False):
     weight = torch.tensor([2.0, 1.0, -1.0])
-    return FinalNorm(weight, torch.zeros(3), eps=0.0, centred=centred)
+    return Norm(weight, torch.zeros(3), eps=0.0, centred=centred)
 
 
 def test_frozen_direction_of_a_toy():
@@ -59,7 +59,7 @@ def test_frozen_direction_of_a_layer_norm_ignores_what_is_the_same_everywhere():
 @pytest.mark.parametrize("centred", [False, True])
 def test_jacobian_direction_is_the_gradient(centred):
     torch.manual_seed(1)
-    norm = FinalNorm(torch.randn(HIDDEN), torch.randn(HIDDEN), eps=1e-3, centred=centred)
+    norm = Norm(torch.randn(HIDDEN), torch.randn(HIDDEN), eps=1e-3, centred=centred)
     x = torch.randn(4, HIDDEN, requires_grad=True)
     rows = torch.randn(4, HIDDEN)
     (gradient,) = torch.autograd.grad((norm(x) * rows).sum(), x)

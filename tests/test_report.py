@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import mmneurons as mmn
 from mmneurons.finding.result import Finding, Grid, NeuronFinding, NounFinding, Parts
 from mmneurons.maths import regions
 from mmneurons.neurons import Neuron
@@ -26,6 +27,7 @@ from mmneurons.report import text, write_report
 from mmneurons.report.page import render
 
 SIDE = 8
+MEANING = "how far it pushes log p of the word, to first order"
 MINUS = "\N{MINUS SIGN}"
 LIKE = {
     "dog": [" dog", " puppy", " fox", " wolf", "dog", " paws", " tail", " ears", " bark", " bear"],
@@ -47,7 +49,7 @@ def make_finding(seed: int = 3, objects: tuple[str, ...] = ("dog", "cat"), **cha
     words = [*shown.objects, "grass"]
     nouns = tuple(make_noun(random, word, step, shown.caption, masks[word]) for step, word in enumerate(words))
     finding = Finding(
-        image="scenes/dog-and-cat.png",
+        images=("scenes/dog-and-cat.png",),
         prompt="Describe the image.",
         answer_prefix="An image of",
         caption=shown.caption,
@@ -62,9 +64,30 @@ def make_finding(seed: int = 3, objects: tuple[str, ...] = ("dog", "cat"), **cha
             "versions": {"mmneurons": "0.1.0", "torch": "2.13.0", "transformers": "5.23.0"},
             "settings": {"maps": True, "top": 10, "ks": [1, 10, 50, 100, 500, 1000]},
         },
-        view=shown.image,
+        views=(shown.image,),
     )
     return dataclasses.replace(finding, **changes)  # pyright: ignore[reportArgumentType]
+
+
+def make_pair(**changes: object) -> Finding:
+    """Two pictures in one prompt; of the second, maps of another shape, a tenth as strong and of the other sign."""
+    one, other = make_finding(), scene(4, ("cat",), background="on the grass")
+
+    def second(grids: tuple[Grid, ...]) -> tuple[Grid, ...]:
+        return (*grids, grid(np.asarray(grids[0])[::2] * -0.1))
+
+    nouns = tuple(
+        dataclasses.replace(
+            noun,
+            neurons=tuple(dataclasses.replace(neuron, maps=second(neuron.maps)) for neuron in noun.neurons),
+            regions={k: second(grids) for k, grids in noun.regions.items()},
+        )
+        for noun in one.nouns
+    )
+    pair = dataclasses.replace(
+        one, images=("a/dog.png", "b/cat.png"), views=(*one.views, other.image.resize((112, 56))), nouns=nouns
+    )
+    return dataclasses.replace(pair, **changes)  # pyright: ignore[reportArgumentType]
 
 
 def make_noun(random: np.random.Generator, word: str, step: int, caption: str, mask: np.ndarray) -> NounFinding:
@@ -83,19 +106,19 @@ def make_noun(random: np.random.Generator, word: str, step: int, caption: str, m
             activation=float(score * random.choice([-1, 1]) * random.uniform(0.8, 2.5)),
             tokens=tuple(random.permutation(like).tolist()),
             suppressed=tuple(random.choice(other, 3, replace=False).tolist()),
-            map=grid(maps[i]),
+            maps=(grid(maps[i]),),
             lost_without_image=float(random.uniform(0.35, 1.02)),
         )
         for i, score in enumerate(scores)
     )
     regions = {
-        k: grid(covered * 1.2 * k**-0.25 + random.normal(0.05, 0.09 * k**-0.15, (SIDE, SIDE)))
+        k: (grid(covered * 1.2 * k**-0.25 + random.normal(0.05, 0.09 * k**-0.15, (SIDE, SIDE))),)
         for k in (1, 10, 50, 100, 500, 1000)
     }
     spread = np.array([0.2, 0.3, 0.6, 1, 2, 3.5, 5, 4])
     layers = {k: tuple(random.multinomial(k, spread / spread.sum()).tolist()) for k in (10, 100, 1000)}
     ffn, attention = float(scores.sum() + random.uniform(1, 3)), float(random.uniform(2, 5))
-    parts = Parts(ffn=ffn, top=float(scores.sum()), attention=attention, embedding=-0.42, bias=0.07)
+    parts = Parts(ffn=ffn, top=float(scores.sum()), attention=attention, other=0.0, embedding=-0.42, bias=0.07)
     return NounFinding(
         word=word,
         lemma=word,
@@ -179,6 +202,12 @@ def with_neurons(finding: Finding, **changes: object) -> Finding:
     return dataclasses.replace(finding, nouns=nouns)
 
 
+def unpacked(numbers: str) -> Grid:
+    rows, columns, values = numbers.split(" ")
+    patches = np.frombuffer(base64.b64decode(values), dtype="<f4").reshape(int(rows), int(columns))
+    return grid(patches)
+
+
 def decoded(uri: str) -> Image.Image:
     return Image.open(io.BytesIO(base64.b64decode(uri.partition(",")[2])))
 
@@ -192,9 +221,8 @@ def test_the_numbers_shown_are_those_of_the_finding():
     expected: list[float] = []
     for noun in finding.nouns:
         parts = noun.parts
-        total = parts.ffn + parts.attention + parts.embedding + parts.bias
         expected += [noun.step, noun.probability, noun.logit]
-        expected += [parts.ffn, parts.top, parts.attention, parts.embedding, parts.bias, total]
+        expected += [parts.ffn, parts.top, parts.attention, parts.embedding, parts.bias, parts.total]
         for neuron in noun.neurons:
             assert neuron.lost_without_image is not None
             expected += [neuron.score, neuron.activation, neuron.lost_without_image]
@@ -251,7 +279,9 @@ def test_a_word_of_several_tokens_and_its_lemma():
 
 def test_parts_are_drawn_from_a_common_zero():
     # From -2 to 6: 8 wide, zero a quarter of the way.
-    noun = dataclasses.replace(make_finding().nouns[0], parts=Parts(ffn=6, top=3, attention=-2, embedding=0, bias=0))
+    noun = dataclasses.replace(
+        make_finding().nouns[0], parts=Parts(6, top=3, attention=-2, other=0, embedding=0, bias=0)
+    )
     page = page_of(make_finding(nouns=(noun,)))
     bars = [attrs for attrs, _ in page.all("rect") if attrs["class"] in ("plus", "minus") and "height" in attrs][:6]
     drawn = [(bar["class"], float(bar["x"]), float(bar["width"])) for bar in bars]
@@ -279,7 +309,7 @@ def test_histograms_count_every_block():
 def test_the_ready_made_heat_map_is_hottest_where_the_region_is():
     patches = np.zeros((8, 8))
     patches[2, 5] = 1
-    finding = with_nouns(make_finding(), regions={10: grid(patches), 100: grid(-patches)})
+    finding = with_nouns(make_finding(), regions={10: (grid(patches),), 100: (grid(-patches),)})
     [uri, *_] = [
         attrs["src"] for attrs, _ in page_of(finding).all("img") if attrs["alt"].startswith("Heat map of the top 10")
     ]
@@ -290,8 +320,8 @@ def test_the_ready_made_heat_map_is_hottest_where_the_region_is():
 
 
 def test_a_run_of_many_images_has_a_list_of_them_and_one_description():
-    page = page_of(*(make_finding(seed, image=f"{seed}.png") for seed in range(5)))
-    assert [attrs["href"] for attrs, _ in page.all("a")] == [f"#image-{i}" for i in range(5)]
+    page = page_of(*(make_finding(seed, images=(f"{seed}.png",)) for seed in range(5)))
+    assert [attrs["href"] for attrs, _ in page.all("a")] == [f"#finding-{i}" for i in range(5)]
     ids = [attrs["id"] for _, attrs in page.elements if "id" in attrs]
     assert len(ids) == len(set(ids)) == 5 * (1 + 3 * 2)
     assert page.text("h2") == [*(f"{seed}.png" for seed in range(5)), "How this was made"]
@@ -310,8 +340,8 @@ def test_choices_and_provenance():
 
 
 def test_runs_made_differently_are_described_apart():
-    one, other = make_finding(image="a/one.png"), make_finding(4, image="b/two.png", score="logit")
-    page = page_of(one, other, dataclasses.replace(one, image="three.png"))
+    one, other = make_finding(images=("a/one.png",)), make_finding(4, images=("b/two.png",), score="logit")
+    page = page_of(one, other, dataclasses.replace(one, images=("three.png",)))
     assert page.text("h2")[3:] == ["How one.png, three.png were made", "How two.png was made"]
 
 
@@ -331,13 +361,126 @@ def test_numbers(value: float, signed: bool, written: str):
     assert text.number(value, signed=signed) == written
 
 
+# Several pictures in one prompt, and none
+
+
+def test_two_pictures_of_one_prompt_are_side_by_side_each_with_its_own_maps():
+    finding = make_pair()
+    page = page_of(finding)
+    assert page.text("h2")[0] == "1 a/dog.png 2 b/cat.png"
+    assert page.text("p", "which") == ["1 dog.png", "2 cat.png"]
+    assert page.text("header") == ["Multi-modal neurons 1 prompt with 2 images · score logprob: " + MEANING]
+    stages = [attrs for attrs, _ in page.all("div", "stage")]
+    assert [attrs["data-picture"] for attrs in stages] == ["0", "1"]
+    alts = [attrs["alt"].partition(" neurons")[0] for attrs, _ in page.all("img") if "top 10" in attrs["alt"]]
+    assert len(alts) == 2 * len(finding.nouns), "a ready-made heat map over each"
+    row = next(attrs["data-map"] for attrs, _ in page.all("tr") if "data-map" in attrs)
+    assert [unpacked(part) for part in row.split(";")] == list(finding.nouns[0].neurons[0].maps)
+    choice = next(attrs["data-map"] for attrs, _ in page.all("input") if attrs["value"] == "100")
+    assert [unpacked(part) for part in choice.split(";")] == list(finding.nouns[0].regions[100])
+
+
+def test_pictures_of_one_prompt_share_a_scale_of_colours():
+    patches = np.zeros((8, 8))
+    patches[2, 5] = 1
+    both = (grid(patches), grid(patches * 0.1))
+    page = page_of(with_nouns(make_pair(), regions={10: both}))
+    strong, weak = [decoded(a["src"]) for a, _ in page.all("img") if a["alt"].startswith("Heat map")][:2]
+    colour = [np.ptp(np.asarray(image, dtype=int)[:, :, [0, 2]], axis=2).max() for image in (strong, weak)]
+    assert colour[0] > 3 * colour[1]
+
+
+def test_a_picture_or_a_map_of_two_may_be_missing():
+    pair = make_pair()
+    page = page_of(dataclasses.replace(pair, views=(None, pair.views[1])))
+    assert page.text("div", "stage") == ["picture not at hand", ""]
+    assert "over picture 2" in next(a["alt"] for a, _ in page.all("img") if a["alt"].startswith("Heat map"))
+    one_map = with_nouns(pair, regions={k: grids[:1] for k, grids in pair.nouns[0].regions.items()})
+    first, second = page_of(one_map), page_of(with_nouns(pair, regions={10: ((), pair.nouns[0].regions[10][1])}))
+    assert "over picture 1" in next(a["alt"] for a, _ in first.all("img") if a["alt"].startswith("Heat map"))
+    assert next(a["data-map"] for a, _ in second.all("input") if a["value"] == "10").startswith(";4 8 ")
+
+
+def test_the_list_shows_pictures_of_every_prompt():
+    page = page_of(make_pair(), make_finding(), make_wordless(), make_finding(notes=("Approximate: by 3 %.",)))
+    assert len(page.all("span", "thumbs-2")) == 1
+    assert len(page.all("span", "thumbs-1")) == 2
+    assert len(page.all("span", "flag")) == 1
+    assert page.text("header")[0].startswith("Multi-modal neurons 4 prompts with 4 images")
+
+
+def make_wordless(**changes: object) -> Finding:
+    """No picture: a prompt of words alone."""
+    finding = make_finding(images=(), views=(), prompt="Name an animal.", **changes)
+    return with_neurons(with_nouns(finding, regions={}), maps=(), lost_without_image=None)
+
+
+def test_words_alone_have_no_place_for_a_picture():
+    page = page_of(make_wordless())
+    assert page.text("h2")[0] == "words alone: Name an animal."
+    assert page.text("p", "asked") == ["Answer begun with: An image of"]
+    assert not page.all("figure", "picture") + page.all("div", "stage") + page.all("input")
+    assert page.text("header")[0].startswith("Multi-modal neurons 1 prompt, words alone")
+    assert page.text("h3") == ["dog", "cat", "grass"]
+
+
+def test_ready_made_inputs_keep_their_small_maps_but_have_no_picture():
+    page = page_of(make_finding(images=(), views=(), prompt="", answer_prefix=""))
+    assert page.text("h2")[0] == "ready-made inputs"
+    assert not page.all("p", "asked") + page.all("div", "stage") + page.all("button", "pin")
+    assert len([attrs for attrs, _ in page.all("img") if attrs["alt"].startswith("map of")]) == 30
+    assert (page.facts()["prompt"], page.facts()["answer prefix"]) == ("none", "none")
+
+
+# What was asked, and what was answered
+
+
+def test_the_prompt_and_the_answer_prefix_are_shown():
+    page = page_of(make_finding(prompt="Look.\nWhat is this?", answer_prefix="It is"))
+    assert page.text("p", "asked") == ["Asked: Look.⏎What is this? Answer begun with: It is"]
+    assert page.text("p", "caption")[0].startswith("It is a dog")
+
+
+def test_a_long_answer_of_several_lines_is_set_smaller_and_broken_where_it_breaks():
+    caption = "a dog\n\n" + "and more " * 30
+    page = page_of(make_finding(caption=caption))
+    assert page.all("p", "long")
+    assert len(page.all("br")) == 2
+    assert not page_of(make_finding()).all("p", "long")
+
+
+def test_a_warning_stands_out_from_other_notes():
+    page = page_of(make_finding(notes=("Read with care.", "Approximate: off by 3.2%.")))
+    assert page.text("p", "note") == ["Read with care.", "⚠ Warning. Approximate: off by 3.2%."]
+    assert page.text("p", "warning") == ["⚠ Warning. Approximate: off by 3.2%."]
+
+
+def test_side_paths_are_a_part_only_where_a_model_has_them():
+    assert "side paths" not in page_of(make_finding()).text("th")
+    parts = dataclasses.replace(make_finding().nouns[0].parts, other=-0.25)
+    page = page_of(with_nouns(make_finding(), parts=parts))
+    assert page.text("th").count("side paths") == 3
+    assert float(f"{parts.total:.7g}") in [float(attrs["value"]) for attrs, _ in page.all("data")]
+
+
+def test_tokens_without_a_tokenizer_and_neurons_in_experts():
+    noun = make_finding().nouns[0]
+    neuron = dataclasses.replace(noun.neurons[0], neuron=Neuron(3, 17, expert=2), tokens=("<17>", "<5>"))
+    noun = dataclasses.replace(noun, word="<5>", lemma="<5>", token="<5>", start=5, neurons=(neuron,))
+    page = page_of(make_finding(caption="<17> <5> <5>", nouns=(noun, dataclasses.replace(noun, start=0))))
+    assert page.text("p", "caption") == ["An image of <17> <5> <5>"]
+    assert page.text("button", "noun") == ["<5>", "<5>"]
+    assert page.text("button", "pin")[0] == "L3.e2.u17"
+    assert page.text("span", "promoted")[0] == "<17> <5>"
+
+
 # What may be missing
 
 
 def test_a_file_stands_in_for_the_view_and_is_said_to(tmp_path: Path):
     file = tmp_path / "dog.png"
     Image.new("RGB", (1000, 500), (10, 200, 30)).save(file)
-    page = page_of(make_finding(view=None, image=str(file)))
+    page = page_of(make_finding(views=(), images=(str(file),)))
     picture = next(attrs for attrs, _ in page.all("img") if attrs["alt"].startswith("The picture"))
     assert (picture["width"], picture["height"]) == ("768", "384")
     assert decoded(picture["src"]).size == (768, 384)
@@ -347,7 +490,7 @@ def test_a_file_stands_in_for_the_view_and_is_said_to(tmp_path: Path):
 
 @pytest.mark.parametrize("name", ["<PIL image>", "no/such/file.png", "", "\0", "x" * 5000, "\ud800", "."])
 def test_no_picture_at_hand(name: str):
-    page = page_of(make_finding(view=None, image=name))
+    page = page_of(make_finding(views=(None,), images=(name,)))
     assert "picture not at hand" in page.text("p")
     assert not page.all("ul", "strip")
 
@@ -355,11 +498,11 @@ def test_no_picture_at_hand(name: str):
 def test_a_file_that_is_no_picture(tmp_path: Path):
     file = tmp_path / "dog.png"
     file.write_text("not pixels")
-    assert "picture not at hand" in page_of(make_finding(view=None, image=str(file))).text("p")
+    assert "picture not at hand" in page_of(make_finding(views=(), images=(str(file),))).text("p")
 
 
 def test_no_map_was_asked_for():
-    finding = with_neurons(with_nouns(make_finding(), regions={}), map=None)
+    finding = with_neurons(with_nouns(make_finding(), regions={}), maps=())
     page = page_of(finding)
     assert page.text("p", "no-map") == ["No map was asked for."]
     assert not page.all("ul", "strip")
@@ -372,7 +515,7 @@ def test_no_map_was_asked_for():
 
 @pytest.mark.parametrize("bad", [(), ((),), ((1.0, 2.0), (3.0,)), ((float("nan"),),), ((float("inf"), 0.0),)])
 def test_a_map_that_cannot_be_drawn_is_left_out(bad: Grid):
-    finding = with_neurons(with_nouns(make_finding(), regions={10: bad}), map=bad)
+    finding = with_neurons(with_nouns(make_finding(), regions={10: (bad,)}), maps=(bad,))
     assert page_of(finding).text("p", "no-map") == ["No map was asked for."]
 
 
@@ -383,7 +526,7 @@ def test_one_noun_without_maps_beside_others_with():
 
 
 def test_another_k_stands_in_where_the_top_10_is_missing():
-    regions_of = {50: grid(np.eye(3)), 100: grid(np.eye(3))}
+    regions_of = {50: (grid(np.eye(3)),), 100: (grid(np.eye(3)),)}
     page = page_of(with_nouns(make_finding(), regions=regions_of))
     assert page.text("ul", "strip") == ["dog top 50 cat top 50 grass top 50"]
 
@@ -395,9 +538,9 @@ def test_no_image_was_blanked():
 
 
 def test_nothing_to_show():
-    assert page_of().text("p", "nothing") == ["This run has no images."]
+    assert page_of().text("p", "nothing") == ["This run has no findings."]
     page = page_of(make_finding(nouns=(), caption="", provenance={}))
-    assert page.text("p", "nothing") == ["No nouns in this caption."]
+    assert page.text("p", "nothing") == ["No word of this answer was scored."]
     assert page.text("p", "caption") == ["An image of (the model said nothing)"]
     assert not page.all("details")
     assert (
@@ -407,7 +550,7 @@ def test_nothing_to_show():
 
 def test_numbers_that_are_none_are_shown_as_such():
     nan, infinite = float("nan"), float("inf")
-    broken = Parts(ffn=nan, top=-infinite, attention=infinite, embedding=0.0, bias=1.0)
+    broken = Parts(ffn=nan, top=-infinite, attention=infinite, other=nan, embedding=0.0, bias=1.0)
     finding = with_neurons(with_nouns(make_finding(), parts=broken, logit=nan, probability=nan), score=nan)
     assert page_of(finding).facts()["logit"] == "not a number"
 
@@ -421,7 +564,7 @@ HOSTILE = (
 
 def hostile() -> Finding:
     finding = make_finding(
-        image=HOSTILE,
+        images=(HOSTILE,),
         prompt=HOSTILE,
         answer_prefix=HOSTILE,
         caption=HOSTILE,
@@ -501,7 +644,7 @@ def test_marks_are_told_from_the_characters_they_look_like():
 
 def test_lone_surrogates_and_control_characters_reach_no_file(tmp_path: Path):
     nasty = "\ud83d\x00\x1b[31m\u202e\u2028"
-    finding = make_finding(image=nasty, prompt=nasty, caption=nasty, notes=(nasty,), provenance={nasty: nasty})
+    finding = make_finding(images=(nasty,), prompt=nasty, caption=nasty, notes=(nasty,), provenance={nasty: nasty})
     finding = with_neurons(with_nouns(finding, word=nasty, lemma=nasty, token=nasty, start=0), tokens=(nasty,))
     write_report([finding], tmp_path / "page.html", title=nasty)
     written = (tmp_path / "page.html").read_text(encoding="utf-8")
@@ -544,11 +687,12 @@ def test_a_page_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pyte
 
 def test_the_finding_is_left_as_it_was():
     finding = make_finding()
-    assert finding.view is not None
-    before = finding.view.tobytes()
+    [view] = finding.views
+    assert view is not None
+    before = view.tobytes()
     render([finding])
     assert finding == make_finding()
-    assert finding.view.tobytes() == before
+    assert view.tobytes() == before
 
 
 # In a browser
@@ -652,6 +796,72 @@ def test_in_a_browser_the_script_runs_and_draws_what_python_computes(tmp_path: P
         assert [base64.b64decode(array) for array in drawn] == [array.tobytes() for array in expected]
 
 
+TWO_PICTURES = """
+setTimeout(() => {
+  const article = document.querySelector("article"), stages = [...article.querySelectorAll(".stage")];
+  const seen = [];
+  const look = () => seen.push({
+    says: article.querySelector(".shown").textContent,
+    high: article.querySelector("[data-legend=high]").textContent,
+    stages: stages.map((stage) => {
+      const canvas = stage.querySelector("canvas");
+      const rgba = canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height).data;
+      const strongest = rgba.filter((value, i) => i % 4 === 3).reduce((most, value) => Math.max(most, value), 0);
+      return [stage.dataset.shows, stage.dataset.mode, canvas.hidden, canvas.width, canvas.height, strongest];
+    }),
+  });
+  look();
+  [...article.querySelectorAll(".noun")].find((noun) => noun.textContent === "cat").click();
+  look();
+  article.querySelector(".panel:not([hidden]) .pin").click();
+  look();
+  article.querySelector("input[value=mask]").click();
+  look();
+  document.documentElement.dataset.result = JSON.stringify(seen);
+}, 500);
+"""
+
+
+@pytest.mark.slow
+def test_in_a_browser_one_choice_drives_the_maps_of_all_pictures(tmp_path: Path):
+    finding = make_pair()
+    html = render([finding, make_wordless()]).replace("script-src ", f"script-src {sha256(TWO_PICTURES)} ", 1)
+    html = html.replace("</body>", f"<script>{TWO_PICTURES}</script></body>")
+    (tmp_path / "page.html").write_text(html, encoding="utf-8")
+    [(root, _)] = opened(tmp_path / "page.html", tmp_path / "profile").all("html")
+    assert "data-error" not in root, root["data-error"]
+    dog, cat, pinned, masked = json.loads(root["data-result"])
+    name = str(finding.nouns[1].neurons[0].neuron)
+    assert [stage[:5] for stage in dog["stages"]] == [["10", "heat", False, 448, 448], ["10", "heat", False, 448, 224]]
+    assert [stage[:3] for stage in pinned["stages"]] == [[name, "heat", False]] * 2
+    assert [stage[:3] for stage in masked["stages"]] == [[name, "mask", False]] * 2
+    for step, word in [(dog, "dog"), (cat, "cat")]:
+        strong, weak = [stage[5] for stage in step["stages"]]
+        assert strong > 5 * weak > 0, "one scale of colours"
+        assert step["says"] == f"“{word}”, mean of the top 10"
+        sizes = [(112, 112), (56, 112)]
+        grids = finding.noun(word).regions[10]
+        heats = [regions.upsample(np.asarray(g, np.float32), size) for g, size in zip(grids, sizes, strict=True)]
+        assert float(step["high"]) == pytest.approx(max(np.abs(heat).max() for heat in heats), rel=5e-3)
+    maps = finding.nouns[1].neurons[0].maps
+    counts = [
+        regions.mask(regions.upsample(np.asarray(m, np.float32), size)).sum()
+        for m, size in zip(maps, [(112, 112), (56, 112)], strict=True)
+    ]
+    assert masked["says"] == f"“cat”, neuron {name}: its strongest {counts[0]} + {counts[1]} pixels"
+
+
+@pytest.mark.parametrize("pictures", [1, 2, 0])
+def test_what_the_pocket_model_finds_can_be_shown(vlm: mmn.VLM, sample_paths: list[str], pictures: int):
+    images = [sample_paths[:pictures]] if pictures else None
+    found = mmn.find(vlm, images, maps=bool(pictures))  # pyright: ignore[reportArgumentType]
+    finding = found[0] if isinstance(found, list) else found
+    assert [len(neuron.maps) for neuron in finding.nouns[0].neurons] == [pictures] * 10
+    page = page_of(finding)
+    assert len(page.all("div", "stage")) == pictures
+    assert len([a for a, _ in page.all("img") if a["alt"].startswith("Heat map")]) == pictures * len(finding.nouns)
+
+
 def check_what_was_drawn(seen: list[dict[str, Any]]) -> None:
     grass = make_finding().nouns[2]
     first, other, hundred, arrow, masked, focused, pinned, left, plain = seen
@@ -666,7 +876,7 @@ def check_what_was_drawn(seen: list[dict[str, Any]]) -> None:
     assert other["says"] == "“cat”, mean of the top 10"
     assert hundred["says"] == "“cat”, mean of the top 100"
     assert (arrow["focus"], arrow["shows"]) == ("grass", "100"), "another noun keeps k"
-    share = regions.mask(regions.upsample(grass.regions[100], (112, 112))).sum()
+    share = regions.mask(regions.upsample(np.asarray(grass.regions[100][0], np.float32), (112, 112))).sum()
     assert masked["says"] == f"“grass”, mean of the top 100: its strongest {share} pixels"
     name = str(grass.neurons[0].neuron)
     assert focused["shows"] == pinned["shows"] == left["shows"] == name

@@ -27,7 +27,7 @@ neurons = st.builds(
     numbers,
     st.lists(text, max_size=3).map(tuple),
     st.lists(text, max_size=3).map(tuple),
-    st.none() | grids,
+    st.lists(grids, max_size=2).map(tuple),
     st.none() | numbers,
 )
 nouns = st.builds(
@@ -41,14 +41,14 @@ nouns = st.builds(
     n_tokens=st.integers(1, 5),
     probability=numbers,
     logit=numbers,
-    parts=st.builds(Parts, numbers, numbers, numbers, numbers, numbers),
+    parts=st.builds(Parts, *[numbers] * 6),
     neurons=st.lists(neurons, max_size=2).map(tuple),
     layers=st.dictionaries(st.sampled_from([10, 100]), st.lists(st.integers(0, 9), max_size=3).map(tuple)),
-    regions=st.dictionaries(st.sampled_from([1, 10]), grids),
+    regions=st.dictionaries(st.sampled_from([1, 10]), st.lists(grids, max_size=2).map(tuple)),
 )
 findings = st.builds(
     Finding,
-    image=text,
+    images=st.lists(text, max_size=3).map(tuple),
     prompt=text,
     answer_prefix=text,
     caption=text,
@@ -87,6 +87,26 @@ def test_json_reads_back(written):
     assert result.to_json(read) == text
 
 
+def test_two_pictures_in_one_prompt_and_words_alone_read_back(vlm, sample_paths):
+    [pair] = mmn.find(vlm, [sample_paths[:2]], maps=True)
+    assert pair.images == tuple(sample_paths[:2])
+    assert len(pair.views) == 2
+    for noun in pair.nouns:
+        assert {len(neuron.maps) for neuron in noun.neurons} == {len(noun.regions[10])} == {2}
+        assert noun.regions[1] == noun.neurons[0].maps
+    words = mmn.find(vlm, None, prompt="Describe the image in few words.")
+    assert words.images == words.views == ()
+    assert words.nouns
+    for finding in (pair, words):
+        text = result.to_json(finding)
+        [read] = result.from_json(text)
+        assert_close(dataclasses.replace(finding, views=()), read)
+        assert result.to_json(read) == text
+        written = json.loads(text)["findings"][0]
+        assert written["images"] == list(finding.images)
+        assert ("maps" in written["nouns"][0]["neurons"][0]) == bool(finding.images)
+
+
 def test_the_same_run_gives_the_same_bytes(vlm, sample_paths):
     runs = [result.to_json(mmn.find(vlm, sample_paths[:3], maps=True, blank=True)) for _ in range(2)]
     assert runs[0] == runs[1]
@@ -94,10 +114,10 @@ def test_the_same_run_gives_the_same_bytes(vlm, sample_paths):
 
 def test_the_form_that_the_issue_fixes(vlm, sample_paths):
     document = json.loads(result.to_json(mmn.find(vlm, sample_paths[:1])))
-    assert document["schema"] == 1
+    assert document["schema"] == 2
     assert document["provenance"]["model"]["id"] == "pocket"
     found = document["findings"][0]
-    assert {"image", "prompt", "answer_prefix", "caption", "token_ids", "choices", "nouns"} <= found.keys()
+    assert {"images", "prompt", "answer_prefix", "caption", "token_ids", "choices", "nouns"} <= found.keys()
     assert found["choices"] == {"score": "logit", "against": None}
     noun = found["nouns"][0]
     assert {"word", "lemma", "token", "token_id", "step", "probability", "neurons"} <= noun.keys()
@@ -127,7 +147,7 @@ def test_saved_whole_or_not_at_all(tmp_path, vlm, sample_paths, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "text", ["", "{", "[]", '{"schema": 2}', '{"schema": 1}', '{"schema": 1, "provenance": {}, "findings": [{}]}', "3"]
+    "text", ["", "{", "[]", '{"schema": 1}', '{"schema": 2}', '{"schema": 2, "provenance": {}, "findings": [{}]}', "3"]
 )
 def test_a_damaged_file_is_refused(text):
     with pytest.raises(FormatError):

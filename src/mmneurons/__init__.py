@@ -16,6 +16,10 @@ if TYPE_CHECKING:
     from mmneurons import pocket as pocket
     from mmneurons.errors import MmneuronsError as MmneuronsError
     from mmneurons.finding.finder import find as find
+    from mmneurons.finding.lookup import NeuronCard as NeuronCard
+    from mmneurons.finding.lookup import WordNeurons as WordNeurons
+    from mmneurons.finding.lookup import explain_neuron as explain_neuron
+    from mmneurons.finding.lookup import neurons_for as neurons_for
     from mmneurons.finding.result import Finding as Finding
     from mmneurons.finding.result import NeuronFinding as NeuronFinding
     from mmneurons.finding.result import NounFinding as NounFinding
@@ -33,12 +37,16 @@ _HOMES = {
     "Finding": "mmneurons.finding.result:Finding",
     "MmneuronsError": "mmneurons.errors:MmneuronsError",
     "Neuron": "mmneurons.neurons:Neuron",
+    "NeuronCard": "mmneurons.finding.lookup:NeuronCard",
     "NeuronFinding": "mmneurons.finding.result:NeuronFinding",
     "NounFinding": "mmneurons.finding.result:NounFinding",
+    "WordNeurons": "mmneurons.finding.lookup:WordNeurons",
     "doctor": "mmneurons.vlm.doctor:doctor",
+    "explain_neuron": "mmneurons.finding.lookup:explain_neuron",
     "find": "mmneurons.finding.finder:find",
     "load": "mmneurons.vlm.load:load",
     "load_findings": "mmneurons.finding.result:load",
+    "neurons_for": "mmneurons.finding.lookup:neurons_for",
     "pocket": "mmneurons.pocket",
     "record": "mmneurons.vlm.recording:record",
     "save_findings": "mmneurons.finding.result:save",
@@ -51,7 +59,13 @@ def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'mmneurons' has no attribute '{name}'")
     module, _, attribute = _HOMES[name].partition(":")
-    loaded = importlib.import_module(module)
+    try:
+        loaded = importlib.import_module(module)
+    except ImportError:
+        from mmneurons.vlm.processors import check_torchvision
+
+        check_torchvision()  # one that does not fit torch keeps transformers from being imported
+        raise
     return getattr(loaded, attribute) if attribute else loaded
 
 

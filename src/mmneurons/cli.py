@@ -63,7 +63,7 @@ def caption(
     trust_remote_code: Remote = False,
     decoder: Decoder = None,
 ) -> None:
-    """Say what is in each image."""
+    """Say what is in each image, or answer a question about it."""
     paths = _images_or_sample(images)
     from mmneurons.vlm.images import open_image
 
@@ -88,6 +88,8 @@ def find(
     score: Annotated[Literal["logit", "logprob", "paper"], typer.Option(help="See docs/method.md.")] = "logit",
     word: Annotated[list[str] | None, typer.Option(help="A word of the caption to explain; repeatable.")] = None,
     against: Annotated[str | None, typer.Option(help="Score why the noun rather than this word.")] = None,
+    together: Annotated[bool, typer.Option("--together", help="All images in one prompt, not a prompt each.")] = False,
+    no_image: Annotated[bool, typer.Option("--no-image", help="A prompt of words alone.")] = False,
     json_path: Annotated[str | None, typer.Option("--json", metavar="FILE", help="Write JSON; - for stdout.")] = None,
     report: Annotated[Path | None, typer.Option(metavar="FILE.html", help="Write a page to look at.")] = None,
     maps: Annotated[bool, typer.Option(help="Also show where in the image the neurons look.")] = True,
@@ -100,8 +102,11 @@ def find(
     trust_remote_code: Remote = False,
     decoder: Decoder = None,
 ) -> None:
-    """Caption images and show the neurons that wrote each noun."""
-    paths = _images_or_sample(images)
+    """Caption images, or ask about them, and show the neurons that wrote each noun of the answer."""
+    if no_image and images:
+        raise SettingError("--no-image goes without image files.", seen=f"Got {', '.join(images)}.")
+    paths = [] if no_image else _images_or_sample(images)
+    prompts: list[Any] = [paths] if together else [None] if no_image else paths
     _check_outputs(json_path, report)
     from mmneurons.finding import result
     from mmneurons.finding.finder import find as find_neurons
@@ -111,18 +116,18 @@ def find(
     for path in paths:  # a missing file is told before a model is loaded
         open_image(path)
     vlm = _load(model, device, dtype, device_map, revision, trust_remote_code, decoder)
-    with _progress(len(paths), "images") as progress:
+    with _progress(len(prompts), "prompts") as progress:
         findings = find_neurons(
             vlm,
-            paths,
+            prompts,
             prompt=prompt,
             answer_prefix=answer_prefix,
             top=top,
             score=score,
             words=word,
             against=against,
-            maps=maps,
-            blank=report is not None,
+            maps=maps and not no_image,
+            blank=report is not None and not no_image,
             max_new_tokens=max_new_tokens,
             batch_size=batch_size,
             progress=progress,
@@ -140,6 +145,60 @@ def find(
 
         write_report(findings, report)
         err.print(f"wrote {report}", soft_wrap=True)
+
+
+@app.command()
+def neuron(
+    name: Annotated[str, typer.Argument(metavar="NEURON", help="L23.u6012, or L23.e5.u6012 for expert 5.")],
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens listed each way.")] = 10,
+    neighbours: Annotated[int, typer.Option(min=0, help="Neurons like it.")] = 10,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    model: ModelId = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    device_map: DeviceMap = None,
+    revision: Revision = None,
+    trust_remote_code: Remote = False,
+    decoder: Decoder = None,
+) -> None:
+    """Show what a neuron says whenever it fires: no image needed."""
+    from mmneurons.neurons import Neuron
+
+    asked = Neuron.parse(name)  # what is no neuron is told before a model is loaded
+    from mmneurons.finding.lookup import explain_neuron
+    from mmneurons.report.cards import show_neuron
+
+    vlm = _load(model, device, dtype, device_map, revision, trust_remote_code, decoder)
+    card = explain_neuron(vlm, asked, n_tokens=tokens, n_neighbours=neighbours)
+    if as_json:
+        out.print_json(json.dumps(card.to_dict()))
+    else:
+        show_neuron(card, out)
+
+
+@app.command()
+def word(
+    text: Annotated[str, typer.Argument(metavar="WORD", help="A word; of several tokens, its first counts.")],
+    top: Annotated[int, typer.Option(min=1, help="Neurons listed.")] = 10,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    model: ModelId = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    device_map: DeviceMap = None,
+    revision: Revision = None,
+    trust_remote_code: Remote = False,
+    decoder: Decoder = None,
+) -> None:
+    """Show the neurons of the whole model that point to a word: no image needed."""
+    from mmneurons.finding.lookup import neurons_for
+    from mmneurons.report.cards import show_word
+
+    vlm = _load(model, device, dtype, device_map, revision, trust_remote_code, decoder)
+    found = neurons_for(vlm, text, top=top)
+    if as_json:
+        out.print_json(json.dumps(found.to_dict()))
+    else:
+        show_word(found, out)
 
 
 @app.command()

@@ -18,12 +18,12 @@ from mmneurons.finding.result import Finding, NounFinding, Score
 from mmneurons.finding.scoring import SCORES, Choices, Target, describe, score_targets
 from mmneurons.vlm import provenance
 from mmneurons.vlm.doctor import TOLERANCE
-from mmneurons.vlm.grid import PatchGrid, find_grid, model_view
-from mmneurons.vlm.images import OpenedImage, open_image
+from mmneurons.vlm.grid import find_grids, model_view
+from mmneurons.vlm.images import OpenedImage
 from mmneurons.vlm.prompts import ANSWER_PREFIX, MAX_NEW_TOKENS, PROMPT, token_of
 from mmneurons.vlm.recording import record
-from mmneurons.vlm.vlm import VLM, Answers, Picture, Pictures, as_list
-from mmneurons.words import find_nouns, find_words, says
+from mmneurons.vlm.vlm import VLM, Answers, Inputs, Picture, Pictures, as_list, batches, open_row
+from mmneurons.words import Word, find_nouns, find_words, says
 
 BLANK = (128, 128, 128)
 """The blank image: one grey."""
@@ -32,47 +32,55 @@ BLANK = (128, 128, 128)
 @overload
 def find(vlm: VLM, images: Pictures, **choices: Any) -> list[Finding]: ...
 @overload
-def find(vlm: VLM, images: Picture, **choices: Any) -> Finding: ...
+def find(vlm: VLM, images: Picture | None = ..., **choices: Any) -> Finding: ...
 def find(  # pyright: ignore[reportInconsistentOverload]  # the overloads say what is returned, this what is taken
     vlm: VLM,
-    images: Picture | Pictures,
+    images: Picture | Pictures | None = None,
     *,
     prompt: str = PROMPT,
     answer_prefix: str = ANSWER_PREFIX,
     top: int = 10,
     score: Score = "logit",
     words: str | Sequence[str] | None = None,
+    token_ids: Sequence[int] | None = None,
     against: str | None = None,
+    inputs: Inputs | None = None,
     maps: bool = False,
     blank: bool = False,
     max_new_tokens: int = MAX_NEW_TOKENS,
     batch_size: int = 8,
     progress: Callable[[int], None] | None = None,
 ) -> Finding | list[Finding]:
-    """Caption images, and for each noun find the neurons that wrote it.
+    """Let the model answer, and for each noun of its answer find the neurons that wrote it.
 
     Args:
         vlm: The model, from `load`.
-        images: A path, PIL image or array, or a list of them.
+        images: A path, PIL image or array, or a list of them, one prompt each; a list in the list is several images
+            in one prompt; None for a prompt of words alone.
         prompt: What the model is asked.
         answer_prefix: Words that the answer is made to begin with; they are no nouns.
         top: How many neurons to list for each noun.
         score: "logit": how many logits of the word a neuron wrote. "logprob": how far it pushes log p of the word, to
             first order. "paper": what the released MM_Neurons code prints. See docs/method.md.
-        words: Words of the caption to explain instead of its nouns.
+        words: Words of the answer to explain instead of its nouns.
+        token_ids: Tokens of the answer to explain instead of its nouns, each wherever it was said.
         against: Another word: scores say why the noun rather than this one. A noun that is this word is left out.
+        inputs: Ready-made model inputs, tensors by name, instead of images and prompt: one finding for each row.
+            A model without a processor needs them, and shows its tokens by number.
         maps: Also where in the image each neuron is active, and heat maps of the top 1 to 1000: one more prefill.
-        blank: Also what share of each score is lost with a blank image: one more pass over the caption.
+        blank: Also what share of each score is lost with a blank image: one more pass over the answer.
         max_new_tokens: Where to stop if the model does not.
-        batch_size: Images in one batch.
-        progress: Called with the number of images done after each batch.
+        batch_size: Prompts in one batch; 1 for models that compute otherwise in a batch, whatever is given.
+        progress: Called with the number of prompts done after each batch.
 
     Returns:
-        One Finding, or a list of as many as images. A caption without nouns gives a Finding without nouns.
+        One Finding, or a list of as many as prompts (as rows, of `inputs`). An answer without nouns gives a Finding
+        without nouns.
 
     Raises:
         ImageError: if something is not an image.
-        WordError: if a word asked for is in none of the captions.
+        ModelError: if there are neither images with a processor nor `inputs`.
+        WordError: if a word or token asked for is in none of the answers.
         SettingError: for a setting that has no meaning.
 
     Source: Pan et al., Findings of ACL 2024, section 3. Their code projects the gate alone onto the unembedding:
@@ -82,46 +90,55 @@ def find(  # pyright: ignore[reportInconsistentOverload]  # the overloads say wh
         raise SettingError(f"There is no score '{score}'.", fix=f"Choose one of: {', '.join(SCORES)}.")
     if top < 1 or batch_size < 1:
         raise SettingError("Sizes start at 1.", seen=f"top={top}, batch_size={batch_size}")
-    opened = [open_image(image) for image in as_list(images)]
+    _check_asked(vlm, images, inputs, words, token_ids, blank)
     wanted = (words,) if isinstance(words, str) else tuple(words or ()) or None
-    choices = Choices(prompt, answer_prefix, top, score, wanted, against, maps, blank, max_new_tokens)
+    ids = None if token_ids is None else tuple(token_ids)
+    if inputs is not None:
+        prompt = answer_prefix = ""
+    choices = Choices(prompt, answer_prefix, top, score, wanted, ids, against, maps, blank, max_new_tokens)
     findings: list[Finding] = []
-    for start in range(0, len(opened), batch_size):
-        findings += _find_batch(vlm, opened[start : start + batch_size], choices)
-        if progress is not None:
-            progress(len(findings))
-    _check_words(findings, wanted)
+    if inputs is not None:
+        rows: list[list[OpenedImage]] = [[]] * _n_rows(inputs)
+        findings = _find_batch(vlm, vlm.placed(inputs), rows, choices)
+    else:
+        size = 1 if vlm.family.one_at_a_time else batch_size
+        for batch in batches([open_row(row) for row in as_list(images)], size):
+            encoded = vlm.encode([[o.image for o in row] for row in batch], prompt, answer_prefix)
+            findings += _find_batch(vlm, encoded, batch, choices)
+            if progress is not None:
+                progress(len(findings))
+    _check_found(findings, choices)
     made_by = _provenance(vlm, choices, batch_size)
     findings = [replace(finding, provenance=made_by) for finding in findings]
-    return findings if isinstance(images, list | tuple) else findings[0]
+    return findings if inputs is not None or isinstance(images, list | tuple) else findings[0]
 
 
-def _find_batch(vlm: VLM, opened: list[OpenedImage], choices: Choices) -> list[Finding]:
+def _find_batch(vlm: VLM, inputs: Inputs, rows: list[list[OpenedImage]], choices: Choices) -> list[Finding]:
     """The whole way for one batch, top to bottom."""
-    inputs = vlm.encode([o.image for o in opened], choices.prompt, choices.answer_prefix)
     with record(vlm.anatomy, gates=choices.score == "paper") as recording:
-        answers = vlm.generate(inputs, choices.max_new_tokens, logits=True)
-    targets = [t for row in range(len(opened)) for t in _targets(vlm, answers, row, choices)]
+        answers = vlm.generate(inputs, choices.max_new_tokens)
+    targets = [t for row in range(len(rows)) for t in _targets(vlm, answers, row, choices)]
     nouns: list[NounFinding] = []
     notes: list[str] = []
+    n_images = len(rows[0])
     if targets:
         scored = score_targets(vlm, recording, answers, targets, choices)
         nouns = describe(vlm, scored)
         notes += _doubt(vlm, nouns)
         if choices.maps:
-            grid = find_grid(vlm.model, inputs)
-            if isinstance(grid, PatchGrid):
-                nouns = with_maps(vlm, inputs, grid, scored, nouns)
+            grids = find_grids(vlm.model, inputs, n_images or _n_pictures(inputs))
+            if isinstance(grids, str):
+                notes.append(f"No map is drawn: {grids}.")
             else:
-                notes.append(f"No map is drawn: {grid}.")
-        if choices.blank:
-            grey = vlm.encode(
-                [Image.new("RGB", o.image.size, BLANK) for o in opened], choices.prompt, choices.answer_prefix
-            )
+                nouns = with_maps(vlm, inputs, grids, scored, nouns)
+        if choices.blank and n_images:
+            blank = [[Image.new("RGB", o.image.size, BLANK) for o in row] for row in rows]
+            grey = vlm.encode(blank, choices.prompt, choices.answer_prefix)
             nouns = with_blank(vlm, grey, answers, scored, nouns)
     return [
         Finding(
-            image=o.name.encode("utf-8", "replace").decode(),  # a file name may hold bytes that JSON cannot
+            # A file name may hold bytes that JSON cannot.
+            images=tuple(o.name.encode("utf-8", "replace").decode() for o in opened),
             prompt=choices.prompt,
             answer_prefix=choices.answer_prefix,
             caption=answers.texts[row],
@@ -129,10 +146,10 @@ def _find_batch(vlm: VLM, opened: list[OpenedImage], choices: Choices) -> list[F
             score=choices.score,
             against=choices.against,
             nouns=(mine := tuple(n for n, t in zip(nouns, targets, strict=True) if t.row == row)),
-            notes=(*vlm.notes(o), *notes, *_silence(answers.texts[row], mine, choices)),
-            view=model_view(vlm.processor, inputs, row),
+            notes=(*(note for o in opened for note in vlm.notes(o)), *notes, *_silence(answers, row, mine, choices)),
+            views=tuple(model_view(vlm.processor, inputs, row * n_images + i) for i in range(len(opened))),
         )
-        for row, o in enumerate(opened)
+        for row, opened in enumerate(rows)
     ]
 
 
@@ -147,14 +164,20 @@ def _targets(vlm: VLM, answers: Answers, row: int, choices: Choices) -> list[Tar
     def decode(part: Sequence[int]) -> str:
         return vlm.tokenizer.decode(part, skip_special_tokens=True)
 
-    if choices.words is None:
+    if choices.token_ids is not None:
+        words = [
+            Word(text := decode([token]).strip() or vlm.token_text(token), text.lower(), 0, 0, (step,))
+            for step, token in enumerate(ids)
+            if token in choices.token_ids
+        ]
+    elif choices.words is None:
         words = find_nouns(caption, ids, decode, answer_prefix=choices.answer_prefix)
     else:
         words = find_words([w for w in choices.words if says(caption, w)], caption, ids, decode)
     targets = [Target(row, word, word.steps[0], ids[word.steps[0]]) for word in words]
     if choices.against is not None:
         other = token_of(vlm.tokenizer, choices.against)
-        if choices.words is not None and any(target.token_id == other for target in targets):
+        if (choices.words or choices.token_ids) and any(target.token_id == other for target in targets):
             raise SettingError(
                 f"'{choices.against}' begins with the same token as a word to score: nothing to compare.",
                 fix="Compare with a word that begins differently.",
@@ -175,26 +198,68 @@ def _doubt(vlm: VLM, nouns: Sequence[NounFinding]) -> list[str]:
     return [f"Approximate: what was recorded misses the model's logits by {error:.1%}. See mmneurons doctor."]
 
 
-def _silence(caption: str, nouns: Sequence[NounFinding], choices: Choices) -> list[str]:
+def _silence(answers: Answers, row: int, nouns: Sequence[NounFinding], choices: Choices) -> list[str]:
     """What to say where something has no answer."""
-    if choices.words is None:
-        return [] if nouns else ["There is no noun in this caption."]
-    return [f"'{word}' is not in this caption." for word in _missing(caption, choices.words)]
+    if choices.words is None and choices.token_ids is None:
+        return [] if nouns else ["There is no noun in this answer."]
+    return [
+        f"{_shown(word)} is not in this answer."
+        for word in _missing(answers.texts[row], answers.token_ids[row], choices)
+    ]
 
 
-def _missing(caption: str, wanted: Sequence[str] | None) -> list[str]:
-    return [word for word in wanted or () if not says(caption, word)]
+def _missing(text: str, token_ids: Sequence[int], choices: Choices) -> list[str | int]:
+    """The words and tokens asked for that an answer does not have."""
+    words = [word for word in choices.words or () if not says(text, word)]
+    return words + [token for token in choices.token_ids or () if token not in token_ids]
 
 
-def _check_words(findings: list[Finding], wanted: Sequence[str] | None) -> None:
-    everywhere = set.intersection(*(set(_missing(f.caption, wanted)) for f in findings)) if findings else set()
+def _shown(word: str | int) -> str:
+    return f"'{word}'" if isinstance(word, str) else f"token {word}"
+
+
+def _check_found(findings: list[Finding], choices: Choices) -> None:
+    missing = (set(_missing(finding.caption, finding.token_ids, choices)) for finding in findings)
+    everywhere = set.intersection(*missing) if findings else set()
     if everywhere:
-        captions = "\n".join(f"  {finding.answer_prefix} {finding.caption}" for finding in findings[:5])
+        answers = "\n".join(f"  {finding.answer_prefix} {finding.caption}" for finding in findings[:5])
         raise WordError(
-            f"Not in the caption: {', '.join(sorted(everywhere))}.",
-            seen=f"The model said:\n{captions}",
+            f"Not in the answer: {', '.join(sorted(map(str, everywhere)))}.",
+            seen=f"The model said:\n{answers}",
             fix="Ask for a word that it said, or for none, to take the nouns.",
         )
+
+
+def _check_asked(vlm: VLM, images: Any, inputs: Inputs | None, words: Any, token_ids: Any, blank: bool) -> None:
+    """Refuse pairs of settings that have no meaning."""
+    if inputs is not None and images is not None:
+        raise SettingError("Give images or ready-made inputs, not both.", fix="find(vlm, inputs={...})")
+    if words is not None and token_ids is not None:
+        raise SettingError("Ask for words or for tokens, not both.", fix="find(vlm, image, words=[...])")
+    if inputs is not None and blank:
+        raise SettingError(
+            "A blank image cannot be put into ready-made inputs.", fix="Give images and a processor, or blank=False."
+        )
+    if inputs is not None and vlm.family.one_at_a_time and _n_rows(inputs) > 1:
+        raise SettingError(
+            "This model's prompts run one at a time.", seen=vlm.family.why, fix="Give inputs of one row."
+        )
+
+
+def _n_rows(inputs: Inputs) -> int:
+    """Prompts of ready-made inputs."""
+    for name in ("input_ids", "decoder_input_ids", "pixel_values"):
+        if name in inputs:
+            return len(inputs[name])
+    raise SettingError("Ready-made inputs need `input_ids` or `pixel_values`.", seen=f"Got: {', '.join(inputs)}")
+
+
+def _n_pictures(inputs: Inputs) -> int:
+    """Pictures in each row of ready-made inputs; where that cannot be told, one if there are pixels."""
+    shapes = [inputs[name] for name in ("image_grid_thw", "spatial_shapes", "image_position_ids") if name in inputs]
+    if shapes:
+        return len(shapes[0]) // _n_rows(inputs)
+    return int("pixel_values" in inputs)
 
 
 def _provenance(vlm: VLM, choices: Choices, batch_size: int) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Where in the image the neurons look, and what is left of their scores without the image: one more pass each."""
+"""Where in the pictures the neurons look, and what is left of their scores without them: one more pass each."""
 
 from __future__ import annotations
 
@@ -6,94 +6,108 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor
-from transformers import BatchFeature
 
 from mmneurons.finding.result import Grid, NounFinding
-from mmneurons.finding.scoring import REGION_SIZES, Scored, columns_of, pick_moments, read_out, scored_activations
-from mmneurons.vlm.grid import PatchGrid
-from mmneurons.vlm.recording import Recording, record
-from mmneurons.vlm.vlm import VLM, Answers
+from mmneurons.finding.scoring import REGION_SIZES, Scored, columns_of, read_out, scored_activations, unembed_rows
+from mmneurons.vlm.grid import Grids, PatchGrid
+from mmneurons.vlm.moments import pick_moments
+from mmneurons.vlm.recording import record
+from mmneurons.vlm.vlm import VLM, Answers, Inputs
 
 
-def with_maps(
-    vlm: VLM, inputs: BatchFeature, grid: PatchGrid, scored: Scored, nouns: list[NounFinding]
-) -> list[NounFinding]:
-    """Add each top neuron's map and the heat maps of the top k (the mean of a(position) * sign(a where scored)).
+def with_maps(vlm: VLM, inputs: Inputs, grids: Grids, scored: Scored, nouns: list[NounFinding]) -> list[NounFinding]:
+    """Add each top neuron's maps and the heat maps of the top k (the mean of a(position) * sign(a where scored)).
 
-    One prefill; image tokens stand before the caption, which they cannot see, so that it is not read again.
+    One prefill; image tokens stand before the answer, which they cannot see, so that it is not read again.
     """
-    needed = torch.unique(torch.cat(scored.ranked))
-    keeps, start = [], 0
-    for block in vlm.anatomy.blocks:
-        mine = needed[(needed >= start) & (needed < start + block.n_neurons)] - start
-        keeps.append(_keep_patches(grid.positions, mine))
-        start += block.n_neurons
+    places = [scored.places(i, order) for i, order in enumerate(scored.ranked)]
+    wanted = [sorted({n for row in places for ffn, n in row if ffn == i}) for i in range(len(vlm.anatomy.ffns))]
     gates = scored.choices.score == "paper"
-    with record(vlm.anatomy, keeps, gates=gates, writes=False) as recording:
+    keep = _keep_positions(_all_positions(grids))
+    with record(vlm.anatomy, keep, neurons=[torch.tensor(w).long() for w in wanted], gates=gates, writes=False) as seen:
         vlm.read(inputs)
-    recorded = recording.gates if gates else recording.activations
-    values = torch.cat([Recording.stacked(parts).to(needed.device) for parts in recorded], dim=2)
-    place = torch.full((scored.scores.shape[1],), -1, device=needed.device)
-    place[needed] = torch.arange(len(needed), device=needed.device)
+    device = scored.scores.device
+    recorded = [
+        (seen.stacked(seen.gates[i])[..., torch.tensor(w).long()] if gates else seen.activations(i)).to(device)
+        for i, w in enumerate(wanted)
+    ]
+    column_of = [{neuron: j for j, neuron in enumerate(w)} for w in wanted]
     mapped = []
     for i, noun in enumerate(nouns):
-        order = scored.ranked[i]
-        signs = 1.0 if gates else scored.activations[i, order].sign()  # the paper maps the raw gate
-        maps = (values[scored.targets[i].row][:, place[order]].float() * signs).T
-        means = maps.cumsum(0) / torch.arange(1, len(maps) + 1, device=maps.device)[:, None]
+        row = scored.targets[i].row
+        values = torch.stack([recorded[ffn][row, :, column_of[ffn][n]] for ffn, n in places[i]]).float()
+        if not gates:  # the paper maps the raw gate
+            values = values * scored.activations[i, scored.ranked[i]].sign()[:, None]
+        means = values.cumsum(0) / torch.arange(1, len(values) + 1, device=device)[:, None]
         mapped.append(
             replace(
                 noun,
-                neurons=tuple(replace(n, map=_as_grid(m, grid)) for n, m in zip(noun.neurons, maps, strict=False)),
-                regions={k: _as_grid(means[k - 1], grid) for k in REGION_SIZES if k <= len(maps)},
+                neurons=tuple(
+                    replace(neuron, maps=_as_grids(value, grids[row]))
+                    for neuron, value in zip(noun.neurons, values, strict=False)
+                ),
+                regions={k: _as_grids(means[k - 1], grids[row]) for k in REGION_SIZES if k <= len(values)},
             )
         )
     return mapped
 
 
-def with_blank(
-    vlm: VLM, grey: BatchFeature, answers: Answers, scored: Scored, nouns: list[NounFinding]
-) -> list[NounFinding]:
+def with_blank(vlm: VLM, grey: Inputs, answers: Answers, scored: Scored, nouns: list[NounFinding]) -> list[NounFinding]:
     """Add the share of each top neuron's score that is lost when the same words are read with a grey image.
 
-    The score is computed anew throughout: activation, norm scale and probabilities are those of the grey image.
+    The score is computed anew throughout: activation, norm scales and probabilities are those of the grey image.
     """
     steps: list[list[int]] = [[] for _ in range(len(answers.token_ids))]
-    places = []
+    spots = []
+    end = answers.sequences.shape[1]  # counted from the end: some models put the picture before the first position
     for target in scored.targets:
-        places.append([target.row, len(steps[target.row])])
-        steps[target.row].append(answers.n_prompt + target.step - 1)
+        spots.append([target.row, len(steps[target.row])])
+        steps[target.row].append(answers.n_prompt + target.step - 1 - end)
     width = max(map(len, steps))
-    positions = torch.tensor([row + [0] * (width - len(row)) for row in steps])
-    with record(vlm.anatomy, _keep_patches(positions, None), gates=scored.choices.score == "paper") as recording:
+    positions = torch.tensor([row + [-1] * (width - len(row)) for row in steps])
+    paper = scored.choices.score == "paper"
+    with record(vlm.anatomy, _keep_positions(positions), gates=paper) as recording:
         vlm.read(grey, answers)
-    moments = pick_moments(recording, torch.tensor(places))
+    moments = pick_moments(recording, torch.tensor(spots))
     token_ids = [target.token_id for target in scored.targets]
-    directions = read_out(vlm, moments, vlm.anatomy.logits(moments.residual), token_ids, scored.choices)
+    rows = unembed_rows(vlm.anatomy, token_ids, moments.residual)
+    directions = read_out(vlm, moments, token_ids, rows, scored.choices)
     activations = scored_activations(moments, scored.choices)
+    neurons_at = [moments.neurons(i) for i in range(len(activations))]
     compared = []
     for i, noun in enumerate(nouns):
-        listed = scored.ranked[i][: len(noun.neurons)]
-        blank = activations[i, listed] * (columns_of(vlm.anatomy, listed) @ directions[i])
-        lost = 1 - blank / scored.scores[i, listed]
-        neurons = [
-            replace(n, lost_without_image=float(share) if torch.isfinite(share) else None)
-            for n, share in zip(noun.neurons, lost, strict=True)
-        ]
-        compared.append(replace(noun, neurons=tuple(neurons)))
+        places = scored.places(i, scored.ranked[i][: len(noun.neurons)])
+        columns = columns_of(vlm.anatomy, places, moments.residual.device)
+        found = []
+        for (ffn, n), column, neuron in zip(places, columns, noun.neurons, strict=True):
+            fired = activations[ffn][i][neurons_at[ffn][i] == n].sum()  # none where its expert was not asked
+            way = None if paper else vlm.anatomy.ffns[ffn].way
+            lost = 1 - float(fired * (column @ directions.at(way)[i])) / neuron.score if neuron.score else None
+            found.append(replace(neuron, lost_without_image=lost))
+        compared.append(replace(noun, neurons=tuple(found)))
     return compared
 
 
-def _keep_patches(positions: Int[Tensor, "batch kept"], neurons: Int[Tensor, "n"] | None) -> Callable[[Tensor], Tensor]:
-    def keep(values: Float[Tensor, "batch positions width"]) -> Float[Tensor, "batch kept n"]:
+def _all_positions(grids: Grids) -> Int[Tensor, "batch patches"]:
+    """The positions of all pictures of each row, one after the other; shorter rows filled up."""
+    rows = [torch.cat([grid.positions for grid in row]) for row in grids]
+    width = max(map(len, rows))
+    return torch.stack([torch.nn.functional.pad(row, (0, width - len(row))) for row in rows])
+
+
+def _keep_positions(positions: Int[Tensor, "batch kept"]) -> Callable[[Tensor], Tensor]:
+    def keep(values: Shaped[Tensor, "batch positions *width"]) -> Shaped[Tensor, "batch kept *width"]:
         rows = torch.arange(len(values), device=values.device)[:, None]
-        kept = values[rows, positions.to(values.device)]
-        return kept if neurons is None else kept[..., neurons.to(values.device)]
+        return values[rows, positions.to(values.device)]
 
     return keep
 
 
-def _as_grid(values: Float[Tensor, "patches"], grid: PatchGrid) -> Grid:
-    return tuple(tuple(row) for row in values.view(grid.rows, grid.columns).tolist())
+def _as_grids(values: Float[Tensor, "patches"], grids: tuple[PatchGrid, ...]) -> tuple[Grid, ...]:
+    parts = values.split([len(grid.positions) for grid in grids] + [len(values) - sum(len(g.positions) for g in grids)])
+    return tuple(
+        tuple(tuple(row) for row in part.view(grid.rows, grid.columns).tolist())
+        for part, grid in zip(parts, grids, strict=False)
+    )

@@ -19,7 +19,7 @@ from PIL import Image
 from mmneurons.errors import FormatError
 from mmneurons.neurons import Neuron
 
-SCHEMA = 1
+SCHEMA = 2
 """Number of the JSON form; a reader refuses any other."""
 Score = Literal["logit", "logprob", "paper"]
 Grid = tuple[tuple[float, ...], ...]
@@ -39,10 +39,10 @@ class NeuronFinding:
     """The ten tokens that sign(activation) * its column promotes most."""
     suppressed: tuple[str, ...] = ()
     """The three it pushes down most."""
-    map: Grid | None = None
-    """Activation at each image patch, times the sign of `activation` (`score="paper"`: as it is).
+    maps: tuple[Grid, ...] = ()
+    """Per picture, activation at each image patch, times the sign of `activation` (`score="paper"`: as it is).
 
-    None if not asked for or without a grid.
+    Empty if not asked for or without a grid.
     """
     lost_without_image: float | None = None
     """Share of `score` that is lost when the same words are read with a blank image; None if not asked for."""
@@ -50,7 +50,7 @@ class NeuronFinding:
 
 @dataclass(frozen=True)
 class Parts:
-    """Where the noun's logit comes from; the four parts that are not `top` add up to it (before any softcap)."""
+    """Where the noun's logit comes from; the five parts that are not `top` add up to it (before any softcap)."""
 
     ffn: float
     """Written by all FFN neurons."""
@@ -58,15 +58,17 @@ class Parts:
     """Written by the top neurons listed; contained in `ffn`."""
     attention: float
     """Written by attention (or another token mixer) of all blocks."""
+    other: float
+    """Written by anything else in the blocks, such as Gemma 4's per-layer inputs; 0 in most models."""
     embedding: float
     """Read off the embedding of the last token."""
     bias: float
-    """Biases of the FFN output projections, the final norm and the head."""
+    """Biases of the FFN output projections, of norms on the way, of the final norm and the head."""
 
     @property
     def total(self) -> float:
         """The logit as the parts have it."""
-        return self.ffn + self.attention + self.embedding + self.bias
+        return self.ffn + self.attention + self.other + self.embedding + self.bias
 
 
 @dataclass(frozen=True)
@@ -89,21 +91,23 @@ class NounFinding:
     probability: float
     """The model's next-token probability of the token there."""
     logit: float
+    """The model's logit of the token there, before any softcap."""
     parts: Parts
     neurons: tuple[NeuronFinding, ...]
     """Highest score first; equal scores by (layer, index)."""
     layers: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
     """For k = 10, 100, 1000: how many of the top k lie in each block."""
-    regions: Mapping[int, Grid] = field(default_factory=dict)
-    """For k = 1, 10, 50, 100, 500, 1000: mean of the maps of the top k; empty if not asked for or without a grid."""
+    regions: Mapping[int, tuple[Grid, ...]] = field(default_factory=dict)
+    """For k = 1, 10, 50, 100, 500, 1000: per picture, the mean of the maps of the top k; empty if not asked for or
+    without a grid."""
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One image: what the model said, and per noun which neurons wrote it."""
+    """One prompt: what the model said, and per noun which neurons wrote it."""
 
-    image: str
-    """The path as given, or '<PIL image>'."""
+    images: tuple[str, ...]
+    """The pictures of the prompt: each a path as given, or '<PIL image>'. None for a prompt of words alone."""
     prompt: str
     answer_prefix: str
     """Words the answer was made to begin with; not part of `caption`."""
@@ -118,8 +122,8 @@ class Finding:
     """What a reader should be told: how the image was read, that there is no patch grid, that nothing was found."""
     provenance: Mapping[str, Any] = field(default_factory=dict)
     """Model, revision, weights hash, dtype, device, package versions, settings."""
-    view: Image.Image | None = field(default=None, compare=False, repr=False)
-    """The picture as the model saw it (cropped, resized), if known; not saved."""
+    views: tuple[Image.Image | None, ...] = field(default=(), compare=False, repr=False)
+    """The pictures as the model saw them (cropped, resized), where known; not saved."""
 
     def noun(self, word: str) -> NounFinding:
         """The first noun written or lemmatised as `word`.
@@ -208,7 +212,7 @@ def _rounded(value: Any) -> Any:
 
 def _finding_to_dict(finding: Finding) -> dict[str, Any]:
     return {
-        "image": finding.image,
+        "images": finding.images,
         "prompt": finding.prompt,
         "answer_prefix": finding.answer_prefix,
         "caption": finding.caption,
@@ -237,8 +241,8 @@ def _neuron_to_dict(finding: NeuronFinding) -> dict[str, Any]:
         entry["expert"] = neuron.expert
     entry |= {"score": finding.score, "activation": finding.activation, "tokens": finding.tokens}
     entry["suppressed"] = finding.suppressed
-    if finding.map is not None:
-        entry["map"] = finding.map
+    if finding.maps:
+        entry["maps"] = finding.maps
     if finding.lost_without_image is not None:
         entry["lost_without_image"] = finding.lost_without_image
     return entry
@@ -246,7 +250,7 @@ def _neuron_to_dict(finding: NeuronFinding) -> dict[str, Any]:
 
 def _finding_from_dict(entry: dict[str, Any], provenance: dict[str, Any]) -> Finding:
     return Finding(
-        image=entry["image"],
+        images=tuple(entry["images"]),
         prompt=entry["prompt"],
         answer_prefix=entry["answer_prefix"],
         caption=entry["caption"],
@@ -263,7 +267,7 @@ def _noun_from_dict(entry: dict[str, Any]) -> NounFinding:
     fields = dict(entry)
     fields["parts"] = Parts(**entry["parts"])
     fields["layers"] = {int(k): tuple(counts) for k, counts in entry["layers"].items()}
-    fields["regions"] = {int(k): _grid(grid) for k, grid in entry["regions"].items()}
+    fields["regions"] = {int(k): _grids(grids) for k, grids in entry["regions"].items()}
     fields["neurons"] = tuple(_neuron_from_dict(neuron) for neuron in entry["neurons"])
     return NounFinding(**fields)
 
@@ -275,10 +279,10 @@ def _neuron_from_dict(entry: dict[str, Any]) -> NeuronFinding:
         activation=entry["activation"],
         tokens=tuple(entry["tokens"]),
         suppressed=tuple(entry["suppressed"]),
-        map=_grid(entry["map"]) if "map" in entry else None,
+        maps=_grids(entry.get("maps", ())),
         lost_without_image=entry.get("lost_without_image"),
     )
 
 
-def _grid(rows: Sequence[Sequence[float]]) -> Grid:
-    return tuple(tuple(row) for row in rows)
+def _grids(grids: Sequence[Sequence[Sequence[float]]]) -> tuple[Grid, ...]:
+    return tuple(tuple(tuple(row) for row in rows) for rows in grids)

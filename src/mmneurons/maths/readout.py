@@ -1,6 +1,6 @@
 """Read-out directions: what a vector written into the residual stream does to the logit of a token.
 
-The functions take the final norm as data (`FinalNorm`) and rows of the unembedding; see docs/method.md.
+The functions take the final norm as data (`Norm`) and rows of the unembedding; see docs/method.md.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from torch import Tensor
 
 
 @dataclass(frozen=True, eq=False)
-class FinalNorm:
-    """The norm between the last block and the unembedding, in float32.
+class Norm:
+    """A norm as data, in float32: the one between the last block and the unembedding, or one that writes pass.
 
     RMSNorm: y = weight * x / sqrt(mean(x^2) + eps). LayerNorm (`centred`): the same on x - mean(x), plus bias.
     """
@@ -34,13 +34,23 @@ class FinalNorm:
         """The vector x without its mean over hidden (LayerNorm), or x as it is (RMSNorm)."""
         return x - x.mean(-1, keepdim=True) if self.centred else x
 
+    def unscaled(self, x: Float[Tensor, "*batch hidden"]) -> Float[Tensor, "*batch hidden"]:
+        """The vector x through everything in the norm that does not depend on the position: no scale, no bias."""
+        return self.centre(x) * self.weight.to(x.device)
+
+    def to(self, device: torch.device) -> Norm:
+        """The same on another device."""
+        if self.weight.device == device:
+            return self
+        return Norm(self.weight.to(device), self.bias.to(device), self.eps, self.centred)
+
     def __call__(self, x: Float[Tensor, "*batch hidden"]) -> Float[Tensor, "*batch hidden"]:
         """What the unembedding reads of x."""
         return self.weight * self.centre(x) / self.scale(x) + self.bias
 
 
 def frozen_direction(
-    rows: Float[Tensor, "nouns hidden"], x: Float[Tensor, "nouns hidden"], norm: FinalNorm
+    rows: Float[Tensor, "nouns hidden"], x: Float[Tensor, "nouns hidden"], norm: Norm
 ) -> Float[Tensor, "nouns hidden"]:
     """Direction of `score="logit"`: with the norm's scale frozen at x, a write w adds direction . w to rows . y.
 
@@ -59,7 +69,7 @@ def frozen_direction(
 
 
 def jacobian_direction(
-    rows: Float[Tensor, "nouns hidden"], x: Float[Tensor, "nouns hidden"], norm: FinalNorm
+    rows: Float[Tensor, "nouns hidden"], x: Float[Tensor, "nouns hidden"], norm: Norm
 ) -> Float[Tensor, "nouns hidden"]:
     """Direction of `score="logprob"`: the gradient of rows . norm(x) with respect to x.
 

@@ -1,6 +1,6 @@
 """One run's findings as one HTML file that needs nothing but itself.
 
-The template draws everything a reader needs without a script: caption, tables, a heat map of the top 10 per noun.
+The template draws everything a reader needs without a script: answer, tables, heat maps of the top 10 per noun.
 The script adds choice. Neither carries a style attribute or an address, so that the page's own policy can forbid both.
 """
 
@@ -47,14 +47,13 @@ class _Noun:
 
     id: str
     found: NounFinding
-    picture: str | None
-    """The heat map over the picture, ready-made."""
+    pictures: list[str | None]
+    """The heat maps over the pictures, ready-made."""
     maps: dict[int, str]
-    """The regions by k, packed for the script."""
+    """The regions by k, of all pictures, packed for the script."""
     first_k: int | None
     parts: list[tuple[str, str, float, Bar]]
     """Kind ("whole", "within", "total"), what, how many logits, its bar."""
-    total: float
     bars: list[Bar]
     """One for each neuron's score."""
     neuron_maps: bool
@@ -68,21 +67,32 @@ class _Noun:
 
 @dataclass(frozen=True)
 class _Card:
-    """One image as the template reads it."""
+    """One prompt as the template reads it."""
 
     id: str
     name: str
     found: Finding
-    picture: pictures.Picture | None
+    pictures: list[tuple[str, pictures.Picture | None]]
+    """File name and picture."""
     caption: list[tuple[str, _Noun | None]]
     unplaced: list[_Noun]
     """Nouns that are not where they say they are in the caption."""
     nouns: list[_Noun]
 
+    @property
+    def at_hand(self) -> list[pictures.Picture]:
+        """The pictures that can be shown."""
+        return [picture for _, picture in self.pictures if picture]
+
+    @property
+    def doubtful(self) -> bool:
+        """Whether a note warns of its numbers."""
+        return any(map(text.is_warning, self.found.notes))
+
 
 @dataclass(frozen=True)
 class _Run:
-    """Choices and provenance that some of the images share."""
+    """Choices and provenance that some of the findings share."""
 
     found: Finding
     cards: list[_Card]
@@ -95,7 +105,8 @@ def write_report(
     """Write one HTML file that shows `findings`, whole or not at all; the same findings give the same bytes.
 
     The file loads nothing from elsewhere, holds its pictures, and shows whatever a caption, a token or a file name
-    contains as text. Where a finding has no `view`, its picture is read from `finding.image` if that file is there.
+    contains as text. Where a finding has no `views`, as one that was loaded, its pictures are read from the files
+    named in `images` if they are there.
 
     Args:
         findings: Of one run or several, in the order to be shown; may be empty.
@@ -114,12 +125,14 @@ def write_report(
 
 def render(findings: Sequence[Finding], *, title: str | None = None) -> str:
     """The page that `write_report` writes."""
-    cards = [_card(finding, f"image-{i}") for i, finding in enumerate(findings)]
+    cards = [_card(finding, f"finding-{i}") for i, finding in enumerate(findings)]
     style, script = _asset("report.css"), _asset("report.js")
     page = _environment().from_string(_asset("report.html.j2"))
     return page.render(
         title=title or "Multi-modal neurons",
         cards=cards,
+        counted=_counted(cards),
+        scores=list(dict.fromkeys((card.found.score, card.found.against) for card in cards)),
         runs=_runs(cards),
         style=Markup(style),
         script=Markup(script),
@@ -145,11 +158,12 @@ def _environment() -> jinja2.Environment:
         "colour_table": pictures.colour_table,
         "meaning": lambda score: MEANINGS.get(score, "a score this version does not know"),
         "packed": pictures.packed,
-        "small_map": pictures.small_map,
+        "small_maps": pictures.small_maps,
         "unit": lambda score: _UNITS.get(score, "unit unknown"),
         "usable": pictures.usable,
     }
     environment.filters |= {"number": text.number, "percent": text.percent, "pieces": text.pieces}
+    environment.tests |= {"warning": text.is_warning}
     return environment
 
 
@@ -163,44 +177,64 @@ def _hash(inline: str) -> str:
 
 
 def _card(finding: Finding, card_id: str) -> _Card:
-    picture = pictures.picture_of(finding)
-    nouns = [_noun(noun, f"{card_id}-noun-{i}", picture) for i, noun in enumerate(finding.nouns)]
-    caption, unplaced = _place(finding.caption, nouns)
-    return _Card(card_id, PurePath(finding.image).name or "image", finding, picture, caption, unplaced, nouns)
+    shown = pictures.pictures_of(finding)
+    nouns = [_noun(noun, f"{card_id}-noun-{i}", shown) for i, noun in enumerate(finding.nouns)]
+    cut, unplaced = text.placed(finding.caption, [(noun.word, noun.start) for noun in finding.nouns])
+    names = [PurePath(image).name or "image" for image in finding.images]
+    return _Card(
+        id=card_id,
+        name=" + ".join(names) or text.without_pictures(finding),
+        found=finding,
+        pictures=list(zip(names, shown, strict=True)),
+        caption=[(part, None if i is None else nouns[i]) for part, i in cut],
+        unplaced=[nouns[i] for i in unplaced],
+        nouns=nouns,
+    )
 
 
-def _noun(noun: NounFinding, noun_id: str, picture: pictures.Picture | None) -> _Noun:
-    usable = {k: pictures.usable(grid) for k, grid in sorted(noun.regions.items())}
-    grids = {k: patches for k, patches in usable.items() if patches is not None}
-    first_k = _FIRST_K if _FIRST_K in grids else min(grids, default=None)
-    parts, total = _parts(noun)
+def _noun(noun: NounFinding, noun_id: str, shown: Sequence[pictures.Picture | None]) -> _Noun:
+    usable = {k: pictures.usable(grids) for k, grids in sorted(noun.regions.items())}
+    maps = {k: maps for k, maps in usable.items() if maps}
+    first_k = _FIRST_K if _FIRST_K in maps else min(maps, default=None)
     return _Noun(
         id=noun_id,
         found=noun,
-        picture=pictures.heat_over(picture.image, grids[first_k]) if picture and first_k is not None else None,
-        maps={k: pictures.packed(patches) for k, patches in grids.items()},
+        pictures=[] if first_k is None else pictures.heat_over(shown, maps[first_k]),
+        maps={k: pictures.packed(of_all) for k, of_all in maps.items()},
         first_k=first_k,
-        parts=parts,
-        total=total,
+        parts=_parts(noun),
         bars=_bars([neuron.score for neuron in noun.neurons]),
-        neuron_maps=any(pictures.usable(neuron.map) is not None for neuron in noun.neurons),
+        neuron_maps=any(pictures.usable(neuron.maps) for neuron in noun.neurons),
         has_losses=any(neuron.lost_without_image is not None for neuron in noun.neurons),
     )
 
 
-def _parts(noun: NounFinding) -> tuple[list[tuple[str, str, float, Bar]], float]:
+def _counted(cards: Sequence[_Card]) -> str:
+    """How much the page shows: '3 images', '1 prompt with 2 images', '2 prompts, words alone'."""
+    n_images = sum(len(card.found.images) for card in cards)
+    images = f"{n_images} image{'' if n_images == 1 else 's'}"
+    if cards and all(len(card.found.images) == 1 for card in cards):
+        return images
+    prompts = f"{len(cards) or 'no'} prompt{'' if len(cards) == 1 else 's'}"
+    if n_images:
+        return f"{prompts} with {images}"
+    kinds = {text.without_pictures(card.found) for card in cards}
+    return f"{prompts}, {kinds.pop()}" if len(kinds) == 1 else prompts
+
+
+def _parts(noun: NounFinding) -> list[tuple[str, str, float, Bar]]:
     parts = noun.parts
-    total = parts.ffn + parts.attention + parts.embedding + parts.bias
     rows = [
         ("whole", "all FFN neurons", parts.ffn),
         ("within", f"of which the {len(noun.neurons)} below", parts.top),
         ("whole", "attention", parts.attention),
+        *([("whole", "side paths", parts.other)] if parts.other else []),
         ("whole", "embedding, last token", parts.embedding),
         ("whole", "biases", parts.bias),
-        ("total", "together", total),
+        ("total", "together", parts.total),
     ]
     bars = _bars([value for _, _, value in rows])
-    return [(*row, bar) for row, bar in zip(rows, bars, strict=True)], total
+    return [(*row, bar) for row, bar in zip(rows, bars, strict=True)]
 
 
 def _bars(values: Sequence[float]) -> list[Bar]:
@@ -216,27 +250,8 @@ def _bars(values: Sequence[float]) -> list[Bar]:
     return bars
 
 
-def _place(caption: str, nouns: Iterable[_Noun]) -> tuple[list[tuple[str, _Noun | None]], list[_Noun]]:
-    """The caption cut at its nouns, and the nouns that do not stand where they say."""
-    cut: list[tuple[str, _Noun | None]] = []
-    unplaced: list[_Noun] = []
-    end = 0
-    for noun in sorted(nouns, key=lambda noun: noun.found.start):
-        word, start = noun.found.word, noun.found.start
-        if not word or start < end or not caption.startswith(word, start):
-            unplaced.append(noun)
-            continue
-        if start > end:
-            cut.append((caption[end:start], None))
-        cut.append((word, noun))
-        end = start + len(word)
-    if end < len(caption):
-        cut.append((caption[end:], None))
-    return cut, unplaced
-
-
 def _runs(cards: Iterable[_Card]) -> list[_Run]:
-    """The images grouped by how they were read: one group for one run."""
+    """The findings grouped by how they were made: one group for one run."""
     runs: list[_Run] = []
     for card in cards:
         for run in runs:

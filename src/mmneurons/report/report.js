@@ -14,10 +14,13 @@ function bytes(base64) {
   return Uint8Array.from(atob(base64), (character) => character.charCodeAt(0));
 }
 
-/** The map that an element carries: "rows columns float32-numbers-in-base64". */
-function gridOf(element) {
-  const [rows, columns, numbers] = element.dataset.map.split(" ");
-  return { rows: Number(rows), columns: Number(columns), values: new Float32Array(bytes(numbers).buffer) };
+/** The maps that an element carries, one per picture, null for none: "rows columns float32-numbers-in-base64;...". */
+function gridsOf(element) {
+  return element.dataset.map.split(";").map((map) => {
+    if (!map) return null;
+    const [rows, columns, numbers] = map.split(" ");
+    return { rows: Number(rows), columns: Number(columns), values: new Float32Array(bytes(numbers).buffer) };
+  });
 }
 
 /** Per pixel of one side: the patch at or before its centre, the one after, and the share of the latter. */
@@ -81,39 +84,42 @@ function paintMask(pixels, heat, width, height, passes) {
   }
 }
 
-/** Draws a map over the picture beside it, and returns its range at the picture's own size. */
-function draw(canvas, picture, grid, mode) {
+/** A map at the picture's own size, its largest value of either sign there and, for the mask, what lies inside. */
+function measure(picture, grid, mode) {
   const [width, height] = [picture.getAttribute("width"), picture.getAttribute("height")].map(Number);
   const own = upsample(grid, width, height);
-  const { low, high, passes } = inside(own);
+  const bound = own.reduce((most, value) => Math.max(most, Math.abs(value)), 0);
+  const { passes } = mode === "mask" ? inside(own) : { passes: () => false }; // sorting takes time
+  const count = own.reduce((sum, value) => sum + Number(passes(value)), 0);
+  return { grid, width, height, own, passes, count, bound };
+}
+
+/** Draws a measured map; `bound` is the size of value that gets the strongest colour. */
+function draw(canvas, { grid, width, height, own, passes }, bound, mode) {
   const times = Math.ceil(SHARP / Math.max(width, height));
   const heat = times > 1 ? upsample(grid, width * times, height * times) : own;
   canvas.width = width * times;
   canvas.height = height * times;
   const image = new ImageData(canvas.width, canvas.height);
-  const bound = Math.max(Math.abs(low), Math.abs(high));
   const pixels = new Uint32Array(image.data.buffer);
   // Between the picture's own pixels a map may pass the bound by a little.
   if (mode === "mask") paintMask(pixels, heat, canvas.width, canvas.height, passes);
   else paintHeat(pixels, heat.map((value) => Math.min(Math.max(value, -bound), bound)), bound);
   canvas.getContext("2d").putImageData(image, 0, 0);
-  return { low, high, count: own.reduce((sum, value) => sum + Number(passes(value)), 0) };
 }
 
 function number(value) {
   return value.toPrecision(3).replace("-", "−");
 }
 
-/** Everything that can be chosen for one image. */
+/** Everything that can be chosen for one prompt. */
 function setUp(article) {
   const all = (selector) => [...article.querySelectorAll(selector)];
   const panels = all(".panel");
   if (!panels.length) return;
-  const picture = article.querySelector(".stage img");
+  const stages = all(".stage[data-picture]");
   const shown = article.querySelector(".shown");
   const legend = article.querySelector(".legend");
-  const canvas = document.createElement("canvas");
-  canvas.setAttribute("aria-hidden", "true"); // what it shows is said in words by .shown
   let noun = panels[0].id, k = null, pinned = null, passing = null;
   let visible = article.getBoundingClientRect().top < innerHeight + NEAR;
 
@@ -132,27 +138,39 @@ function setUp(article) {
 
   function refresh() {
     all(".pin").forEach((pin) => pin.setAttribute("aria-pressed", pin.closest("tr") === pinned));
-    if (!picture || !shown || !visible) return;
+    if (!stages.length || !shown || !visible) return;
     const mode = article.querySelector("input[name$='-mode']:checked")?.value ?? "heat";
     const row = passing ?? pinned;
     const source = row ?? kOf(noun).find((input) => input.checked);
-    const stage = picture.parentElement;
-    stage.dataset.mode = source ? mode : "plain";
-    canvas.hidden = legend.hidden = !source || mode === "plain";
-    if (!source) { shown.textContent = "No map for this noun."; return; }
-    const { low, high, count } = draw(canvas, picture, gridOf(source), mode);
-    stage.dataset.shows = row ? row.querySelector(".name").textContent : source.value;
+    const grids = source ? gridsOf(source) : [];
+    const name = !source ? "" : row ? row.querySelector(".name").textContent : source.value;
+    const maps = stages.map((stage) => {
+      const grid = grids[stage.dataset.picture];
+      stage.dataset.mode = grid ? mode : "plain";
+      stage.dataset.shows = grid ? name : "";
+      stage.querySelector("canvas").hidden = !grid || mode === "plain";
+      return grid ? measure(stage.querySelector("img"), grid, mode) : null;
+    });
+    const drawn = maps.filter(Boolean);
+    legend.hidden = !drawn.length || mode !== "heat";
+    if (!drawn.length) { shown.textContent = "No map for this word."; return; }
+    const bound = Math.max(...drawn.map((map) => map.bound)); // one scale of colours for all pictures
+    stages.forEach((stage, i) => { if (maps[i]) draw(stage.querySelector("canvas"), maps[i], bound, mode); });
     const word = panels.find((panel) => panel.id === noun).dataset.word;
-    const what = row ? `neuron ${stage.dataset.shows}` : `mean of the top ${source.value}`;
-    const said = { heat: "", mask: `: its strongest ${count} pixels`, plain: ", not drawn" };
+    const what = row ? `neuron ${name}` : `mean of the top ${name}`;
+    const counts = drawn.map((map) => map.count).join(" + ");
+    const said = { heat: "", mask: `: its strongest ${counts} pixels`, plain: ", not drawn" };
     shown.textContent = `“${word}”, ${what}${said[mode]}`;
-    legend.hidden ||= mode === "mask";
-    const bound = Math.max(Math.abs(low), Math.abs(high));
     legend.querySelector("[data-legend=low]").textContent = number(-bound);
     legend.querySelector("[data-legend=high]").textContent = number(bound);
   }
 
-  if (picture && shown) picture.after(canvas);
+  stages.forEach((stage) => {
+    const canvas = document.createElement("canvas");
+    canvas.setAttribute("aria-hidden", "true"); // what it shows is said in words by .shown
+    canvas.hidden = true;
+    stage.append(canvas);
+  });
   all("button[data-noun]").forEach((button) => {
     button.addEventListener("click", () => choose(button.dataset.noun));
     button.addEventListener("keydown", (event) => {
@@ -182,7 +200,7 @@ function setUp(article) {
   });
   choose(noun);
   if (visible) return;
-  // A page of many images draws each when it comes near.
+  // A page of many pictures draws each when it comes near.
   const near = new IntersectionObserver((entries) => {
     if (!entries.some((entry) => entry.isIntersecting)) return;
     near.disconnect();

@@ -9,29 +9,69 @@ from rich.table import Table
 from rich.text import Text
 
 from mmneurons.finding.result import Finding, Grid, NounFinding
-from mmneurons.report.text import printable
+from mmneurons.report.text import is_warning, placed, printable, without_pictures
 
 SHADES = " ░▒▓█"
+_WORDS_WIDTH = 24
+"""Columns that the tokens of a neuron should have before maps are put beside the table."""
+_MAP_WIDTH = 48
+"""Columns that a map takes at most: 24 patches side by side."""
+_GAP = 2
+_TITLE = "where they look"
 
 
 def show(finding: Finding, console: Console) -> None:
-    """Print one finding: the caption with its nouns marked, then per noun its probability, parts and top neurons."""
+    """Print one finding: the answer with its nouns marked, then per noun its probability, parts and top neurons."""
     console.print()
-    console.print(Text(printable(finding.image), style="bold"), soft_wrap=True)
-    text, shown = Text().append(f"{finding.answer_prefix} ", style="dim"), 0
-    for noun in finding.nouns:
-        text.append(printable(finding.caption[shown : noun.start]))
-        shown = noun.start + len(noun.word)
-        text.append(printable(finding.caption[noun.start : shown]), style="bold green")
-    console.print(text.append(printable(finding.caption[shown:])))
+    for line in _pictures(finding):
+        console.print(Text(line, style="bold"), soft_wrap=True)
+    console.print(_answer(finding))
     for note in finding.notes:
-        console.print(Text(f"note: {note}", style="yellow"))
+        warns = is_warning(note)
+        label = ("warning:", "bold white on red") if warns else ("note:", "yellow")
+        console.print(Text.assemble(label, (f" {printable(note)}", "bold red" if warns else "yellow")))
     for noun in finding.nouns:
         console.print()
         console.print(_heading(noun))
-        table = _table(noun, finding.score)
-        grid = noun.regions.get(10)
-        console.print(_beside(table, grid) if grid else table)
+        _show_neurons(noun, finding.score, console)
+
+
+def _show_neurons(noun: NounFinding, score: str, console: Console) -> None:
+    """The table of its neurons, and beside it where they look; below it where the screen is narrow."""
+    table = _table(noun, score)
+    grids = [grid for grid in noun.regions.get(10, ()) if any(grid)]
+    if not grids:
+        console.print(table)
+        return
+    maps = _maps(grids, min(_MAP_WIDTH, console.width))
+    columns = sum((column.min_width or _WORDS_WIDTH) + 2 for column in table.columns)
+    width = max(sum(map(_width, maps)) + _GAP * (len(maps) - 1), len(_TITLE))
+    if columns + _GAP + width <= console.width:
+        console.print(_beside([table, _labelled(maps)]))
+        return
+    console.print(table)
+    for row in _rows(maps, console.width):
+        console.print(_labelled(row))
+
+
+def _pictures(finding: Finding) -> list[str]:
+    """The heading: its file, its numbered files, or what was asked without one."""
+    if not finding.images:
+        asked = f": {printable(finding.prompt)}" if finding.prompt else ""
+        return [f"{without_pictures(finding)}{asked}"]
+    if len(finding.images) == 1:
+        return [printable(finding.images[0])]
+    return [f"{i}  {printable(name)}" for i, name in enumerate(finding.images, start=1)]
+
+
+def _answer(finding: Finding) -> Text:
+    text = Text()
+    if finding.answer_prefix:
+        text.append(f"{printable(finding.answer_prefix)} ", style="dim")
+    cut, _ = placed(finding.caption, [(noun.word, noun.start) for noun in finding.nouns])
+    for part, noun in cut:
+        text.append(printable(part), style="" if noun is None else "bold green")
+    return text if finding.caption else text.append("(the model said nothing)", style="dim")
 
 
 def _heading(noun: NounFinding) -> Text:
@@ -41,24 +81,32 @@ def _heading(noun: NounFinding) -> Text:
         heading.append(f"  scored at its first of {noun.n_tokens} tokens, {printable(noun.token)!r}", style="dim")
     heading.append(f"\n  p {noun.probability:.3f}; logit {noun.logit:.2f}: ")
     heading.append(f"FFN {parts.ffn:+.2f} (top {len(noun.neurons)} {parts.top:+.2f}), ")
-    heading.append(f"attention {parts.attention:+.2f}, rest {parts.embedding + parts.bias:+.2f}")
+    heading.append(f"attention {parts.attention:+.2f}, ")
+    if parts.other:
+        heading.append(f"side paths {parts.other:+.2f}, ")
+    heading.append(f"rest {parts.embedding + parts.bias:+.2f}")
     return heading
 
 
 def _table(noun: NounFinding, score: str) -> Table:
     lost = any(finding.lost_without_image is not None for finding in noun.neurons)
     table = Table(box=None, padding=(0, 1), show_edge=False)
-    table.add_column("neuron", min_width=8, no_wrap=True)
-    table.add_column(score, min_width=7, justify="right", no_wrap=True)
-    table.add_column("act.", min_width=6, justify="right", no_wrap=True)
-    if lost:
-        table.add_column("lost", min_width=5, justify="right", no_wrap=True)
-    table.add_column("says", overflow="ellipsis", no_wrap=True)  # the one that gives way where the screen is narrow
-    for found in noun.neurons:
-        row = [str(found.neuron), f"{found.score:+.3f}", f"{found.activation:+.2f}"]
-        if lost:
-            row.append("-" if found.lost_without_image is None else f"{found.lost_without_image:.0%}")
-        table.add_row(*row, Text(words(found.tokens)))
+    rows = [
+        [
+            str(found.neuron),
+            f"{found.score:+.3f}",
+            f"{found.activation:+.2f}",
+            *(["-" if found.lost_without_image is None else f"{found.lost_without_image:.0%}"] if lost else []),
+        ]
+        for found in noun.neurons
+    ]
+    least = {"neuron": 8, score: 7, "act.": 6, **({"lost": 5} if lost else {})}
+    for i, (name, width) in enumerate(least.items()):
+        width = max([width, *(len(row[i]) for row in rows)])
+        table.add_column(name, min_width=width, justify="right" if i else "left", no_wrap=True)
+    table.add_column("says")  # alone without no_wrap: the one that gives way where the screen is narrow
+    for row, found in zip(rows, noun.neurons, strict=True):
+        table.add_row(*row, Text(words(found.tokens), no_wrap=True, overflow="ellipsis"))
     return table
 
 
@@ -67,18 +115,62 @@ def words(tokens: Sequence[str]) -> str:
     return " ".join(printable(token.removeprefix(" ")) for token in tokens)
 
 
-def _beside(table: Table, grid: Grid) -> Table:
-    """The table, and where in the image its neurons are active."""
-    both = Table.grid(padding=(0, 2))
-    both.add_column()
-    both.add_column(min_width=2 * len(grid[0]), no_wrap=True)
-    both.add_row(table, Text("\n".join(("where they look", *shaded(grid)))))
+def _maps(grids: Sequence[Grid], width: int) -> list[list[str]]:
+    """The maps of one noun in block characters, numbered where there are several, on one scale of shades."""
+    fitting = [_reduced(grid, width // 2) for grid in grids]
+    top = max((value for grid in fitting for row in grid for value in row), default=0.0)
+    numbers = range(1, len(grids) + 1) if len(grids) > 1 else [""]
+    return [[str(number), *shaded(grid, top)] for number, grid in zip(numbers, fitting, strict=True)]
+
+
+def _width(lines: Sequence[str]) -> int:
+    return max(map(len, lines))
+
+
+def _rows(maps: Sequence[list[str]], width: int) -> list[list[list[str]]]:
+    """The maps as they fit next to each other."""
+    rows: list[list[list[str]]] = [[]]
+    for one in maps:
+        if rows[-1] and sum(map(_width, rows[-1])) + _GAP * len(rows[-1]) + _width(one) > width:
+            rows.append([])
+        rows[-1].append(one)
+    return rows
+
+
+def _labelled(maps: Sequence[list[str]]) -> Table:
+    """Where in the pictures the neurons of the table are active."""
+    labelled = Table.grid()
+    labelled.add_column(no_wrap=True)
+    if maps[0][0] in ("", "1"):
+        labelled.add_row(Text(_TITLE))
+    shown = [one if one[0] else one[1:] for one in maps]
+    labelled.add_row(_beside([Text("\n".join(one), no_wrap=True) for one in shown]))
+    return labelled
+
+
+def _beside(parts: Sequence[Table | Text]) -> Table:
+    both = Table.grid(padding=(0, _GAP, 0, 0), pad_edge=False)
+    for _ in parts:
+        both.add_column()
+    both.add_row(*parts)
     return both
 
 
-def shaded(grid: Grid) -> list[str]:
-    """A heat map in block characters, two for each patch; negative values are blank."""
-    top = max((value for row in grid for value in row), default=0.0)
+def _reduced(grid: Grid, columns: int) -> Grid:
+    """A map of at most so many columns: each patch the mean of a square of patches."""
+    side = -(-len(grid[0]) // max(columns, 1))
+    if side == 1:
+        return grid
+
+    def mean(y: int, x: int) -> float:
+        square = [value for row in grid[y : y + side] for value in row[x : x + side]]
+        return sum(square) / len(square)
+
+    return tuple(tuple(mean(y, x) for x in range(0, len(grid[0]), side)) for y in range(0, len(grid), side))
+
+
+def shaded(grid: Grid, top: float) -> list[str]:
+    """A heat map in block characters, two for each patch, the darkest for `top`; negative values are blank."""
     steps = len(SHADES) - 1
     return [
         "".join(SHADES[round(max(value, 0.0) / top * steps) if top > 0 else 0] * 2 for value in row) for row in grid

@@ -8,6 +8,8 @@ import unicodedata
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+from mmneurons.finding.result import Finding
+
 _MARKS = {" ": "␣", "\n": "⏎", "\r": "␍", "\t": "⇥", "\x7f": "␡"}
 _HIDDEN = {"Cc", "Cf", "Cs", "Zl", "Zp"}  # control, format (also right-to-left overrides), surrogate, separators
 _JOINERS = "\u200c\u200d"  # inside emoji and Indic words they belong to the spelling
@@ -43,6 +45,43 @@ def pieces(text: str, *, spaces: bool = True) -> list[Piece]:
         else:
             found.append(Piece(shown, hidden))
     return found
+
+
+def without_pictures(finding: Finding) -> str:
+    """What to call a finding that names no picture: a prompt of words alone, or tensors made elsewhere."""
+    return "words alone" if finding.prompt else "ready-made inputs"
+
+
+def is_warning(note: str) -> bool:
+    """Whether a note says that the numbers themselves may be off, and must not be overlooked."""
+    return "approximate" in note.lower()
+
+
+def placed(caption: str, words: Sequence[tuple[str, int]]) -> tuple[list[tuple[str, int | None]], list[int]]:
+    """A caption cut at its words.
+
+    Args:
+        caption: Any text.
+        words: Each with the offset where it says it stands.
+
+    Returns:
+        Stretches of the caption, each with the number of the word that it is, or None; and the numbers of the words
+        that do not stand where they say, or overlap.
+    """
+    cut: list[tuple[str, int | None]] = []
+    unplaced: list[int] = []
+    end = 0
+    for i, (word, start) in sorted(enumerate(words), key=lambda entry: entry[1][1]):
+        if not word or start < end or not caption.startswith(word, start):
+            unplaced.append(i)
+            continue
+        if start > end:
+            cut.append((caption[end:start], None))
+        end = start + len(word)
+        cut.append((word, i))
+    if end < len(caption):
+        cut.append((caption[end:], None))
+    return cut, unplaced
 
 
 def printable(text: str) -> str:

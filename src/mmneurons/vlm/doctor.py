@@ -2,25 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from PIL import Image
 from torch import Tensor
 
 from mmneurons import pocket
-from mmneurons.maths.readout import frozen_direction
-from mmneurons.vlm import provenance, weights
-from mmneurons.vlm.anatomy import Anatomy
-from mmneurons.vlm.grid import find_grid
+from mmneurons.errors import ModelError
+from mmneurons.vlm import norms, provenance, weights
+from mmneurons.vlm.anatomy import Anatomy, steps
+from mmneurons.vlm.grid import find_grids
 from mmneurons.vlm.images import open_image
+from mmneurons.vlm.moments import Moments, pick_moments, written
 from mmneurons.vlm.prompts import ANSWER_PREFIX, PROMPT
 from mmneurons.vlm.recording import Recording, record
-from mmneurons.vlm.vlm import VLM, Answers, Picture
+from mmneurons.vlm.vlm import VLM, Answers, Inputs, Picture
+from mmneurons.vlm.ways import Directions, frozen_rows
 
 TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-4, torch.bfloat16: 3e-2, torch.float16: 5e-3}
 """Largest error of the additivity identity, by the dtype the model computes in (ours is float32 throughout)."""
+QUANTISED_TOLERANCE = 3e-2
+"""The same where weights are quantised: some kernels round the activations too."""
 
 
 @dataclass(frozen=True)
@@ -51,83 +57,271 @@ class Report:
         return {"passed": self.passed, **asdict(self)}
 
 
-def doctor(vlm: VLM, image: Picture | None = None, prompt: str = PROMPT, answer_prefix: str = ANSWER_PREFIX) -> Report:
+def doctor(
+    vlm: VLM,
+    image: Picture | None = None,
+    prompt: str = PROMPT,
+    answer_prefix: str = ANSWER_PREFIX,
+    *,
+    inputs: Inputs | None = None,
+    max_new_tokens: int = 16,
+) -> Report:
     """Check a model on one image; a sample image if none is given.
 
     The additivity identity: for every generated token, the contributions of all neurons and what attention, embedding
-    and biases write, each recorded by itself, add up to the logit that the model gave. Reading `w_out` the wrong way
-    round, a missed bias or a misread norm all break it.
+    and biases write, each recorded by itself, add up to the logit that the model gave (before any softcap). Reading
+    `w_out` the wrong way round, a missed bias or a misread norm all break it. Where a model's architecture makes
+    contributions inexact, the check fails and its detail says by how much.
+
+    Args:
+        vlm: The model, from `load`.
+        image: What to ask about.
+        prompt: What to ask.
+        answer_prefix: Words that the answer is made to begin with.
+        inputs: Ready-made model inputs instead of image and prompt; needed for a model without a processor.
+        max_new_tokens: How many tokens to check.
+
+    Raises:
+        ModelError: if the model has no processor and no `inputs` are given.
     """
-    opened = open_image(pocket.samples()[0].path if image is None else image)
-    inputs = vlm.encode([opened.image], prompt, answer_prefix)
-    plain = vlm.generate(inputs)
-    with record(vlm.anatomy) as recording:
-        answers = vlm.generate(inputs, logits=True)
-    checks = [additivity(vlm, recording, answers)]
-    same = torch.equal(plain.sequences, answers.sequences)
-    checks.append(Check("recording changes nothing", same, "the same tokens with and without hooks"))
-    chosen = vlm.anatomy.logits(Recording.stacked(recording.residual)[0])[: len(answers.token_ids[0])].argmax(-1)
-    agree = chosen.tolist() == list(answers.token_ids[0])
-    detail = "each generated token has the highest logit read off the recorded residual stream"
-    checks.append(Check("residual stream gives the answer", agree, detail))
-    facts, structure = dict(vlm.facts), describe_anatomy(vlm)
-    structure["patch_grid"] = (
-        grid if isinstance(grid := find_grid(vlm.model, inputs), str) else [grid.rows, grid.columns]
-    )
-    structure["caption"] = f"{answer_prefix} {answers.texts[0]}"
-    return Report(facts, structure, tuple(checks), provenance.versions())
+    picture = None
+    if inputs is None:
+        picture = open_image(pocket.samples()[0].path if image is None else image).image
+        inputs = vlm.encode([picture], prompt, answer_prefix)
+    else:
+        inputs, answer_prefix = vlm.placed(inputs), ""
+    plain = vlm.generate(inputs, max_new_tokens)
+    with record(vlm.anatomy) as recording, _outputs(vlm.anatomy) as outputs:
+        answers = vlm.generate(inputs, max_new_tokens)
+    moments = _row(recording, answers)
+    checks = [
+        _structure(vlm),
+        _reading(vlm, recording, outputs),
+        additivity(vlm, moments, answers),
+        _residual(vlm, moments, answers),
+        Check(
+            "recording changes nothing",
+            torch.equal(plain.sequences, answers.sequences),
+            "the same tokens with and without hooks",
+        ),
+        _forced(vlm, inputs, answers, moments),
+    ]
+    if picture is not None:
+        checks.append(_batched(vlm, picture, prompt, answer_prefix, moments, max_new_tokens))
+    structure = describe_anatomy(vlm)
+    grids = find_grids(vlm.model, inputs, n_images=1)
+    structure["patch_grid"] = grids if isinstance(grids, str) else [grids[0][0].rows, grids[0][0].columns]
+    structure["answer"] = f"{answer_prefix} {answers.texts[0]}".strip()
+    return Report(dict(vlm.facts), structure, tuple(checks), provenance.versions())
 
 
-def additivity(vlm: VLM, recording: Recording, answers: Answers) -> Check:
+def additivity(vlm: VLM, moments: Moments, answers: Answers) -> Check:
     """Check the identity for each token of row 0 of a recorded batch, against the logits that the model gave."""
-    token_ids = answers.token_ids[0]
-    n, anatomy = len(token_ids), vlm.anatomy
-    residual = Recording.stacked(recording.residual)[0, :n].float()
-    logits = torch.stack([answers.logits[step][0, token] for step, token in enumerate(token_ids)]).float()
-    summed = sum_of_writes(anatomy, recording, residual, list(token_ids))
-    relative = float((summed - logits).abs().max() / logits.abs().max())
-    limit = TOLERANCE.get(vlm.model.dtype, 0.0)
+    error, limit = additivity_error(vlm, moments, answers), _limit(vlm)
     return Check(
         "neurons, attention, embedding and biases add up to the logit",
-        relative <= limit,
-        f"error {relative:.1e} of the largest logit over {n} tokens; limit {limit:.0e} in {vlm.model.dtype}",
+        error <= limit,
+        f"{'' if error <= limit else 'approximate: '}error {error:.1e} of the largest logit over "
+        f"{len(answers.token_ids[0])} tokens; limit {limit:.0e} in {_name(vlm.model.dtype)}",
     )
 
 
-def sum_of_writes(
-    anatomy: Anatomy, recording: Recording, residual: Float[Tensor, "steps hidden"], token_ids: list[int]
-) -> Float[Tensor, "steps"]:
-    """Logit of each token from the recorded writes alone: none of them is had by subtraction."""
-    n = len(token_ids)
-    rows = anatomy.unembed[token_ids].float()
-    directions = frozen_direction(rows, residual, anatomy.norm)
-    total = rows @ anatomy.norm.bias
-    if anatomy.head_bias is not None:
-        total = total + anatomy.head_bias[token_ids].float()
-    for parts in (recording.embedding, recording.attention):
-        total = total + (Recording.stacked(parts)[0, :n].to(total.device).float() * directions).sum(-1)
-    for block, parts in zip(anatomy.blocks, recording.activations, strict=True):
-        activations = Recording.stacked(parts)[0, :n].float()
-        total = total + (activations * weights.project(directions, block.w_out)).sum(-1).to(total.device)
-        bias = getattr(block.w_out, "bias", None)
-        if bias is not None:
-            total = total + directions @ bias.detach().to(total.device).float()
-    return total
+def additivity_error(vlm: VLM, moments: Moments, answers: Answers) -> float:
+    """Largest difference between a logit and the sum of what was written into it, over the largest logit."""
+    summed = sum_of_writes(moments, list(answers.token_ids[0]))
+    given = vlm.anatomy.logit_rule.undo(answers.logits[0, : len(summed)].float()).to(summed.device)
+    return float((summed - given).abs().max() / given.abs().max())
+
+
+def sum_of_writes(moments: Moments, token_ids: list[int]) -> Tensor:
+    """Logit of one token at each moment, from the recorded writes alone: none of them is had by subtraction."""
+    anatomy = moments.anatomy
+    rows = anatomy.unembed[token_ids].float().to(moments.residual.device)
+    directions = Directions(anatomy, frozen_rows(anatomy, rows, moments.residual), moments.norms)
+    ffn = torch.zeros(len(rows), device=rows.device)
+    for i, part in enumerate(anatomy.ffns):
+        ffn += (moments.activations[i] * moments.projected(i, directions.at(part.way))).sum(-1)
+    bias = anatomy.head_bias
+    return written(moments, rows, directions, ffn, None if bias is None else bias[token_ids].float()).total
 
 
 def describe_anatomy(vlm: VLM) -> dict[str, Any]:
     """The parts found, as plain data."""
-    anatomy = vlm.anatomy
-    first = anatomy.blocks[0]
-    kind = "LayerNorm" if anatomy.norm.centred else "RMSNorm"
+    anatomy, rule = vlm.anatomy, vlm.anatomy.logit_rule
+    padding = anatomy.vocab - vlm.n_tokens
+    logits = [f"x {rule.before * rule.scale:.6g}"] if rule.before * rule.scale != 1 else []
+    logits += [f"softcap {rule.cap:g}"] if rule.cap else []
+    acts = (None if ffn.activation is None else type(ffn.activation).__name__ for ffn in anatomy.ffns)
+    norm = f"{norms.kind(anatomy.norm_module, anatomy.norm)}, epsilon {anatomy.norm.eps:.1e}"
+    head = f"{anatomy.vocab} x {anatomy.hidden}" + (f", {padding} rows of padding" if padding else "")
     return {
         "language_model": anatomy.decoder_name,
-        "blocks": f"{len(anatomy.blocks)} x {type(first.module).__name__}",
-        "w_out": f"{first.w_out_name} ({anatomy.hidden} x {first.n_neurons}, {type(first.w_out).__name__})",
-        "activation": "none of its own" if first.activation is None else type(first.activation).__name__,
-        "attention": f"{first.mixer_name} ({type(first.mixer).__name__})",
-        "final_norm": f"{anatomy.norm_name} ({kind}, epsilon {anatomy.norm.eps:.1e})",
-        "head": f"{anatomy.head_name} ({anatomy.vocab} x {anatomy.hidden})",
-        "tied": anatomy.head.weight is getattr(vlm.model.get_input_embeddings(), "weight", None),
+        "blocks": f"{len(anatomy.blocks)} x {_list(type(block.module).__name__ for block in anatomy.blocks)}",
+        "w_out": _list(_ffn(anatomy, i) for i in range(len(anatomy.ffns))),
+        "activation": _list(act or "none of its own" for act in acts),
+        "write_back": _list(_way(ffn.way) for ffn in anatomy.ffns),
+        "attention": _list(_below(anatomy, s.layer, s.name) for s in anatomy.sources if s.kind == "attention"),
+        "other_writes": _list(_below(anatomy, s.layer, s.name) for s in anatomy.sources if s.kind == "other"),
+        "final_norm": f"{anatomy.norm_name} ({norm})",
+        "head": f"{anatomy.head_name} ({head})",
+        "logits": ", ".join(logits) or "as the head gives them",
+        "tied": _is_tied(vlm),
         "neurons": anatomy.n_neurons,
+        "batches": f"one at a time: {vlm.family.why}" if vlm.family.one_at_a_time else "yes",
     }
+
+
+def _list(items: Iterable[str]) -> str:
+    """Different items, each once."""
+    return "; ".join(dict.fromkeys(items)) or "none"
+
+
+def _structure(vlm: VLM) -> Check:
+    doubts = vlm.anatomy.doubts
+    detail = f"{len(vlm.anatomy.blocks)} blocks, each a sum of what its parts give"
+    return Check("every write into the residual stream is known", not doubts, " ".join(doubts[:3]) or detail)
+
+
+def _reading(vlm: VLM, recording: Recording, outputs: dict[int, list[Tensor]]) -> Check:
+    """`w_out` as it is read here, times the recorded activations, is what each module gave."""
+    worst, limit = 0.0, _limit(vlm)
+    name = "none could be compared"
+    for i, ffn in enumerate(recording.anatomy.ffns):
+        if ffn.n_experts is not None or not recording.raw[i] or not outputs.get(id(ffn.module)):
+            continue
+        fired = recording.stacked(recording.raw[i])[0].float()
+        gave = recording.stacked(outputs[id(ffn.module)])[0].float()
+        matrix = weights.dense(ffn.module).float()
+        ours = fired.to(matrix.device) @ matrix.T
+        bias = weights.bias(ffn.module)
+        ours = ours if bias is None else ours + bias.float()
+        error = float((ours - gave.to(ours.device)).norm() / gave.norm().clamp_min(1e-30))
+        if error >= worst:
+            worst, name = error, ffn.name
+    return Check(
+        "each w_out times its activations is what its module gave",
+        worst <= limit,
+        f"error at most {worst:.1e} ({name}); limit {limit:.0e}",
+    )
+
+
+def _residual(vlm: VLM, moments: Moments, answers: Answers) -> Check:
+    """Final norm, head and what follows, as they are read here, give the logits that the model gave."""
+    token_ids = list(answers.token_ids[0])
+    ours = vlm.anatomy.logits(moments.residual)
+    chosen = ours[torch.arange(len(token_ids)), token_ids]
+    gave = answers.logits[0, : len(token_ids)].float().to(ours.device)
+    error, limit = float((chosen - gave).abs().max() / gave.abs().max()), _limit(vlm)
+    return Check(
+        "residual stream gives the answer",
+        error <= limit,
+        f"norm, head and what follows it give the model's logits: error {error:.1e}; limit {limit:.0e}",
+    )
+
+
+def _forced(vlm: VLM, inputs: Inputs, answers: Answers, moments: Moments) -> Check:
+    """What is recorded step by step is what one pass over prompt and answer gives."""
+    n = len(answers.token_ids[0])
+    start = answers.n_prompt - 1 - answers.sequences.shape[1]
+    last = torch.arange(start, start + n)
+    name = "recording step by step is recording the whole answer at once"
+    try:
+        with record(vlm.anatomy, lambda values: values[:, last]) as recording:
+            vlm.read(inputs, answers)
+    except (TypeError, ValueError, RuntimeError) as error:
+        return Check(name, False, f"the model does not read prompt and answer at once: {str(error).splitlines()[0]}")
+    again = pick_moments(recording, torch.tensor([[0, i] for i in range(n)]))
+    error, limit = _largest_difference(moments, again), 10 * _limit(vlm)
+    return Check(name, error <= limit, f"activations differ by {error:.1e} of the largest; limit {limit:.0e}")
+
+
+def _batched(
+    vlm: VLM, picture: Image.Image, prompt: str, answer_prefix: str, moments: Moments, max_new_tokens: int
+) -> Check:
+    """A prompt in a batch gives what it gives alone, padding included."""
+    name = "a batch gives what single prompts give"
+    if vlm.family.one_at_a_time:
+        return Check(name, True, f"not asked: prompts run one at a time. {vlm.family.why}")
+    other = picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT).resize((2 * picture.width, picture.height))
+    with record(vlm.anatomy) as recording:
+        answers = vlm.generate(vlm.encode([picture, other], prompt, answer_prefix), max_new_tokens)
+    n = min(len(moments.residual), len(answers.token_ids[0]))
+    together = pick_moments(recording, torch.tensor([[0, i] for i in range(n)]))
+    error, limit = _largest_difference(moments, together), 10 * _limit(vlm)
+    return Check(name, error <= limit, f"activations differ by {error:.1e} of the largest; limit {limit:.0e}")
+
+
+def _row(recording: Recording, answers: Answers) -> Moments:
+    return pick_moments(recording, torch.tensor([[0, i] for i in range(len(answers.token_ids[0]))]))
+
+
+def _largest_difference(one: Moments, other: Moments) -> float:
+    """Of activations at the same places, over the largest activation; both as far as the shorter goes."""
+    worst = 0.0
+    for i, mine in enumerate(one.activations):
+        theirs = other.activations[i]
+        n, width = min(len(mine), len(theirs)), min(mine.shape[1], theirs.shape[1])
+        largest = float(mine.abs().max().clamp_min(1e-30))
+        worst = max(worst, float((mine[:n, :width] - theirs[:n, :width]).abs().max()) / largest)
+    return worst
+
+
+@contextmanager
+def _outputs(anatomy: Anatomy) -> Iterator[dict[int, list[Tensor]]]:
+    """What each dense `w_out` gives at the last position of every pass."""
+    outputs: dict[int, list[Tensor]] = {id(ffn.module): [] for ffn in anatomy.ffns if ffn.n_experts is None}
+
+    def hook(module: torch.nn.Module, args: tuple, output: Tensor) -> None:
+        rows = output if output.ndim == 3 else output[None]
+        outputs[id(module)].append(rows[:1, -1:].clone())  # row 0; where batch and positions are one axis, batch is 1
+
+    handles = [ffn.module.register_forward_hook(hook) for ffn in anatomy.ffns if ffn.n_experts is None]
+    try:
+        yield outputs
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _limit(vlm: VLM) -> float:
+    if any(weights.is_quantised(ffn.module) for ffn in vlm.anatomy.ffns):
+        return QUANTISED_TOLERANCE
+    return TOLERANCE.get(vlm.model.dtype, 0.0)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _ffn(anatomy: Anatomy, i: int) -> str:
+    ffn = anatomy.ffns[i]
+    size = f"{anatomy.hidden} x {ffn.n_neurons}"
+    if ffn.n_experts is not None:
+        size = f"{ffn.n_experts} experts of {size}"
+    bias = "" if ffn.n_experts is not None or weights.bias(ffn.module) is None else " + bias"
+    return f"{_below(anatomy, ffn.layer, ffn.name)} ({size}{bias}, {type(ffn.module).__name__})"
+
+
+def _way(way: Any) -> str:
+    """How what an FFN writes reaches the final norm, in words."""
+    said = []
+    for step in steps(way):
+        if step.scale != 1:
+            said.append(f"x {step.scale:.4g}")
+        if step.norm is not None:
+            said.append(f"through {step.norm.name.rpartition('.')[2]}")
+    if len(said) > 3:
+        said = [*said[:2], f"{len(said) - 2} more"]
+    return ", ".join(said) or "as it is"
+
+
+def _below(anatomy: Anatomy, layer: int, name: str) -> str:
+    return name.removeprefix(f"{anatomy.blocks[layer].name}.")
+
+
+def _is_tied(vlm: VLM) -> bool:
+    try:
+        embedding = vlm.model.get_input_embeddings()
+    except (AttributeError, NotImplementedError, ModelError):
+        return False
+    return getattr(vlm.anatomy.head, "weight", None) is getattr(embedding, "weight", 0)

@@ -2,57 +2,190 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import Int
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
+
+from mmneurons.vlm.structure import mixes_positions
+
+_SHAPES = ("image_grid_thw", "spatial_shapes")
+"""Model inputs that hold the height and width, in patches, of each picture in their last two columns."""
+_PLACES = "image_position_ids"
+"""Model input that holds column and row of each patch of each picture, -1 for padding (Gemma 4)."""
+_MERGES = (1, 2, 3, 4)
+"""How many patches a side are merged into one image token."""
+_TOWERS = ("vision", "visual", "image_encoder", "vqmodel")
+"""How the path of a vision tower is called."""
 
 
 @dataclass(frozen=True, eq=False)
 class PatchGrid:
-    """Where the image is in the sequence."""
+    """Where one picture is in the language model's sequence."""
 
-    positions: Int[Tensor, "batch patches"]
-    """Positions of the image tokens, patches in reading order."""
+    positions: Int[Tensor, "patches"]
+    """Positions of its image tokens, patches in reading order."""
     rows: int
     columns: int
 
 
-def find_grid(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> PatchGrid | str:
-    """The patch grid of a batch with one image a row, or the reason why there is none.
+Grids = list[tuple[PatchGrid, ...]]
+"""For each row of a batch, its pictures."""
 
-    Only what can be told for certain: as many image tokens as the vision tower has patches, which keep its order.
+
+def find_grids(model: PreTrainedModel, inputs: Mapping[str, Any], n_images: int) -> Grids | str:
+    """The patch grids of a batch with `n_images` pictures a row, or the reason why there are none.
+
+    Only what can be told for certain. Where a picture is cut into tiles, the tokens of the whole picture, which stands
+    beside its tiles, are taken.
     """
+    if n_images == 0:
+        return "there is no picture"
+    if model.config.get_text_config(decoder=True).is_encoder_decoder or model.config.is_encoder_decoder:
+        return "the picture is read by the encoder; the decoder's sequence has no image tokens"
+    ids = inputs.get("input_ids")
     image_token = getattr(model.config, "image_token_id", None)
-    if image_token is None:
-        return "this model has no image tokens in its language model's input"
-    marked = inputs["input_ids"] == image_token
-    counts = marked.sum(1)
-    n_tokens = int(counts[0])
-    if n_tokens == 0 or bool((counts != n_tokens).any()):
-        return f"the images take different numbers of tokens ({', '.join(map(str, counts.tolist()))})"
-    vision = getattr(model.config, "vision_config", None)
-    image_size, patch_size = getattr(vision, "image_size", None), getattr(vision, "patch_size", None)
-    if not isinstance(image_size, int) or not isinstance(patch_size, int):
-        return "the vision tower does not say its image and patch size"
-    side = image_size // patch_size
-    if side * side != n_tokens:
-        return f"{n_tokens} image tokens are not the {side} x {side} patches of the vision tower"
-    return PatchGrid(torch.nonzero(marked)[:, 1].view(len(marked), n_tokens), side, side)
+    resampler = _resampler(model)
+    if resampler is not None:
+        return f"image tokens are queries of {resampler}, which have no place in the picture"
+    if ids is None or image_token is None:
+        return _prefix(model, inputs, n_images)
+    shapes = _shapes(inputs)
+    made: Grids = []
+    for row, marked in enumerate(ids == image_token):
+        places = torch.nonzero(marked).squeeze(1)
+        if len(places) <= n_images:
+            return "the picture enters by cross-attention, not as image tokens"
+        if shapes is None:
+            grids = _from_runs(model, ids[row], places, n_images)
+        else:
+            grids = _from_shapes(shapes[row * n_images : (row + 1) * n_images], places)
+        if isinstance(grids, str):
+            return grids
+        made.append(grids)
+    return made
 
 
-def model_view(processor: Any, inputs: Mapping[str, Tensor], row: int) -> Image.Image | None:
-    """The picture as the model saw it: resized and cropped, normalisation undone; None where pixels are packed."""
+def model_view(processor: Any, inputs: Mapping[str, Any], i: int) -> Image.Image | None:
+    """Picture i of a batch as the model saw it: resized, cropped, normalisation undone; None if pixels are packed."""
     pixels = inputs.get("pixel_values")
     image_processor = getattr(processor, "image_processor", None)
     mean, std = getattr(image_processor, "image_mean", None), getattr(image_processor, "image_std", None)
-    if pixels is None or pixels.ndim != 4 or pixels.shape[1] != 3 or mean is None or std is None:
+    if pixels is None or pixels.ndim != 4 or pixels.shape[1] != 3 or i >= len(pixels) or mean is None or std is None:
         return None
-    values = pixels[row].float().permute(1, 2, 0).cpu().numpy() * np.array(std) + np.array(mean)
+    values = pixels[i].float().permute(1, 2, 0).cpu().numpy() * np.array(std) + np.array(mean)
     return Image.fromarray((values * 255).clip(0, 255).round().astype(np.uint8))
+
+
+def _resampler(model: PreTrainedModel) -> str | None:
+    """The path of an attention between vision tower and language model: what it gives are queries, not patches."""
+    language = {id(m) for m in _language(model).modules()}
+    for name, module in model.named_modules():
+        between = name and id(module) not in language and not any(tower in name.lower() for tower in _TOWERS)
+        if between and (mixes_positions(module) or isinstance(module, nn.MultiheadAttention)):
+            return name
+    return None
+
+
+def _language(model: PreTrainedModel) -> nn.Module:
+    root: nn.Module = model
+    while isinstance(root, PreTrainedModel) and (inner := root.get_decoder()) is not None and inner is not root:
+        root = inner
+    return root
+
+
+def _prefix(model: PreTrainedModel, inputs: Mapping[str, Any], n_images: int) -> Grids | str:
+    """GIT: the tokens of the picture stand before the text, inside the model; a class token is the first."""
+    crosses = any("cross" in name.lower() for name, _ in model.named_modules())
+    side = _tower_side(model)
+    if crosses or side is None or "pixel_values" not in inputs or n_images > 1:
+        return "the language model's input has no image tokens"
+    positions = torch.arange(1, side * side + 1)
+    return [(PatchGrid(positions, side, side),)] * len(inputs["pixel_values"])
+
+
+def _shapes(inputs: Mapping[str, Any]) -> list[tuple[int, int]] | None:
+    """Height and width of each picture in patches, where the inputs say them."""
+    for name in _SHAPES:
+        if name in inputs:
+            return [(h, w) for *_, h, w in inputs[name].tolist()]
+    if _PLACES in inputs:
+        ends = inputs[_PLACES].amax(1) + 1
+        return [(h, w) for w, h in ends.tolist()]
+    return None
+
+
+def _from_shapes(shapes: list[tuple[int, int]], places: Tensor) -> tuple[PatchGrid, ...] | str:
+    for merge in _MERGES:
+        grids = [(h // merge, w // merge) for h, w in shapes]
+        if sum(h * w for h, w in grids) == len(places):
+            parts = places.split([h * w for h, w in grids])
+            return tuple(PatchGrid(part, h, w) for part, (h, w) in zip(parts, grids, strict=True))
+    return f"{len(places)} image tokens are not the merged patches of pictures of {shapes} patches"
+
+
+def _from_runs(
+    model: PreTrainedModel, ids: Int[Tensor, "positions"], places: Int[Tensor, "tokens"], n_images: int
+) -> tuple[PatchGrid, ...] | str:
+    """Tell pictures, tiles and rows by the runs of image tokens and what stands between them."""
+    cuts = [i + 1 for i, (a, b) in enumerate(pairwise(places.tolist())) if b != a + 1]
+    runs = list(places.tensor_split(cuts))
+    if len(runs) == 1 and n_images > 1 and len(places) % n_images == 0:
+        runs = list(places.chunk(n_images))
+    if len(runs) % n_images:
+        return f"{len(runs)} runs of image tokens cannot be told apart as {n_images} pictures"
+    each = len(runs) // n_images
+    grids = [_one_picture(model, ids, runs[i * each : (i + 1) * each]) for i in range(n_images)]
+    reasons = [grid for grid in grids if isinstance(grid, str)]
+    return reasons[0] if reasons else tuple(grid for grid in grids if isinstance(grid, PatchGrid))
+
+
+def _one_picture(model: PreTrainedModel, ids: Tensor, runs: list[Tensor]) -> PatchGrid | str:
+    side = _tower_side(model)
+    sides = [side // merge for merge in _MERGES if side % merge == 0] if side else []
+    lengths = {len(run) for run in runs}
+    if len(runs) > 1:
+        if lengths <= {s * s for s in sides} and len(lengths) == 1:  # tiles, the whole picture after them
+            return _square(runs[-1])
+        between = {int(ids[int(run[-1]) + 1]) for run in runs[:-1]}
+        single = all(int(b[0]) - int(a[-1]) == 2 for a, b in pairwise(runs))
+        if single and len(lengths) == 1 and len(between) == 1:  # rows, the same token after each
+            return PatchGrid(torch.cat(runs), len(runs), len(runs[0]))
+        return f"{len(runs)} runs of image tokens are neither tiles nor rows of one picture"
+    run = runs[0]
+    root = math.isqrt(len(run))
+    if root * root == len(run) and (not sides or root in sides):
+        return _square(run)
+    if side is None:
+        return f"{len(run)} image tokens are no square, and the model does not say its patches"
+    if len(run) == side * side + 1:  # a class token first
+        return _square(run[1:])
+    if any(name.endswith("image_newline") for name, _ in model.named_parameters()) and len(run) > side * side:
+        return _square(run[: side * side])  # the whole picture, before its tiles and their line ends
+    tiles = [s for s in sides if len(run) % (s * s) == 0]
+    if tiles and len(run) > tiles[0] ** 2:
+        return _square(run[-(tiles[0] ** 2) :])  # after its tiles
+    return f"{len(run)} image tokens are not the {side} x {side} patches of the vision tower, merged or not"
+
+
+def _square(run: Tensor) -> PatchGrid:
+    side = math.isqrt(len(run))
+    return PatchGrid(run, side, side)
+
+
+def _tower_side(model: PreTrainedModel) -> int | None:
+    """Patches along one side of what the vision tower sees; None where it takes any size."""
+    vision = getattr(model.config, "vision_config", None)
+    sizes = [getattr(vision, name, None) for name in ("image_size", "patch_size")]
+    image_size, patch_size = (size[0] if isinstance(size, list | tuple) else size for size in sizes)
+    if not isinstance(image_size, int) or not isinstance(patch_size, int):
+        return None
+    return image_size // patch_size

@@ -6,12 +6,15 @@ import os
 from typing import Any
 
 import torch
-from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel
+from torch import nn
+from transformers import AutoModelForImageTextToText, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
 from mmneurons import pocket
 from mmneurons.errors import ModelError
-from mmneurons.vlm.anatomy import find_anatomy
+from mmneurons.vlm import provenance, weights
+from mmneurons.vlm.analysis import find_anatomy
+from mmneurons.vlm.processors import load_processor
 from mmneurons.vlm.vlm import VLM
 
 POCKET = "pocket"
@@ -19,7 +22,7 @@ POCKET = "pocket"
 
 
 def load(
-    model: str | os.PathLike[str] | PreTrainedModel | None = None,
+    model: str | os.PathLike[str] | nn.Module | None = None,
     *,
     processor: Any = None,
     dtype: str | torch.dtype | None = None,
@@ -28,15 +31,19 @@ def load(
     revision: str | None = None,
     trust_remote_code: bool = False,
     decoder: str | None = None,
+    **options: Any,
 ) -> VLM:
     """Load a model and find its neurons.
 
     Args:
-        model: A hub id, a folder, or a loaded model; None (or "pocket") for the pocket model.
-        processor: Its processor; needed with a model object, else found beside the weights.
+        model: A hub id, a folder, or a loaded model, also one with LoRA attached (PEFT); None (or "pocket") for the
+            pocket model. A loaded model is used as it is: nothing in it is moved, cast or changed.
+        processor: Its processor; found beside the weights if None. A loaded model without one works on ready-made
+            inputs: `find(vlm, inputs={...})`, `doctor(vlm, inputs={...})`.
         dtype: "float32", "bfloat16", "float16", a torch dtype, or None for the checkpoint's own (pocket: float32).
         device: Where to put it; None for the first GPU if there is one, else the CPU. Not with a model object.
         device_map: Passed to transformers instead of `device` (needs the extra `accelerate`).
+        options: Passed to transformers' from_pretrained: quantization_config, attn_implementation, offload_folder ...
         revision: Passed to transformers.
         trust_remote_code: Passed to transformers; off, so that no code of a hub runs unasked.
         decoder: Path of the language model in the model, if it cannot be told.
@@ -45,23 +52,29 @@ def load(
         ModelError: if there is no such model, it has no weights, is no vision-language model, or its parts cannot be
             told.
     """
-    if isinstance(model, PreTrainedModel):
+    if isinstance(model, nn.Module):
         return _adopt(model, processor, decoder)
     if model is not None and not isinstance(model, str | os.PathLike):
-        raise ModelError(
-            "This is not a model of the transformers library.",
-            seen=f"{type(model).__module__}.{type(model).__name__}",
-            fix='Give a hub id, a folder, or a loaded model: load("llava-hf/llava-1.5-7b-hf")',
-        )
+        raise _not_a_model(model)
     is_pocket = model is None or model == POCKET
     source = str(pocket.folder()) if model is None or is_pocket else os.fspath(model)
     if is_pocket and dtype is None:
         dtype = torch.float32  # it is stored in half precision, which CPUs compute slowly
-    loaded = _load_model(source, _dtype(dtype), device_map, revision, trust_remote_code)
-    if device_map is None:
+    options |= {"dtype": _dtype(dtype), "revision": revision, "trust_remote_code": trust_remote_code}
+    if device_map is not None:
+        options["device_map"] = device_map
+    loaded = _load_model(source, options)
+    if device_map is None and not getattr(loaded, "is_quantized", False):
         loaded.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))  # pyright: ignore[reportArgumentType]
     if processor is None:
-        processor = _load_processor(source, revision, trust_remote_code)
+        processor = load_processor(
+            source,
+            model_type=loaded.config.model_type,
+            revision=revision,
+            trust_remote_code=trust_remote_code,
+        )
+    quantised = any(weights.is_quantised(module) for module in loaded.modules())
+    weights_hash = provenance.weights_hash(loaded) if quantised else None
     return VLM(
         model=loaded,
         processor=processor,
@@ -69,27 +82,36 @@ def load(
         model_id=POCKET if is_pocket else source,
         revision=getattr(loaded.config, "_commit_hash", None) or revision,
         is_pocket=is_pocket,
+        weights_hash=weights_hash,
     )
 
 
-def _adopt(model: PreTrainedModel, processor: Any, decoder: str | None) -> VLM:
-    """Use a model object as it is: nothing in it is moved, cast or changed."""
+def _adopt(model: nn.Module, processor: Any, decoder: str | None) -> VLM:
+    """Use a model object as it is."""
+    wrapped = getattr(model, "get_base_model", None)  # of PEFT; the adapters stay inside the model
+    if wrapped is not None and hasattr(model, "peft_config"):
+        if any(getattr(config, "is_prompt_learning", False) for config in model.peft_config.values()):  # pyright: ignore[reportCallIssue, reportAttributeAccessIssue]
+            raise ModelError(
+                "Adapters that learn a prompt change the input, not the weights, and are not supported.",
+                fix="Give a model with LoRA or another adapter of its weights, or the model without the adapter.",
+            )
+        model = wrapped()
+    if not isinstance(model, PreTrainedModel):
+        raise _not_a_model(model)
     _check_kind(model.config)
-    if processor is None:
-        raise ModelError(
-            "A model object needs its processor.",
-            fix="load(model, processor=AutoProcessor.from_pretrained(...))",
-        )
     name = getattr(model.config, "_name_or_path", "") or type(model).__name__
     return VLM(model, processor, find_anatomy(model, decoder), name, getattr(model.config, "_commit_hash", None))
 
 
-def _load_model(
-    source: str, dtype: torch.dtype | str, device_map: Any, revision: str | None, trust_remote_code: bool
-) -> PreTrainedModel:
-    options = {"dtype": dtype, "revision": revision, "trust_remote_code": trust_remote_code}
-    if device_map is not None:
-        options["device_map"] = device_map
+def _not_a_model(given: Any) -> ModelError:
+    return ModelError(
+        "This is not a model of the transformers library.",
+        seen=f"{type(given).__module__}.{type(given).__name__}",
+        fix='Give a hub id, a folder, or a loaded model: load("llava-hf/llava-1.5-7b-hf")',
+    )
+
+
+def _load_model(source: str, options: dict[str, Any]) -> PreTrainedModel:
     try:
         model = AutoModelForImageTextToText.from_pretrained(source, **options)
     except ValueError as error:
@@ -105,23 +127,6 @@ def _load_model(
             fix="Give a hub id, or a folder with config.json and model.safetensors.",
         ) from error
     return model.eval()
-
-
-def _load_processor(source: str, revision: str | None, trust_remote_code: bool) -> Any:
-    try:
-        return AutoProcessor.from_pretrained(source, revision=revision, trust_remote_code=trust_remote_code)
-    except ImportError as error:
-        raise ModelError(
-            f"The processor of '{source}' needs a package that is not installed.",
-            seen=_first_line(error),
-            fix="Often it is torchvision: pip install torchvision   (of the version that fits your torch)",
-        ) from error
-    except (OSError, ValueError) as error:
-        raise ModelError(
-            f"Cannot load the processor of '{source}'.",
-            seen=_first_line(error),
-            fix="Give one: load(model, processor=AutoProcessor.from_pretrained(...))",
-        ) from error
 
 
 def _check_kind(config: Any) -> None:

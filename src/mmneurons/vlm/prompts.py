@@ -2,40 +2,303 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
+from textwrap import shorten
 from typing import Any
 
-from mmneurons.errors import WordError
+import torch
+from PIL import Image
+from torch import Tensor
+from transformers import BatchFeature
+
+from mmneurons.errors import ModelError, SettingError, WordError
+from mmneurons.vlm.processors import ImageAndTokenizer
 
 PROMPT = "Describe the image in few words."
 """Asked unless the user asks something else (Pan et al., section 4)."""
 ANSWER_PREFIX = "An image of"
 """The words an answer is made to begin with, so that nouns come first (Pan et al., section 4)."""
 MAX_NEW_TOKENS = 32
+REFUSALS = (ValueError, TypeError, AttributeError, IndexError, KeyError, AssertionError, NotImplementedError)
+"""What processors raise at a text or a layout of pictures that is not theirs."""
 
 
-def chat_text(processor: Any, prompt: str, answer_prefix: str) -> str:
-    """The text for one image: by the chat template if there is one, else image token, prompt, prefix."""
-    if getattr(processor, "chat_template", None):
-        content = [{"type": "image"}, {"type": "text", "text": prompt}]
-        text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+def prompt_text(
+    processor: Any, prompt: str, answer_prefix: str = "", n_images: int = 1, *, image_token: str = ""
+) -> str:
+    """The text of one row: by the chat template of the processor or its tokenizer, else the prompt as it is.
+
+    Args:
+        processor: What the model's processor is.
+        prompt: What is asked.
+        answer_prefix: What the answer is made to begin with; stands at the end.
+        n_images: Pictures in front of the prompt; 0 for words alone.
+        image_token: What stands for a picture, for texts in which no template and no processor would write it: once
+            for each picture, on a line of its own.
+
+    Returns:
+        The text, not yet expanded to one token per patch.
+    """
+    asked = f"{image_token}\n" * n_images + prompt if image_token else prompt
+    template = getattr(processor, "chat_template", None)
+    template = template or getattr(getattr(processor, "tokenizer", None), "chat_template", None)
+    if template:
+        content = [{"type": "image"}] * n_images + [{"type": "text", "text": prompt}]
+        text = _rendered(processor, template, content)
+        if text is None or prompt.strip() not in text or "{'type':" in text or text.count(image_token) < n_images:
+            text = _rendered(processor, template, asked) or asked  # a template for words alone
     else:
-        text = f"{getattr(processor, 'image_token', '')}{prompt}"
+        text = asked
     joint = "" if not text or text[-1].isspace() or not answer_prefix else " "
     return f"{text}{joint}{answer_prefix}"
+
+
+def encode_prompt(
+    processor: Any,
+    images: Sequence[Sequence[Image.Image]],
+    prompt: str,
+    answer_prefix: str = "",
+    *,
+    image_token_id: int | None = None,
+    padding_side: str = "left",
+    decoder_start: int | Sequence[int] | None = None,
+    keep_end: bool = False,
+    names: Collection[str] | None = None,
+) -> BatchFeature:
+    """Model inputs of a batch: in each row the same prompt, and pictures of its own.
+
+    Families differ in whether the text must hold a token for each picture, and in whether pictures are given row by
+    row or in one list; both are found out by trying.
+
+    Args:
+        processor: What the model's processor is.
+        images: For each row its RGB pictures, as many in each row; none for words alone.
+        prompt: What is asked.
+        answer_prefix: What the answer is made to begin with.
+        image_token_id: What stands for a patch in `input_ids`; None if nothing does, or if it is not known.
+        padding_side: "left" for decoders, which continue the text; "right" for encoders with absolute positions.
+        decoder_start: For encoder-decoder models, the token or tokens that a decoder's text begins with.
+        keep_end: Whether an end-of-text token that the tokenizer writes stays; BLIP takes it away itself.
+        names: What the model's `forward` takes; anything else is left out. None for all that the processor makes.
+
+    Returns:
+        Tensors, on the CPU, in the processor's dtype. `input_ids` ends with the answer prefix; or, with
+        `decoder_start`, `decoder_input_ids` does, and there is no `input_ids` if only the decoder reads words.
+
+    Raises:
+        SettingError: if rows have different numbers of pictures, or there are no rows.
+        ModelError: if the processor takes the prompt in no form.
+    """
+    if len({len(row) for row in images}) != 1:
+        raise SettingError("Every row has the same number of pictures.", seen=f"{[len(row) for row in images]}")
+    in_text = answer_prefix if decoder_start is None else ""
+    with _padded(processor.tokenizer, padding_side):
+        batch = _encode(processor, images, prompt, in_text, image_token_id, padding_side)
+        if decoder_start is None and not keep_end and "input_ids" in batch:
+            _open_end(batch, processor.tokenizer)
+            if in_text and not _ends_with(batch, processor.tokenizer, in_text):
+                batch = _encode(processor, images, prompt, "", image_token_id, padding_side)
+                _append(batch, _ids(processor.tokenizer, in_text), image_token_id)
+    if decoder_start is not None:
+        start = [decoder_start] if isinstance(decoder_start, int) else list(decoder_start)
+        begun = torch.tensor(start + _ids(processor.tokenizer, answer_prefix))
+        batch["decoder_input_ids"] = begun.repeat(len(images), 1)
+    if names is not None:
+        for name in set(batch) - {*names, "decoder_input_ids"}:
+            del batch[name]
+    return batch
 
 
 def token_of(tokenizer: Any, word: str) -> int:
     """The first token of a word inside a sentence: what a model would write to begin it.
 
     Raises:
-        WordError: if the word is empty, or its first token is no more than the space before it.
+        WordError: if the word is empty or unknown, or its first token is no more than the space before it.
     """
-    before = tokenizer("a", add_special_tokens=False).input_ids
-    rest = tokenizer(f"a {word.strip()}", add_special_tokens=False).input_ids[len(before) :]
-    if not rest or not tokenizer.decode(rest[:1]).strip():
+    rest: list[int] = []
+    for before in ("a", "the", "of", ","):  # the first that keeps its own tokens when the word follows
+        alone, both = _ids(tokenizer, before), _ids(tokenizer, f"{before} {word.strip()}")
+        if both[: len(alone)] == alone:
+            rest = both[len(alone) :]
+            break
+    unknown = getattr(tokenizer, "unk_token_id", None)
+    if not rest or rest[0] == unknown or not tokenizer.decode(rest[:1]).strip():
         raise WordError(
             f"'{word}' has no token of its own to begin with.",
             seen=f"The tokenizer writes it as {tokenizer.convert_ids_to_tokens(rest)}.",
             fix="Compare with another word.",
         )
     return rest[0]
+
+
+def _rendered(processor: Any, template: Any, content: Any) -> str | None:
+    """One turn of a user by the chat template, open for the answer; None if the template cannot write it."""
+    owner = processor if getattr(processor, "chat_template", None) else processor.tokenizer
+    options = {"enable_thinking": False} if "enable_thinking" in str(template) else {}
+    try:
+        return owner.apply_chat_template(
+            [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False, **options
+        )
+    except (*REFUSALS, RuntimeError):  # of the template engine
+        return None
+
+
+def _encode(
+    processor: Any,
+    images: Sequence[Sequence[Image.Image]],
+    prompt: str,
+    answer_prefix: str,
+    image_token_id: int | None,
+    padding_side: str,
+) -> BatchFeature:
+    """The first form of the prompt that the processor takes and that shows it the pictures."""
+    n_images = len(images[0])
+    token = str(_of_either(processor, "image_token") or "")
+    image_id = image_token_id if image_token_id is not None else _of_either(processor, "image_token_id")
+    texts = [prompt_text(processor, prompt, answer_prefix, n_images)]
+    if token and n_images:
+        texts.append(prompt_text(processor, prompt, answer_prefix, n_images, image_token=token))
+    taken: list[BatchFeature] = []
+    refused: list[Exception] = []
+    for text in dict.fromkeys(texts):
+        try:
+            batch = _called(processor, images, text, padding_side)
+            if n_images > 1 and text == prompt_text(processor, prompt, answer_prefix, 1):
+                one = _n_patches(_called(processor, [images[0][:1]], text, padding_side), image_id)
+                if _n_patches(batch, image_id) <= one or image_id is None:
+                    refused.append(ValueError("It takes one picture for a prompt."))
+                    if one or image_id is None:  # it writes what stands for the picture itself
+                        break
+                    continue
+        except REFUSALS as error:
+            refused.append(error)
+            continue
+        batch.pop("labels", None)  # of processors that are made for training
+        if not n_images or image_id is None or "input_ids" not in batch or _n_patches(batch, image_id):
+            return batch
+        taken.append(batch)
+    if taken:
+        return taken[0]
+    raise ModelError(
+        f"The processor cannot encode a prompt with {n_images} picture{'' if n_images == 1 else 's'}.",
+        seen="\n".join(f"{type(processor).__name__}: {shorten(str(error), 300)}" for error in refused),
+        fix='Give tensors made elsewhere: inputs={"input_ids": ..., "pixel_values": ...}',
+    ) from refused[0]
+
+
+def _n_patches(batch: BatchFeature, image_token_id: int | None) -> int:
+    """How many image tokens the first row holds."""
+    if image_token_id is None or "input_ids" not in batch:
+        return 0
+    return int((batch["input_ids"][0] == image_token_id).sum())
+
+
+def _called(processor: Any, images: Sequence[Sequence[Image.Image]], text: str, padding_side: str) -> BatchFeature:
+    """The processor's tensors for one text in every row; the pictures row by row, or in one list if that is refused."""
+    options: dict[str, Any] = {"return_tensors": "pt", "padding": True, "padding_side": padding_side}
+    if not isinstance(processor, ImageAndTokenizer):
+        options["text"] = [text] * len(images)
+    bos = getattr(processor.tokenizer, "bos_token", None)
+    if bos and bos in text:
+        options["add_special_tokens"] = False  # some chat templates write it themselves
+    if images[0]:
+        options["images"] = [list(row) for row in images]
+    try:
+        batch = _tolerant(processor, options)
+    except REFUSALS:
+        if not images[0]:
+            raise
+        options["images"] = [image for row in images for image in row]
+        batch = _tolerant(processor, options)
+    if _n_bos(batch, processor.tokenizer) > 1:  # some processors write it too
+        other = _tolerant(processor, options | {"add_special_tokens": False})
+        return other if _n_bos(other, processor.tokenizer) else batch
+    return batch
+
+
+def _tolerant(processor: Any, options: dict[str, Any]) -> BatchFeature:
+    """Call a processor; without `padding_side` if it does not know it, the tokenizer has been set then."""
+    try:
+        return processor(**options)
+    except TypeError as error:
+        if "padding_side" not in str(error):
+            raise
+        return processor(**{name: value for name, value in options.items() if name != "padding_side"})
+
+
+def _n_bos(batch: BatchFeature, tokenizer: Any) -> int:
+    bos = getattr(tokenizer, "bos_token_id", None)
+    if bos is None or "input_ids" not in batch:
+        return 0
+    written = batch["input_ids"][0] == bos
+    if "attention_mask" in batch:
+        written &= batch["attention_mask"][0].bool()
+    return int(written.sum())
+
+
+@contextmanager
+def _padded(tokenizer: Any, side: str) -> Iterator[None]:
+    """Within it the tokenizer pads on this side, with its end token if it has none for padding."""
+    own = tokenizer.padding_side
+    lacks_pad = tokenizer.pad_token is None
+    tokenizer.padding_side = side
+    if lacks_pad:
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
+    try:
+        yield
+    finally:
+        tokenizer.padding_side = own
+        if lacks_pad:
+            tokenizer.pad_token = None
+
+
+def _open_end(batch: BatchFeature, tokenizer: Any) -> None:
+    """Take away the end-of-text tokens that a tokenizer writes behind every text: the model is to go on."""
+    ends = {getattr(tokenizer, name, None) for name in ("eos_token_id", "sep_token_id")} - {None}
+    while batch["input_ids"].shape[1] > 1 and set(batch["input_ids"][:, -1].tolist()) <= ends:
+        for name, tensor in _by_position(batch).items():
+            batch[name] = tensor[:, :-1]
+
+
+def _ends_with(batch: BatchFeature, tokenizer: Any, words: str) -> bool:
+    ids = _ids(tokenizer, words)
+    written = tokenizer.decode(batch["input_ids"][0, -len(ids) - 2 :].tolist())
+    return _squashed(written).endswith(_squashed(tokenizer.decode(ids)))
+
+
+def _append(batch: BatchFeature, ids: list[int], image_token_id: int | None) -> None:
+    """Write tokens behind every row, for processors that end a prompt with something of their own."""
+    written = batch["input_ids"]
+    for name, tensor in _by_position(batch).items():
+        fill = torch.zeros_like(tensor[:, :1]).repeat_interleave(len(ids), dim=1)
+        if name == "input_ids":
+            fill += torch.tensor(ids)
+        elif name == "attention_mask":
+            fill += 1
+        elif tensor.ndim > 2:  # which pictures a position sees
+            fill += tensor[:, -1:]
+        elif name == "token_type_ids" and image_token_id is not None:
+            # Where pictures are of type 0, the types tell the prompt (0) from what is written after it (1).
+            fill += 1 - int(tensor[written == image_token_id].max())
+        batch[name] = torch.cat([tensor, fill], dim=1)
+
+
+def _by_position(batch: BatchFeature) -> dict[str, Tensor]:
+    """The tensors that have one entry for each position of `input_ids`."""
+    shape = batch["input_ids"].shape
+    return {name: t for name, t in batch.items() if name.endswith(("ids", "mask")) and t.shape[:2] == shape}
+
+
+def _of_either(processor: Any, name: str) -> Any:
+    found = getattr(processor, name, None)
+    return found if found is not None else getattr(processor.tokenizer, name, None)
+
+
+def _ids(tokenizer: Any, text: str) -> list[int]:
+    return tokenizer(text, add_special_tokens=False).input_ids
+
+
+def _squashed(text: str) -> str:
+    """Without spaces and case: tokenizers give back neither faithfully. Line ends stay."""
+    return text.replace(" ", "").casefold()

@@ -5,12 +5,15 @@ from __future__ import annotations
 import functools
 import hashlib
 import platform
+from collections.abc import Iterator
 from importlib import metadata
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
+
+from mmneurons.vlm import weights
 
 PACKAGES = ("mmneurons", "torch", "transformers", "tokenizers", "numpy", "pillow", "HanTa")
 
@@ -29,14 +32,24 @@ def weights_hash(model: PreTrainedModel) -> str:
     someone who wants two models to look alike.
     """
     digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
+    for name, tensor in sorted(_saved(model), key=lambda entry: entry[0]):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} {_checksums(tensor)}".encode())
     return digest.hexdigest()
 
 
+def _saved(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
+    """Every parameter and buffer that is saved, fetched where it is off-loaded, one at a time.
+
+    Not `state_dict()`: where bitsandbytes has repacked 4-bit weights for a CPU, it unpacks them, not always rightly.
+    """
+    for path, module in model.named_modules():
+        buffers = {k: v for k, v in module._buffers.items() if k not in module._non_persistent_buffers_set}
+        for name, tensor in (weights.parameters(module) | buffers).items():
+            if tensor is not None:
+                yield f"{path}.{name}".removeprefix("."), tensor
+
+
 def _checksums(tensor: Tensor, chunk: int = 1 << 20) -> tuple[int, int]:
-    if tensor.is_meta:
-        return (0, 0)
     words = tensor.detach().contiguous().view(-1).view(torch.uint8)
     if len(words) % 4:  # padding copies: only where it must
         words = torch.nn.functional.pad(words, (0, -len(words) % 4))
@@ -51,14 +64,14 @@ def _checksums(tensor: Tensor, chunk: int = 1 << 20) -> tuple[int, int]:
     return plain % 2**64, weighted % 2**64
 
 
-def model_facts(model: PreTrainedModel, model_id: str, revision: str | None) -> dict[str, Any]:
-    """Which model made a result, as plain data."""
+def model_facts(model: PreTrainedModel, model_id: str, revision: str | None, known_hash: str | None) -> dict[str, Any]:
+    """Which model made a result, as plain data; its weights are read if their hash is not known yet."""
     parameter = next(model.parameters())
     return {
         "id": model_id,
         "revision": revision,
         "class": type(model).__name__,
-        "weights_hash": weights_hash(model),
+        "weights_hash": known_hash or weights_hash(model),
         "dtype": str(parameter.dtype).removeprefix("torch."),
         "device": parameter.device.type,
     }

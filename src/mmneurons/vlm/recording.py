@@ -2,136 +2,253 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 
 from mmneurons.errors import ModelError
-from mmneurons.vlm.anatomy import Anatomy, Block
+from mmneurons.vlm import experts
+from mmneurons.vlm.anatomy import Anatomy, Ffn
 
-Keep = Callable[[Float[Tensor, "batch positions width"]], Float[Tensor, "batch kept width"]]
-"""Which positions of one forward pass are kept; must return memory of its own."""
+Keep = Callable[[Shaped[Tensor, "batch positions *width"]], Shaped[Tensor, "batch kept *width"]]
+"""Which positions of one forward pass are kept; must not hold on to the memory of those that are not."""
 
 
-def last_position(values: Float[Tensor, "batch positions width"]) -> Float[Tensor, "batch 1 width"]:
+def last_position(values: Shaped[Tensor, "batch positions *width"]) -> Shaped[Tensor, "batch 1 *width"]:
     """Keep the position that predicts the next token: while generating, the only new one."""
-    return values[:, -1:].clone()
+    return values if values.shape[1] == 1 else values[:, -1:].clone()
 
 
 @dataclass(eq=False)
 class Recording:
-    """What was recorded: one entry per forward pass in each list; join with `stacked`.
+    """What was recorded: one entry per forward pass in each innermost list.
 
-    What was not asked for stays empty.
+    What was not asked for stays empty. Of experts, a position has slots for the neurons of its own experts only.
     """
 
-    activations: list[list[Float[Tensor, "batch kept neurons"]]]
-    """Per block: the inputs of `w_out`, in the model's dtype."""
+    anatomy: Anatomy
+    raw: list[list[Float[Tensor, "batch kept slots"]]]
+    """Per FFN: the inputs of `w_out`, in the model's dtype; read them with `activations`."""
+    experts: list[list[Int[Tensor, "batch kept k"]]]
+    """Per FFN: which experts the slots belong to; empty where it is dense."""
+    factors: list[list[Float[Tensor, "batch kept 1"]]]
+    """Per FFN: what its gate says; empty where it has none."""
     gates: list[list[Float[Tensor, "batch kept neurons"]]]
-    """Per block: the outputs of the activation function alone; empty unless asked for."""
+    """Per FFN: the outputs of the activation function alone; empty unless asked for."""
+    sources: list[list[Float[Tensor, "batch kept hidden"]]]
+    """What each source wrote."""
+    norms: list[list[Float[Tensor, "batch kept hidden"]]]
+    """What entered each norm that writes pass."""
     embedding: list[Float[Tensor, "batch kept hidden"]] = field(default_factory=list)
     """The residual stream as it enters the first block."""
-    attention: list[Float[Tensor, "batch kept hidden"]] = field(default_factory=list)
-    """What the mixers of all blocks wrote, summed in float32."""
-    ffn: list[Float[Tensor, "batch kept hidden"]] = field(default_factory=list)
-    """What the FFNs of all blocks wrote, biases included, summed in float32."""
     residual: list[Float[Tensor, "batch kept hidden"]] = field(default_factory=list)
     """The residual stream as it enters the final norm."""
 
+    @property
+    def n_passes(self) -> int:
+        """Forward passes recorded."""
+        return max((len(parts) for parts in self.raw), default=0)
+
+    def activations(self, i: int) -> Float[Tensor, "batch steps slots"]:
+        """Activations of one FFN in all forward passes: what its columns are multiplied by."""
+        fired = self.stacked(self.raw[i])
+        return fired * self.stacked(self.factors[i]).sigmoid() if self.factors[i] else fired
+
     @staticmethod
-    def stacked(parts: list[Tensor]) -> Float[Tensor, "batch steps width"]:
-        """One tensor of all forward passes."""
-        return torch.cat(parts, dim=1)
+    def stacked(parts: list[Tensor]) -> Shaped[Tensor, "batch steps width"]:
+        """One tensor of all forward passes; narrower ones are filled up with zeros."""
+        width = max(part.shape[-1] for part in parts)
+        return torch.cat([_widened(part, width) for part in parts], dim=1)
 
 
 @contextmanager
 def record(
-    anatomy: Anatomy, keep: Keep | Sequence[Keep] = last_position, *, gates: bool = False, writes: bool = True
-) -> Iterator[Recording]:
+    anatomy: Anatomy,
+    keep: Keep = last_position,
+    *,
+    neurons: Sequence[Int[Tensor, "n"]] | None = None,
+    gates: bool = False,
+    writes: bool = True,
+):
     """Record activations in every forward pass inside the `with`.
 
     Args:
         anatomy: Where to look.
-        keep: Which positions to keep; one function per block, where the blocks are to differ (then without `writes`).
+        keep: Which positions to keep.
+        neurons: Per FFN the neurons to keep, counted through all its experts; None keeps all.
         gates: Also record the output of the activation function alone.
-        writes: Also record the residual stream and what attention and FFNs write into it.
+        writes: Also record the residual stream, and what everything but the neurons writes into it.
+
+    Yields:
+        A Recording, filled as the model runs.
 
     Raises:
-        ModelError: if `gates` is asked for and a block has no module of its own for its activation function; after
-            the `with`, if a block was not reached in a forward pass: silence must not be taken for zero.
+        ModelError: if `gates` is asked for and an FFN has no module of its own for its activation function; after
+            the `with`, if a part was not reached in a forward pass that went through its block: silence must not be
+            taken for zero. (A block that is left out as a whole, as Mllama leaves out cross-attention without an image,
+            writes nothing.)
     """
-    blocks = anatomy.blocks
-    if gates and (nameless := [block.name for block in blocks if block.activation is None]):
+    if gates and (nameless := [ffn.name for ffn in anatomy.ffns if ffn.activation is None]):
         raise ModelError(
             "Not every block has a module of its own for its activation function.",
-            seen=f"None in {', '.join(nameless)}",
+            seen=f"None beside {', '.join(nameless)}",
             fix='Choose score="logit" or score="logprob", which need the whole activation only.',
         )
-    keeps = [keep] * len(blocks) if callable(keep) else list(keep)
-    recording = Recording(activations=[[] for _ in blocks], gates=[[] for _ in blocks])
-    hooks: list[torch.utils.hooks.RemovableHandle] = []
+    recorder = _Recorder(anatomy, keep, neurons, writes=writes, gates=gates)
     try:
-        for layer, block in enumerate(blocks):
-            hooks += _block_hooks(recording, layer, block, keeps[layer], gates=gates, writes=writes)
-        if writes:
-            for module, parts in ((blocks[0].module, recording.embedding), (anatomy.norm_module, recording.residual)):
-                hooks.append(module.register_forward_pre_hook(_keep_input(parts, keeps[0]), with_kwargs=True))
-        yield recording
+        recorder.start()
+        yield recorder.recording
     finally:
-        for hook in hooks:
+        recorder.stop()
+    if recorder.missed:
+        raise ModelError(
+            "Not every block's FFN or activation function was reached in every forward pass.",
+            seen=f"Missed: {', '.join(sorted(recorder.missed))}",
+            fix="Switch off layer skipping, early exit, compiled generation and replaced forward functions.",
+        )
+
+
+class _Recorder:
+    """The hooks of one `record`."""
+
+    def __init__(self, anatomy: Anatomy, keep: Keep, neurons: Any, *, writes: bool, gates: bool) -> None:
+        def lists(parts: Sequence[Any]) -> list[list[Tensor]]:
+            return [[] for _ in parts]
+
+        ffns = anatomy.ffns
+        self.recording = Recording(
+            anatomy, lists(ffns), lists(ffns), lists(ffns), lists(ffns), lists(anatomy.sources), lists(anatomy.norms)
+        )
+        self.keep, self.neurons, self.writes, self.gates = keep, neurons, writes, gates
+        self.missed: set[str] = set()
+        self._hooks: list[torch.utils.hooks.RemovableHandle] = []
+        self._entered: set[int] = set()
+        self._shape = (1, 1)
+
+    def start(self) -> None:
+        anatomy, recording, add = self.recording.anatomy, self.recording, self._hooks.append
+        for layer, block in enumerate(anatomy.blocks):
+            add(block.module.register_forward_pre_hook(self._enter(layer), with_kwargs=True))
+        for i, ffn in enumerate(anatomy.ffns):
+            hook = self._dense(i) if ffn.n_experts is None else self._experts(i, ffn)
+            add(ffn.module.register_forward_pre_hook(hook, with_kwargs=True))
+            if ffn.gate is not None:
+                add(ffn.gate.register_forward_hook(self._output(recording.factors[i])))
+            if self.gates and ffn.activation is not None:
+                add(ffn.activation.register_forward_hook(self._output(recording.gates[i])))
+        if self.writes:
+            for source, parts in zip(anatomy.sources, recording.sources, strict=True):
+                add(source.module.register_forward_hook(self._output(parts)))
+            for site, parts in zip(anatomy.norms, recording.norms, strict=True):
+                add(site.module.register_forward_pre_hook(self._input(parts)))
+            add(anatomy.norm_module.register_forward_pre_hook(self._input(recording.residual)))
+        end = self._end if self.writes else self._end_without_writes
+        last = anatomy.norm_module if self.writes else anatomy.blocks[-1].module
+        add(last.register_forward_hook(lambda module, args, output: end()))
+
+    def stop(self) -> None:
+        for hook in self._hooks:
             hook.remove()
-    for recorded, what in ((recording.activations, "FFN"), (recording.gates if gates else [], "activation function")):
-        passes = [len(layer) for layer in recorded]
-        if missed := [block.name for block, n in zip(blocks, passes, strict=False) if n < max(passes, default=1)]:
-            raise ModelError(
-                f"Not every block's {what} was reached in every forward pass.",
-                seen=f"{max(passes)} passes; fewer in {', '.join(missed)}",
-                fix="Switch off layer skipping, early exit, compiled generation and replaced forward functions.",
-            )
+
+    def _enter(self, layer: int):
+        def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
+            self._entered.add(layer)
+            if layer == 0:
+                stream = args[0] if args else kwargs["hidden_states"]
+                self._shape = stream.shape[:2]
+                if self.writes:
+                    self.recording.embedding.append(self.keep(stream))
+
+        return hook
+
+    def _dense(self, i: int):
+        parts, chosen = self.recording.raw[i], None if self.neurons is None else self.neurons[i]
+
+        def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
+            kept = self.keep(self._with_batch(args[0]))
+            parts.append(kept if chosen is None else kept[..., chosen.to(kept.device)])
+
+        return hook
+
+    def _experts(self, i: int, ffn: Ffn):
+        recording, chosen = self.recording, None if self.neurons is None else self.neurons[i]
+
+        def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
+            all_places = experts.routed(module, (*args, *kwargs.values()), self._shape[0])
+            places = experts.Routed(*(None if value is None else self.keep(value) for value in all_places))  # pyright: ignore[reportArgumentType]
+            fired = experts.activations(module, places)
+            if chosen is not None:
+                fired = _of_neurons(fired, places.experts, chosen.to(fired.device), ffn.n_neurons)
+            recording.raw[i].append(fired)
+            recording.experts[i].append(places.experts)
+
+        return hook
+
+    def _output(self, parts: list[Tensor]):
+        def hook(module: nn.Module, args: tuple, output: Any) -> None:
+            parts.append(self.keep(self._with_batch(output if isinstance(output, Tensor) else output[0])))
+
+        return hook
+
+    def _input(self, parts: list[Tensor]):
+        def hook(module: nn.Module, args: tuple) -> None:
+            parts.append(self.keep(self._with_batch(args[0])))
+
+        return hook
+
+    def _with_batch(self, values: Tensor) -> Tensor:
+        """The tensor as (batch, positions, width): some FFNs (OPT, experts) see batch and positions as one axis."""
+        return values if values.ndim == 3 else values.reshape(*self._shape, values.shape[-1])
+
+    def _end(self) -> None:
+        """Close one forward pass: a part of a block that was left out as a whole gave zeros."""
+        recording, anatomy, like = self.recording, self.recording.anatomy, self.recording.residual[-1]
+        n = len(recording.residual)
+        for source, parts in zip(anatomy.sources, recording.sources, strict=True):
+            if len(parts) < n:
+                self._fill(source.layer, source.name, parts, like)
+        for site, parts in zip(anatomy.norms, recording.norms, strict=True):
+            if len(parts) < n:
+                self.missed.add(site.name)
+        for i, ffn in enumerate(anatomy.ffns):
+            blank = like.new_zeros(*like.shape[:2], ffn.n_neurons)
+            if len(recording.raw[i]) < n:
+                self._fill(ffn.layer, ffn.name, recording.raw[i], blank)
+                if ffn.n_experts is not None:
+                    recording.experts[i].append(like.new_zeros(*like.shape[:2], 1).long())
+            if self.gates and len(recording.gates[i]) < n:
+                self._fill(ffn.layer, f"activation of {ffn.name}", recording.gates[i], blank)
+        self._entered.clear()
+
+    def _end_without_writes(self) -> None:
+        recording = self.recording
+        n = recording.n_passes
+        shape = next((parts[-1].shape[:2] for parts in recording.raw if parts), (1, 1))
+        for i, ffn in enumerate(recording.anatomy.ffns):
+            if len(recording.raw[i]) < n:
+                width = ffn.n_neurons if self.neurons is None else len(self.neurons[i])
+                self._fill(ffn.layer, ffn.name, recording.raw[i], torch.zeros(*shape, width))
+        self._entered.clear()
+
+    def _fill(self, layer: int, name: str, parts: list[Tensor], like: Tensor) -> None:
+        if layer in self._entered:
+            self.missed.add(name)
+        parts.append(torch.zeros_like(like))
 
 
-def _block_hooks(
-    recording: Recording, layer: int, block: Block, keep: Keep, *, gates: bool, writes: bool
-) -> Iterator[torch.utils.hooks.RemovableHandle]:
-    def neurons(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-        recording.activations[layer].append(keep(_with_batch(args[0])))
-        if writes:
-            _add(recording.ffn, layer, keep(_with_batch(output)))
-
-    def mixer(module: nn.Module, args: tuple, output: Tensor | tuple) -> None:
-        _add(recording.attention, layer, keep(output if isinstance(output, Tensor) else output[0]))
-
-    def gate(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-        recording.gates[layer].append(keep(_with_batch(output)))
-
-    yield block.w_out.register_forward_hook(neurons)
-    if writes:
-        yield block.mixer.register_forward_hook(mixer)
-    if gates and block.activation is not None:
-        yield block.activation.register_forward_hook(gate)
+def _of_neurons(
+    fired: Float[Tensor, "batch kept slots"], of: Int[Tensor, "batch kept k"], chosen: Int[Tensor, "n"], width: int
+) -> Float[Tensor, "batch kept n"]:
+    """Activations of the neurons chosen, zero where their expert was not asked."""
+    slots = fired.view(*of.shape, width)
+    asked = of[..., None] == chosen // width  # batch, kept, k, n
+    return (slots[..., chosen % width] * asked).sum(2)
 
 
-def _add(sums: list[Tensor], layer: int, written: Tensor) -> None:
-    """Add to the sum over blocks of this forward pass; block 0 opens a new one."""
-    if layer == 0:
-        sums.append(written.float())
-    else:
-        sums[-1] = sums[-1] + written.to(device=sums[-1].device, dtype=torch.float32)
-
-
-def _keep_input(parts: list[Tensor], keep: Keep) -> Callable[[nn.Module, tuple, dict], None]:
-    def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
-        parts.append(keep(args[0] if args else kwargs["hidden_states"]))
-
-    return hook
-
-
-def _with_batch(values: Tensor) -> Tensor:
-    """The tensor, if it is (batch, positions, width): some FFNs see batch and positions as one axis."""
-    if values.ndim != 3:
-        raise ModelError("This model's FFN sees batch and positions as one axis.", seen=f"shape {tuple(values.shape)}")
-    return values
+def _widened(part: Tensor, width: int) -> Tensor:
+    return part if part.shape[-1] == width else torch.nn.functional.pad(part, (0, width - part.shape[-1]))

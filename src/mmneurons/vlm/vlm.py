@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, cast, overload
@@ -14,19 +14,25 @@ import torch
 from jaxtyping import Float, Int
 from PIL import Image
 from torch import Tensor
-from transformers import BatchFeature, GenerationConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
-from mmneurons.errors import SettingError
+from mmneurons.errors import ModelError, SettingError
 from mmneurons.pocket import SIDE
 from mmneurons.vlm import provenance
 from mmneurons.vlm.anatomy import Anatomy
+from mmneurons.vlm.families import Family, family_of
 from mmneurons.vlm.images import OpenedImage, open_image
-from mmneurons.vlm.prompts import ANSWER_PREFIX, MAX_NEW_TOKENS, PROMPT, chat_text
+from mmneurons.vlm.modes import evaluating, greedy, stop_ids
+from mmneurons.vlm.prompts import ANSWER_PREFIX, MAX_NEW_TOKENS, PROMPT, encode_prompt
+from mmneurons.vlm.tokens import TokenIds, pieces
 
 Picture = str | os.PathLike[str] | Image.Image | np.ndarray
 """What `open_image` takes."""
 Pictures = list[Any] | tuple[Any, ...]
-"""Several of them; `Any`, because a list of paths is no list of `Picture` to a type checker."""
+"""Several of them, one prompt each; a list in the list is several pictures in one prompt. `Any`, because a list of
+paths is no list of `Picture` to a type checker."""
+Inputs = Mapping[str, Any]
+"""What the model takes, as tensors by name."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,9 +44,11 @@ class Answers:
     texts: tuple[str, ...]
     """Per row, decoded without special tokens and stripped; the answer prefix is not part of it."""
     sequences: Int[Tensor, "batch positions"]
-    """Prompt and answer, padded; for reading the same words again."""
-    logits: tuple[Float[Tensor, "batch vocab"], ...]
-    """Per step, as the model gave them; empty unless asked for."""
+    """Prompt and answer, padded, as the language model reads them; for reading the same words again."""
+    logits: Float[Tensor, "batch steps"]
+    """Of each token generated, as the model gave it."""
+    log_totals: Float[Tensor, "batch steps"]
+    """Log of the sum of the exponentials of all logits there: log p = logit - log total."""
     n_prompt: int
     """Positions of the prompt: what predicted generated token s stands at n_prompt + s - 1."""
 
@@ -51,110 +59,177 @@ class VLM:
 
     model: PreTrainedModel
     processor: Any
+    """None: the model works on ready-made inputs, and tokens are shown by number."""
     anatomy: Anatomy
     model_id: str
     revision: str | None = None
     is_pocket: bool = False
     """The model that comes with the package, which knows only its own scenes."""
+    weights_hash: str | None = None
+    """Known from the time of loading where running the model changes how its weights are stored (4-bit on CPUs)."""
     _token_texts: dict[int, str] = field(default_factory=dict, init=False, repr=False)
 
-    @property
+    @cached_property
     def tokenizer(self) -> Any:
-        """The processor's tokenizer."""
-        return self.processor.tokenizer
+        """The processor's tokenizer, or what writes tokens as numbers."""
+        return TokenIds() if self.processor is None else getattr(self.processor, "tokenizer", self.processor)
+
+    @property
+    def family(self) -> Family:
+        """What is special about this type of model."""
+        return family_of(self.model.config)
 
     @property
     def device(self) -> torch.device:
         """Where inputs go."""
-        return self.model.device
+        places = (parameter.device for parameter in self.model.parameters() if not parameter.is_meta)
+        return next(places, torch.device("cpu"))
+
+    @property
+    def is_encoder_decoder(self) -> bool:
+        """Whether the language model answers in a decoder of its own: the prompt is not in its sequence."""
+        return bool(self.model.config.get_text_config(decoder=True).is_encoder_decoder) or bool(
+            getattr(self.model.config, "is_encoder_decoder", False)
+        )
+
+    @property
+    def n_tokens(self) -> int:
+        """Tokens that can be written: rows of the unembedding without those that only pad it."""
+        return min(self.anatomy.vocab, pieces(self.tokenizer))
 
     @cached_property
     def facts(self) -> dict[str, Any]:
         """Id, revision, class, weights hash, dtype and device, for provenance; the weights are read once."""
-        return provenance.model_facts(self.model, self.model_id, self.revision)
+        return provenance.model_facts(self.model, self.model_id, self.revision, self.weights_hash)
 
     def token_text(self, token_id: int) -> str:
         """One token as text, leading space kept; part of a character is given as the vocabulary writes it."""
         if token_id not in self._token_texts:
             text = self.tokenizer.decode([token_id])
             if not text or "\ufffd" in text:
-                text = self.tokenizer.convert_ids_to_tokens(token_id)
+                text = self.tokenizer.convert_ids_to_tokens(token_id) or f"<{token_id}>"
             self._token_texts[token_id] = text
         return self._token_texts[token_id]
 
     @overload
     def caption(self, images: Pictures, prompt: str = ..., answer_prefix: str = ..., **limits: int) -> list[str]: ...
     @overload
-    def caption(self, images: Picture, prompt: str = ..., answer_prefix: str = ..., **limits: int) -> str: ...
+    def caption(
+        self, images: Picture | None = ..., prompt: str = ..., answer_prefix: str = ..., **limits: int
+    ) -> str: ...
     def caption(  # pyright: ignore[reportInconsistentOverload]
         self,
-        images: Picture | Pictures,
+        images: Picture | Pictures | None = None,
         prompt: str = PROMPT,
         answer_prefix: str = ANSWER_PREFIX,
         *,
         max_new_tokens: int = MAX_NEW_TOKENS,
         batch_size: int = 8,
     ) -> str | list[str]:
-        """Say what is in one image, or in each of several.
+        """Say what is in one image, or in each of several, or answer a question.
 
         Args:
-            images: A path, PIL image or array, or a list of them.
+            images: A path, PIL image or array, or a list of them; a list in the list is several images in one prompt;
+                None for a prompt without an image.
             prompt: What is asked.
             answer_prefix: Words that the answer is made to begin with; not part of what is returned.
             max_new_tokens: Where to stop if the model does not.
-            batch_size: Images generated for at once.
+            batch_size: Prompts generated for at once.
 
         Returns:
-            One text, or a list of as many texts as images: greedy, whatever the checkpoint's own settings.
+            One text, or a list of as many texts as prompts: greedy, whatever the checkpoint's own settings.
 
         Raises:
             ImageError: if something is not an image.
         """
         if batch_size < 1:
             raise SettingError("A batch holds at least one image.", seen=f"batch_size={batch_size}")
-        opened = [open_image(image) for image in as_list(images)]
         texts: list[str] = []
-        for start in range(0, len(opened), batch_size):
-            inputs = self.encode([o.image for o in opened[start : start + batch_size]], prompt, answer_prefix)
+        for rows in batches([open_row(row) for row in as_list(images)], 1 if self.family.one_at_a_time else batch_size):
+            inputs = self.encode([[o.image for o in row] for row in rows], prompt, answer_prefix)
             texts += self.generate(inputs, max_new_tokens).texts
         return texts if isinstance(images, list | tuple) else texts[0]
 
-    def encode(self, images: Sequence[Image.Image], prompt: str = PROMPT, answer_prefix: str = "") -> BatchFeature:
-        """Model inputs for RGB images, one a row, all with the same prompt; on the model's device and in its dtype."""
-        text = chat_text(self.processor, prompt, answer_prefix)
-        bos = getattr(self.tokenizer, "bos_token", None)
-        batch = self.processor(
-            images=list(images),
-            text=[text] * len(images),
-            return_tensors="pt",
-            padding=True,
-            padding_side="left",
-            add_special_tokens=not (bos and text.startswith(bos)),  # some chat templates write it themselves
-        )
-        return batch.to(device=self.device, dtype=self.model.dtype)
+    def encode(
+        self, images: Sequence[Image.Image | Sequence[Image.Image]], prompt: str = PROMPT, answer_prefix: str = ""
+    ) -> Inputs:
+        """Model inputs for RGB images, one prompt a row, or several images in each; on the model's device, its dtype.
 
-    def generate(self, inputs: BatchFeature, max_new_tokens: int = MAX_NEW_TOKENS, *, logits: bool = False) -> Answers:
-        """Greedy answers for one encoded batch, with a KV cache and nothing compiled; `logits` keeps those too."""
+        Raises:
+            ModelError: if the model came without a processor, or its processor cannot write this prompt.
+        """
+        if self.processor is None:
+            raise ModelError(
+                "This model came without a processor: pictures and words cannot be turned into its inputs.",
+                fix="load(model, processor=...), or give tensors: find(vlm, inputs={...}), doctor(vlm, inputs={...})",
+            )
+        batch = encode_prompt(
+            self.processor,
+            [[row] if isinstance(row, Image.Image) else list(row) for row in images],
+            prompt,
+            answer_prefix,
+            image_token_id=getattr(self.model.config, "image_token_id", None),
+            padding_side="right" if self.is_encoder_decoder else "left",
+            decoder_start=self._decoder_start() if self.is_encoder_decoder else None,
+            names=inspect.signature(self.model.forward).parameters,
+        )
+        return self.placed(batch)
+
+    def placed(self, inputs: Inputs) -> Inputs:
+        """Inputs on the model's device, floating ones in its dtype."""
+        return {
+            name: value.to(self.device, self.model.dtype if value.is_floating_point() else None)
+            if isinstance(value, Tensor)
+            else value
+            for name, value in inputs.items()
+        }
+
+    def generate(self, inputs: Inputs, max_new_tokens: int = MAX_NEW_TOKENS) -> Answers:
+        """Greedy answers for one encoded batch, with a KV cache and nothing compiled."""
         if max_new_tokens < 1:
             raise SettingError("An answer has at least one token.", seen=f"max_new_tokens={max_new_tokens}")
-        with torch.inference_mode(), _greedy(self.model, self.tokenizer, max_new_tokens):
-            made = cast(Any, self.model).generate(**inputs, return_dict_in_generate=True, output_logits=logits)
-        sequences = made.sequences
-        n_prompt = inputs["input_ids"].shape[1]
-        stops = _stop_ids(self.model, self.tokenizer)
-        rows = tuple(_until_stop(row, stops) for row in sequences[:, n_prompt:].tolist())
+        watch = _Chosen()
+        hook = self.anatomy.owner.register_forward_hook(watch)
+        try:
+            with torch.inference_mode(), greedy(self.model, self.tokenizer, max_new_tokens):
+                made = cast(Any, self.model).generate(**inputs)
+        finally:
+            hook.remove()
+        n_prompt = made.shape[1] - len(watch.logits)
+        stops = stop_ids(self.model, self.tokenizer)
+        rows = tuple(_until_stop(row, stops) for row in made[:, n_prompt:].tolist())
         texts = tuple(self.tokenizer.decode(row, skip_special_tokens=True).strip() for row in rows)
-        return Answers(rows, texts, sequences, made.logits or (), n_prompt)
+        logits, totals = torch.stack(watch.logits, dim=1), torch.stack(watch.log_totals, dim=1)
+        return Answers(rows, texts, made, logits, totals, n_prompt)
 
-    def read(self, inputs: BatchFeature, answers: Answers | None = None) -> None:
+    def read(self, inputs: Inputs, answers: Answers | None = None) -> None:
         """Run the model once over a prompt, and an answer if one is given, for what `record` records on the way."""
+        batch = dict(inputs) if answers is None else self.extended(inputs, answers)
+        takes = inspect.signature(self.model.forward).parameters
+        # A number of logits to keep would let Gemma 4 skip positions in its last blocks; a list of them does not.
+        last = torch.tensor([-1], device=self.device)
+        options = {name: value for name, value in (("use_cache", False), ("logits_to_keep", last)) if name in takes}
+        with torch.inference_mode(), evaluating(self.model):
+            self.model(**batch, **options)
+
+    def extended(self, inputs: Inputs, answers: Answers) -> dict[str, Any]:
+        """The inputs of a prompt, extended to prompt and answer."""
         batch = dict(inputs)
-        if answers is not None:
-            batch["input_ids"] = answers.sequences
-            generated = answers.sequences.shape[1] - answers.n_prompt
-            batch["attention_mask"] = torch.nn.functional.pad(batch["attention_mask"], (0, generated), value=1)
-        with torch.inference_mode(), _evaluating(self.model):
-            self.model(**batch, use_cache=False, logits_to_keep=1)
+        if self.is_encoder_decoder:
+            return batch | {"decoder_input_ids": answers.sequences}
+        n_rows, n_added = len(answers.sequences), answers.sequences.shape[1] - answers.n_prompt
+        for name, value in inputs.items():
+            if name == "pixel_values" or not isinstance(value, Tensor) or value.shape[:2] != (n_rows, answers.n_prompt):
+                continue
+            if value.ndim > 2:  # one row of something per token: the answer sees what the prompt's last token saw
+                added = value[:, -1:].expand(-1, n_added, *value.shape[2:])
+            else:
+                filling = 1 if name == "attention_mask" else self.family.suffix.get(name, 0)
+                added = value.new_full((n_rows, n_added), filling)
+            batch[name] = torch.cat([value, added], dim=1)
+        if self.family.counts_positions:
+            batch["position_ids"] = (batch["attention_mask"].cumsum(-1) - 1).clamp_min(0)
+        return batch | {"input_ids": answers.sequences}
 
     def notes(self, opened: OpenedImage) -> tuple[str, ...]:
         """What a reader of an answer about this image should be told."""
@@ -167,55 +242,56 @@ class VLM:
             return (*opened.notes, warning)
         return opened.notes
 
+    def _decoder_start(self) -> list[int]:
+        """The tokens that the decoder's text begins with: as `generate` of the model that holds it would begin."""
+        owner = cast(PreTrainedModel, self.anatomy.owner)
+        text = self.model.config.get_text_config(decoder=True)
+        configs = (owner.generation_config, self.model.generation_config, self.model.config, text)
 
-def as_list(images: Picture | Pictures) -> list[Picture]:
-    """One image or several, as a list."""
+        def said(name: str) -> int | None:
+            return next((token for c in configs if (token := getattr(c, name, None)) is not None), None)
+
+        start = said("decoder_start_token_id")
+        start = said("bos_token_id") if start is None else start
+        forced = said("forced_bos_token_id")
+        return [token for token in (start, forced) if token is not None]
+
+
+class _Chosen:
+    """Notes, of each step, what greedy decoding needs to know of the logits; they are large and not kept."""
+
+    def __init__(self) -> None:
+        self.logits: list[Tensor] = []
+        self.log_totals: list[Tensor] = []
+
+    def __call__(self, module: torch.nn.Module, args: tuple, output: Any) -> None:
+        scores = output.logits[:, -1].to(torch.float32, copy=True)
+        highest = scores.max(-1).values
+        self.logits.append(highest)
+        self.log_totals.append(highest + scores.sub_(highest[:, None]).exp_().sum(-1).log_())
+
+
+def as_list(images: Picture | Pictures | None) -> list[Any]:
+    """One prompt or several, as a list."""
     return list(images) if isinstance(images, list | tuple) else [images]
 
 
-@contextmanager
-def _evaluating(model: PreTrainedModel) -> Iterator[None]:
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
+def open_row(row: Picture | Pictures | None) -> list[OpenedImage]:
+    """The pictures of one prompt, opened: one, several, or none."""
+    if row is None:
+        return []
+    return [open_image(picture) for picture in (row if isinstance(row, list | tuple) else [row])]
 
 
-@contextmanager
-def _greedy(model: PreTrainedModel, tokenizer: Any, max_new_tokens: int) -> Iterator[None]:
-    """Greedy generation by our settings alone; the checkpoint's are put back afterwards.
-
-    They are swapped, not overridden: `generate` fills every setting that is left open from the model's own.
-    """
-    own = model.generation_config
-    stops = sorted(_stop_ids(model, tokenizer))
-    pad = own.pad_token_id if own.pad_token_id is not None else getattr(tokenizer, "pad_token_id", None)
-    model.generation_config = GenerationConfig(
-        do_sample=False,
-        num_beams=1,
-        max_new_tokens=max_new_tokens,
-        use_cache=True,
-        disable_compile=True,  # hooks are skipped in a compiled decode step
-        bos_token_id=own.bos_token_id,
-        eos_token_id=stops or None,
-        pad_token_id=pad if pad is not None else next(iter(stops), None),
-        decoder_start_token_id=own.decoder_start_token_id,
-    )
-    try:
-        with _evaluating(model):
-            yield
-    finally:
-        model.generation_config = own
-
-
-def _stop_ids(model: PreTrainedModel, tokenizer: Any) -> set[int]:
-    eos = model.generation_config.eos_token_id
-    if eos is None:
-        eos = getattr(tokenizer, "eos_token_id", None)
-    return set() if eos is None else {eos} if isinstance(eos, int) else set(eos)
+def batches(rows: Sequence[list[OpenedImage]], size: int) -> list[list[list[OpenedImage]]]:
+    """Rows in batches of at most `size`, in order; the rows of one batch hold equally many pictures."""
+    made: list[list[list[OpenedImage]]] = []
+    for row in rows:
+        if made and len(made[-1]) < size and len(made[-1][0]) == len(row):
+            made[-1].append(row)
+        else:
+            made.append([row])
+    return made
 
 
 def _until_stop(row: list[int], stops: set[int]) -> tuple[int, ...]:

@@ -1,4 +1,9 @@
-"""Read `w_out` without caring how it is stored: always (hidden, neurons), float32, a slice at a time."""
+"""Read `w_out`, the output projection of an FFN, however it is stored: (hidden, neurons), column i is neuron i.
+
+Plain, transposed, LoRA-wrapped, 8-bit, 4-bit, FP8, torchao, off-loaded, one expert of many: `vlm/stored.py` has the
+forms. `expert` is None for a dense module and a number for a module that holds fused experts. Nothing here changes
+the model, and what is read for one call is not kept.
+"""
 
 from __future__ import annotations
 
@@ -7,48 +12,136 @@ from collections.abc import Iterator
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
-from mmneurons.errors import ModelError
+from mmneurons.vlm import offload, stored
+from mmneurons.vlm.stored import Located, locate
 
 CHUNK = 4096
-"""Neurons converted to float32 at a time."""
+"""Neurons converted to float32 at a time by `chunks`."""
+SLICE = {"cpu": 2**20, "other": 2**26}
+"""Numbers converted to float32 at a time by `project`: what stays in a CPU's cache; what keeps a GPU busy."""
 
 
-def dense(module: nn.Module) -> Float[Tensor, "hidden neurons"]:
-    """The matrix of an output projection as stored, transposed to (hidden, neurons), no copy.
+def shape(module: nn.Module, hidden: int) -> tuple[int, int | None]:
+    """How many neurons a module has and, if it holds fused experts, how many of those; each has so many neurons.
+
+    Args:
+        module: An FFN output projection, or a module of fused experts.
+        hidden: The width of the residual stream, which tells the axes of fused experts apart.
 
     Raises:
-        ModelError: if the module does not hold one plain matrix.
+        ModelError: if the module does not say.
     """
-    weight = getattr(module, "weight", None)
-    if isinstance(weight, Tensor) and weight.ndim == 2 and weight.is_floating_point() and not weight.is_meta:
-        if type(module) is nn.Linear:
-            return weight.detach()
-        if type(module) is Conv1D:
-            return weight.detach().T
-    raise ModelError(
-        f"Cannot read the FFN output projection of type {type(module).__name__}.",
-        seen=f"weight: {getattr(weight, 'dtype', None)}, {getattr(weight, 'device', None)}",
-        fix="Load the model with plain weights on one device: no quantisation, no off-loading, LoRA merged.",
-    )
+    if stored.holds_experts(module):
+        return stored.experts_shape(module, hidden)
+    return stored.in_features(module), None
 
 
-def chunks(module: nn.Module) -> Iterator[tuple[slice, Float[Tensor, "hidden chunk"]]]:
+def check(module: nn.Module) -> None:
+    """Refuse a `w_out` that cannot be read, before anything depends on it.
+
+    Looks only, where looking is enough. A tensor class with its own way to dequantise is dequantised once, and a
+    module of an unknown kind is run on a few vectors (see `vlm/measured.py`).
+
+    Raises:
+        ModelError: naming the module's type, its weight's class, dtype, shape and device, and what to do.
+    """
+    located = locate(module, 0 if stored.holds_experts(module) else None)
+    if located.trial is not None:
+        located.trial()
+
+
+def is_quantised(module: nn.Module) -> bool:
+    """Whether the weights are packed, so that the module's kernel may round more than its dtype says."""
+    return stored.is_packed(module)
+
+
+def parameters(module: nn.Module) -> dict[str, Tensor]:
+    """A module's own parameters by name, as stored, off-loaded or not."""
+    return offload.parameters(module)
+
+
+@torch.no_grad()
+def dense(module: nn.Module, expert: int | None = None) -> Float[Tensor, "hidden neurons"]:
+    """The matrix that the module multiplies by in eval mode, adapters included.
+
+    Returns:
+        The stored numbers, a view, where they are plain: in their dtype. Otherwise a float32 copy, or torchao's dtype.
+
+    Raises:
+        ModelError: if it cannot be read.
+    """
+    located = locate(module, expert)
+    matrix = located.read()
+    for up, down in located.low_rank:
+        matrix = matrix.float() + (up @ down).to(matrix.device)
+    return matrix
+
+
+def bias(module: nn.Module, expert: int | None = None) -> Float[Tensor, "hidden"] | None:
+    """What the module adds whatever the activations are, float32; None if nothing."""
+    return stored.locate_bias(module, expert)
+
+
+def chunks(module: nn.Module, expert: int | None = None) -> Iterator[tuple[slice, Float[Tensor, "hidden chunk"]]]:
     """Slices of neurons and their columns in float32; one slice where the matrix is float32 already."""
-    weight = dense(module)
-    step = weight.shape[1] if weight.dtype == torch.float32 else CHUNK
-    for start in range(0, weight.shape[1], step):
-        part = slice(start, min(start + step, weight.shape[1]))
-        yield part, weight[:, part].float()
+    matrix = dense(module, expert)
+    step = matrix.shape[1] if matrix.dtype == torch.float32 else CHUNK
+    for start in range(0, matrix.shape[1], step):
+        part = slice(start, min(start + step, matrix.shape[1]))
+        yield part, matrix[:, part].float()
 
 
-def project(directions: Float[Tensor, "nouns hidden"], module: nn.Module) -> Float[Tensor, "nouns neurons"]:
-    """Dot products direction . w_out[:, i] for every neuron, the matrix read once for all directions."""
-    return torch.cat([directions.to(part.device) @ part for _, part in chunks(module)], dim=1)
+@torch.no_grad()
+def project(
+    directions: Float[Tensor, "nouns hidden"], module: nn.Module, expert: int | None = None
+) -> Float[Tensor, "nouns neurons"]:
+    """Dot products direction . w_out[:, i] for every neuron, in float32, the matrix read once for all directions.
+
+    Returns:
+        On the device where the weights are.
+    """
+    located = locate(module, expert)
+    matrix = located.read()
+    directions = directions.to(device=matrix.device, dtype=torch.float32)
+    result = _product(directions, matrix)
+    for up, down in located.low_rank:
+        result += (directions.to(up.device) @ up @ down).to(result.device)
+    return result
 
 
-def columns(module: nn.Module, indices: Int[Tensor, "n"]) -> Float[Tensor, "n hidden"]:
-    """Some columns of `w_out` in float32."""
-    weight = dense(module)
-    return weight[:, indices.to(weight.device)].T.float()
+def columns(module: nn.Module, indices: Int[Tensor, "n"], expert: int | None = None) -> Float[Tensor, "n hidden"]:
+    """Some columns of `w_out` in float32; of plain weights only those are read."""
+    located = locate(module, expert)
+    with torch.no_grad():
+        return _columns(located, indices)
+
+
+def _columns(located: Located, indices: Tensor) -> Tensor:
+    matrix = located.read()
+    result = matrix[:, indices.to(matrix.device)].T.float()
+    for up, down in located.low_rank:
+        result = result + (up @ down[:, indices.to(down.device)]).T.to(result.device)
+    return result
+
+
+def _product(directions: Tensor, matrix: Tensor) -> Tensor:
+    """(n, hidden) @ (hidden, neurons), the products of 16-bit weights summed in float32.
+
+    Such a matrix is converted slice by slice along the axis in which it is stored, so that each slice is read in one
+    go and its float32 copy is still in the cache when it is multiplied.
+    """
+    if matrix.dtype == torch.float32:
+        return directions @ matrix
+    hidden, neurons = matrix.shape
+    budget = SLICE["cpu" if matrix.device.type == "cpu" else "other"]
+    result = directions.new_zeros(len(directions), neurons)
+    if matrix.stride(0) >= matrix.stride(1):
+        step = max(budget // neurons, 1)
+        for start in range(0, hidden, step):
+            result.addmm_(directions[:, start : start + step], matrix[start : start + step].float())
+    else:
+        step = max(budget // hidden, 1)
+        for start in range(0, neurons, step):
+            result[:, start : start + step] = directions @ matrix[:, start : start + step].float()
+    return result

@@ -1,0 +1,198 @@
+"""What a neuron says, and which neurons say a word: read off the weights, no image and no forward pass needed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from mmneurons.errors import SettingError
+from mmneurons.finding.scoring import as_read, columns_of, said, texts, unembed_rows
+from mmneurons.neurons import Neuron
+from mmneurons.vlm import weights
+from mmneurons.vlm.anatomy import Anatomy, Ffn
+from mmneurons.vlm.prompts import token_of
+from mmneurons.vlm.vlm import VLM
+from mmneurons.vlm.ways import in_stream
+
+CANDIDATES = 20
+"""How many columns with large cosines are looked at for each neuron that `neurons_for` gives."""
+
+
+@dataclass(frozen=True)
+class Neighbour:
+    """A neuron whose column lies close to another's."""
+
+    neuron: Neuron
+    cosine: float
+    """Of the two columns as they reach the stream; near -1 they say the opposite when both fire the same way."""
+
+
+@dataclass(frozen=True)
+class NeuronCard:
+    """What one neuron writes whenever it fires."""
+
+    neuron: Neuron
+    norm: float
+    """Euclidean length of its column of `w_out`."""
+    norm_rank: float
+    """Share of the neurons of its FFN (its expert) whose columns are shorter, 0 to 1."""
+    tokens: tuple[str, ...]
+    """What it promotes when its activation is positive, strongest first; negative, it promotes `suppressed`."""
+    suppressed: tuple[str, ...]
+    """What it pushes down then, strongest first."""
+    neighbours: tuple[Neighbour, ...]
+    """The neurons of the whole model with the largest cosines, of either sign, largest first."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain data, for JSON."""
+        near = [{"neuron": str(n.neuron), "cosine": n.cosine} for n in self.neighbours]
+        return asdict(self) | {"neuron": str(self.neuron), "neighbours": near}
+
+
+@dataclass(frozen=True)
+class WordNeuron:
+    """A neuron whose column points to a word."""
+
+    neuron: Neuron
+    cosine: float
+    """Between its column as it reaches the stream and the direction that the word's token is read along; below 0, the
+    neuron says the word by a negative activation."""
+    rank: int
+    """Place of the token among all that the column promotes, with the sign that suits the word; 0 is the first."""
+    tokens: tuple[str, ...]
+    """What it promotes with that sign, strongest first."""
+
+
+@dataclass(frozen=True)
+class WordNeurons:
+    """The neurons whose columns point to a word."""
+
+    word: str
+    token: str
+    """The token that was looked for: the word's first, as it begins inside a sentence."""
+    token_id: int
+    neurons: tuple[WordNeuron, ...]
+    """Lowest rank first; of the same rank, the largest cosine of either sign."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain data, for JSON."""
+        return asdict(self) | {"neurons": [asdict(n) | {"neuron": str(n.neuron)} for n in self.neurons]}
+
+
+def explain_neuron(vlm: VLM, neuron: str | Neuron, *, n_tokens: int = 10, n_neighbours: int = 10) -> NeuronCard:
+    """What a neuron promotes and suppresses, how long its column is, and which neurons are like it.
+
+    Args:
+        vlm: The model, from `load`.
+        neuron: A `Neuron` or its name: "L23.u6012", or "L23.e5.u6012" for expert 5.
+        n_tokens: How many tokens to give each way.
+        n_neighbours: How many neighbours to give; one read of every `w_out` finds them.
+
+    Raises:
+        SettingError: if the model has no such neuron.
+
+    Source: projecting columns onto the vocabulary follows Geva et al., EMNLP 2022; Pan et al., section 3.
+    """
+    neuron = Neuron.parse(neuron) if isinstance(neuron, str) else neuron
+    anatomy = vlm.anatomy
+    ffn = anatomy.find(neuron)
+    if ffn is None:
+        raise _no_such(anatomy, neuron)
+    place = (anatomy.ffns.index(ffn), neuron.index + (neuron.expert or 0) * ffn.n_neurons)
+    device = anatomy.norm.weight.device
+    column = columns_of(anatomy, [place], device)
+    up, down = said(vlm, as_read(anatomy, column, [place], "logit"), n_tokens)
+    lengths = torch.cat([part.norm(dim=0).cpu() for _, part in weights.chunks(ffn.module, expert=neuron.expert)])
+    norm = float(column.norm())
+    found = _closest(anatomy, in_stream(column, ffn.way)[0], n_neighbours + 1)
+    return NeuronCard(
+        neuron=neuron,
+        norm=norm,
+        norm_rank=float((lengths < lengths[neuron.index]).float().mean()),
+        tokens=texts(vlm, up[0]),
+        suppressed=texts(vlm, down[0]),
+        neighbours=tuple(Neighbour(n, cosine) for n, cosine, _ in found if n != neuron)[:n_neighbours],
+    )
+
+
+def neurons_for(vlm: VLM, word: str, *, top: int = 10) -> WordNeurons:
+    """The neurons of the whole model whose columns point to a word: no image, one read of every `w_out`.
+
+    Of the columns with the largest cosines to the word's direction, those come first that promote fewest other tokens
+    more: a large cosine alone is often one with every noun. Which neurons fire for an image, `find` tells.
+
+    Args:
+        vlm: The model, from `load`.
+        word: A word; of several tokens, its first counts. Of a model without tokenizer, `<17>` is token 17.
+        top: How many neurons to give.
+
+    Raises:
+        WordError: if the word has no token to begin with.
+    """
+    anatomy = vlm.anatomy
+    token_id = token_of(vlm.tokenizer, word)
+    row = unembed_rows(anatomy, [token_id], anatomy.norm.weight)[0]
+    direction = anatomy.norm.centre(anatomy.norm.weight * row)
+    found = _closest(anatomy, direction, CANDIDATES * top)
+    columns = columns_of(anatomy, [place for _, _, place in found], row.device)
+    signs = torch.tensor([1.0 if cosine >= 0 else -1.0 for _, cosine, _ in found], device=row.device)[:, None]
+    read = signs * as_read(anatomy, columns, [place for _, _, place in found], "logit")
+    ranks = _ranks(read, anatomy.unembed[: vlm.n_tokens], token_id)
+    order = sorted(range(len(found)), key=lambda i: (ranks[i], -abs(found[i][1])))[:top]
+    up, _ = said(vlm, read[order])
+    neurons = tuple(
+        WordNeuron(found[i][0], found[i][1], ranks[i], texts(vlm, tokens)) for i, tokens in zip(order, up, strict=True)
+    )
+    return WordNeurons(word, vlm.token_text(token_id), token_id, neurons)
+
+
+def _ranks(read: Float[Tensor, "n hidden"], unembed: Tensor, token_id: int, chunk: int = 64) -> list[int]:
+    """How many tokens each column promotes more than this one; vocab x n is never held at once."""
+    ranks: list[int] = []
+    for part in read.split(chunk):
+        logits = part.to(device=unembed.device, dtype=unembed.dtype) @ unembed.T
+        ranks += (logits > logits[:, token_id, None]).sum(-1).tolist()
+    return ranks
+
+
+def _closest(
+    anatomy: Anatomy, direction: Float[Tensor, "hidden"], top: int
+) -> list[tuple[Neuron, float, tuple[int, int]]]:
+    """The columns with the largest cosines to a direction in the stream, of either sign, over the whole model."""
+    unit = direction / direction.norm().clamp_min(1e-30)
+    best, places = torch.zeros(0), torch.zeros(0, 2, dtype=torch.long)
+    for i, ffn in enumerate(anatomy.ffns):
+        for start, columns in _columns(ffn):
+            written = in_stream(columns.T, ffn.way)
+            cosines = ((written @ unit.to(written.device)) / written.norm(dim=1).clamp_min(1e-30)).cpu()
+            few = cosines.abs().topk(min(top, len(cosines))).indices
+            best = torch.cat([best, cosines[few]])
+            places = torch.cat([places, torch.stack([torch.full_like(few, i), few + start], dim=1)])
+            order = best.abs().sort(descending=True, stable=True).indices[:top]
+            best, places = best[order], places[order]
+    return [
+        (anatomy.ffns[i].neuron(n), cosine, (i, n))
+        for cosine, (i, n) in zip(best.tolist(), places.tolist(), strict=True)
+    ]
+
+
+def _columns(ffn: Ffn) -> Iterator[tuple[int, Float[Tensor, "hidden chunk"]]]:
+    """Slices of columns of all experts of an FFN, with the number of the first."""
+    for expert in range(ffn.n_experts or 1):
+        for part, columns in weights.chunks(ffn.module, expert=None if ffn.n_experts is None else expert):
+            yield expert * ffn.n_neurons + part.start, columns
+
+
+def _no_such(anatomy: Anatomy, neuron: Neuron) -> SettingError:
+    lines = []
+    for ffn in anatomy.ffns:
+        if ffn.layer == neuron.layer:
+            experts = "" if ffn.n_experts is None else f".e0 to .e{ffn.n_experts - 1}, each"
+            lines.append(f"L{ffn.layer}{experts} u0 to u{ffn.n_neurons - 1}")
+    seen = "; ".join(lines) or f"Its blocks are L0 to L{len(anatomy.blocks) - 1}."
+    return SettingError(f"This model has no neuron {neuron}.", seen=f"It has: {seen}" if lines else seen)

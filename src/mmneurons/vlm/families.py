@@ -1,0 +1,46 @@
+"""What must be told per family of models, since neither structure nor a probe shows it. Keep this short."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Family:
+    """What is special about one type of model (`config.model_type`)."""
+
+    why: str = ""
+    """The reason, as a user should read it."""
+    one_at_a_time: bool = False
+    """Whether a batch changes what the model computes, so that each prompt runs alone."""
+    counts_positions: bool = False
+    """Whether, in a padded batch, it must be told the positions of the tokens, as `generate` tells it."""
+    suffix: Mapping[str, int] = field(default_factory=dict)
+    """What inputs with one number per token hold for the answer's tokens, where it is not 0 (attention mask: 1)."""
+
+
+FAMILIES = {
+    "kosmos-2": Family(
+        "Kosmos-2 numbers positions of a padded batch otherwise than of a prompt alone while it decodes.",
+        one_at_a_time=True,
+    ),
+    "git": Family(
+        "GIT has absolute positions and takes those of padding for those of words.",
+        counts_positions=True,
+    ),
+    "instructblip": Family(
+        "InstructBLIP's padding stands between its queries and the words, whose positions it would shift.",
+        counts_positions=True,
+    ),
+    "paligemma": Family(
+        "PaliGemma reads its prompt in both directions and what it generates in one; token type 1 marks the latter.",
+        suffix={"token_type_ids": 1},
+    ),
+}
+
+
+def family_of(config: Any) -> Family:
+    """What is special about a model; an empty Family where nothing is."""
+    return FAMILIES.get(getattr(config, "model_type", ""), Family())

@@ -1,0 +1,61 @@
+"""States that a model is put into for a while, and put back from: evaluation, greedy generation."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+from transformers import GenerationConfig, PreTrainedModel
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode; modules that were training go on training afterwards."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+@contextmanager
+def greedy(model: PreTrainedModel, tokenizer: Any, max_new_tokens: int) -> Iterator[None]:
+    """Greedy generation by our settings alone; the checkpoint's are put back afterwards.
+
+    They are swapped, not overridden: `generate` fills every setting that is left open from the model's own. Models in
+    the model (BLIP-2's language model generates by itself) have settings of their own.
+    """
+    stops = sorted(stop_ids(model, tokenizer))
+    generators = [m for m in model.modules() if isinstance(m, PreTrainedModel) and m.can_generate()]
+    own = [(m, m.generation_config) for m in generators if m.generation_config is not None]
+    for module, config in own:
+        pad = config.pad_token_id if config.pad_token_id is not None else getattr(tokenizer, "pad_token_id", None)
+        module.generation_config = GenerationConfig(
+            do_sample=False,
+            num_beams=1,
+            max_new_tokens=max_new_tokens,
+            use_cache=True,
+            disable_compile=True,  # hooks are skipped in a compiled decode step
+            bos_token_id=config.bos_token_id,
+            eos_token_id=stops or None,
+            pad_token_id=pad if pad is not None else next(iter(stops), None),
+            decoder_start_token_id=config.decoder_start_token_id,
+        )
+    try:
+        with evaluating(model):
+            yield
+    finally:
+        for module, config in own:
+            module.generation_config = config
+
+
+def stop_ids(model: PreTrainedModel, tokenizer: Any) -> set[int]:
+    """The tokens that end an answer."""
+    eos = None if model.generation_config is None else model.generation_config.eos_token_id
+    if eos is None:
+        eos = getattr(tokenizer, "eos_token_id", None)
+    return set() if eos is None else {eos} if isinstance(eos, int) else set(eos)

@@ -1,0 +1,297 @@
+"""What a model does between its FFNs and its logits, told by one tiny forward pass: no table of models.
+
+Eight made-up tokens go through the language model. Each block's output is written as a sum of what its parts gave
+(least squares over all positions and hidden units, exact up to rounding): coefficients are gates and multipliers,
+and where the sum goes through a norm, the norm's input is taken apart in turn. The head's output is replaced by a
+ramp, so that whatever the model does to its logits (a scale, a softcap) shows as a curve.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from transformers.modeling_outputs import BaseModelOutput
+
+from mmneurons.errors import ModelError
+from mmneurons.vlm.anatomy import LogitRule
+from mmneurons.vlm.modes import evaluating
+from mmneurons.vlm.structure import FoundFfn, Tree, holds_experts, is_linear, is_norm, visible
+
+N_TOKENS = 8
+TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-4, torch.float16: 5e-3, torch.bfloat16: 2e-2}
+"""Largest part of a block's output that may stay unexplained, by the dtype the model computes in."""
+
+
+@dataclass(eq=False)
+class Seen:
+    """What one module gave in the tiny pass."""
+
+    module: nn.Module
+    output: Float[Tensor, "tokens hidden"]
+    input: Float[Tensor, "tokens hidden"] | None = None
+    """Of norms only."""
+    gate: nn.Module | None = None
+    """Set where `output` is the module's output times the sigmoid of this module's."""
+
+
+@dataclass(eq=False)
+class SeenBlock:
+    """One block in the tiny pass; parts in the order in which they ran."""
+
+    entered: Tensor = field(default_factory=lambda: torch.zeros(0))
+    left: Tensor = field(default_factory=lambda: torch.zeros(0))
+    parts: list[Seen] = field(default_factory=list)
+    numbers: list[Seen] = field(default_factory=list)
+    """Projections to one number per token."""
+
+
+@dataclass(frozen=True, eq=False)
+class Term:
+    """One summand of a vector: `scale` times what a part gave, or times what entered the block (None)."""
+
+    scale: float
+    part: Seen | None
+
+
+@dataclass(eq=False)
+class Pass:
+    """Everything seen in the tiny pass."""
+
+    blocks: list[SeenBlock]
+    norms: list[Seen]
+    """Norms outside the blocks, and those of the last block."""
+    head_input: Tensor
+    rule: LogitRule | None
+    """None: what the model does to its logits is neither a scale nor a softcap."""
+    limit: float
+
+
+def run(tree: Tree, ffns: list[list[FoundFfn]]) -> Pass:
+    """Run the tiny pass.
+
+    Raises:
+        ModelError: if the language model cannot be run on tokens alone.
+    """
+    blocks = [SeenBlock() for _ in tree.layers]
+    norms: list[Seen] = []
+    heads: list[tuple[Tensor, Tensor]] = []
+    dense = {id(ffn.module) for found in ffns for ffn in found if not ffn.is_experts}
+    hooks: list[Any] = []
+    try:
+        for block, seen in zip(tree.layers, blocks, strict=True):
+            hooks += _watch_block(block, seen, tree.hidden)
+        inside = {id(m) for m in tree.layers.modules()}
+        for module in tree.owner.modules():
+            if is_norm(module) and id(module) not in inside:
+                hooks.append(module.register_forward_hook(_watcher(norms, tree.hidden)))
+        hooks.append(tree.head.register_forward_hook(_ramp(heads)))
+        with torch.inference_mode(), evaluating(tree.owner):
+            logits = tree.owner(**_tiny_inputs(tree)).logits
+    except (TypeError, ValueError, RuntimeError, AttributeError, KeyError, IndexError) as error:
+        raise ModelError(
+            "The language model cannot be run on a few tokens alone, which its analysis needs.",
+            seen=f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}",
+            fix="mmneurons supports models whose language model reads token ids; please report this one.",
+        ) from error
+    finally:
+        for hook in hooks:
+            hook.remove()
+    if not heads or any(seen.left.numel() == 0 for seen in blocks):
+        raise ModelError("Not every block of the language model, or not its head, was reached in a forward pass.")
+    for seen in blocks:
+        _add_gated(seen, dense)
+    limit = TOLERANCE.get(tree.owner.dtype, 2e-2)
+    norms += [part for part in blocks[-1].parts if is_norm(part.module)]
+    given, ramp = heads[-1]
+    return Pass(blocks, norms, given, _logit_rule(ramp, logits[0, -1].float().cpu(), limit), limit)
+
+
+def explain(target: Tensor, block: SeenBlock, before: Seen | None = None) -> tuple[list[Term], float]:
+    """A vector as a sum of what entered the block and what its parts gave before it was made.
+
+    Args:
+        target: (tokens, hidden).
+        block: Where it was made.
+        before: Only parts that ran before this one are summands; None for all.
+
+    Returns:
+        The summands, and the relative error of their sum.
+    """
+    parts = block.parts[: block.parts.index(before)] if before is not None else block.parts
+    same = [part for part in parts if torch.equal(part.output, target)]
+    if same:
+        return [Term(1.0, same[0])], 0.0
+    candidates: list[Seen | None] = [None, *_distinct(block, parts)]
+    columns = [block.entered if part is None else part.output for part in candidates]
+    weight = 1 / target.norm(dim=1, keepdim=True).clamp_min(1e-30)  # rounding grows with the size of the row
+    matrix = torch.stack([(column * weight).flatten() for column in columns], dim=1).double()
+    wanted = (target * weight).flatten().double()
+    scales, errors, _ = _least_squares(matrix, wanted)
+    kept = [j for j in range(len(candidates)) if scales[j].abs() > 20 * errors[j] and scales[j].abs() > 1e-4]
+    if not kept:
+        return [], 1.0
+    scales, errors, rest = _least_squares(matrix[:, kept], wanted)
+    terms = []
+    for j, scale, error in zip(kept, scales.tolist(), errors.tolist(), strict=True):
+        near_one = abs(scale - 1) < 20 * error + 1e-5
+        terms.append(Term(1.0 if near_one else scale, candidates[j]))
+    return terms, rest
+
+
+def find_final_norm(seen: Pass) -> tuple[Seen, float]:
+    """The norm whose output the head reads, and by what the model multiplies that output first.
+
+    Raises:
+        ModelError: if there is none: something else stands between stream and head.
+    """
+    for norm in reversed(seen.norms):
+        if norm.output.shape != seen.head_input.shape:
+            continue
+        scale = float((norm.output * seen.head_input).sum() / norm.output.pow(2).sum().clamp_min(1e-30))
+        rest = (seen.head_input - scale * norm.output).norm() / seen.head_input.norm().clamp_min(1e-30)
+        if rest < seen.limit:
+            return norm, 1.0 if abs(scale - 1) < seen.limit else scale
+    raise ModelError(
+        "Cannot tell the norm before the output head.",
+        seen="No norm's output is what the head reads, not even up to a factor: a transform stands between them.",
+        fix="Contributions through such a transform are not supported.",
+    )
+
+
+def _tiny_inputs(tree: Tree) -> dict[str, Any]:
+    owner, config = tree.owner, tree.owner.config
+    takes = inspect.signature(owner.forward).parameters
+    text = config.get_text_config(decoder=True)
+    special = {value for c in (config, text) for name, value in vars(c).items() if name.endswith("token_id")}
+    special |= {value for name in ("image_token_index", "boi_token_index") if (value := getattr(config, name, None))}
+    n_words = min(text.vocab_size, 1 << 15)
+    plain = [i for i in range(n_words - 1, 0, -max(1, n_words // 64)) if i not in special]
+    ids = torch.tensor([plain[:N_TOKENS]], device=owner.device)
+    generator = torch.Generator().manual_seed(0)
+    states = torch.randn(1, 4, tree.hidden, generator=generator).to(device=owner.device, dtype=owner.dtype)
+    inputs: dict[str, Any] = {"use_cache": False} if "use_cache" in takes else {}
+    if getattr(config, "is_encoder_decoder", False) and "decoder_input_ids" in takes:
+        inputs |= {"decoder_input_ids": ids, "encoder_outputs": BaseModelOutput(last_hidden_state=states)}  # pyright: ignore[reportArgumentType]
+    else:
+        inputs["input_ids"] = ids
+    for name in ("encoder_hidden_states", "cross_attention_states"):
+        wanted = name == "cross_attention_states" or getattr(text, "add_cross_attention", False)
+        if name in takes and wanted and "encoder_outputs" not in inputs:
+            inputs[name] = states
+    return inputs
+
+
+def _watch_block(block: nn.Module, seen: SeenBlock, hidden: int) -> Iterator[Any]:
+    def enter(module: nn.Module, args: tuple, kwargs: dict) -> None:
+        seen.entered = _rows(args[0] if args else kwargs["hidden_states"], hidden)
+
+    def leave(module: nn.Module, args: tuple, output: Any) -> None:
+        seen.left = _rows(first(output), hidden)
+
+    yield block.register_forward_pre_hook(enter, with_kwargs=True)
+    yield block.register_forward_hook(leave)
+    for module in visible(block, mixers=True):
+        if is_linear(module) or holds_experts(module) or not list(module.children()):
+            yield module.register_forward_hook(_watcher(seen.parts, hidden, seen.numbers))
+
+
+def _watcher(parts: list[Seen], hidden: int, numbers: list[Seen] | None = None):
+    def hook(module: nn.Module, args: tuple, output: Any) -> None:
+        out = first(output)
+        if not isinstance(out, Tensor) or not out.is_floating_point() or out.ndim < 2:
+            return
+        if out.shape[-1] == hidden and out.numel() % (N_TOKENS * hidden) == 0:
+            given = first(args) if is_norm(module) else None
+            parts.append(Seen(module, _rows(out, hidden), None if given is None else _rows(given, hidden)))
+        elif out.shape[-1] == 1 and out.numel() == N_TOKENS and numbers is not None:
+            numbers.append(Seen(module, out.detach().float().cpu().reshape(N_TOKENS, 1).clone()))
+
+    return hook
+
+
+def first(output: Any) -> Any:
+    """What a module gives first, where it gives several things."""
+    return output[0] if isinstance(output, tuple | list) and output else output
+
+
+def _rows(values: Tensor, hidden: int) -> Float[Tensor, "tokens hidden"]:
+    """One row per token; where all experts answered for each token (Llama 4), their sum."""
+    rows = values.detach().float().cpu().reshape(-1, hidden)
+    return rows.view(-1, N_TOKENS, hidden).sum(0) if len(rows) != N_TOKENS else rows.clone()
+
+
+def _add_gated(seen: SeenBlock, dense: set[int]) -> None:
+    """Beside the output of each dense FFN, that output times the sigmoid of each number."""
+    for part in [part for part in seen.parts if id(part.module) in dense]:
+        for number in seen.numbers:
+            seen.parts.append(Seen(part.module, part.output * number.output.sigmoid(), gate=number.module))
+
+
+def _distinct(block: SeenBlock, parts: list[Seen]) -> list[Seen]:
+    """Parts whose output is not that of an earlier one (dropout in evaluation gives what it gets)."""
+    kept: list[Seen] = []
+    for part in parts:
+        if not any(torch.equal(part.output, other) for other in [block.entered, *(p.output for p in kept)]):
+            kept.append(part)
+    return kept
+
+
+def _least_squares(matrix: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor, float]:
+    """Scales, their standard errors, and the relative error of the fit."""
+    gram = matrix.T @ matrix
+    inverse = torch.linalg.pinv(gram, hermitian=True, rtol=1e-13)
+    scales = inverse @ (matrix.T @ wanted)
+    rest = wanted - matrix @ scales
+    spread = rest.pow(2).mean().sqrt()
+    errors = spread * inverse.diagonal().clamp_min(0).sqrt()
+    return scales, errors, float(rest.norm() / wanted.norm().clamp_min(1e-30))
+
+
+def _ramp(heads: list[tuple[Tensor, Tensor]]):
+    """Note what the head read, and let it say a ramp instead."""
+
+    def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        given = args[0]
+        ramp = torch.linspace(-60, 60, output.shape[-1]).to(device=output.device, dtype=output.dtype)
+        heads.append((given.detach().float().cpu().reshape(-1, given.shape[-1]), ramp.float().cpu()))
+        return ramp.expand_as(output).clone()
+
+    return hook
+
+
+def _logit_rule(ramp: Tensor, logits: Tensor, limit: float) -> LogitRule | None:
+    """A scale or a softcap that sends the ramp to these logits; tokens that the model bars are told apart."""
+    asked, given = ramp[: len(logits)].double(), logits[: len(ramp)].double()
+    allowed = given.isfinite() & (given.abs() < 1e5)
+    barred = tuple(torch.nonzero(~allowed).flatten().tolist())
+    asked, given = asked[allowed], given[allowed]
+    scale = float((asked * given).sum() / asked.pow(2).sum())
+    if _apart(scale * asked, given) < limit:
+        return LogitRule(scale=1.0 if abs(scale - 1) < limit else scale, barred=barred)
+    small = asked.abs() < 6
+    low, high = float(given.abs().max()), 1e4
+    cap = high
+    for _ in range(200):  # the cap whose curve has the slope seen near zero
+        cap = (low + high) / 2
+        inner = cap * torch.atanh((given / cap).clamp(-1 + 1e-12, 1 - 1e-12))
+        scale = float((asked * inner)[small].sum() / asked[small].pow(2).sum())
+        end = float((cap * torch.tanh(scale * asked / cap)).abs().max())
+        low, high = (cap, high) if end < float(given.abs().max()) else (low, cap)
+    if _apart(cap * torch.tanh(scale * asked / cap), given) < limit:
+        return LogitRule(scale=1.0 if abs(scale - 1) < limit else scale, cap=_whole(cap, limit), barred=barred)
+    return None
+
+
+def _whole(value: float, limit: float) -> float:
+    """A cap is a round number in every config; the curve gives it up to rounding."""
+    return float(round(value)) if abs(value - round(value)) < limit * value else value
+
+
+def _apart(one: Tensor, other: Tensor) -> float:
+    return float((one - other).abs().max() / other.abs().max().clamp_min(1e-30))

@@ -1,0 +1,201 @@
+"""Find the language model's blocks, their neurons and the head in the tree of modules: never by the model's name.
+
+The rule: `get_decoder()` until it returns itself; in it the shallowest list of as many blocks as the config says; in
+each block the projection from a wider layer back to `hidden` that has a sibling from `hidden` to that width, or the
+module that holds experts as 3-D parameters; and the output head. One match, or an error that lists what was found.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.activations import ACT2CLS
+from transformers.pytorch_utils import Conv1D
+
+from mmneurons.errors import ModelError
+
+_ACTIVATIONS = tuple({entry[0] if isinstance(entry, tuple) else entry for entry in ACT2CLS.values()})
+_MIXERS = ("attention", "attn", "mamba", "deltanet", "shortconv")
+
+
+@dataclass(frozen=True, eq=False)
+class Tree:
+    """The parts of a model by name, before anything is run."""
+
+    names: dict[int, str]
+    """Path of every module, by its id."""
+    owner: PreTrainedModel
+    """The smallest model that holds both language model and head: its forward gives logits."""
+    root: nn.Module
+    """The language model."""
+    layers: nn.ModuleList
+    head: nn.Module
+    hidden: int
+
+    def name(self, module: nn.Module) -> str:
+        """Path of a module in the whole model."""
+        return self.names[id(module)]
+
+
+@dataclass(frozen=True, eq=False)
+class FoundFfn:
+    """A place where neurons are, in one block."""
+
+    module: nn.Module
+    is_experts: bool
+    activation: nn.Module | None
+
+
+def find_tree(model: PreTrainedModel, decoder: str | None = None) -> Tree:
+    """The language model, its blocks and its head.
+
+    Args:
+        model: A vision-language model of Hugging Face, loaded.
+        decoder: Path of the language model in it, if the rule cannot tell.
+
+    Raises:
+        ModelError: if a part has no match or more than one; the message lists what was found.
+    """
+    names = {id(module): name for name, module in model.named_modules()}
+    root = _decoder(model, decoder)
+    text = model.config.get_text_config(decoder=True)
+    own = getattr(root, "config", text)
+    sizes = (getattr(c, "num_hidden_layers", None) or getattr(c, "num_layers", None) for c in (own, text))
+    counts = {int(size) for size in sizes if size}
+    layers = _shallowest(root, counts, names)
+    head = _head(model)
+    hidden = linear_shape(head)[0]
+    return Tree(names, _owner(model, root, head), root, layers, head, hidden)
+
+
+def find_ffns(name: str, block: nn.Module, hidden: int) -> list[FoundFfn]:
+    """The dense output projection of a block, its experts, or both; the dense one first.
+
+    Raises:
+        ModelError: if there is neither, or no telling which of several projections it is.
+    """
+    names = {id(module): path for path, module in block.named_modules()}
+    parts = list(visible(block))
+    linears = [m for m in parts if is_linear(m)]
+    experts = [m for m in parts if holds_experts(m)]
+    entries = {linear_shape(m)[1] for m in linears if linear_shape(m)[0] == hidden}
+    outs = [m for m in linears if linear_shape(m)[1] == hidden and linear_shape(m)[0] != hidden]
+    outs = [m for m in outs if entries & {linear_shape(m)[0], 2 * linear_shape(m)[0]}]
+    widest = max((linear_shape(m)[0] for m in outs), default=0)  # beside it: side paths, which are narrow
+    dense = [m for m in outs if linear_shape(m)[0] == widest]
+    if len(dense) > 1 or not (dense or experts):
+        raise _ambiguous(dense, f"the FFN output projection of block '{name}'", names)
+    found = [FoundFfn(m, False, _activation(block, m, names)) for m in dense]
+    return found + [FoundFfn(m, True, None) for m in experts]
+
+
+def visible(block: nn.Module, *, mixers: bool = False) -> Iterator[nn.Module]:
+    """The modules below a block, none inside a projection (LoRA) or inside experts, nor, unless asked for, a mixer."""
+    for child in block.children():
+        if mixes_positions(child) and not mixers:
+            continue
+        yield child
+        if not is_linear(child) and not holds_experts(child):
+            yield from visible(child, mixers=mixers)
+
+
+def mixes_positions(module: nn.Module) -> bool:
+    """Whether a module is attention or another token mixer, by what its class is called."""
+    name = type(module).__name__.lower()
+    return any(part in name for part in _MIXERS) and "norm" not in name
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether a module is a projection in any form: plain, Conv1D, quantised, wrapped."""
+    if isinstance(module, nn.Linear | Conv1D):
+        return True
+    sizes = getattr(module, "in_features", None), getattr(module, "out_features", None)
+    return all(isinstance(size, int) for size in sizes)
+
+
+def linear_shape(module: nn.Module) -> tuple[int, int]:
+    """(in, out) of a projection; not of its weight, which can be packed."""
+    if isinstance(module, Conv1D):
+        return module.nx, module.nf
+    return int(module.in_features), int(module.out_features)  # pyright: ignore[reportArgumentType]
+
+
+def holds_experts(module: nn.Module) -> bool:
+    """Whether a module holds the output projections of several experts in one parameter."""
+    down = module._parameters.get("down_proj")
+    return isinstance(down, torch.Tensor) and down.ndim == 3
+
+
+def is_norm(module: nn.Module) -> bool:
+    """Whether a module is a norm, by what its class is called: their attributes have other names."""
+    return "norm" in type(module).__name__.lower() and not list(module.children())
+
+
+def _decoder(model: PreTrainedModel, name: str | None) -> nn.Module:
+    if name is not None:
+        try:
+            return model.get_submodule(name)
+        except AttributeError as error:
+            children = ", ".join(n for n, m in model.named_modules() if n and n.count(".") < 2 and list(m.children()))
+            raise ModelError(f"The model has no part named '{name}'.", seen=f"It has: {children}") from error
+    root: nn.Module = model
+    while isinstance(root, PreTrainedModel):
+        inner = root.get_decoder()
+        if inner is None or inner is root:
+            break
+        root = inner
+    return root
+
+
+def _shallowest(root: nn.Module, counts: set[int], names: dict[int, str]) -> nn.ModuleList:
+    lists = [m for m in root.modules() if isinstance(m, nn.ModuleList) and len(m) in counts]
+    depths = [names[id(m)].count(".") for m in lists]
+    found = [m for m, depth in zip(lists, depths, strict=True) if depth == min(depths)]
+    if len(found) != 1:
+        wanted = " or ".join(str(count) for count in sorted(counts))
+        raise _ambiguous(found, f"the list of {wanted} blocks of the language model", names)
+    return found[0]
+
+
+def _head(model: PreTrainedModel) -> nn.Module:
+    for module in [model, *(m for m in model.modules() if isinstance(m, PreTrainedModel) and m is not model)]:
+        head = module.get_output_embeddings()
+        if head is not None and is_linear(head):
+            return head
+    raise ModelError(
+        "Cannot tell which part of the model turns the residual stream into logits.",
+        seen="get_output_embeddings() gives nothing that is a projection, in the model and in each of its parts",
+    )
+
+
+def _owner(model: PreTrainedModel, root: nn.Module, head: nn.Module) -> PreTrainedModel:
+    def holds(module: nn.Module) -> bool:
+        ids = {id(m) for m in module.modules()}
+        return id(root) in ids and id(head) in ids
+
+    owners = [m for m in model.modules() if isinstance(m, PreTrainedModel) and holds(m)]
+    return min(owners, key=lambda m: sum(1 for _ in m.modules()))
+
+
+def _activation(block: nn.Module, w_out: nn.Module, names: dict[int, str]) -> nn.Module | None:
+    """The one activation function beside `w_out`; or, where a sibling holds it (BERT), the one of the block."""
+    parent = block.get_submodule(names[id(w_out)].rpartition(".")[0])
+    for place in (parent, block):
+        found = [m for m in visible(place) if isinstance(m, _ACTIVATIONS)]
+        if len(found) == 1:
+            return found[0]
+    return None
+
+
+def _ambiguous(found: list, what: str, names: dict[int, str]) -> ModelError:
+    listed = "\n".join(f"  {names.get(id(m), '?')}: {type(m).__name__}" for m in found) or "  nothing"
+    return ModelError(
+        f"Cannot tell {what}.",
+        seen=f"Looked for exactly one, found {len(found)}:\n{listed}",
+        fix='Name the language model if that is what is unclear: load(..., decoder="model.language_model")'
+        "     CLI: --decoder model.language_model",
+    )

@@ -1,0 +1,29 @@
+"""Tokens as text, with a tokenizer or without."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+class TokenIds:
+    """Stands in for a tokenizer where there is none: token 17 is written `<17>`."""
+
+    eos_token_id = None
+    pad_token_id = None
+
+    def decode(self, token_ids: Sequence[int], **_: object) -> str:
+        """Ids as text, one after the other."""
+        return " ".join(f"<{i}>" for i in token_ids)
+
+    def convert_ids_to_tokens(self, token_id: int) -> str:
+        """One id as text."""
+        return f"<{token_id}>"
+
+    def __len__(self) -> int:
+        """Every row of the unembedding has a name."""
+        return 1 << 62
+
+
+def pieces(tokenizer: object) -> int:
+    """How many tokens a tokenizer knows: rows of the unembedding beyond them are padding that no text can hold."""
+    return min(len(tokenizer), 1 << 62) if hasattr(tokenizer, "__len__") else 1 << 62  # pyright: ignore[reportArgumentType]

@@ -1,0 +1,503 @@
+"""Every family of docs/models.md: its parts are found, its numbers are exact, and `doctor` notices what is misread.
+
+`python tests/test_families.py` writes the tables of docs/models.md anew.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import re
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import GenerationConfig, PreTrainedModel
+from zoo import FAMILIES, Family, Row, quiet_vision, randomise
+
+import mmneurons as mmn
+from mmneurons.errors import ModelError, SettingError
+from mmneurons.neurons import Neuron
+from mmneurons.vlm import experts, families, norms, weights
+from mmneurons.vlm.anatomy import Anatomy, Ffn, LogitRule, steps
+from mmneurons.vlm.doctor import additivity_error, describe_anatomy
+from mmneurons.vlm.grid import Grids, find_grids
+from mmneurons.vlm.moments import pick_moments
+from mmneurons.vlm.recording import Recording, record
+from mmneurons.vlm.stored import Located
+from mmneurons.vlm.vlm import VLM, Answers
+
+REFUSED = ("idefics",)
+"""Families that `load` refuses, and says so."""
+BY_NAME = {family.name: family for family in FAMILIES}
+NAMES = [name for name in BY_NAME if name not in REFUSED]
+ROWS = (Row(0, 5), Row(1, 9), Row(2, 7))
+N_TOKENS = 4
+LIMIT = 1e-4
+"""Of the largest number, in float32."""
+
+every_family = pytest.mark.parametrize("name", NAMES)
+
+
+@dataclass(frozen=True, eq=False)
+class Case:
+    """One family's tiny model, loaded, and what it says to three prompts of different length, each asked alone."""
+
+    family: Family
+    vlm: VLM
+    alone: list[dict[str, Any]]
+    batch: dict[str, Any]
+    raw: list[tuple[int, ...]]
+    """What the bare model's own `generate` says."""
+    answers: list[Answers]
+    recordings: list[Recording]
+
+    @property
+    def model(self) -> PreTrainedModel:
+        return self.vlm.model
+
+    @property
+    def anatomy(self) -> Anatomy:
+        return self.vlm.anatomy
+
+    @property
+    def facts(self) -> Mapping[str, str]:
+        assert self.family.facts is not None
+        return self.family.facts
+
+
+@cache
+def case(name: str) -> Case:
+    """Of the first seed whose answers hold no special token: read again, an image token would ask for an image."""
+    family = BY_NAME[name]
+    for seed in range(100):
+        model = randomise(family.build(), seed)
+        alone = [family.inputs(model, [row]) for row in ROWS]
+        raw = [tuple(said(model, inputs)) for inputs in alone]
+        if special(model).isdisjoint(token for row in raw for token in row):
+            break
+    else:
+        raise AssertionError(f"{name} says special tokens, whatever the seed")
+    vlm = mmn.load(model)
+    answers, recordings = [], []
+    for inputs in alone:
+        with record(vlm.anatomy) as recording:
+            answers.append(vlm.generate(inputs, N_TOKENS))
+        recordings.append(recording)
+    return Case(family, vlm, alone, family.inputs(model, ROWS), raw, answers, recordings)
+
+
+def said(model: Any, inputs: Mapping[str, Any]) -> list[int]:
+    """The bare model's greedy answer to one prompt."""
+    return model.generate(**inputs, do_sample=False, max_new_tokens=N_TOKENS)[0, -N_TOKENS:].tolist()
+
+
+def special(model: PreTrainedModel) -> set[int]:
+    """Ids that are no words, as far as the configs say."""
+    configs = (model.config, model.config.get_text_config(decoder=True))
+    found = [v for c in configs for n, v in vars(c).items() if "token_id" in n or n.endswith("token_index")]
+    found.append(getattr(model.config, "image_token_id", None))
+    return {one for value in found for one in (value if isinstance(value, list) else [value])}
+
+
+@cache
+def grids(name: str) -> Grids | str:
+    return find_grids(case(name).model, case(name).alone[0], 1)
+
+
+# What is found is what a reader of the code sees
+
+
+def path_of(anatomy: Anatomy, ffn: Ffn) -> str:
+    """Of `w_out` in its block."""
+    path = ffn.name.removeprefix(f"{anatomy.blocks[ffn.layer].name}.")
+    return path if ffn.n_experts is None else f"{path}.down_proj"
+
+
+def kind(anatomy: Anatomy, ffn: Ffn) -> str:
+    """How what an FFN writes gets into the stream, in the words of `Family.facts`."""
+    if any(step.norm for step in steps(anatomy.embedding)):  # the stream itself goes through norms
+        return "post-LN"
+    way = list(steps(ffn.way))
+    scaled = ffn.gate is not None or any(step.scale != 1 for step in way)
+    through = any(step.norm for step in way)
+    return {(False, False): "identity", (True, False): "scalar", (False, True): "norm"}.get((scaled, through), "other")
+
+
+def kind_told(facts: Mapping[str, str], layer: int, path: str) -> str:
+    """The same as the facts say it: for all alike, one for each block, or one for each `w_out` of a block."""
+    told = facts.get("kinds", facts["kind"])
+    if "," in told:
+        return dict(zip(facts["w_out"].split(","), told.split(","), strict=True))[path]
+    return told.split()[layer] if " " in told else told
+
+
+def final_norm(anatomy: Anatomy) -> str:
+    said = norms.kind(anatomy.norm_module, anatomy.norm)
+    return "LayerNorm" if said.startswith("LayerNorm") else {"w": "RMS w", "w - 1": "RMS 1+w"}[said.split(" as ")[1]]
+
+
+def logits(rule: LogitRule) -> str:
+    return "softcap" if rule.cap else "scale" if (rule.before, rule.scale) != (1, 1) else "raw"
+
+
+@every_family
+def test_the_parts_found_are_those_that_the_code_has(name):
+    anatomy, facts = case(name).anatomy, case(name).facts
+    n_blocks = len(case(name).model.get_submodule(facts["blocks"]))  # pyright: ignore[reportArgumentType]
+    assert [block.name for block in anatomy.blocks] == [f"{facts['blocks']}.{i}" for i in range(n_blocks)]
+    found = {(ffn.layer, path_of(anatomy, ffn)): kind(anatomy, ffn) for ffn in anatomy.ffns}
+    raw = {(layer, path) for layer in range(n_blocks) for path in raw_weights(case(name).model, facts, layer)}
+    assert found == {(layer, path): kind_told(facts, layer, path) for layer, path in raw}
+    assert (anatomy.norm_name, anatomy.head_name) == (facts["norm"], facts["head"])
+    assert (final_norm(anatomy), logits(anatomy.logit_rule)) == (facts["final_norm"], facts["logits"])
+    assert anatomy.doubts == ()
+
+
+def raw_weights(model: nn.Module, facts: Mapping[str, str], layer: int) -> dict[str, nn.Parameter]:
+    """The parameter of each `w_out` that one block has, by its path."""
+    parameters = dict(model.get_submodule(f"{facts['blocks']}.{layer}").named_parameters())
+    names = {path: path if path in parameters else f"{path}.weight" for path in facts["w_out"].split(",")}
+    return {path: parameters[name] for path, name in names.items() if name in parameters}
+
+
+# The numbers
+
+
+@every_family
+def test_doctor_passes(name):
+    report = mmn.doctor(case(name).vlm, inputs=case(name).alone[0], max_new_tokens=N_TOKENS)
+    assert report.passed, [check for check in report.checks if not check.passed]
+    assert error(name) < LIMIT
+
+
+def error(name: str) -> float:
+    """The largest of the additivity identity, over all prompts."""
+    one = case(name)
+    places = torch.tensor([[0, step] for step in range(N_TOKENS)])
+    pairs = zip(one.recordings, one.answers, strict=True)
+    return max(additivity_error(one.vlm, pick_moments(recording, places), answers) for recording, answers in pairs)
+
+
+@every_family
+@pytest.mark.parametrize("score", ["logit", "logprob"])
+def test_scores_in_the_last_block_are_gradient_times_weight(name, score):
+    """A neuron's column times the gradient by it: what its activation writes, times what a write does. No hook on it."""
+    one = case(name)
+    found = mmn.find(
+        one.vlm, inputs=one.alone[0], token_ids=one.raw[0], score=score, top=10**6, max_new_tokens=N_TOKENS
+    )[0]
+    assert [noun.step for noun in found.nouns] == list(range(N_TOKENS))
+    layer = len(one.anatomy.blocks) - 1
+    for noun, expected in zip(found.nouns, raw_scores(one, score), strict=True):
+        ours = {path: torch.zeros_like(scores) for path, scores in expected.items()}
+        dense, fused = ([path for path, scores in ours.items() if scores.ndim == n] for n in (1, 2))
+        for neuron in noun.neurons:
+            if neuron.neuron.layer == layer and neuron.neuron.expert is None:
+                ours[dense[0]][neuron.neuron.index] = neuron.score
+            elif neuron.neuron.layer == layer:
+                ours[fused[0]][neuron.neuron.expert, neuron.neuron.index] = neuron.score
+        largest = max(float(scores.abs().max()) for scores in expected.values())
+        for path, scores in expected.items():
+            assert scores.abs().max() > 0
+            torch.testing.assert_close(ours[path], scores, rtol=0, atol=LIMIT * largest)
+
+
+def raw_scores(one: Case, score: str) -> list[dict[str, Tensor]]:
+    """For each token said, and each `w_out` of the last block: one number per neuron, from autograd in float64."""
+    model, facts = copy.deepcopy(one.model).double().requires_grad_(False), one.facts
+    if "experts" in facts["w_out"]:
+        model.set_experts_implementation("eager")
+    layer = len(one.anatomy.blocks) - 1
+    parameters = raw_weights(model, facts, layer)
+    for parameter in parameters.values():
+        parameter.requires_grad_(True)
+    final, head = model.get_submodule(facts["norm"]), model.get_submodule(facts["head"])
+    hold_side_effects(model.get_submodule(f"{facts['blocks']}.{layer}"), final)
+    if score == "logit":
+        final.register_forward_hook(frozen(centred=facts["final_norm"] == "LayerNorm"))
+    heads: list[Tensor] = []
+    head.register_forward_hook(lambda module, args, output: heads.append(output))
+    inputs = one.vlm.extended(one.alone[0], one.answers[0])
+    with in_float64():
+        given = model(**{name: v.double() if v.is_floating_point() else v for name, v in inputs.items()}).logits
+    if score == "logit" and facts["logits"] == "softcap":
+        given = heads[-1]
+    scores = []
+    for row, token in zip(given[0, -N_TOKENS - 1 : -1], one.raw[0], strict=True):
+        value = row[token] if score == "logit" else row.log_softmax(-1)[token]
+        slopes = torch.autograd.grad(value, list(parameters.values()), retain_graph=True)
+        products = [(p.detach() * slope).float() for p, slope in zip(parameters.values(), slopes, strict=True)]
+        axes = [list(product.shape).index(one.anatomy.hidden, product.ndim - 2) for product in products]
+        scores.append({path: p.sum(axis) for path, p, axis in zip(parameters, products, axes, strict=True)})
+    return scores
+
+
+@contextmanager
+def in_float64() -> Iterator[None]:
+    """Kosmos-2 makes its mask in the default dtype."""
+    torch.set_default_dtype(torch.float64)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def hold_side_effects(block: nn.Module, final: nn.Module) -> None:
+    """Hold what a block does with the output of its FFN besides adding it: a norm's divisor, what a side path reads."""
+    for module in block.modules():
+        if "norm" in type(module).__name__.lower() and module is not final:
+            module.register_forward_hook(frozen(centred=False))
+        elif isinstance(module, nn.Linear):
+            module.register_forward_pre_hook(lambda module, args: (args[0].detach(),))
+
+
+def frozen(*, centred: bool) -> Callable[..., Tensor]:
+    """A norm whose divisor does not follow its input."""
+
+    def hook(module: nn.Module, args: tuple[Tensor], output: Tensor) -> Tensor:
+        given = args[0]
+        if not given.requires_grad:
+            return output
+        bias = getattr(module, "bias", None)
+        given = given - given.mean(-1, keepdim=True) if centred else given
+        factor = (output if bias is None else output - bias) / given
+        return output.detach() + factor.detach() * (given - given.detach())
+
+    return hook
+
+
+def fired(recording: Recording, places: list[list[int]]) -> list[Tensor]:
+    """Per FFN the activations at (row, step) of each place, those of experts that were not asked included."""
+    moments = pick_moments(recording, torch.tensor(places))
+    blanks = [torch.zeros(len(places), ffn.size) for ffn in recording.anatomy.ffns]
+    return [blank.scatter_add_(1, moments.neurons(i), moments.activations[i]) for i, blank in enumerate(blanks)]
+
+
+def assert_same_activations(ours: list[Tensor], expected: list[Tensor]) -> None:
+    for mine, theirs in zip(ours, expected, strict=True):
+        largest = float(theirs.abs().max())
+        assert largest > 0
+        torch.testing.assert_close(mine, theirs, rtol=0, atol=LIMIT * largest)
+
+
+@every_family
+def test_a_batch_and_one_pass_record_what_single_prompts_do(name):
+    one = case(name)
+    at = [[0, step] for step in range(N_TOKENS)]
+    alone = [fired(recording, at) for recording in one.recordings]
+    if one.vlm.family.one_at_a_time:
+        with pytest.raises(SettingError, match="one at a time"):
+            mmn.find(one.vlm, inputs=one.batch)
+        asked = list(zip(one.alone, one.answers, [[0]] * 3, strict=True))
+    else:
+        with record(one.anatomy) as together:
+            answers = one.vlm.generate(one.batch, N_TOKENS)
+        assert list(answers.token_ids) == one.raw
+        for row, expected in enumerate(alone):
+            assert_same_activations(fired(together, [[row, step] for _, step in at]), expected)
+        asked = [(one.batch, answers, [0, 1, 2])]
+    rows: list[list[Tensor]] = []
+    for inputs, answers, places in asked:
+        last = torch.arange(-N_TOKENS - 1, -1)
+        with record(one.anatomy, lambda values, last=last: values[:, last]) as at_once:
+            one.vlm.read(inputs, answers)
+        rows += [fired(at_once, [[row, step] for _, step in at]) for row in places]
+    for ours, expected in zip(rows, alone, strict=True):
+        assert_same_activations(ours, expected)
+
+
+def state(model: PreTrainedModel) -> tuple[Any, ...]:
+    hooks = sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
+    own = [id(getattr(m, "generation_config", None)) for m in model.modules()]
+    return hooks, own, [m.training for m in model.modules()]
+
+
+@every_family
+def test_answers_are_those_of_the_bare_model_and_nothing_is_left_behind(name):
+    one = case(name)
+    assert [answers.token_ids[0] for answers in one.answers] == one.raw
+    model: Any = one.model
+    own = model.generation_config
+    model.generation_config = GenerationConfig(
+        **own.to_diff_dict() | {"do_sample": True, "temperature": 9.0, "cache_implementation": "static"}
+    )
+    model.train()
+    try:
+        before = state(model)
+        with record(one.anatomy) as recording:
+            answers = one.vlm.generate(one.alone[1], N_TOKENS)
+        assert state(model) == before
+    finally:
+        model.generation_config = own
+        model.eval()
+    assert answers.token_ids[0] == one.raw[1]
+    assert recording.n_passes == N_TOKENS
+
+
+@every_family
+@torch.inference_mode()
+def test_weights_times_inputs_are_what_the_modules_give(name):
+    one = case(name)
+    seen: dict[str, tuple[tuple[Tensor, ...], Tensor]] = {}
+    hooks = []
+    for ffn in one.anatomy.ffns:
+
+        def hook(module: nn.Module, args: tuple, kwargs: dict, output: Tensor, path: str = ffn.name) -> None:
+            seen[path] = (*args, *kwargs.values()), output.clone()  # Llama 4 adds to it in place
+
+        hooks.append(ffn.module.register_forward_hook(hook, with_kwargs=True))
+    one.vlm.read(one.alone[0], one.answers[0])
+    for handle in hooks:
+        handle.remove()
+    for ffn in one.anatomy.ffns:
+        given, output = seen[ffn.name]
+        if ffn.n_experts is None:
+            bias = weights.bias(ffn.module)
+            ours = given[0] @ weights.dense(ffn.module).T + (0 if bias is None else bias)
+        else:
+            ours = through_experts(ffn, given)
+            output = output.view(-1, *ours.shape).sum(0)  # Llama 4: an answer of each expert to each token
+        torch.testing.assert_close(ours, output, rtol=0, atol=1e-5 * float(output.abs().max()))
+
+
+def through_experts(ffn: Ffn, given: tuple[Tensor, ...]) -> Tensor:
+    """The sum of all activations times columns, at every position: (positions, hidden)."""
+    assert ffn.n_experts is not None
+    places = experts.routed(ffn.module, given, 1)
+    slots = experts.activations(ffn.module, places)[0].view(*places.experts.shape[1:], -1)
+    total = torch.zeros(slots.shape[0], one_matrix(ffn, 0).shape[0])
+    for expert in range(ffn.n_experts):
+        asked = (places.experts[0] == expert)[..., None]
+        total += (slots * asked).sum(1) @ one_matrix(ffn, expert).T
+    return total
+
+
+def one_matrix(ffn: Ffn, expert: int) -> Tensor:
+    return weights.dense(ffn.module, expert).detach()
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if "experts" in (BY_NAME[name].facts or {})["w_out"]])
+def test_neurons_of_experts_have_names(name):
+    anatomy = case(name).anatomy
+    for ffn in anatomy.ffns:
+        last = ffn.neuron(ffn.size - 1)
+        assert last == Neuron(ffn.layer, ffn.n_neurons - 1, None if ffn.n_experts is None else ffn.n_experts - 1)
+        assert anatomy.find(Neuron.parse(str(last))) is ffn
+        assert anatomy.find(dataclasses.replace(last, index=last.index + 1)) is None
+    assert {ffn.n_experts for ffn in anatomy.ffns} > {4} or {ffn.n_experts for ffn in anatomy.ffns} == {4}
+
+
+# The patch grid
+
+
+@every_family
+def test_each_image_token_stands_for_its_patch(name):
+    one, found = case(name), grids(name)
+    if one.family.grid is None:
+        assert isinstance(found, str)
+        return
+    assert not isinstance(found, str), found
+    grid = found[0][0]
+    assert (grid.rows, grid.columns) == one.family.grid
+    assert len(grid.positions) == grid.rows * grid.columns
+    if one.family.perturb is None:
+        return
+    model = quiet(one.model, one.facts["blocks"])
+    before = entering(model, one.facts["blocks"], one.alone[0])
+    for cell, position in enumerate(grid.positions.tolist()):
+        changed = one.family.perturb(model, one.alone[0], cell // grid.columns, cell % grid.columns)
+        moved = (entering(model, one.facts["blocks"], changed) - before).norm(dim=-1)
+        assert int(moved.argmax()) == position, f"patch {divmod(cell, grid.columns)}"
+
+
+def quiet(model: PreTrainedModel, blocks: str) -> PreTrainedModel:
+    """A copy whose patches do not see each other: no attention outside the blocks of the language model."""
+    model = copy.deepcopy(model)
+    for name, module in model.named_modules():
+        if not f"{blocks}.".startswith(f"{name}.") and not name.startswith(f"{blocks}.") and name:
+            quiet_vision(model, module)
+    return model
+
+
+class _Enough(Exception):
+    pass
+
+
+def entering(model: PreTrainedModel, blocks: str, inputs: Mapping[str, Any]) -> Tensor:
+    """The residual stream of row 0 as it enters the first block."""
+    seen: list[Tensor] = []
+
+    def stop(module: nn.Module, args: tuple, kwargs: dict) -> None:
+        seen.append((args[0] if args else kwargs["hidden_states"])[0].clone())
+        raise _Enough
+
+    handle = model.get_submodule(f"{blocks}.0").register_forward_pre_hook(stop, with_kwargs=True)
+    try:
+        with torch.inference_mode(), pytest.raises(_Enough):
+            model(**inputs)
+    finally:
+        handle.remove()
+    return seen[0]
+
+
+# Negative controls: what is read wrongly makes doctor fail
+
+
+def transposed(matrix: Tensor) -> Tensor:
+    return matrix.T.reshape(matrix.shape)
+
+
+def rolled(matrix: Tensor) -> Tensor:
+    return matrix.roll(1, 1)
+
+
+def spoiled(one: Case, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[str, VLM]]:
+    """Everything in the model's anatomy that can be read wrongly, one after the other."""
+    anatomy = one.anatomy
+
+    def replaced(**parts: Any) -> VLM:
+        vlm = copy.copy(one.vlm)
+        vlm.anatomy = dataclasses.replace(anatomy, **parts)
+        return vlm
+
+    has_bias = any(weights.bias(ffn.module) is not None for ffn in anatomy.ffns if ffn.n_experts is None)
+    if has_bias or anatomy.head_bias is not None:
+        with monkeypatch.context() as patch:
+            patch.setattr(weights, "bias", lambda *_: None)
+            yield "a bias dropped", one.vlm
+    mine, real = {id(ffn.module) for ffn in anatomy.ffns}, weights.locate
+    for change in (transposed, rolled):
+        with monkeypatch.context() as patch:
+
+            def locate(module: nn.Module, expert: int | None = None, change: Any = change) -> Located:
+                found = real(module, expert)
+                return Located(lambda: change(found.read())) if id(module) in mine else found
+
+            patch.setattr(weights, "locate", locate)
+            yield f"w_out {change.__name__}", one.vlm
+    for shift in (1, -1):
+        norm = dataclasses.replace(anatomy.norm, weight=anatomy.norm.weight + shift)
+        yield f"the norm's weight {shift:+}", replaced(norm=norm)
+    if any(ffn.way is not None for ffn in anatomy.ffns):
+        yield "no way back", replaced(ffns=tuple(dataclasses.replace(ffn, way=None) for ffn in anatomy.ffns))
+    if logits(anatomy.logit_rule) != "raw":
+        yield "logits taken as they are", replaced(logit_rule=LogitRule())
+
+
+@every_family
+def test_doctor_notices_what_is_read_wrongly(name, monkeypatch):
+    one = case(name)
+    tried = []
+    for what, vlm in spoiled(one, monkeypatch):
+        assert not mmn.doctor(vlm, inputs=one.alone[0], max_new_tokens=2).passed, what
+        tried.append(what)
+    kinds = {kind_told(one.facts, ffn.layer, path_of(one.anatomy, ffn)) for ffn in one.anatomy.ffns}
+    assert ("no way back" in tried) >= bool(kinds & {"norm", "post-LN", "other"})
+    assert ("logits taken as they are" in tried) == (one.facts["logits"] != "raw")

@@ -1,0 +1,321 @@
+import inspect
+
+import pytest
+import torch
+import transformers
+from processor_zoo import FAMILIES, byte_level, metaspace_bpe, picture, processor, template, unigram, word_piece
+from transformers import BatchFeature, ViTImageProcessorPil
+
+from mmneurons.errors import ModelError, SettingError, WordError
+from mmneurons.vlm.processors import ImageAndTokenizer
+from mmneurons.vlm.prompts import ANSWER_PREFIX, PROMPT, encode_prompt, prompt_text, token_of
+
+# Of processors of transformers 5.23 that give a tensor to numpy 2.
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+
+PREFIX = ANSWER_PREFIX
+COUNTS = [(family, n) for family in FAMILIES for n in range(family.min_images, family.max_images + 1)]
+
+
+def rows(n_rows: int, n_images: int) -> list:
+    """Pictures of different size from row to row, so that rows of some families differ in length."""
+    return [[picture(10 * i + j, 60 if i % 2 == 0 else 30) for j in range(n_images)] for i in range(n_rows)]
+
+
+def image_id(found) -> int | None:
+    """As the model's config has it."""
+    known = getattr(found.tokenizer, "image_token_id", None) or getattr(found, "image_token_id", None)
+    return known or found.tokenizer.get_vocab().get("<image>")
+
+
+def squashed(text: str) -> str:
+    return text.replace(" ", "").lower()
+
+
+@pytest.mark.parametrize(("family", "n_images"), COUNTS, ids=[f"{f.model_type}-{n}" for f, n in COUNTS])
+def test_every_family_takes_the_prompt(family, n_images):
+    found = processor(family.model_type)
+    tokenizer = found.tokenizer
+    before = (tokenizer.padding_side, tokenizer.pad_token)
+    one = encode_prompt(found, rows(1, n_images), PROMPT, PREFIX, image_token_id=image_id(found))
+    two = encode_prompt(found, rows(2, n_images), PROMPT, PREFIX, image_token_id=image_id(found))
+    assert (tokenizer.padding_side, tokenizer.pad_token) == before
+    assert ("pixel_values" in one) == (n_images > 0)
+    assert "labels" not in one
+    ids, mask = two["input_ids"], two["attention_mask"]
+    for row, real in zip(ids, mask.bool(), strict=True):
+        written = tokenizer.decode(row[real])
+        assert squashed(written).endswith(squashed(PREFIX))
+        assert squashed(PROMPT) in squashed(written)
+        assert row[real].tolist().count(tokenizer.bos_token_id) <= 1
+    assert mask[:, -1].all()
+    if n_images and family.n_tokens:
+        n_tokens = n_images * family.n_tokens
+        if family.model_type == "llava_onevision" and n_images > 1:
+            n_tokens = n_images * (16 + 1)  # several pictures are not cut into tiles
+        assert int((one["input_ids"] == image_id(found)).sum()) == n_tokens
+    shorter = ids.shape[1] - one["input_ids"].shape[1]
+    torch.testing.assert_close(ids[0, shorter:], one["input_ids"][0])
+    assert not mask[0, :shorter].any()
+    for name, tensor in two.items():
+        if name.endswith(("ids", "mask")) and tensor.ndim == 2 and "aspect" not in name:
+            assert tensor.shape == ids.shape, name
+
+
+def test_some_rows_are_padded():
+    batch = encode_prompt(processor("llava_next"), rows(2, 1), PROMPT)
+    assert batch["attention_mask"].sum(1).tolist() == [58, 60]
+    assert batch["attention_mask"][0].tolist() == [0, 0] + [1] * 58
+
+
+@pytest.mark.parametrize("model_type", ["git", "blip-2"])
+def test_families_that_take_one_picture(model_type):
+    found = processor(model_type)
+    with pytest.raises(ModelError, match=r"with 2 pictures\.(.|\n)*takes one picture(.|\n)*inputs=\{"):
+        encode_prompt(found, rows(1, 2), PROMPT, image_token_id=image_id(found))
+
+
+def test_a_family_that_takes_no_words_alone():
+    with pytest.raises(ModelError, match=r"with 0 pictures\.\nPaliGemmaProcessor: `images` are expected"):
+        encode_prompt(processor("paligemma"), [[]], PROMPT)
+
+
+@pytest.mark.parametrize("images", [[], rows(1, 1) + rows(1, 2)], ids=["none", "uneven"])
+def test_rows_with_different_numbers_of_pictures(images):
+    with pytest.raises(SettingError, match="same number of pictures"):
+        encode_prompt(processor("llava"), images, PROMPT)
+
+
+def test_the_answer_follows_the_line_end_of_paligemma():
+    found = processor("paligemma")
+    batch = encode_prompt(found, rows(2, 1), "caption", PREFIX, image_token_id=image_id(found))
+    assert found.tokenizer.decode(batch["input_ids"][0]) == f"{'<image>' * 4}<s>caption\n{PREFIX}"
+    n = len(found.tokenizer(PREFIX, add_special_tokens=False).input_ids)
+    types = batch["token_type_ids"][0].tolist()
+    assert types == [0] * (len(types) - n) + [1] * n  # not seen by the prompt, which sees itself whole
+
+
+def test_a_template_gives_the_text():
+    text = prompt_text(processor("llava"), "Which colour?", PREFIX, 2)
+    assert text == f"USER: <image>\n<image>\nWhich colour? ASSISTANT: {PREFIX}"
+    assert prompt_text(processor("llava"), "Which colour?", "", 0) == "USER: Which colour? ASSISTANT:"
+
+
+class Plain:
+    """A processor with a template of one's choice that keeps what it was called with."""
+
+    image_token = "<image>"
+
+    def __init__(self, tokenizer, chat_template=None):
+        self.tokenizer, self.chat_template = tokenizer, chat_template
+        self.calls = []
+
+    def apply_chat_template(self, conversation, **options):
+        return self.tokenizer.apply_chat_template(conversation, chat_template=self.chat_template, **options)
+
+    def __call__(self, text, images=None, **options):
+        self.calls.append({"text": text, "images": images, **options})
+        made = self.tokenizer(text, **options)
+        if images is not None:
+            made["pixel_values"] = torch.zeros(len(images), 1)
+        return BatchFeature(made)
+
+
+def test_a_template_for_words_alone_gets_the_image_token_as_a_word():
+    words = "{% for m in messages %}[{{ m['content'] }}]{% endfor %}"
+    found = Plain(byte_level({"image_token": "<image>"}), words)
+    assert prompt_text(found, "a dog", "", 1) == "[a dog]"  # not the list of parts
+    batch = encode_prompt(found, rows(1, 2), "a dog", PREFIX, image_token_id=image_id(found))
+    assert found.tokenizer.decode(batch["input_ids"][0]) == f"<s>[<image>\n<image>\na dog] {PREFIX}"
+
+
+def test_a_template_that_refuses_lists_gets_a_string():
+    strict = "{% for m in messages %}{{ m['content'] + '!' }}{% endfor %}"
+    assert prompt_text(Plain(byte_level({}), strict), "a dog", "", 0) == "a dog!"
+
+
+def test_the_template_of_a_tokenizer_is_used_and_thinking_is_off():
+    found = Plain(byte_level({}))
+    found.tokenizer.chat_template = template("<image>") + "{% if enable_thinking is not false %}<think>{% endif %}"
+    assert prompt_text(found, "a dog", "") == "USER: <image>\na dog ASSISTANT:"
+
+
+def test_a_template_that_writes_the_first_token_itself():
+    found = Plain(byte_level({"image_token": "<image>"}), template("<image>", bos="{{ bos_token }}"))
+    batch = encode_prompt(found, rows(1, 1), "a dog", PREFIX)
+    assert found.tokenizer.decode(batch["input_ids"][0]) == f"<s>USER: <image>\na dog ASSISTANT: {PREFIX}"
+    assert len(found.calls) == 1
+
+
+def test_without_a_template_the_image_token_is_written_only_where_it_is_missing():
+    found = Plain(byte_level({"image_token": "<image>"}))
+    batch = encode_prompt(found, rows(1, 1), "a dog", image_token_id=image_id(found))
+    assert [call["text"] for call in found.calls] == [["a dog"], ["<image>\na dog"]]
+    assert found.tokenizer.decode(batch["input_ids"][0]) == "<s><image>\na dog"
+    other = Plain(found.tokenizer)
+    encode_prompt(other, rows(1, 1), "a dog", image_token_id=found.tokenizer.encode("a")[-1])
+    assert [call["text"] for call in other.calls] == [["a dog"]]
+
+
+def test_a_processor_that_takes_pictures_in_one_list_and_knows_no_padding_side():
+    class Flat(Plain):
+        def __call__(self, text, images=None, return_tensors=None, padding=None):  # pyright: ignore
+            if images and isinstance(images[0], list):
+                raise ValueError("Pictures, not lists.")
+            assert self.tokenizer.padding_side == "left"
+            return super().__call__(text, images, return_tensors=return_tensors, padding=padding)
+
+    found = Flat(byte_level({}))
+    found.tokenizer.padding_side = "right"
+    assert encode_prompt(found, rows(2, 1), "a dog")["pixel_values"].shape == (2, 1)
+    assert found.tokenizer.padding_side == "right"
+
+
+def test_a_processor_that_refuses_says_why():
+    class Refuses(Plain):
+        def __call__(self, *_, **__):
+            raise ValueError("There is no\n  way.")
+
+    with pytest.raises(ModelError, match=r"with 1 picture\.\nRefuses: There is no way\.\n"):
+        encode_prompt(Refuses(byte_level({})), rows(1, 1), "a dog")
+
+
+def test_a_tokenizer_without_padding_stays_so():
+    found = Plain(byte_level({}, pad=False))
+    encode_prompt(found, rows(2, 0), "a dog")
+    assert found.calls[0]["padding"]
+    assert found.tokenizer.pad_token is None
+    with pytest.raises(TypeError):
+        encode_prompt(found, rows(1, 1), 1)  # pyright: ignore[reportArgumentType]
+    assert found.tokenizer.pad_token is None
+
+
+def test_what_a_tokenizer_writes_behind_a_text_goes_unless_it_is_asked_for():
+    found = processor("git")
+    pieces = [encode_prompt(found, rows(1, 1), "a dog", PREFIX, keep_end=keep) for keep in (False, True)]
+    texts = [found.tokenizer.decode(piece["input_ids"][0]) for piece in pieces]
+    assert texts == ["[CLS] a dog an image of", "[CLS] a dog an image of [SEP]"]
+    assert pieces[0]["attention_mask"].shape == pieces[0]["input_ids"].shape
+
+
+def test_only_what_the_model_takes():
+    batch = encode_prompt(processor("gemma3"), rows(1, 1), "a dog", decoder_start=2, names=["input_ids"])
+    assert set(batch) == {"input_ids", "decoder_input_ids"}
+
+
+def test_an_encoder_decoder_begins_its_answer_in_the_decoder():
+    tokenizer = unigram()
+    found = transformers.Blip2Processor(transformers.BlipImageProcessorPil(), tokenizer, num_query_tokens=4)
+    batch = encode_prompt(found, rows(2, 1), PROMPT, PREFIX, padding_side="right", decoder_start=0)
+    assert str(tokenizer.decode(batch["input_ids"][0])).endswith(f"{PROMPT}</s>")
+    assert batch["decoder_input_ids"].shape[0] == 2
+    assert batch["decoder_input_ids"][1, 0] == 0
+    assert tokenizer.decode(batch["decoder_input_ids"][1, 1:]) == PREFIX
+    begun = encode_prompt(found, rows(1, 1), PROMPT, "", decoder_start=[0, 1])["decoder_input_ids"]
+    assert begun.tolist() == [[0, 1]]
+
+
+def test_a_pair_gives_words_to_the_decoder_alone():
+    pair = ImageAndTokenizer(ViTImageProcessorPil(size={"height": 8, "width": 8}), byte_level({}, pad=False))
+    batch = encode_prompt(pair, rows(2, 1), PROMPT, PREFIX, decoder_start=1)
+    assert set(batch) == {"pixel_values", "decoder_input_ids"}
+    assert batch["pixel_values"].shape == (2, 3, 8, 8)
+    assert pair.tokenizer.decode(batch["decoder_input_ids"][0]) == f"<s>{PREFIX}"
+
+
+TEXT = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "head_dim": 8}
+TEXT |= {"num_key_value_heads": 2, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": None}
+SIGHT = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+SIGHT |= {"image_size": 28, "patch_size": 7}
+QWEN_SIGHT = {"depth": 2, "hidden_size": 16, "intermediate_size": 24, "num_heads": 2, "patch_size": 4}
+QWEN_SIGHT |= {"out_hidden_size": 32, "window_size": 16, "fullatt_block_indexes": [1]}
+MODELS = {
+    "llava": ("Llava", "llama", "clip_vision_model", SIGHT, {"vision_feature_layer": -2}),
+    "gemma3": ("Gemma3", "gemma3_text", "siglip_vision_model", SIGHT, {"mm_tokens_per_image": 4}),
+    "paligemma": ("PaliGemma", "gemma", "siglip_vision_model", SIGHT | {"patch_size": 14}, {"projection_dim": 32}),
+    "mistral3": ("Mistral3", "mistral", "pixtral", SIGHT | {"patch_size": 4, "image_size": 32}, {}),
+    "qwen2_5_vl": ("Qwen2_5_VL", "qwen2_5_vl_text", "qwen2_5_vl_vision", QWEN_SIGHT, {}),
+}
+
+
+def tiny(model_type: str):
+    """A random model for the processor of a family."""
+    family, text, tower, sight, more = MODELS[model_type]
+    tokenizer = processor(model_type).tokenizer
+    language = TEXT | {"model_type": text, "vocab_size": len(tokenizer)}
+    if model_type == "qwen2_5_vl":
+        language["rope_parameters"] = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}
+        more = {"vision_start_token_id": tokenizer.vision_bos_token_id, "video_token_id": tokenizer.video_token_id}
+    config = getattr(transformers, f"{family}Config")(
+        text_config=language,
+        vision_config=sight | {"model_type": tower},
+        image_token_id=tokenizer.image_token_id,
+        **more,
+    )
+    torch.manual_seed(0)
+    model = getattr(transformers, f"{family}ForConditionalGeneration")(config).eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("model_type", "n_images"), [(name, n) for name in MODELS for n in (0, 1, 2) if (name, n) != ("paligemma", 0)]
+)
+def test_the_model_takes_it_and_reads_a_row_of_a_batch_as_it_does_alone(model_type, n_images):
+    found, model = processor(model_type), tiny(model_type)
+    options = {"image_token_id": model.config.image_token_id, "names": inspect.signature(model.forward).parameters}
+    logits = []
+    for n_rows in (1, 2):
+        inputs = encode_prompt(found, rows(n_rows, n_images), PROMPT, PREFIX, **options)
+        made = model.generate(
+            **inputs, max_new_tokens=3, do_sample=False, return_dict_in_generate=True, output_logits=True
+        )
+        assert made.sequences.shape == (n_rows, inputs["input_ids"].shape[1] + 3)
+        logits.append(torch.stack(made.logits)[:, 0])
+    torch.testing.assert_close(logits[0], logits[1], rtol=1e-4, atol=1e-4)
+
+
+TOKENIZERS = {
+    "byte-level": byte_level({}),
+    "metaspace": metaspace_bpe(),
+    "unigram": unigram(),
+    "word-piece": word_piece(),
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "piece"), [("byte-level", "Ġcat"), ("metaspace", "▁cat"), ("unigram", "▁c"), ("word-piece", "cat")]
+)
+def test_the_first_token_of_a_word_is_that_of_a_sentence(kind, piece):
+    tokenizer = TOKENIZERS[kind]
+    token = token_of(tokenizer, "cat")
+    assert tokenizer.convert_ids_to_tokens(token) == piece
+    assert token in tokenizer("An image of a dog and a cat", add_special_tokens=False).input_ids
+    assert token_of(tokenizer, " cat ") == token
+
+
+@pytest.mark.parametrize(
+    ("kind", "word"),
+    [("word-piece", ""), ("word-piece", " "), ("word-piece", "zebra"), ("byte-level", "zebra"), ("unigram", "dog")],
+)
+def test_a_word_without_a_token_of_its_own(kind, word):
+    with pytest.raises(WordError, match="no token of its own to begin with"):
+        token_of(TOKENIZERS[kind], word)
+
+
+def test_a_token_that_joins_two_words_is_not_taken_for_the_second():
+    class Joins:
+        """Writes "a dog" as one token, and every other word as one of its own."""
+
+        unk_token_id = None
+        pieces = ("a", "dog", "the", "a dog")
+
+        def __call__(self, text, add_special_tokens):
+            joined = [text] if text in self.pieces else text.split()
+            return BatchFeature({"input_ids": [self.pieces.index(piece) for piece in joined]})
+
+        def decode(self, ids):
+            return " ".join(self.pieces[i] for i in ids)
+
+    assert token_of(Joins(), "dog") == 1
