@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from gradients import Scaled, gradient_cached, gradient_whole, integrated_cached, log_p, prefix
 from PIL import Image
-from rivals import Said, generate, gradient_cached, gradient_whole, released
+from rivals import Said, generate, released
 
 import mmneurons as mmn
 from mmneurons.finding.result import Score
@@ -18,6 +19,8 @@ from mmneurons.vlm.vlm import Answers
 from mmneurons.words import Word
 
 NEW_TOKENS = 12
+COMPLETE = 0.03
+"""Of the largest block's share of log p: what 20 steps may miss of any block's."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,8 +48,12 @@ class Case:
         """What `find` scores."""
         inputs = self.vlm.encode(self.images, PROMPT, ANSWER_PREFIX)
         with record(self.vlm.anatomy, gates=score == "paper") as recording:
-            answers = self.vlm.generate(inputs, NEW_TOKENS, logits=True)
+            answers = self.vlm.generate(inputs, NEW_TOKENS)
         return recording, answers
+
+    def said(self) -> list[Said]:
+        """The nouns of the first image."""
+        return [Said(noun.step, noun.token_id) for noun in self.find()[0].nouns]
 
 
 def check_baseline(case: Case) -> list[mmn.Finding]:
@@ -81,16 +88,67 @@ def check_gradients(case: Case, said: Sequence[Said]) -> None:
     cached = gradient_cached(case.vlm, case.images[0], said, NEW_TOKENS)
     targets = [target_at(noun.step, noun.token_id) for noun in said]
     scores = score_targets(case.vlm, *case.recorded("logprob"), targets, choices_of("logprob")).scores
-    last = case.vlm.anatomy.blocks[-1].n_neurons
+    last = case.vlm.anatomy.ffns[-1].n_neurons
     for ours, one, other in zip(scores, whole, cached, strict=True):
         assert (one - other).abs().max() < 1e-3 * one.abs().max(), "the two gradients differ"
         apart = (ours[-last:] - one[-last:]).abs().max() / one[-last:].abs().max()
         assert apart < 1e-3, f"logprob and gradient x activation differ in the last block by {apart}"
 
 
+def check_integrated(case: Case, said: Sequence[Said]) -> float:
+    """Integrated gradients scale what they say, and add up to what each block changes.
+
+    With the scale 1 alone they are gradient x activation; with the scale 0 they leave out a block's activations; and
+    over 20 scales their sum over a block is log p less log p without it.
+
+    Returns:
+        The most that the sum misses of any block's share of log p, over the largest block's share.
+    """
+    vlm, image = case.vlm, case.images[0]
+    full = integrated_cached(vlm, image, said, NEW_TOKENS, (1.0,))
+    for one, other in zip(full, gradient_cached(vlm, image, said, NEW_TOKENS), strict=True):
+        apart = (one.scores - other).abs().max() / other.abs().max()
+        assert apart < 1e-3, f"integrated gradients at scale 1 and gradient x activation differ by {apart}"
+    empty = integrated_cached(vlm, image, said, NEW_TOKENS, (0.0,))
+    layer = len(vlm.anatomy.ffns) // 2
+    alone = _without(case, said[0], layer)
+    assert abs(alone - float(empty[0].log_p[layer, 0])) < 1e-3 * max(1, abs(alone)), "a block is left out otherwise"
+    gap = _incompleteness(case, integrated_cached(vlm, image, said, NEW_TOKENS), empty)
+    assert gap < COMPLETE, f"integrated gradients miss {gap:.2%} of the largest block's share"
+    return gap
+
+
+def _incompleteness(case: Case, made: Sequence[Scaled], empty: Sequence[Scaled]) -> float:
+    sizes = [ffn.size for ffn in case.vlm.anatomy.ffns]
+    gaps = []
+    for noun, without in zip(made, empty, strict=True):
+        shares = without.whole - without.log_p[:, 0]
+        sums = torch.stack([part.sum() for part in noun.scores.split(sizes)])
+        gaps.append(float((sums - shares).abs().max() / shares.abs().max()))
+    return max(gaps)
+
+
+def _without(case: Case, noun: Said, layer: int) -> float:
+    """Log p of a noun with the activations of one block at its predicting position set to 0, nothing cached."""
+    vlm = case.vlm
+    inputs = vlm.encode(case.images[:1], PROMPT, ANSWER_PREFIX)
+    sequences = generate(vlm, inputs, NEW_TOKENS).sequences
+
+    def zero(module: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        return (torch.cat([args[0][:, :-1], torch.zeros_like(args[0][:, -1:])], dim=1),)
+
+    hook = vlm.anatomy.ffns[layer].module.register_forward_pre_hook(zero)
+    try:
+        with torch.no_grad():
+            logits = vlm.model(**prefix(inputs, sequences, noun)).logits[0, -1:]
+    finally:
+        hook.remove()
+    return float(log_p(logits, [noun.token_id]))
+
+
 def choices_of(score: Score) -> Choices:
     """What `find` would be asked for."""
-    return Choices(PROMPT, ANSWER_PREFIX, 10, score, None, None, False, False, NEW_TOKENS)
+    return Choices(PROMPT, ANSWER_PREFIX, 10, score, None, None, None, False, False, NEW_TOKENS)
 
 
 def target_at(step: int, token_id: int) -> Target:

@@ -1,4 +1,4 @@
-"""Peak memory of one process that loads a model and captions, or finds: `peak.py MODEL {generate,find} BATCH [tiny]`.
+"""Peak memory of one process that loads a model and captions, or finds: `peak.py MODEL {generate,find} BATCH [toy]`.
 
 Prints two numbers in MiB: the peak until the model is loaded, and until the end.
 """
@@ -8,10 +8,9 @@ from __future__ import annotations
 import resource
 import sys
 
-from models import LARGE, TINY, build, nouns_of, pictures
-
-import mmneurons as mmn
-from mmneurons.vlm.prompts import ANSWER_PREFIX, PROMPT
+from cases import Case
+from models import LARGE, TINY, build, pictures, side_of
+from vocabulary import nouns_of
 
 
 def peak() -> float:
@@ -22,15 +21,11 @@ def peak() -> float:
 
 def main() -> None:
     """Load, run once, print."""
-    name, what, batch, max_new_tokens, side = sys.argv[1], sys.argv[2], *map(int, sys.argv[3:6])
-    vlm = build(name, TINY if "tiny" in sys.argv else LARGE)
-    images = pictures(batch, side)
+    name, what, batch, toy = sys.argv[1], sys.argv[2], int(sys.argv[3]), "toy" in sys.argv
+    case = Case(build(name, toy=toy), pictures(batch, side_of(name, TINY if toy else LARGE)), name)
     loaded = peak()
-    if what == "find":
-        with nouns_of(vlm):
-            mmn.find(vlm, [*images], max_new_tokens=max_new_tokens, batch_size=batch)
-    else:
-        vlm.generate(vlm.encode(images, PROMPT, ANSWER_PREFIX), max_new_tokens)
+    with nouns_of(case.vlm):
+        case.find() if what == "find" else case.generate()
     print(f"{loaded:.1f} {peak():.1f}")
 
 

@@ -1,4 +1,4 @@
-"""Time things side by side, and where the time goes."""
+"""Time things side by side, and where the time goes; what a GPU still has to do is waited for."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 from unittest import mock
+
+import torch
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,20 @@ class Ratio:
         return f"{self.median:.3g} ({self.low:.3g}-{self.high:.3g})"
 
 
+def now() -> float:
+    """Seconds, once a GPU in use has done what it was given."""
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def seconds_of(run: Callable[[], object]) -> float:
+    """Seconds that one call takes."""
+    start = now()
+    run()
+    return now() - start
+
+
 def rounds(arms: Mapping[str, Callable[[], object]], n: int) -> dict[str, list[float]]:
     """Seconds of each arm in each of n rounds: one after the other, every other round in reverse order.
 
@@ -38,9 +54,7 @@ def rounds(arms: Mapping[str, Callable[[], object]], n: int) -> dict[str, list[f
     seconds: dict[str, list[float]] = {name: [] for name in arms}
     for i in range(n):
         for name in list(arms)[:: -1 if i % 2 else 1]:
-            start = time.perf_counter()
-            arms[name]()
-            seconds[name].append(time.perf_counter() - start)
+            seconds[name].append(seconds_of(arms[name]))
             say(f"  round {i} {name}: {seconds[name][-1]:.4f} s")
     return seconds
 
@@ -52,11 +66,11 @@ def stopwatch(places: Mapping[str, tuple[Any, str]]) -> Iterator[dict[str, float
 
     def timed(name: str, function: Callable) -> Callable:
         def run(*args: Any, **kwargs: Any) -> Any:
-            start = time.perf_counter()
+            start = now()
             try:
                 return function(*args, **kwargs)
             finally:
-                spent[name] += time.perf_counter() - start
+                spent[name] += now() - start
 
         return run
 
@@ -64,6 +78,15 @@ def stopwatch(places: Mapping[str, tuple[Any, str]]) -> Iterator[dict[str, float
         for name, (owner, attribute) in places.items():
             stack.enter_context(mock.patch.object(owner, attribute, timed(name, getattr(owner, attribute))))
         yield spent
+
+
+def device_peak(run: Callable[[], object]) -> float:
+    """The most memory of the GPU that is held at once during a call, MiB, weights included."""
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    run()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() / 2**20
 
 
 def say(line: str) -> None:

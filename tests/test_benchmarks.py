@@ -1,7 +1,8 @@
-"""The benchmark runs, checks itself and fills its page; how fast anything is, is not tested."""
+"""The benchmarks run, check themselves and fill their page; how fast anything is, is not tested."""
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -9,42 +10,75 @@ from pathlib import Path
 
 import pytest
 
-SCRIPT = Path(__file__).parents[1] / "benchmarks" / "find.py"
+FOLDER = Path(__file__).parents[1] / "benchmarks"
 COST = """nouns scored|`generate`, seconds|`find`, seconds|**`find` / `generate`**|- recording, % of `generate`
 - words, % of `generate`|- scoring, % of `generate`|- describing, % of `generate`|- picture, % of `generate`
 - versions, % of `generate`|- rest, % of `generate`|`find` with maps / without|`find` with a blank image / without
-weights hash, once per model, seconds|peak memory, `find` / `generate`"""
+weights hash, once per model, seconds|analysis in `load`, seconds|- one forward pass over 8 tokens, seconds"""
 RIVALS = """nouns of the image|released algorithm / `find`|- its projections, built once, seconds
 - their size, MiB (and over that of the weights)|gradient x activation, whole prefix / `find`
 - gradient x activation, whole prefix: ms for each noun|gradient x activation, cached / `find`
-- gradient x activation, cached: ms for each noun|- `find`: ms for each further noun"""
+- gradient x activation, cached: ms for each noun|integrated gradients, cached, 20 steps / `find`
+- integrated gradients, cached, 20 steps: ms for each noun|- `find`: ms for each further noun"""
 GROWTH = ["one read of every `w_out`, ms"]
 GROWTH += [
     f"{k} nouns: {what}" for k in (1, 3, 10, 30, 100) for what in ("scoring, ms (over that read)", "describing, ms")
 ]
 ROWS = re.split(r"[|\n]", COST) + re.split(r"[|\n]", RIVALS) + GROWTH
+CPU_ROWS = [*ROWS, "peak memory, `find` / `generate`", "- integrated gradients: most missed of a block's share, %"]
 
 
-@pytest.mark.slow
-def test_the_quick_benchmark_fills_every_row_between_the_markers(tmp_path):
-    page = tmp_path / "page.md"
-    begin, end = "<!-- begin: benchmarks/find.py -->", "<!-- end: benchmarks/find.py -->"
-    page.write_text(f"Before.\n{begin}\nold\n{end}\nAfter.\n", encoding="utf-8")
-    command = [sys.executable, str(SCRIPT), "--quick", "--bfloat16", "--out", str(page)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+def run(script: str, *options: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(FOLDER / script), *options]
+    return subprocess.run(command, capture_output=True, text=True, timeout=600, env={**os.environ, **environment})
+
+
+def filled(page: Path, script: str, *options: str) -> dict[str, list[str]]:
+    """What a quick run writes between its markers, row by row; all else on the page is as it was."""
+    begin, end = f"<!-- begin: benchmarks/{script} -->", f"<!-- end: benchmarks/{script} -->"
+    other = "<!-- begin: benchmarks/other.py -->\nkept\n<!-- end: benchmarks/other.py -->"
+    page.write_text(f"Before.\n{begin}\nold\n{end}\nAfter.\n{other}\n", encoding="utf-8")
+    done = run(script, "--quick", *options, "--out", str(page))
     assert done.returncode == 0, done.stderr
     text = page.read_text(encoding="utf-8")
     assert text.startswith(f"Before.\n{begin}\n")
-    assert text.endswith(f"\n{end}\nAfter.\n")
+    assert text.endswith(f"\n{end}\nAfter.\n{other}\n")
     assert "old" not in text
     assert "toy sizes: no measurement" in text
     lines = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("| ")]
-    table = {name: cells for name, *cells in lines}
-    assert set(ROWS) <= set(table)
-    for row in ROWS:
+    return {name: cells for name, *cells in lines}
+
+
+def check_rows(table: dict[str, list[str]], rows: list[str], n_cases: int) -> None:
+    assert set(rows) <= set(table)
+    for row in rows:
         cells = [cell for cell in table[row] if cell != "-"]
         assert cells, row
         assert all(re.search(r"\d", cell) and not re.search(r"nan|inf", cell) for cell in cells), (row, cells)
     ratios = [cell.strip("*").split(" (") for cell in table["**`find` / `generate`**"]]
-    assert len(ratios) == 6
+    assert len(ratios) == n_cases
     assert all(float(median) > 0 for median, _ in ratios)
+
+
+@pytest.mark.slow
+def test_the_quick_benchmark_fills_every_row_between_the_markers(tmp_path):
+    table = filled(tmp_path / "page.md", "find.py", "--bfloat16")
+    check_rows(table, CPU_ROWS, n_cases=10)
+    assert table["`find` and `generate`"][-1] == "random Qwen2.5-VL bfloat16, batch 8"
+    assert table["Rivals, one image"] == ["pocket float32", "random LLaVA float32"]
+
+
+@pytest.mark.slow
+def test_the_gpu_benchmark_fills_every_row_at_toy_sizes_on_the_cpu(tmp_path):
+    table = filled(tmp_path / "page.md", "gpu.py")
+    check_rows(table, ROWS, n_cases=2)
+
+
+@pytest.mark.slow
+def test_the_gpu_benchmark_says_that_there_is_no_gpu(tmp_path):
+    page = tmp_path / "page.md"
+    done = run("gpu.py", "--out", str(page), CUDA_VISIBLE_DEVICES="")
+    assert done.returncode == 2
+    assert "measures on a CUDA GPU, and torch finds none here" in done.stderr
+    assert "benchmarks/gpu.py --quick" in done.stderr
+    assert not page.exists()

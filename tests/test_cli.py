@@ -113,7 +113,7 @@ def bad_files(folder):
 
 
 def test_what_is_no_image_is_told_before_a_model_is_loaded(capsys, monkeypatch, tmp_path):
-    monkeypatch.setattr(cli, "_load", lambda *_: pytest.fail("loaded"))
+    monkeypatch.setattr("mmneurons.vlm.load.load", lambda *_, **__: pytest.fail("loaded"))
     for name in bad_files(tmp_path):
         for command in ("find", "caption", "doctor"):
             code, _, err = call(capsys, monkeypatch, command, tmp_path / name)
@@ -161,3 +161,29 @@ def test_ctrl_c_stops_without_a_traceback(tmp_path, sample):
     assert process.returncode == 130
     assert "Traceback" not in err
     assert not (tmp_path / "r.html").exists()
+
+
+def test_a_neuron_is_shown_and_its_json_says_the_same(capsys, monkeypatch):
+    code, out, _ = call(capsys, monkeypatch, "neuron", "L4.u646", "--tokens", 3, "--neighbours", 2)
+    assert (code, "gorilla" in out, out.count("L3.u") + out.count("L4.u") >= 3) == (0, True, True)
+    code, out, _ = call(capsys, monkeypatch, "neuron", "L4.u646", "--json")
+    assert (code, json.loads(out)["neuron"], len(json.loads(out)["tokens"])) == (0, "L4.u646", 10)
+
+
+def test_the_neurons_of_a_word_are_shown(capsys, monkeypatch):
+    code, out, _ = call(capsys, monkeypatch, "word", "dog", "--top", 2, "--json")
+    names = [entry["neuron"] for entry in json.loads(out)["neurons"]]
+    assert (code, len(names)) == (0, 2)
+    code, out, _ = call(capsys, monkeypatch, "word", "dog", "--top", 2)
+    assert code == 0
+    assert all(name in out for name in names)
+
+
+def test_several_images_in_one_prompt_and_none(capsys, monkeypatch, sample):
+    other = pocket.samples()[1].path
+    code, out, _ = call(capsys, monkeypatch, "find", sample, other, "--together", "--json", "-", "--word", "a")
+    (finding,) = json.loads(out)["findings"]
+    assert (code, finding["images"]) == (0, [str(sample), str(other)])
+    arguments = ("find", "--no-image", "--prompt", "What is this?", "--json", "-", "--max-new-tokens", 3)
+    code, out, _ = call(capsys, monkeypatch, *arguments)
+    assert (code, json.loads(out)["findings"][0]["images"]) == (0, [])

@@ -8,8 +8,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import re
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -19,10 +18,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel
+from transformers.utils import logging
 from zoo import FAMILIES, Family, Row, quiet_vision, randomise
 
 import mmneurons as mmn
 from mmneurons.errors import ModelError, SettingError
+from mmneurons.finding.result import Finding
 from mmneurons.neurons import Neuron
 from mmneurons.vlm import experts, families, norms, weights
 from mmneurons.vlm.anatomy import Anatomy, Ffn, LogitRule, steps
@@ -188,11 +189,9 @@ def error(name: str) -> float:
 @every_family
 @pytest.mark.parametrize("score", ["logit", "logprob"])
 def test_scores_in_the_last_block_are_gradient_times_weight(name, score):
-    """A neuron's column times the gradient by it: what its activation writes, times what a write does. No hook on it."""
+    """A column times the gradient by it is activation times column times what a write does, with no hook on it."""
     one = case(name)
-    found = mmn.find(
-        one.vlm, inputs=one.alone[0], token_ids=one.raw[0], score=score, top=10**6, max_new_tokens=N_TOKENS
-    )[0]
+    found = first_row(one, one.alone[0], score=score, top=10**6)
     assert [noun.step for noun in found.nouns] == list(range(N_TOKENS))
     layer = len(one.anatomy.blocks) - 1
     for noun, expected in zip(found.nouns, raw_scores(one, score), strict=True):
@@ -209,9 +208,15 @@ def test_scores_in_the_last_block_are_gradient_times_weight(name, score):
             torch.testing.assert_close(ours[path], scores, rtol=0, atol=LIMIT * largest)
 
 
+def first_row(one: Case, inputs: Mapping[str, Any], **choices: Any) -> Finding:
+    """What is found for every token that the first prompt is answered with."""
+    found: Any = mmn.find(one.vlm, inputs=inputs, token_ids=one.raw[0], max_new_tokens=N_TOKENS, **choices)
+    return found[0]
+
+
 def raw_scores(one: Case, score: str) -> list[dict[str, Tensor]]:
-    """For each token said, and each `w_out` of the last block: one number per neuron, from autograd in float64."""
-    model, facts = copy.deepcopy(one.model).double().requires_grad_(False), one.facts
+    """For each token said, and each `w_out` of the last block: one number per neuron, from autograd."""
+    model, facts = copy.deepcopy(one.model).requires_grad_(False), one.facts
     if "experts" in facts["w_out"]:
         model.set_experts_implementation("eager")
     layer = len(one.anatomy.blocks) - 1
@@ -222,31 +227,19 @@ def raw_scores(one: Case, score: str) -> list[dict[str, Tensor]]:
     hold_side_effects(model.get_submodule(f"{facts['blocks']}.{layer}"), final)
     if score == "logit":
         final.register_forward_hook(frozen(centred=facts["final_norm"] == "LayerNorm"))
-    heads: list[Tensor] = []
+    heads: list[Any] = []
     head.register_forward_hook(lambda module, args, output: heads.append(output))
-    inputs = one.vlm.extended(one.alone[0], one.answers[0])
-    with in_float64():
-        given = model(**{name: v.double() if v.is_floating_point() else v for name, v in inputs.items()}).logits
+    given = model(**one.vlm.extended(one.alone[0], one.answers[0])).logits
     if score == "logit" and facts["logits"] == "softcap":
         given = heads[-1]
     scores = []
     for row, token in zip(given[0, -N_TOKENS - 1 : -1], one.raw[0], strict=True):
         value = row[token] if score == "logit" else row.log_softmax(-1)[token]
         slopes = torch.autograd.grad(value, list(parameters.values()), retain_graph=True)
-        products = [(p.detach() * slope).float() for p, slope in zip(parameters.values(), slopes, strict=True)]
+        products = [p.detach() * slope for p, slope in zip(parameters.values(), slopes, strict=True)]
         axes = [list(product.shape).index(one.anatomy.hidden, product.ndim - 2) for product in products]
         scores.append({path: p.sum(axis) for path, p, axis in zip(parameters, products, axes, strict=True)})
     return scores
-
-
-@contextmanager
-def in_float64() -> Iterator[None]:
-    """Kosmos-2 makes its mask in the default dtype."""
-    torch.set_default_dtype(torch.float64)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(torch.float32)
 
 
 def hold_side_effects(block: nn.Module, final: nn.Module) -> None:
@@ -417,6 +410,23 @@ def test_each_image_token_stands_for_its_patch(name):
         assert int(moved.argmax()) == position, f"patch {divmod(cell, grid.columns)}"
 
 
+@every_family
+def test_maps_of_a_row_are_the_same_in_a_batch_and_alone(name):
+    one = case(name)
+    if one.vlm.family.one_at_a_time or one.family.grid is None:
+        inputs, n_maps = one.alone[0], int(one.family.grid is not None)
+    else:
+        inputs, n_maps = one.batch, 1
+    found, alone = (first_row(one, given, maps=True, top=3) for given in (inputs, one.alone[0]))
+    assert found.notes == alone.notes
+    assert any("No map is drawn" in note for note in found.notes) == (n_maps == 0)
+    for noun, other in zip(found.nouns, alone.nouns, strict=True):
+        assert [n.neuron for n in noun.neurons] == [n.neuron for n in other.neurons]
+        for ours, expected in zip(noun.neurons, other.neurons, strict=True):
+            assert len(ours.maps) == n_maps
+            torch.testing.assert_close(torch.tensor(ours.maps), torch.tensor(expected.maps), rtol=0, atol=1e-3)
+
+
 def quiet(model: PreTrainedModel, blocks: str) -> PreTrainedModel:
     """A copy whose patches do not see each other: no attention outside the blocks of the language model."""
     model = copy.deepcopy(model)
@@ -467,28 +477,38 @@ def spoiled(one: Case, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[str, V
         vlm.anatomy = dataclasses.replace(anatomy, **parts)
         return vlm
 
-    has_bias = any(weights.bias(ffn.module) is not None for ffn in anatomy.ffns if ffn.n_experts is None)
-    if has_bias or anatomy.head_bias is not None:
+    if has_bias(one):
         with monkeypatch.context() as patch:
             patch.setattr(weights, "bias", lambda *_: None)
             yield "a bias dropped", one.vlm
-    mine, real = {id(ffn.module) for ffn in anatomy.ffns}, weights.locate
-    for change in (transposed, rolled):
-        with monkeypatch.context() as patch:
+    real = weights.locate
+    for form in ("dense", "fused"):
+        mine = {id(ffn.module) for ffn in anatomy.ffns if (ffn.n_experts is None) == (form == "dense")}
+        for change in (transposed, rolled) if mine else ():
+            with monkeypatch.context() as patch:
 
-            def locate(module: nn.Module, expert: int | None = None, change: Any = change) -> Located:
-                found = real(module, expert)
-                return Located(lambda: change(found.read())) if id(module) in mine else found
+                def locate(module: nn.Module, expert: int | None = None, mine: Any = mine, change: Any = change):
+                    found = real(module, expert)
+                    return Located(lambda: change(found.read())) if id(module) in mine else found
 
-            patch.setattr(weights, "locate", locate)
-            yield f"w_out {change.__name__}", one.vlm
+                patch.setattr(weights, "locate", locate)
+                yield f"{form} w_out {change.__name__}", one.vlm
     for shift in (1, -1):
         norm = dataclasses.replace(anatomy.norm, weight=anatomy.norm.weight + shift)
         yield f"the norm's weight {shift:+}", replaced(norm=norm)
-    if any(ffn.way is not None for ffn in anatomy.ffns):
-        yield "no way back", replaced(ffns=tuple(dataclasses.replace(ffn, way=None) for ffn in anatomy.ffns))
+    if any(ffn.way is not None or ffn.gate is not None for ffn in anatomy.ffns):
+        ffns = (dataclasses.replace(ffn, way=None, gate=None) for ffn in anatomy.ffns)
+        yield "written as it is", replaced(ffns=tuple(ffns))
     if logits(anatomy.logit_rule) != "raw":
         yield "logits taken as they are", replaced(logit_rule=LogitRule())
+
+
+def has_bias(one: Case) -> bool:
+    """Whether the code has one, of the head or of an FFN's output."""
+    paths = [f"{path}.bias" for path in one.facts["w_out"].split(",")]
+    names = [name for name, _ in one.model.get_submodule(one.facts["blocks"]).named_parameters()]
+    head = dict(one.model.get_submodule(one.facts["head"]).named_parameters())
+    return "bias" in head or any(name.endswith(f".{path}") for name in names for path in paths)
 
 
 @every_family
@@ -499,5 +519,116 @@ def test_doctor_notices_what_is_read_wrongly(name, monkeypatch):
         assert not mmn.doctor(vlm, inputs=one.alone[0], max_new_tokens=2).passed, what
         tried.append(what)
     kinds = {kind_told(one.facts, ffn.layer, path_of(one.anatomy, ffn)) for ffn in one.anatomy.ffns}
-    assert ("no way back" in tried) >= bool(kinds & {"norm", "post-LN", "other"})
+    assert ("written as it is" in tried) == (kinds != {"identity"})
     assert ("logits taken as they are" in tried) == (one.facts["logits"] != "raw")
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_family_that_is_not_supported_is_refused(name):
+    with pytest.raises(ModelError, match="language model cannot be run on a few tokens alone"):
+        mmn.load(randomise(BY_NAME[name].build()))
+
+
+# The page: `python tests/test_families.py` writes its tables anew
+
+PAGE = Path(__file__).parents[1] / "docs" / "models.md"
+BEGIN, END = "<!-- begin: tests/test_families.py -->\n", "<!-- end: tests/test_families.py -->"
+TABLES = re.compile(f"(?<={BEGIN}).*?(?={END})", re.DOTALL)
+COLUMNS = ("Type", "Class", "Blocks", "`w_out`", "Activation", "Write-back", "Final norm", "Logits", "Head")
+COLUMNS += ("Picture", "Batches", "Error")
+
+
+def table(columns: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    lines = [columns, ["---" for _ in columns], *rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def row_of(name: str) -> list[str]:
+    one = case(name)
+    anatomy, told = one.anatomy, describe_anatomy(one.vlm)
+    return [
+        name,
+        f"`{type(one.model).__name__}`",
+        f"`{one.facts['blocks']}`",
+        different(w_out(anatomy, ffn) for ffn in anatomy.ffns),
+        told["activation"],
+        different(write_back(anatomy, ffn) for ffn in anatomy.ffns),
+        f"`{anatomy.norm_name}`: {norms.kind(anatomy.norm_module, anatomy.norm)}",
+        told["logits"] + (", some tokens barred" if anatomy.logit_rule.barred else ""),
+        f"`{anatomy.head_name}`{' + bias' if anatomy.head_bias is not None else ''}{', tied' if told['tied'] else ''}",
+        picture(name),
+        "one prompt at a time" if one.vlm.family.one_at_a_time else "yes",
+        next(bound for bound in ("< 1e-5", "< 1e-4") if error(name) < float(bound[2:])),
+    ]
+
+
+def different(said: Iterable[str]) -> str:
+    return "; ".join(dict.fromkeys(said))
+
+
+def w_out(anatomy: Anatomy, ffn: Ffn) -> str:
+    path = path_of(anatomy, ffn)
+    stored = weights.parameters(ffn.module)[path.rpartition(".")[2] if ffn.n_experts is not None else "weight"]
+    axes = "hidden, neurons" if stored.shape[-1] == ffn.n_neurons else "neurons, hidden"
+    bias = " + bias" if ffn.n_experts is None and weights.bias(ffn.module) is not None else ""
+    return f"`{path}` ({axes if ffn.n_experts is None else f'experts, {axes}'}){bias}"
+
+
+def write_back(anatomy: Anatomy, ffn: Ffn) -> str:
+    if kind(anatomy, ffn) == "post-LN":
+        return "through the norms of the stream"
+    said = [f"times the sigmoid of `{gate_name(anatomy, ffn)}`"] if ffn.gate is not None else []
+    for step in steps(ffn.way):
+        said += ["times a number"] if step.scale != 1 else []
+        said += [f"through `{step.norm.name.rpartition('.')[2]}`"] if step.norm is not None else []
+    return ", ".join(dict.fromkeys(said)) or "as it is"
+
+
+def gate_name(anatomy: Anatomy, ffn: Ffn) -> str:
+    return next(name for name, module in anatomy.blocks[ffn.layer].module.named_modules() if module is ffn.gate)
+
+
+def picture(name: str) -> str:
+    found, family = grids(name), case(name).family
+    if isinstance(found, str):
+        return f"no map: {found}"
+    return f"{found[0][0].rows} x {found[0][0].columns}" + ("" if family.perturb else ", not perturbed")
+
+
+def told_apart(family: families.Family) -> str:
+    said = ["prompts run one at a time"] if family.one_at_a_time else []
+    said += ["positions are counted without padding"] if family.counts_positions else []
+    return ", ".join(said + [f"`{name}` is {value} for the answer" for name, value in family.suffix.items()])
+
+
+def refusal(name: str) -> str:
+    with pytest.raises(ModelError) as refused:
+        mmn.load(randomise(BY_NAME[name].build()))
+    return refused.value.what
+
+
+def tables() -> str:
+    told = ([name, told_apart(family), family.why] for name, family in families.FAMILIES.items())
+    refused = ([name, f"`{type(BY_NAME[name].build()).__name__}`", refusal(name)] for name in REFUSED)
+    return "\n".join(
+        [
+            f"\n{len(NAMES)} families:\n",
+            table(COLUMNS, map(row_of, NAMES)),
+            "What is told per family, as data in `src/mmneurons/vlm/families.py`, since neither structure nor a pass\n"
+            "shows it:\n",
+            table(("Type", "What is told", "Why"), told),
+            "Not supported; `load` says so:\n",
+            table(("Type", "Class", "What `load` says"), refused),
+        ]
+    )
+
+
+def test_the_page_is_what_its_command_writes():
+    (shown,) = TABLES.findall(PAGE.read_text(encoding="utf-8"))
+    assert shown == tables(), "docs/models.md is out of date; write its tables anew: python tests/test_families.py"
+
+
+if __name__ == "__main__":
+    logging.set_verbosity_error()
+    made = tables()
+    PAGE.write_text(TABLES.sub(lambda _: made, PAGE.read_text(encoding="utf-8")), encoding="utf-8")

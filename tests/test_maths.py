@@ -80,6 +80,17 @@ def test_top_k_breaks_ties_by_index(values, k):
 
 def test_said_tokens_of_a_toy():
     unembed = torch.tensor([[1.0, 0.0], [0.0, 1.0], [-1.0, 0.0], [2.0, 2.0]])
-    up, down = said_tokens(torch.tensor([[1.0, 0.0], [-1.0, 0.0]]), unembed, n_promoted=2, n_suppressed=1, chunk=1)
+    up, down = said_tokens(torch.tensor([[1.0, 0.0], [-1.0, 0.0]]), unembed, n_promoted=2, n_suppressed=1)
     assert up.tolist() == [[3, 0], [2, 1]]
     assert down.tolist() == [[2], [3]]
+
+
+@pytest.mark.parametrize("vocab", [600, 5119, 5120, 20001])
+def test_said_tokens_of_a_large_vocabulary_are_those_of_a_full_sort(vocab, monkeypatch):
+    monkeypatch.setattr("mmneurons.maths.ranking.LOGITS_AT_ONCE", 2 * vocab)  # several slices
+    torch.manual_seed(0)
+    columns, unembed = torch.randn(5, 3), torch.randn(vocab, 3)
+    order = (columns @ unembed.T).argsort(dim=-1, descending=True)
+    up, down = said_tokens(columns, unembed)
+    assert torch.equal(up, order[:, :10])
+    assert torch.equal(down, order.flip(-1)[:, :3])

@@ -409,9 +409,9 @@ def test_the_list_shows_pictures_of_every_prompt():
     assert page.text("header")[0].startswith("Multi-modal neurons 4 prompts with 4 images")
 
 
-def make_wordless(**changes: object) -> Finding:
+def make_wordless() -> Finding:
     """No picture: a prompt of words alone."""
-    finding = make_finding(images=(), views=(), prompt="Name an animal.", **changes)
+    finding = make_finding(images=(), views=(), prompt="Name an animal.")
     return with_neurons(with_nouns(finding, regions={}), maps=(), lost_without_image=None)
 
 

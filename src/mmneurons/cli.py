@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 import json
 import os
 import sys
+from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -30,13 +33,7 @@ out = Console(highlight=False, markup=False, emoji=False)
 err = Console(stderr=True, highlight=False, markup=False, emoji=False)
 
 Images = Annotated[list[str] | None, typer.Argument(metavar="IMAGE...", help="Image files.")]
-ModelId = Annotated[str | None, typer.Option("--model", help="Hub id or folder. Default: the pocket model.")]
-Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 ... Default: a GPU if there is one.")]
-Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16. Default: the checkpoint's own.")]
-DeviceMap = Annotated[str | None, typer.Option(help="Spread the model over devices: auto, balanced ...")]
-Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit on the Hub.")]
-Remote = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that comes with the model.")]
-Decoder = Annotated[str | None, typer.Option(help="Path of the language model in the model, if it cannot be told.")]
+Load = Callable[[], "VLM"]
 Prompt = Annotated[str, typer.Option(help="What the model is asked.")]
 Prefix = Annotated[str, typer.Option("--answer-prefix", help="Words the answer is made to begin with.")]
 Length = Annotated[int, typer.Option("--max-new-tokens", min=1, help="Where to stop if the model does not.")]
@@ -48,27 +45,73 @@ ANSWER_PREFIX = "An image of"
 MAX_NEW_TOKENS = 32
 
 
+def _load(
+    model: Annotated[str | None, typer.Option(help="Hub id or folder. Default: the pocket model.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 ... Default: a GPU if there is one.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16. Default: as stored.")] = None,
+    bits: Annotated[Literal["8", "4"] | None, typer.Option(help="Quantise while loading (bitsandbytes).")] = None,
+    device_map: Annotated[str | None, typer.Option(help="Spread over devices: auto, balanced ...")] = None,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the Hub.")] = None,
+    trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="Run code of the model.")] = False,
+    decoder: Annotated[str | None, typer.Option(help="Path of the language model, if it cannot be told.")] = None,
+) -> VLM:
+    from transformers import BitsAndBytesConfig
+    from transformers.utils import logging
+
+    from mmneurons.vlm.load import load
+
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    options: dict[str, Any] = {}
+    if bits is not None:
+        options["quantization_config"] = BitsAndBytesConfig(load_in_8bit=bits == "8", load_in_4bit=bits == "4")
+        device_map = device_map or device or "auto"
+    with _working(f"loading {model or 'the pocket model'}"):
+        return load(
+            model,
+            dtype=dtype,
+            device=device,
+            device_map=device_map,
+            revision=revision,
+            trust_remote_code=trust_remote_code,
+            decoder=decoder,
+            **options,
+        )
+
+
+def loads_model(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command the options of `_load`; the command itself gets `load`, which loads the model that they name."""
+    own, options = (
+        inspect.signature(function, eval_str=True, locals={"VLM": object}).parameters for function in (command, _load)
+    )
+
+    @functools.wraps(command)
+    def with_options(**given: Any) -> None:
+        command(load=functools.partial(_load, **{name: given.pop(name) for name in options}), **given)
+
+    parameters = [parameter for name, parameter in own.items() if name != "load"] + list(options.values())
+    parameters = [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in parameters]
+    with_options.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    setattr(with_options, "__signature__", inspect.Signature(parameters))  # noqa: B010 - functions have no such field
+    return with_options
+
+
 @app.command()
+@loads_model
 def caption(
+    load: Load,
     images: Images = None,
-    model: ModelId = None,
     prompt: Prompt = PROMPT,
     answer_prefix: Prefix = ANSWER_PREFIX,
     max_new_tokens: Length = MAX_NEW_TOKENS,
     batch_size: Batch = 8,
-    device: Device = None,
-    dtype: Dtype = None,
-    device_map: DeviceMap = None,
-    revision: Revision = None,
-    trust_remote_code: Remote = False,
-    decoder: Decoder = None,
 ) -> None:
     """Say what is in each image, or answer a question about it."""
     paths = _images_or_sample(images)
     from mmneurons.vlm.images import open_image
 
     opened = [open_image(path) for path in paths]
-    vlm = _load(model, device, dtype, device_map, revision, trust_remote_code, decoder)
+    vlm = load()
     with _working(f"captioning {len(paths)} images"):
         pictures = [o.image for o in opened]
         texts = vlm.caption(pictures, prompt, answer_prefix, max_new_tokens=max_new_tokens, batch_size=batch_size)
@@ -79,9 +122,10 @@ def caption(
 
 
 @app.command()
+@loads_model
 def find(
+    load: Load,
     images: Images = None,
-    model: ModelId = None,
     prompt: Prompt = PROMPT,
     answer_prefix: Prefix = ANSWER_PREFIX,
     top: Annotated[int, typer.Option(min=1, help="Neurons listed for each noun.")] = 10,
@@ -95,12 +139,6 @@ def find(
     maps: Annotated[bool, typer.Option(help="Also show where in the image the neurons look.")] = True,
     max_new_tokens: Length = MAX_NEW_TOKENS,
     batch_size: Batch = 8,
-    device: Device = None,
-    dtype: Dtype = None,
-    device_map: DeviceMap = None,
-    revision: Revision = None,
-    trust_remote_code: Remote = False,
-    decoder: Decoder = None,
 ) -> None:
     """Caption images, or ask about them, and show the neurons that wrote each noun of the answer."""
     if no_image and images:
@@ -115,7 +153,7 @@ def find(
 
     for path in paths:  # a missing file is told before a model is loaded
         open_image(path)
-    vlm = _load(model, device, dtype, device_map, revision, trust_remote_code, decoder)
+    vlm = load()
     with _progress(len(prompts), "prompts") as progress:
         findings = find_neurons(
             vlm,
@@ -148,18 +186,13 @@ def find(
 
 
 @app.command()
+@loads_model
 def neuron(
+    load: Load,
     name: Annotated[str, typer.Argument(metavar="NEURON", help="L23.u6012, or L23.e5.u6012 for expert 5.")],
     tokens: Annotated[int, typer.Option(min=1, help="Tokens listed each way.")] = 10,
     neighbours: Annotated[int, typer.Option(min=0, help="Neurons like it.")] = 10,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
-    model: ModelId = None,
-    device: Device = None,
-    dtype: Dtype = None,
-    device_map: DeviceMap = None,
-    revision: Revision = None,
-    trust_remote_code: Remote = False,
-    decoder: Decoder = None,
 ) -> None:
     """Show what a neuron says whenever it fires: no image needed."""
     from mmneurons.neurons import Neuron
@@ -168,7 +201,7 @@ def neuron(
     from mmneurons.finding.lookup import explain_neuron
     from mmneurons.report.cards import show_neuron
 
-    vlm = _load(model, device, dtype, device_map, revision, trust_remote_code, decoder)
+    vlm = load()
     card = explain_neuron(vlm, asked, n_tokens=tokens, n_neighbours=neighbours)
     if as_json:
         out.print_json(json.dumps(card.to_dict()))
@@ -177,23 +210,18 @@ def neuron(
 
 
 @app.command()
+@loads_model
 def word(
+    load: Load,
     text: Annotated[str, typer.Argument(metavar="WORD", help="A word; of several tokens, its first counts.")],
     top: Annotated[int, typer.Option(min=1, help="Neurons listed.")] = 10,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
-    model: ModelId = None,
-    device: Device = None,
-    dtype: Dtype = None,
-    device_map: DeviceMap = None,
-    revision: Revision = None,
-    trust_remote_code: Remote = False,
-    decoder: Decoder = None,
 ) -> None:
     """Show the neurons of the whole model that point to a word: no image needed."""
     from mmneurons.finding.lookup import neurons_for
     from mmneurons.report.cards import show_word
 
-    vlm = _load(model, device, dtype, device_map, revision, trust_remote_code, decoder)
+    vlm = load()
     found = neurons_for(vlm, text, top=top)
     if as_json:
         out.print_json(json.dumps(found.to_dict()))
@@ -211,18 +239,13 @@ def samples() -> None:
 
 
 @app.command()
+@loads_model
 def doctor(
+    load: Load,
     image: Annotated[str | None, typer.Argument(metavar="IMAGE", help="Default: a sample image.")] = None,
-    model: ModelId = None,
     prompt: Prompt = PROMPT,
     answer_prefix: Prefix = ANSWER_PREFIX,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
-    device: Device = None,
-    dtype: Dtype = None,
-    device_map: DeviceMap = None,
-    revision: Revision = None,
-    trust_remote_code: Remote = False,
-    decoder: Decoder = None,
 ) -> None:
     """Show what was found in a model and check that its numbers add up; exit code 1 if a check fails."""
     path = _images_or_sample([image] if image else None)[0]
@@ -230,7 +253,7 @@ def doctor(
     from mmneurons.vlm.images import open_image
 
     open_image(path)  # what is no image is told before a model is loaded
-    vlm = _load(model, device, dtype, device_map, revision, trust_remote_code, decoder)
+    vlm = load()
     report = examine(vlm, path, prompt, answer_prefix)
     if as_json:
         out.print_json(json.dumps(report.to_dict()))
@@ -268,33 +291,6 @@ def _check_outputs(json_path: str | None, report: Path | None) -> None:
             raise SettingError(
                 f"Cannot write {path}.", seen="It is a folder.", fix=f"Name a file in it: {path}/find.out"
             )
-
-
-def _load(
-    model: str | None,
-    device: str | None,
-    dtype: str | None,
-    device_map: str | None,
-    revision: str | None,
-    trust_remote_code: bool,
-    decoder: str | None,
-) -> VLM:
-    from transformers.utils import logging
-
-    from mmneurons.vlm.load import load
-
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
-    with _working(f"loading {model or 'the pocket model'}"):
-        return load(
-            model,
-            dtype=dtype,
-            device=device,
-            device_map=device_map,
-            revision=revision,
-            trust_remote_code=trust_remote_code,
-            decoder=decoder,
-        )
 
 
 @contextmanager

@@ -17,7 +17,7 @@ from mmneurons.finding.maps import with_blank, with_maps
 from mmneurons.finding.result import Finding, NounFinding, Score
 from mmneurons.finding.scoring import SCORES, Choices, Target, describe, score_targets
 from mmneurons.vlm import provenance
-from mmneurons.vlm.doctor import TOLERANCE
+from mmneurons.vlm.doctor import tolerance
 from mmneurons.vlm.grid import find_grids, model_view
 from mmneurons.vlm.images import OpenedImage
 from mmneurons.vlm.prompts import ANSWER_PREFIX, MAX_NEW_TOKENS, PROMPT, token_of
@@ -165,11 +165,7 @@ def _targets(vlm: VLM, answers: Answers, row: int, choices: Choices) -> list[Tar
         return vlm.tokenizer.decode(part, skip_special_tokens=True)
 
     if choices.token_ids is not None:
-        words = [
-            Word(text := decode([token]).strip() or vlm.token_text(token), text.lower(), 0, 0, (step,))
-            for step, token in enumerate(ids)
-            if token in choices.token_ids
-        ]
+        words = [_word_of(vlm, ids, step, decode) for step, token in enumerate(ids) if token in choices.token_ids]
     elif choices.words is None:
         words = find_nouns(caption, ids, decode, answer_prefix=choices.answer_prefix)
     else:
@@ -189,11 +185,23 @@ def _targets(vlm: VLM, answers: Answers, row: int, choices: Choices) -> list[Tar
     return targets
 
 
+def _word_of(vlm: VLM, ids: Sequence[int], step: int, decode: Callable[[Sequence[int]], str]) -> Word:
+    """One generated token as a word of the answer; one that is no text (end-of-text) stands at no place in it."""
+    before = decode(ids[:step]).lstrip()
+    added = decode(ids[: step + 1]).lstrip()[len(before) :]
+    text = added.strip()
+    if not text:
+        text = vlm.token_text(ids[step])
+        return Word(text, text.lower(), 0, 0, (step,))
+    start = len(before) + len(added) - len(added.lstrip())
+    return Word(text, text.lower(), start, start + len(text), (step,))
+
+
 def _doubt(vlm: VLM, nouns: Sequence[NounFinding]) -> list[str]:
     """Whether what was recorded adds up to the logits that this model gave; it does where the anatomy is right."""
     largest = max(abs(noun.logit) for noun in nouns)
     error = max(abs(noun.parts.total - noun.logit) for noun in nouns) / largest
-    if error <= TOLERANCE.get(vlm.model.dtype, 0.0):
+    if error <= tolerance(vlm):
         return []
     return [f"Approximate: what was recorded misses the model's logits by {error:.1%}. See mmneurons doctor."]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from rich.console import Console
+from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
@@ -29,7 +30,7 @@ def show_neuron(card: NeuronCard, console: Console) -> None:
     if card.neighbours:
         console.print("  nearest columns, by cosine:")
         near = "  ".join(f"{n.neuron} {n.cosine:+.2f}" for n in card.neighbours)
-        console.print(Text(f"    {near}"))
+        console.print(Padding(Text(near), (0, 0, 0, 4)))
 
 
 def show_word(found: WordNeurons, console: Console) -> None:
@@ -40,8 +41,14 @@ def show_word(found: WordNeurons, console: Console) -> None:
     table.add_column("fires", no_wrap=True)
     table.add_column("cosine", justify="right", no_wrap=True)
     table.add_column("rank", justify="right", no_wrap=True)
-    table.add_column("says then", overflow="ellipsis", no_wrap=True)
+    table.add_column("says then")  # the one that gives way where the screen is narrow
     for n in found.neurons:
         sign = "above 0" if n.cosine >= 0 else "below 0"
-        table.add_row(str(n.neuron), sign, f"{n.cosine:+.3f}", str(n.rank), Text(words(n.tokens)))
+        table.add_row(
+            str(n.neuron),
+            sign,
+            f"{n.cosine:+.3f}",
+            str(n.rank),
+            Text(words(n.tokens), no_wrap=True, overflow="ellipsis"),
+        )
     console.print(table)

@@ -117,7 +117,7 @@ def doctor(
 
 def additivity(vlm: VLM, moments: Moments, answers: Answers) -> Check:
     """Check the identity for each token of row 0 of a recorded batch, against the logits that the model gave."""
-    error, limit = additivity_error(vlm, moments, answers), _limit(vlm)
+    error, limit = additivity_error(vlm, moments, answers), tolerance(vlm)
     return Check(
         "neurons, attention, embedding and biases add up to the logit",
         error <= limit,
@@ -184,7 +184,7 @@ def _structure(vlm: VLM) -> Check:
 
 def _reading(vlm: VLM, recording: Recording, outputs: dict[int, list[Tensor]]) -> Check:
     """`w_out` as it is read here, times the recorded activations, is what each module gave."""
-    worst, limit = 0.0, _limit(vlm)
+    worst, limit = 0.0, tolerance(vlm)
     name = "none could be compared"
     for i, ffn in enumerate(recording.anatomy.ffns):
         if ffn.n_experts is not None or not recording.raw[i] or not outputs.get(id(ffn.module)):
@@ -211,7 +211,7 @@ def _residual(vlm: VLM, moments: Moments, answers: Answers) -> Check:
     ours = vlm.anatomy.logits(moments.residual)
     chosen = ours[torch.arange(len(token_ids)), token_ids]
     gave = answers.logits[0, : len(token_ids)].float().to(ours.device)
-    error, limit = float((chosen - gave).abs().max() / gave.abs().max()), _limit(vlm)
+    error, limit = float((chosen - gave).abs().max() / gave.abs().max()), tolerance(vlm)
     return Check(
         "residual stream gives the answer",
         error <= limit,
@@ -231,7 +231,7 @@ def _forced(vlm: VLM, inputs: Inputs, answers: Answers, moments: Moments) -> Che
     except (TypeError, ValueError, RuntimeError) as error:
         return Check(name, False, f"the model does not read prompt and answer at once: {str(error).splitlines()[0]}")
     again = pick_moments(recording, torch.tensor([[0, i] for i in range(n)]))
-    error, limit = _largest_difference(moments, again), 10 * _limit(vlm)
+    error, limit = _largest_difference(moments, again), 10 * tolerance(vlm)
     return Check(name, error <= limit, f"activations differ by {error:.1e} of the largest; limit {limit:.0e}")
 
 
@@ -247,7 +247,7 @@ def _batched(
         answers = vlm.generate(vlm.encode([picture, other], prompt, answer_prefix), max_new_tokens)
     n = min(len(moments.residual), len(answers.token_ids[0]))
     together = pick_moments(recording, torch.tensor([[0, i] for i in range(n)]))
-    error, limit = _largest_difference(moments, together), 10 * _limit(vlm)
+    error, limit = _largest_difference(moments, together), 10 * tolerance(vlm)
     return Check(name, error <= limit, f"activations differ by {error:.1e} of the largest; limit {limit:.0e}")
 
 
@@ -283,7 +283,8 @@ def _outputs(anatomy: Anatomy) -> Iterator[dict[int, list[Tensor]]]:
             handle.remove()
 
 
-def _limit(vlm: VLM) -> float:
+def tolerance(vlm: VLM) -> float:
+    """How far the additivity identity may be off for this model."""
     if any(weights.is_quantised(ffn.module) for ffn in vlm.anatomy.ffns):
         return QUANTISED_TOLERANCE
     return TOLERANCE.get(vlm.model.dtype, 0.0)

@@ -14,6 +14,7 @@ from transformers import BatchFeature
 
 from mmneurons.errors import ModelError, SettingError, WordError
 from mmneurons.vlm.processors import ImageAndTokenizer
+from mmneurons.vlm.tokens import TokenIds
 
 PROMPT = "Describe the image in few words."
 """Asked unless the user asks something else (Pan et al., section 4)."""
@@ -116,6 +117,8 @@ def token_of(tokenizer: Any, word: str) -> int:
     Raises:
         WordError: if the word is empty or unknown, or its first token is no more than the space before it.
     """
+    if isinstance(tokenizer, TokenIds):
+        return tokenizer.token_of(word)
     rest: list[int] = []
     for before in ("a", "the", "of", ","):  # the first that keeps its own tokens when the word follows
         alone, both = _ids(tokenizer, before), _ids(tokenizer, f"{before} {word.strip()}")

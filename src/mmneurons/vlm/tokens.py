@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
+
+from mmneurons.errors import WordError
 
 
 class TokenIds:
@@ -18,6 +21,19 @@ class TokenIds:
     def convert_ids_to_tokens(self, token_id: int) -> str:
         """One id as text."""
         return f"<{token_id}>"
+
+    def token_of(self, word: str) -> int:
+        """The id that `<17>` stands for.
+
+        Raises:
+            WordError: if the word is of another form.
+        """
+        number = re.fullmatch(r"<(\d+)>", word.strip())
+        if number is None:
+            raise WordError(
+                f"'{word}' is no token of a model without a tokenizer.", fix="Write it by number: <17> is token 17."
+            )
+        return int(number[1])
 
     def __len__(self) -> int:
         """Every row of the unembedding has a name."""

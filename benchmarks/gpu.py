@@ -1,0 +1,103 @@
+"""What `find` costs on a GPU: LLaVA-1.5's shapes, 7B and 13B, with random bfloat16 weights made on the device.
+
+    python benchmarks/gpu.py                      about ten minutes on a GPU of 80 GB, no download
+    python benchmarks/gpu.py --models 7B          about four; needs 40 GB for all projections of the released algorithm
+    python benchmarks/gpu.py --quick --out FILE   toy sizes on the CPU: shows that it runs, measures nothing
+
+Writes its tables between its markers in docs/benchmarks.md, which says what each number means.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from cases import NEW_TOKENS, Case, check_gradients, check_integrated, check_released
+from measuring import build_projections, measure_extras, measure_growth, measure_pairs, measure_rivals
+from models import TINY, Geometry, pictures, random_vlm
+from tables import PAGE, Tables, report, write
+from timing import device_peak, say
+from vocabulary import NOUNS_PER_CAPTION, nouns_of
+
+BATCHES = (1, 8)
+TOWER = {"tower_hidden": 1024, "tower_layers": 24, "tower_head": 64, "side": 336}
+LLAVA = {
+    "7B": Geometry("llava", 4096, 11008, 32, 32064, head=128, **TOWER),
+    "13B": Geometry("llava", 5120, 13824, 40, 32064, head=128, **TOWER),
+}
+SPARE = 16 * 2**30
+"""Bytes of the device that projections leave to activations."""
+MISSING = """benchmarks/gpu.py measures on a CUDA GPU, and torch finds none here (torch {version}).
+To see that it runs, at toy sizes on the CPU: python benchmarks/gpu.py --quick --out FILE"""
+
+
+def measure(geometry: Geometry, title: str, device: str, n: int, tables: Tables) -> str:
+    """Everything about one model; how large it is."""
+    vlm = random_vlm(geometry, torch.bfloat16, device)
+    images = pictures(max(BATCHES), 3 * geometry.side)
+    with nouns_of(vlm):
+        for batch in BATCHES:
+            case = Case(vlm, images[:batch], title)
+            say(case.column)
+            measure_pairs(case, n, tables)
+            if device == "cuda":
+                plain, found = device_peak(case.generate), device_peak(case.find)
+                cell = f"{found / plain:.3f} (+{found - plain:.0f} MiB)"
+                tables.memory["peak device memory, `find` / `generate`"][case.column] = cell
+        one = Case(vlm, images[:1], title)
+        measure_extras(one, n, tables)
+        projections, built = build_projections(one, _fitting(one) if device == "cuda" else None)
+        measure_rivals(one, n, tables, projections, built)
+        measure_growth(one, n, tables)
+    millions = sum(part.numel() for part in vlm.model.parameters()) / 1e6
+    return f"{title}: {millions:.1f} M parameters: {geometry}."
+
+
+def check(device: str) -> None:
+    """The rivals say what they should: on a toy in float32, on the same device; bfloat16 rounds too much."""
+    vlm = random_vlm(TINY["llava"], torch.float32, device)
+    case = Case(vlm, pictures(1, 3 * TINY["llava"].side), "toy")
+    with nouns_of(vlm):
+        said = case.said()
+        check_gradients(case, said)
+        check_integrated(case, said)
+        check_released(case, build_projections(case)[0])
+
+
+def _fitting(case: Case) -> int:
+    """Blocks whose projections fit on the device beside the model, float32 copies while they are made included."""
+    torch.cuda.empty_cache()
+    ffn = case.vlm.anatomy.ffns[0]
+    each = 2 * case.vlm.anatomy.vocab * ffn.n_neurons
+    return max(1, int((torch.cuda.mem_get_info()[0] - SPARE) // each))
+
+
+def main() -> int:
+    """Measure, print, write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="toy sizes and two rounds, on the CPU")
+    parser.add_argument("--models", nargs="+", choices=list(LLAVA), default=list(LLAVA))
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--out", type=Path, default=PAGE)
+    asked = parser.parse_args()
+    if not asked.quick and not torch.cuda.is_available():
+        print(MISSING.format(version=torch.__version__), file=sys.stderr)
+        return 2
+    device, n = ("cpu", 2) if asked.quick else ("cuda", asked.rounds)
+    geometries: Mapping[str, Geometry] = {"toy": TINY["llava"]} if asked.quick else LLAVA
+    tables, facts = Tables(), [f"{NOUNS_PER_CAPTION} nouns a caption; at most {NEW_TOKENS} new tokens."]
+    check(device)
+    for name in geometries if asked.quick else asked.models:
+        facts.append(measure(geometries[name], f"random LLaVA {name} bfloat16", device, n, tables))
+        if device == "cuda":
+            torch.cuda.empty_cache()
+        write(asked.out, "gpu.py", report("gpu.py", tables, facts, toy=asked.quick))
+    print(report("gpu.py", tables, facts, toy=asked.quick))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,119 @@
+"""What a neuron says and which neurons say a word, against plain loops over the raw weights."""
+
+import json
+
+import pytest
+import torch
+
+import mmneurons as mmn
+from mmneurons.errors import SettingError, WordError
+from mmneurons.neurons import Neuron
+from zoo import FAMILIES
+from zoo.base import randomise
+
+
+@pytest.fixture(scope="module")
+def columns(vlm):
+    """All columns of the pocket model end to end: (neurons, hidden)."""
+    return torch.cat([layer.mlp.down_proj.weight.detach().T for layer in vlm.model.model.language_model.layers])
+
+
+@pytest.fixture(scope="module")
+def read(vlm):
+    """Columns as the head reads them, to logits."""
+    gamma = vlm.model.model.language_model.norm.weight.detach()
+    return lambda column: vlm.model.lm_head.weight.detach() @ (gamma * column)
+
+
+def test_a_neuron_promotes_and_suppresses_what_its_column_gives(vlm, columns, read):
+    card = mmn.explain_neuron(vlm, "L4.u646", n_tokens=7, n_neighbours=0)
+    order = read(columns[4 * 1024 + 646]).argsort(descending=True).tolist()
+    assert card.tokens == tuple(vlm.token_text(i) for i in order[:7])
+    assert card.suppressed == tuple(vlm.token_text(i) for i in order[::-1][:7])
+    assert card.neighbours == ()
+
+
+def test_norm_and_its_rank_among_the_ffns_own(vlm, columns):
+    card = mmn.explain_neuron(vlm, Neuron(2, 3), n_neighbours=0)
+    lengths = columns[2048:3072].norm(dim=1)
+    assert card.norm == pytest.approx(float(lengths[3]), rel=1e-5)
+    assert card.norm_rank == pytest.approx(float((lengths < lengths[3]).float().mean()))
+
+
+def test_neighbours_are_the_largest_cosines_of_the_whole_model(vlm, columns):
+    card = mmn.explain_neuron(vlm, "L1.u5", n_neighbours=6)
+    cosines = torch.nn.functional.cosine_similarity(columns, columns[1024 + 5][None])
+    cosines[1024 + 5] = 0
+    expected = cosines.abs().topk(6).indices.tolist()
+    assert [n.neuron for n in card.neighbours] == [Neuron(i // 1024, i % 1024) for i in expected]
+    assert [n.cosine for n in card.neighbours] == pytest.approx(cosines[expected].tolist(), abs=1e-5)
+
+
+def test_neurons_of_a_word_are_those_a_full_search_finds(vlm, columns, read):
+    found = mmn.neurons_for(vlm, "dog", top=5)
+    assert found.token == " dog"
+    gamma = vlm.model.model.language_model.norm.weight.detach()
+    direction = gamma * vlm.model.lm_head.weight.detach()[found.token_id]
+    cosines = torch.nn.functional.cosine_similarity(columns, direction[None])
+    ranked = []
+    for i in cosines.abs().topk(400).indices.tolist():
+        logits = read(columns[i] * cosines[i].sign())
+        ranked.append((int((logits > logits[found.token_id]).sum()), -float(cosines[i].abs()), i))
+    for mine, (rank, size, i) in zip(found.neurons, sorted(ranked)[:5], strict=True):
+        assert (mine.neuron, mine.rank) == (Neuron(i // 1024, i % 1024), rank)
+        assert abs(mine.cosine) == pytest.approx(-size, abs=1e-5)
+        assert " dog" in mine.tokens
+
+
+def test_what_does_not_exist_is_told(vlm):
+    with pytest.raises(SettingError, match=r"(?s)no neuron L9\.u1.*L0 to L4"):
+        mmn.explain_neuron(vlm, "L9.u1")
+    with pytest.raises(SettingError, match=r"(?s)no neuron L0\.u1024.*u0 to u1023"):
+        mmn.explain_neuron(vlm, "L0.u1024")
+    with pytest.raises(SettingError, match="no neuron L0.e1.u3"):
+        mmn.explain_neuron(vlm, "L0.e1.u3")
+    with pytest.raises(SettingError, match="not the name of a neuron"):
+        mmn.explain_neuron(vlm, "23.6012")
+    with pytest.raises(WordError, match="no token of its own"):
+        mmn.neurons_for(vlm, " ")
+
+
+def test_both_are_plain_data(vlm):
+    card = json.loads(json.dumps(mmn.explain_neuron(vlm, "L4.u646").to_dict()))
+    assert card["neuron"] == "L4.u646"
+    assert card["neighbours"][0]["neuron"].startswith("L")
+    word = json.loads(json.dumps(mmn.neurons_for(vlm, "dog", top=2).to_dict()))
+    assert [entry["rank"] for entry in word["neurons"]] == [0, 0]
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    """One tiny model of a family, without a tokenizer."""
+    families = {family.name: family for family in FAMILIES}
+    return lambda name: mmn.load(randomise(families[name].build()))
+
+
+def test_columns_of_experts_are_found_by_their_expert(tiny):
+    model = tiny("qwen3_vl_moe")
+    column = model.model.model.language_model.layers[0].mlp.experts.down_proj.detach()[3, :, 7]
+    card = mmn.explain_neuron(model, "L0.e3.u7", n_neighbours=1)
+    assert card.norm == pytest.approx(float(column.norm()), rel=1e-5)
+    direction = model.anatomy.norm.weight * model.anatomy.unembed[17]
+    found = mmn.neurons_for(model, "<17>", top=400).neurons
+    cosine = torch.nn.functional.cosine_similarity(column, direction, dim=0)
+    mine = next(n for n in found if str(n.neuron) == "L0.e3.u7")
+    assert mine.cosine == pytest.approx(float(cosine), abs=1e-5)
+
+
+def test_a_column_counts_as_it_comes_through_the_norm_after_its_ffn(tiny):
+    model = tiny("gemma3")
+    layer = model.model.model.language_model.layers[1]
+    through = layer.mlp.down_proj.weight.detach()[:, 4] * (1 + layer.post_feedforward_layernorm.weight.detach())
+    direction = model.anatomy.norm.weight * model.anatomy.unembed[21]
+    mine = next(n for n in mmn.neurons_for(model, "<21>", top=300).neurons if str(n.neuron) == "L1.u4")
+    assert mine.cosine == pytest.approx(
+        float(torch.nn.functional.cosine_similarity(through, direction, dim=0)), abs=1e-5
+    )
+    read = model.anatomy.unembed @ (model.anatomy.norm.weight * through)
+    card = mmn.explain_neuron(model, "L1.u4", n_tokens=3)
+    assert card.tokens == tuple(f"<{i}>" for i in read.topk(3).indices.tolist())
