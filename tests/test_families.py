@@ -322,14 +322,18 @@ def test_answers_are_those_of_the_bare_model_and_nothing_is_left_behind(name):
         **own.to_diff_dict() | {"do_sample": True, "temperature": 9.0, "cache_implementation": "static"}
     )
     model.train()
+    training: list[bool] = []
+    watch = one.anatomy.blocks[0].module.register_forward_hook(lambda module, *_: training.append(module.training))
     try:
         before = state(model)
         with record(one.anatomy) as recording:
             answers = one.vlm.generate(one.alone[1], N_TOKENS)
         assert state(model) == before
     finally:
+        watch.remove()
         model.generation_config = own
         model.eval()
+    assert not any(training)
     assert answers.token_ids[0] == one.raw[1]
     assert recording.n_passes == N_TOKENS
 
