@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from jaxtyping import Float, Int
@@ -67,14 +68,24 @@ class Scored:
     activations: Float[Tensor, "targets slots"]
     """What was scored: activations, or gates if the score is `paper`."""
     scores: Float[Tensor, "targets slots"]
-    ranked: list[Int[Tensor, "ranks"]]
-    """Per target, the slots with the highest scores, as many as the largest region needs."""
+    pushes: Float[Tensor, "targets slots"]
+    """What each neuron wrote into the target's logit; the scores themselves, if that is what was asked for."""
+    ranked: Int[Tensor, "targets ranks"]
+    """The slots with the highest scores, as many as the largest region needs."""
+
+    @cached_property
+    def slot_ends(self) -> Int[Tensor, "ffns"]:
+        """Where each FFN's slots end when all are laid end to end."""
+        return torch.tensor([part.shape[1] for part in self.moments.activations]).cumsum(0)
+
+    def ffns_of(self, slots: Int[Tensor, "*n"]) -> Int[Tensor, "*n"]:
+        """Which FFN each slot belongs to; on the CPU."""
+        return torch.bucketize(slots.cpu(), self.slot_ends, right=True)
 
     def places(self, i: int, slots: Int[Tensor, "n"]) -> list[tuple[int, int]]:
         """Slots of target i as (FFN, neuron counted through all its experts)."""
-        ends = slot_ends(self.moments)
-        ffns = torch.bucketize(slots.cpu(), ends, right=True)
-        starts = torch.cat([torch.zeros(1, dtype=ends.dtype), ends])[ffns]
+        ffns = self.ffns_of(slots)
+        starts = torch.nn.functional.pad(self.slot_ends, (1, 0))[ffns]
         found = []
         for ffn, slot in zip(ffns.tolist(), (slots.cpu() - starts).tolist(), strict=True):
             experts, width = self.moments.experts[ffn], self.moments.anatomy.ffns[ffn].n_neurons
@@ -98,14 +109,21 @@ def score_targets(vlm: VLM, recording: Recording, answers: Answers, targets: lis
     if choices.score != "logit" or choices.against is not None:  # the parts of the logit are told whatever the score
         plain = Directions(vlm.anatomy, frozen_rows(vlm.anatomy, unembed, moments.residual), moments.norms)
     activations = scored_activations(moments, choices)
-    scores, ffn = _contributions(moments, activations, asked, plain, through=choices.score != "paper")
+    scores, pushes = _contributions(moments, activations, asked, plain, through=choices.score != "paper")
     bias = vlm.anatomy.head_bias
-    parts = written(moments, unembed, plain or asked, ffn, None if bias is None else bias[token_ids].float())
-    whole = torch.cat(scores, dim=1)
-    ranked = [top_k(row, max(*REGION_SIZES, choices.top)) for row in whole]
-    logits = vlm.anatomy.logit_rule.undo(given).tolist()
-    fired = torch.cat(activations, dim=1)
-    return Scored(targets, choices, moments, probabilities.tolist(), logits, parts, fired, whole, ranked)
+    head_bias = None if bias is None else bias[token_ids].float()
+    return Scored(
+        targets=targets,
+        choices=choices,
+        moments=moments,
+        probabilities=probabilities.tolist(),
+        logits=vlm.anatomy.logit_rule.undo(given).tolist(),
+        written=written(moments, unembed, plain or asked, pushes.sum(-1), head_bias),
+        activations=torch.cat(activations, dim=1),
+        scores=scores,
+        pushes=pushes,
+        ranked=torch.stack([top_k(row, max(*REGION_SIZES, choices.top)) for row in scores]),
+    )
 
 
 def _contributions(
@@ -115,23 +133,23 @@ def _contributions(
     plain: Directions | None,
     *,
     through: bool,
-) -> tuple[list[Float[Tensor, "targets _"]], Float[Tensor, "targets"]]:
-    """Scores of each FFN's neurons, and what all neurons wrote into the logit; both from one read of each matrix.
+) -> tuple[Float[Tensor, "targets slots"], Float[Tensor, "targets slots"]]:
+    """Scores of all neurons, and what they wrote into the logit; both from one read of each matrix.
 
     `through` False leaves out what a write passes on its way: the paper's code projects columns as they are.
     """
-    n = len(moments.residual)
-    scores, total = [], torch.zeros(n, device=moments.residual.device)
+    scores: list[Tensor] = []
+    pushes: list[Tensor] = []
     for i, ffn in enumerate(moments.anatomy.ffns):
         directions = asked.at(ffn.way if through else None)
         if plain is None:
             scores.append(activations[i] * moments.projected(i, directions))
-            total += scores[-1].sum(-1)
         else:
             both = moments.projected_all(i, torch.stack([directions, plain.at(ffn.way)]))
             scores.append(activations[i] * both[0])
-            total += (moments.activations[i] * both[1]).sum(-1)
-    return scores, total
+            pushes.append(moments.activations[i] * both[1])
+    whole = torch.cat(scores, dim=1)
+    return whole, torch.cat(pushes, dim=1) if pushes else whole
 
 
 def scored_activations(moments: Moments, choices: Choices) -> list[Float[Tensor, "targets _"]]:
@@ -178,30 +196,31 @@ def describe(vlm: VLM, scored: Scored) -> list[NounFinding]:
 
     The columns of all targets are read off together: the unembedding is large, and so is read once.
     """
-    anatomy, top = vlm.anatomy, scored.choices.top
-    listed = [order[:top] for order in scored.ranked]
+    anatomy, listed = vlm.anatomy, scored.ranked[:, : scored.choices.top]
     places = [scored.places(i, slots) for i, slots in enumerate(listed)]
     flat = [place for row in places for place in row]
     columns = columns_of(anatomy, flat, scored.scores.device)
-    activations = torch.cat([scored.activations[i, slots] for i, slots in enumerate(listed)])
-    signs = torch.where(activations < 0, -1.0, 1.0)[:, None]
+    activations = scored.activations.gather(1, listed)
+    signs = torch.where(activations < 0, -1.0, 1.0).flatten()[:, None]
     promoted, suppressed = said(vlm, signs * as_read(anatomy, columns, flat, scored.choices.score))
-    nouns, start = [], 0
+    fired, scores = activations.tolist(), scored.scores.gather(1, listed).tolist()
+    tops = scored.pushes.gather(1, listed).sum(-1).tolist()
+    names = ("ffn", "attention", "other", "embedding", "bias")
+    parts = {name: getattr(scored.written, name).tolist() for name in names}
+    nouns = []
     for i, row in enumerate(places):
         neurons = tuple(
             NeuronFinding(
                 neuron=anatomy.ffns[ffn].neuron(neuron),
-                score=float(scored.scores[i, slot]),
-                activation=float(scored.activations[i, slot]),
-                tokens=texts(vlm, promoted[start + rank]),
-                suppressed=texts(vlm, suppressed[start + rank]),
+                score=scores[i][rank],
+                activation=fired[i][rank],
+                tokens=texts(vlm, promoted[i * len(row) + rank]),
+                suppressed=texts(vlm, suppressed[i * len(row) + rank]),
             )
-            for rank, ((ffn, neuron), slot) in enumerate(zip(row, listed[i].tolist(), strict=True))
+            for rank, (ffn, neuron) in enumerate(row)
         )
-        nouns.append(
-            _noun(vlm, scored, i, neurons, _top_share(scored, i, listed[i], columns[start : start + len(row)]))
-        )
-        start += len(row)
+        mine = Parts(top=tops[i], **{name: values[i] for name, values in parts.items()})
+        nouns.append(_noun(vlm, scored, i, neurons, mine))
     return nouns
 
 
@@ -214,8 +233,8 @@ def said(
     return up.tolist(), down.tolist()
 
 
-def _noun(vlm: VLM, scored: Scored, i: int, neurons: tuple[NeuronFinding, ...], top: float) -> NounFinding:
-    target, order, parts = scored.targets[i], scored.ranked[i], scored.written
+def _noun(vlm: VLM, scored: Scored, i: int, neurons: tuple[NeuronFinding, ...], parts: Parts) -> NounFinding:
+    target = scored.targets[i]
     return NounFinding(
         word=target.word.text,
         lemma=target.word.lemma,
@@ -226,16 +245,9 @@ def _noun(vlm: VLM, scored: Scored, i: int, neurons: tuple[NeuronFinding, ...], 
         n_tokens=len(target.word.steps),
         probability=scored.probabilities[i],
         logit=scored.logits[i],
-        parts=Parts(
-            ffn=float(parts.ffn[i]),
-            top=top,
-            attention=float(parts.attention[i]),
-            other=float(parts.other[i]),
-            embedding=float(parts.embedding[i]),
-            bias=float(parts.bias[i]),
-        ),
+        parts=parts,
         neurons=neurons,
-        layers={k: _histogram(scored.moments, order[:k]) for k in HISTOGRAM_SIZES if k <= len(order)},
+        layers=_histograms(scored, i),
     )
 
 
@@ -252,28 +264,12 @@ def as_read(
     return read
 
 
-def _top_share(scored: Scored, i: int, slots: Int[Tensor, "n"], columns: Float[Tensor, "n hidden"]) -> float:
-    """What the neurons listed wrote into the logit of the target's token, with the norms' scales frozen."""
-    if scored.choices.score == "logit" and scored.choices.against is None:
-        return float(scored.scores[i, slots].sum())
-    anatomy, moments = scored.moments.anatomy, scored.moments
-    row = unembed_rows(anatomy, [scored.targets[i].token_id], moments.residual)
-    inputs = [norm[i : i + 1] for norm in moments.norms]
-    directions = Directions(anatomy, frozen_rows(anatomy, row, moments.residual[i : i + 1]), inputs)
-    activations = torch.cat([part[i] for part in moments.activations])[slots]
-    along = [columns[j] @ directions.at(anatomy.ffns[ffn].way)[0] for j, (ffn, _) in enumerate(scored.places(i, slots))]
-    return float((activations * torch.stack(along)).sum())
-
-
-def _histogram(moments: Moments, order: Int[Tensor, "ranks"]) -> tuple[int, ...]:
-    ffns = torch.bucketize(order.cpu(), slot_ends(moments), right=True)
-    layer_of = torch.tensor([ffn.layer for ffn in moments.anatomy.ffns])
-    return tuple(torch.bincount(layer_of[ffns], minlength=len(moments.anatomy.blocks)).tolist())
-
-
-def slot_ends(moments: Moments) -> Int[Tensor, "ffns"]:
-    """Where each FFN's slots end when all are laid end to end."""
-    return torch.tensor([part.shape[1] for part in moments.activations]).cumsum(0)
+def _histograms(scored: Scored, i: int) -> dict[int, tuple[int, ...]]:
+    """For each k, how many of the top k lie in each block."""
+    anatomy = scored.moments.anatomy
+    layers = torch.tensor([ffn.layer for ffn in anatomy.ffns])[scored.ffns_of(scored.ranked[i])]
+    sizes = [k for k in HISTOGRAM_SIZES if k <= len(layers)]
+    return {k: tuple(torch.bincount(layers[:k], minlength=len(anatomy.blocks)).tolist()) for k in sizes}
 
 
 def columns_of(anatomy: Anatomy, places: list[tuple[int, int]], device: torch.device) -> Float[Tensor, "n hidden"]:

@@ -54,13 +54,14 @@ def _checksums(tensor: Tensor, chunk: int = 1 << 20) -> tuple[int, int]:
     if len(words) % 4:  # padding copies: only where it must
         words = torch.nn.functional.pad(words, (0, -len(words) % 4))
     words = words.view(torch.int32)
-    weights = torch.arange(1, min(chunk, len(words)) + 1, device=words.device)
-    plain = weighted = 0
+    ranks = torch.arange(1, min(chunk, len(words)) + 1, device=words.device)
+    sums = torch.zeros(2, dtype=torch.int64, device=words.device)  # int64 wraps around: a sum modulo 2^64
     for start in range(0, len(words), chunk):
         part = words[start : start + chunk].long()
-        total, ranked = int(part.sum()), int((part * weights[: len(part)]).sum())
-        plain += total
-        weighted += ranked + start * total
+        total = part.sum()
+        sums[0] += total
+        sums[1] += (part * ranks[: len(part)]).sum() + start * total
+    plain, weighted = sums.tolist()
     return plain % 2**64, weighted % 2**64
 
 
