@@ -18,7 +18,7 @@ import mmneurons as mmn
 from mmneurons.finding import finder
 from mmneurons.finding.scoring import describe, score_targets
 from mmneurons.vlm import provenance
-from mmneurons.vlm.analysis import find_anatomy
+from mmneurons.vlm.anatomy.find import find_anatomy
 
 NOUNS = (1, 3, 10, 30, 100)
 PLACES = {

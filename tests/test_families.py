@@ -25,14 +25,15 @@ import mmneurons as mmn
 from mmneurons.errors import ModelError, SettingError
 from mmneurons.finding.result import Finding
 from mmneurons.neurons import Neuron
-from mmneurons.vlm import experts, families, norms, weights
-from mmneurons.vlm.anatomy import Anatomy, Ffn, LogitRule, steps
+from mmneurons.vlm import experts, families, weights
+from mmneurons.vlm.anatomy import norms
+from mmneurons.vlm.anatomy.parts import Anatomy, Ffn, LogitRule, steps
 from mmneurons.vlm.doctor import additivity_error, describe_anatomy
 from mmneurons.vlm.grid import Grids, find_grids
 from mmneurons.vlm.moments import pick_moments
 from mmneurons.vlm.recording import Recording, record
-from mmneurons.vlm.stored import Located
 from mmneurons.vlm.vlm import VLM, Answers
+from mmneurons.vlm.weights.stored import Located
 
 REFUSED = ("idefics",)
 """Families that `load` refuses, and says so."""

@@ -11,7 +11,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 import mmneurons as mmn
 from mmneurons import pocket
 from mmneurons.errors import ModelError
-from mmneurons.vlm.analysis import find_anatomy
+from mmneurons.vlm.anatomy.find import find_anatomy
 from mmneurons.vlm.provenance import weights_hash
 
 

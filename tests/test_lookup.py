@@ -4,12 +4,12 @@ import json
 
 import pytest
 import torch
+from zoo import FAMILIES
+from zoo.base import randomise
 
 import mmneurons as mmn
 from mmneurons.errors import SettingError, WordError
 from mmneurons.neurons import Neuron
-from zoo import FAMILIES
-from zoo.base import randomise
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +70,7 @@ def test_what_does_not_exist_is_told(vlm):
         mmn.explain_neuron(vlm, "L9.u1")
     with pytest.raises(SettingError, match=r"(?s)no neuron L0\.u1024.*u0 to u1023"):
         mmn.explain_neuron(vlm, "L0.u1024")
-    with pytest.raises(SettingError, match="no neuron L0.e1.u3"):
+    with pytest.raises(SettingError, match=r"no neuron L0\.e1\.u3"):
         mmn.explain_neuron(vlm, "L0.e1.u3")
     with pytest.raises(SettingError, match="not the name of a neuron"):
         mmn.explain_neuron(vlm, "23.6012")

@@ -8,7 +8,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from mmneurons.maths.ranking import said_tokens, top_k
 from mmneurons.maths.readout import Norm, expected_row, frozen_direction, jacobian_direction
-from mmneurons.vlm.norms import measure_norm
+from mmneurons.vlm.anatomy.norms import measure_norm
 
 HIDDEN = 12
 

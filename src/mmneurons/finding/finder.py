@@ -32,6 +32,10 @@ BLANK = (128, 128, 128)
 @overload
 def find(vlm: VLM, images: Pictures, **choices: Any) -> list[Finding]: ...
 @overload
+def find(  # pyright: ignore[reportOverlappingOverload]  # the next one takes it for one of its choices
+    vlm: VLM, images: None = ..., *, inputs: Inputs, **choices: Any
+) -> list[Finding]: ...
+@overload
 def find(vlm: VLM, images: Picture | None = ..., **choices: Any) -> Finding: ...
 def find(  # pyright: ignore[reportInconsistentOverload]  # the overloads say what is returned, this what is taken
     vlm: VLM,

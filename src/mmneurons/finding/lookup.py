@@ -14,10 +14,10 @@ from mmneurons.errors import SettingError
 from mmneurons.finding.scoring import as_read, columns_of, said, texts, unembed_rows
 from mmneurons.neurons import Neuron
 from mmneurons.vlm import weights
-from mmneurons.vlm.anatomy import Anatomy, Ffn
+from mmneurons.vlm.anatomy.parts import Anatomy, Ffn
+from mmneurons.vlm.anatomy.ways import in_stream
 from mmneurons.vlm.prompts import token_of
 from mmneurons.vlm.vlm import VLM
-from mmneurons.vlm.ways import in_stream
 
 CANDIDATES = 400
 """How many columns with large cosines `neurons_for` looks at, or ten times as many as it gives if that is more."""

@@ -14,12 +14,12 @@ from mmneurons.finding.result import NeuronFinding, NounFinding, Parts, Score
 from mmneurons.maths.ranking import said_tokens, top_k
 from mmneurons.maths.readout import expected_row, jacobian_direction
 from mmneurons.vlm import weights
-from mmneurons.vlm.anatomy import Anatomy, Ffn
+from mmneurons.vlm.anatomy.parts import Anatomy, Ffn
+from mmneurons.vlm.anatomy.ways import Directions, frozen_rows, in_stream
 from mmneurons.vlm.moments import Moments, Written, pick_moments, written
 from mmneurons.vlm.prompts import token_of
 from mmneurons.vlm.recording import Recording
 from mmneurons.vlm.vlm import VLM, Answers
-from mmneurons.vlm.ways import Directions, frozen_rows, in_stream
 from mmneurons.words import Word
 
 SCORES: tuple[Score, ...] = ("logit", "logprob", "paper")

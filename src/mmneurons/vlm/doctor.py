@@ -13,15 +13,16 @@ from torch import Tensor
 
 from mmneurons import pocket
 from mmneurons.errors import ModelError
-from mmneurons.vlm import norms, provenance, weights
-from mmneurons.vlm.anatomy import Anatomy, steps
+from mmneurons.vlm import provenance, weights
+from mmneurons.vlm.anatomy import norms
+from mmneurons.vlm.anatomy.parts import Anatomy, steps
+from mmneurons.vlm.anatomy.ways import Directions, frozen_rows
 from mmneurons.vlm.grid import find_grids
 from mmneurons.vlm.images import open_image
 from mmneurons.vlm.moments import Moments, pick_moments, written
 from mmneurons.vlm.prompts import ANSWER_PREFIX, PROMPT
 from mmneurons.vlm.recording import Recording, record
 from mmneurons.vlm.vlm import VLM, Answers, Inputs, Picture
-from mmneurons.vlm.ways import Directions, frozen_rows
 
 TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-4, torch.bfloat16: 3e-2, torch.float16: 5e-3}
 """Largest error of the additivity identity, by the dtype the model computes in (ours is float32 throughout)."""

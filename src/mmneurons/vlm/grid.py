@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from mmneurons.vlm.structure import mixes_positions
+from mmneurons.vlm.anatomy.structure import mixes_positions
 
 _SHAPES = ("image_grid_thw", "spatial_shapes")
 """Model inputs that hold the height and width, in patches, of each picture in their last two columns."""

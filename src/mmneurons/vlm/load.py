@@ -13,7 +13,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_
 from mmneurons import pocket
 from mmneurons.errors import ModelError
 from mmneurons.vlm import provenance, weights
-from mmneurons.vlm.analysis import find_anatomy
+from mmneurons.vlm.anatomy.find import find_anatomy
 from mmneurons.vlm.processors import load_processor
 from mmneurons.vlm.vlm import VLM
 

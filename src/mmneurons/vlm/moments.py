@@ -9,9 +9,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from mmneurons.vlm import weights
-from mmneurons.vlm.anatomy import Anatomy
+from mmneurons.vlm.anatomy.parts import Anatomy
+from mmneurons.vlm.anatomy.ways import Directions, bias_total
 from mmneurons.vlm.recording import Recording
-from mmneurons.vlm.ways import Directions, bias_total
 
 
 @dataclass(frozen=True, eq=False)
@@ -23,11 +23,11 @@ class Moments:
     """
 
     anatomy: Anatomy
-    activations: list[Float[Tensor, "n slots"]]
-    """Per FFN."""
-    experts: list[Int[Tensor, "n k"] | None]
+    activations: list[Float[Tensor, "n _"]]
+    """Per FFN; the sizes of FFNs differ."""
+    experts: list[Int[Tensor, "n _"] | None]
     """Per FFN: the experts that the slots belong to; None where it is dense."""
-    gates: list[Float[Tensor, "n neurons"]]
+    gates: list[Float[Tensor, "n _"]]
     """Per FFN, the outputs of the activation function alone; empty unless recorded."""
     sources: list[Float[Tensor, "n hidden"]]
     norms: list[Float[Tensor, "n hidden"]]

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from mmneurons.errors import ModelError
 from mmneurons.vlm import experts
-from mmneurons.vlm.anatomy import Anatomy, Ffn
+from mmneurons.vlm.anatomy.parts import Anatomy, Ffn
 
 Keep = Callable[[Shaped[Tensor, "batch positions *width"]], Shaped[Tensor, "batch kept *width"]]
 """Which positions of one forward pass are kept; must not hold on to the memory of those that are not."""
@@ -32,13 +32,13 @@ class Recording:
     """
 
     anatomy: Anatomy
-    raw: list[list[Float[Tensor, "batch kept slots"]]]
+    raw: list[list[Float[Tensor, "batch kept _"]]]
     """Per FFN: the inputs of `w_out`, in the model's dtype; read them with `activations`."""
-    experts: list[list[Int[Tensor, "batch kept k"]]]
+    experts: list[list[Int[Tensor, "batch kept _"]]]
     """Per FFN: which experts the slots belong to; empty where it is dense."""
     factors: list[list[Float[Tensor, "batch kept 1"]]]
     """Per FFN: what its gate says; empty where it has none."""
-    gates: list[list[Float[Tensor, "batch kept neurons"]]]
+    gates: list[list[Float[Tensor, "batch kept _"]]]
     """Per FFN: the outputs of the activation function alone; empty unless asked for."""
     sources: list[list[Float[Tensor, "batch kept hidden"]]]
     """What each source wrote."""

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from mmneurons.errors import ModelError, SettingError
 from mmneurons.pocket import SIDE
 from mmneurons.vlm import provenance
-from mmneurons.vlm.anatomy import Anatomy
+from mmneurons.vlm.anatomy.parts import Anatomy
 from mmneurons.vlm.families import Family, family_of
 from mmneurons.vlm.images import OpenedImage, open_image
 from mmneurons.vlm.modes import evaluating, greedy, stop_ids

@@ -8,11 +8,12 @@ from typing import Literal
 from torch import nn
 from transformers import PreTrainedModel
 
-from mmneurons.vlm import probe, weights
-from mmneurons.vlm.anatomy import Anatomy, Block, Ffn, LogitRule, NormSite, Source, Way
-from mmneurons.vlm.norms import measure_norm
-from mmneurons.vlm.probe import Pass, Seen, explain
-from mmneurons.vlm.structure import FoundFfn, Tree, find_ffns, find_tree, is_norm, linear_shape, mixes_positions
+from mmneurons.vlm import weights
+from mmneurons.vlm.anatomy import probe
+from mmneurons.vlm.anatomy.norms import measure_norm
+from mmneurons.vlm.anatomy.parts import Anatomy, Block, Ffn, LogitRule, NormSite, Source, Way
+from mmneurons.vlm.anatomy.probe import Pass, Seen, explain
+from mmneurons.vlm.anatomy.structure import FoundFfn, Tree, find_ffns, find_tree, is_norm, linear_shape, mixes_positions
 
 
 def find_anatomy(model: PreTrainedModel, decoder: str | None = None) -> Anatomy:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from mmneurons.errors import ModelError
-from mmneurons.vlm.offload import unreadable
+from mmneurons.vlm.weights.offload import unreadable
 
 SLICE = 512
 """Neurons measured in one run."""

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from mmneurons.maths.readout import frozen_direction
 from mmneurons.vlm import weights
-from mmneurons.vlm.anatomy import Anatomy, Way, steps
+from mmneurons.vlm.anatomy.parts import Anatomy, Way, steps
 
 
 class Directions:

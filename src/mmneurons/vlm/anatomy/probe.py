@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutput
 
 from mmneurons.errors import ModelError
-from mmneurons.vlm.anatomy import LogitRule
+from mmneurons.vlm.anatomy.parts import LogitRule
+from mmneurons.vlm.anatomy.structure import FoundFfn, Tree, holds_experts, is_linear, is_norm, visible
 from mmneurons.vlm.modes import evaluating
-from mmneurons.vlm.structure import FoundFfn, Tree, holds_experts, is_linear, is_norm, visible
 
 N_TOKENS = 8
 TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-4, torch.float16: 5e-3, torch.bfloat16: 2e-2}

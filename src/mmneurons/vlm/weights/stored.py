@@ -3,7 +3,7 @@
 A module is recognised by what it holds and by which forward it runs, not by a list of models. In this order: a PEFT
 adapter around another module; fused experts (one 3-D `down_proj`); bitsandbytes and FP8 weights; tensor subclasses
 that can dequantise themselves (torchao, quanto); plain `Linear` and `Conv1D`; anything else that is linear, which is
-measured (`vlm/measured.py`). Weights that accelerate has off-loaded are taken from its map, the module is not run.
+measured (`measured.py`). Weights that accelerate has off-loaded are taken from its map, the module is not run.
 
 To locate a matrix reads nothing; only `Located.read` does. (A `Linear` with a forward of its own is run once, on one
 random vector, to see whether it uses its weight.)
@@ -19,9 +19,9 @@ from typing import Any, cast
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from mmneurons.vlm import measured, quantised
-from mmneurons.vlm.measured import PLAIN
-from mmneurons.vlm.offload import fetch, offloaded, unreadable, weights_maps
+from mmneurons.vlm.weights import measured, quantised
+from mmneurons.vlm.weights.measured import PLAIN
+from mmneurons.vlm.weights.offload import fetch, offloaded, unreadable, weights_maps
 
 
 @dataclass(frozen=True)

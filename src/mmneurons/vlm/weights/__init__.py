@@ -1,6 +1,6 @@
 """Read `w_out`, the output projection of an FFN, however it is stored: (hidden, neurons), column i is neuron i.
 
-Plain, transposed, LoRA-wrapped, 8-bit, 4-bit, FP8, torchao, off-loaded, one expert of many: `vlm/stored.py` has the
+Plain, transposed, LoRA-wrapped, 8-bit, 4-bit, FP8, torchao, off-loaded, one expert of many: `stored.py` has the
 forms. `expert` is None for a dense module and a number for a module that holds fused experts. Nothing here changes
 the model, and what is read for one call is not kept.
 """
@@ -13,8 +13,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from mmneurons.vlm import offload, stored
-from mmneurons.vlm.stored import Located, locate
+from mmneurons.vlm.weights import offload, stored
+from mmneurons.vlm.weights.stored import Located, locate
 
 CHUNK = 4096
 """Neurons converted to float32 at a time by `chunks`."""
@@ -41,7 +41,7 @@ def check(module: nn.Module) -> None:
     """Refuse a `w_out` that cannot be read, before anything depends on it.
 
     Looks only, where looking is enough. A tensor class with its own way to dequantise is dequantised once, and a
-    module of an unknown kind is run on a few vectors (see `vlm/measured.py`).
+    module of an unknown kind is run on a few vectors (see `measured.py`).
 
     Raises:
         ModelError: naming the module's type, its weight's class, dtype, shape and device, and what to do.

@@ -14,7 +14,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from mmneurons.vlm.offload import fetch, offloaded, unreadable
+from mmneurons.vlm.weights.offload import fetch, offloaded, unreadable
 
 _FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 

@@ -1,7 +1,7 @@
 """The parts of a model that the maths needs, as data: neurons, and how what is written becomes logits.
 
 Everything here is linear once the scales of the norms on the way are held: a write reaches the final norm through a
-`Way`, and the head reads it there. `structure.py` and `probe.py` fill it in.
+`Way`, and the head reads it there. `find.py` fills it in.
 """
 
 from __future__ import annotations
@@ -126,7 +126,7 @@ class LogitRule:
 
     def slope(self, logits: Float[Tensor, "*n"]) -> Float[Tensor, "*n"]:
         """Derivative of the logit with respect to the logit before the softcap."""
-        return torch.ones_like(logits) if self.cap is None else 1 - (logits / self.cap) ** 2
+        return torch.ones_like(logits) if self.cap is None else 1 - (logits / self.cap).clamp(-1, 1) ** 2
 
 
 @dataclass(frozen=True, eq=False)
@@ -139,7 +139,7 @@ class Anatomy:
     """Path of the language model in the whole model."""
     blocks: tuple[Block, ...]
     ffns: tuple[Ffn, ...]
-    """In order of the blocks; a block can have none, or a dense one beside its experts."""
+    """In order of the blocks; a block can have a dense one beside its experts."""
     sources: tuple[Source, ...]
     norms: tuple[NormSite, ...]
     """Every norm on a way, once."""
