@@ -603,6 +603,7 @@ def picture(name: str) -> str:
 def told_apart(family: families.Family) -> str:
     said = ["prompts run one at a time"] if family.one_at_a_time else []
     said += ["positions are counted without padding"] if family.counts_positions else []
+    said += [f"of tiles, the {family.whole} is the whole picture"] if family.whole else []
     return ", ".join(said + [f"`{name}` is {value} for the answer" for name, value in family.suffix.items()])
 
 

@@ -199,10 +199,13 @@ def describe(vlm: VLM, scored: Scored) -> list[NounFinding]:
     anatomy, listed = vlm.anatomy, scored.ranked[:, : scored.choices.top]
     places = [scored.places(i, slots) for i, slots in enumerate(listed)]
     flat = [place for row in places for place in row]
-    columns = columns_of(anatomy, flat, scored.scores.device)
     activations = scored.activations.gather(1, listed)
-    signs = torch.where(activations < 0, -1.0, 1.0).flatten()[:, None]
-    promoted, suppressed = said(vlm, signs * as_read(anatomy, columns, flat, scored.choices.score))
+    fires = list(zip(flat, (activations < 0).flatten().tolist(), strict=True))
+    once = {key: j for j, key in enumerate(dict.fromkeys(fires))}  # nouns share neurons, and the vocabulary is large
+    different = [place for place, _ in once]
+    columns = as_read(anatomy, columns_of(anatomy, different, scored.scores.device), different, scored.choices.score)
+    signs = torch.tensor([-1.0 if negative else 1.0 for _, negative in once], device=columns.device)
+    promoted, suppressed = ([texts(vlm, ids) for ids in tokens] for tokens in said(vlm, signs[:, None] * columns))
     fired, scores = activations.tolist(), scored.scores.gather(1, listed).tolist()
     tops = scored.pushes.gather(1, listed).sum(-1).tolist()
     names = ("ffn", "attention", "other", "embedding", "bias")
@@ -214,8 +217,8 @@ def describe(vlm: VLM, scored: Scored) -> list[NounFinding]:
                 neuron=anatomy.ffns[ffn].neuron(neuron),
                 score=scores[i][rank],
                 activation=fired[i][rank],
-                tokens=texts(vlm, promoted[i * len(row) + rank]),
-                suppressed=texts(vlm, suppressed[i * len(row) + rank]),
+                tokens=promoted[once[fires[i * len(row) + rank]]],
+                suppressed=suppressed[once[fires[i * len(row) + rank]]],
             )
             for rank, (ffn, neuron) in enumerate(row)
         )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 
 @dataclass(frozen=True)
@@ -17,11 +17,17 @@ class Family:
     """Whether a batch changes what the model computes, so that each prompt runs alone."""
     counts_positions: bool = False
     """Whether, in a padded batch, it must be told the positions of the tokens, as `generate` tells it."""
+    whole: Literal["first", "last"] | None = None
+    """Of a picture that its processor cuts into tiles: where the tokens of the whole picture stand beside those."""
     suffix: Mapping[str, int] = field(default_factory=dict)
     """What inputs with one number per token hold for the answer's tokens, where it is not 0 (attention mask: 1)."""
 
 
+_FIRST = Family("Its processor puts the whole picture before its tiles.", whole="first")
+_LAST = Family("Its processor puts the whole picture after its tiles.", whole="last")
 FAMILIES = {
+    **dict.fromkeys(("gemma3", "llava_next", "llava_onevision", "ovis2"), _FIRST),
+    **dict.fromkeys(("aya_vision", "cohere2_vision", "got_ocr2", "idefics3", "internvl", "llama4", "smolvlm"), _LAST),
     "kosmos-2": Family(
         "Kosmos-2 numbers positions of a padded batch otherwise than of a prompt alone while it decodes.",
         one_at_a_time=True,

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from mmneurons.vlm.anatomy.structure import mixes_positions
+from mmneurons.vlm.families import family_of
 
 _SHAPES = ("image_grid_thw", "spatial_shapes")
 """Model inputs that hold the height and width, in patches, of each picture in their last two columns."""
@@ -65,7 +66,7 @@ def find_grids(model: PreTrainedModel, inputs: Mapping[str, Any], n_images: int)
         if len(places) <= n_images:
             return "the picture enters by cross-attention, not as image tokens"
         if shapes is None:
-            grids = _from_runs(model, ids[row], places, n_images)
+            grids = _from_runs(model, ids[row], places, n_images, _tile_sides(model, inputs, ids == image_token))
         else:
             grids = _from_shapes(shapes[row * n_images : (row + 1) * n_images], places)
         if isinstance(grids, str):
@@ -133,7 +134,11 @@ def _from_shapes(shapes: list[tuple[int, int]], places: Tensor) -> tuple[PatchGr
 
 
 def _from_runs(
-    model: PreTrainedModel, ids: Int[Tensor, "positions"], places: Int[Tensor, "tokens"], n_images: int
+    model: PreTrainedModel,
+    ids: Int[Tensor, "positions"],
+    places: Int[Tensor, "tokens"],
+    n_images: int,
+    sides: list[int],
 ) -> tuple[PatchGrid, ...] | str:
     """Tell pictures, tiles and rows by the runs of image tokens and what stands between them."""
     cuts = [i + 1 for i, (a, b) in enumerate(pairwise(places.tolist())) if b != a + 1]
@@ -143,18 +148,19 @@ def _from_runs(
     if len(runs) % n_images:
         return f"{len(runs)} runs of image tokens cannot be told apart as {n_images} pictures"
     each = len(runs) // n_images
-    grids = [_one_picture(model, ids, runs[i * each : (i + 1) * each]) for i in range(n_images)]
+    grids = [_one_picture(model, ids, runs[i * each : (i + 1) * each], sides) for i in range(n_images)]
     reasons = [grid for grid in grids if isinstance(grid, str)]
     return reasons[0] if reasons else tuple(grid for grid in grids if isinstance(grid, PatchGrid))
 
 
-def _one_picture(model: PreTrainedModel, ids: Tensor, runs: list[Tensor]) -> PatchGrid | str:
-    side = _tower_side(model)
-    sides = [side // merge for merge in _MERGES if side % merge == 0] if side else []
+def _one_picture(
+    model: PreTrainedModel, ids: Int[Tensor, "positions"], runs: list[Tensor], sides: list[int]
+) -> PatchGrid | str:
+    """The grid of one picture; `sides` are the sides that the tokens of one tile can have, none if that is open."""
     lengths = {len(run) for run in runs}
     if len(runs) > 1:
-        if lengths <= {s * s for s in sides} and len(lengths) == 1:  # tiles, the whole picture after them
-            return _square(runs[-1])
+        if len(lengths) == 1 and lengths <= {side * side for side in sides}:
+            return _whole(model, runs)
         between = {int(ids[int(run[-1]) + 1]) for run in runs[:-1]}
         single = all(int(b[0]) - int(a[-1]) == 2 for a, b in pairwise(runs))
         if single and len(lengths) == 1 and len(between) == 1:  # rows, the same token after each
@@ -164,21 +170,40 @@ def _one_picture(model: PreTrainedModel, ids: Tensor, runs: list[Tensor]) -> Pat
     root = math.isqrt(len(run))
     if root * root == len(run) and (not sides or root in sides):
         return _square(run)
-    if side is None:
-        return f"{len(run)} image tokens are no square, and the model does not say its patches"
-    if len(run) == side * side + 1:  # a class token first
+    if any(len(run) == side * side + 1 for side in sides):  # a class token first
         return _square(run[1:])
-    if any(name.endswith("image_newline") for name, _ in model.named_parameters()) and len(run) > side * side:
-        return _square(run[: side * side])  # the whole picture, before its tiles and their line ends
-    tiles = [s for s in sides if len(run) % (s * s) == 0]
-    if tiles and len(run) > tiles[0] ** 2:
-        return _square(run[-(tiles[0] ** 2) :])  # after its tiles
-    return f"{len(run)} image tokens are not the {side} x {side} patches of the vision tower, merged or not"
+    tile = next((side * side for side in sides if len(run) > side * side), 0)
+    if tile and family_of(model.config).whole == "first":  # what follows may have line ends
+        return _square(run[:tile])
+    tile = next((side * side for side in sides if len(run) % (side * side) == 0), 0)
+    if tile:
+        return _whole(model, list(run.split(tile)))
+    known = f"{sides[0]} x {sides[0]} patches of the vision tower, merged or not" if sides else "patches of a square"
+    return f"{len(run)} image tokens are not the {known}"
+
+
+def _whole(model: PreTrainedModel, tiles: list[Tensor]) -> PatchGrid | str:
+    """Of a picture cut into tiles, the grid of the whole picture that stands beside them."""
+    place = family_of(model.config).whole
+    if place is None:
+        return f"the picture is cut into {len(tiles)} tiles, and which is the whole of it is not known for this model"
+    return _square(tiles[0 if place == "first" else -1])
 
 
 def _square(run: Tensor) -> PatchGrid:
     side = math.isqrt(len(run))
     return PatchGrid(run, side, side)
+
+
+def _tile_sides(model: PreTrainedModel, inputs: Mapping[str, Any], marked: Tensor) -> list[int]:
+    """Sides that the tokens of one tile can have: the tower's patches, merged; one, where the tiles can be counted."""
+    side, pixels = _tower_side(model), inputs.get("pixel_values")
+    sides = [side // merge for merge in _MERGES if side % merge == 0 and side > merge] if side else []
+    if isinstance(pixels, Tensor) and pixels.ndim == 4:
+        tile = math.isqrt(int(marked.sum()) // len(pixels))
+        if tile * tile * len(pixels) == int(marked.sum()) and (not sides or tile in sides):
+            return [tile]
+    return sides
 
 
 def _tower_side(model: PreTrainedModel) -> int | None:
