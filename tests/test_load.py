@@ -44,6 +44,12 @@ def test_anatomy_of_a_llava(random_vlm):
     torch.testing.assert_close(anatomy.norm.weight, language.norm.weight.detach())
 
 
+def test_a_config_with_several_end_tokens_is_analysed(random_vlm):
+    model = copy.deepcopy(random_vlm.model)
+    model.config.text_config.eos_token_id = [1, 2]  # as Gemma 3 and Llama 3 have them
+    assert find_anatomy(model).doubts == ()
+
+
 def test_two_matches_are_an_error_that_lists_both(random_vlm):
     model = copy.deepcopy(random_vlm.model)
     model.model.language_model.other_layers = nn.ModuleList(nn.Identity() for _ in range(3))

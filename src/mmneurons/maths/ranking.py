@@ -6,8 +6,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-LOGITS_AT_ONCE = 1 << 23
-"""Numbers (32 MiB in float32) that `said_tokens` holds at once."""
+LOGITS_AT_ONCE = 1 << 22
+"""Numbers (16 MiB in float32) that `said_tokens` holds at once."""
 
 
 def top_k(scores: Float[Tensor, "neurons"], k: int) -> Int[Tensor, "k"]:
@@ -40,23 +40,24 @@ def said_tokens(
     chunk = max(1, LOGITS_AT_ONCE // len(unembed))  # so that vocab x neurons is never held at once
     for part in columns.split(chunk):
         logits = part.to(device=unembed.device, dtype=unembed.dtype) @ unembed.T
-        up.append(_largest(logits, n_promoted))
-        down.append(_largest(-logits if n_suppressed else logits, n_suppressed))
+        up.append(_extreme(logits, n_promoted, largest=True))
+        down.append(_extreme(logits, n_suppressed, largest=False))
     return torch.cat(up), torch.cat(down)
 
 
-def _largest(values: Float[Tensor, "rows width"], k: int, group: int = 128) -> Int[Tensor, "rows k"]:
-    """Places of the k largest of each row, largest first.
+def _extreme(values: Float[Tensor, "rows width"], k: int, *, largest: bool, group: int = 128) -> Int[Tensor, "rows k"]:
+    """Places of the k largest, or smallest, of each row, the most extreme first.
 
-    The k largest lie in the k groups with the largest maxima: far fewer values are sorted than `torch.topk` sorts.
+    They lie in the k groups with the most extreme values: far fewer values are sorted than `torch.topk` sorts.
     """
     rows, width = values.shape
     k, whole = min(k, width), width // group * group
     if width < 4 * k * group:
-        return values.topk(k, dim=-1).indices
-    best = values[:, :whole].view(rows, -1, group).amax(-1).topk(k, dim=-1).indices
+        return values.topk(k, dim=-1, largest=largest).indices
+    groups = values[:, :whole].view(rows, -1, group)
+    best = (groups.amax(-1) if largest else groups.amin(-1)).topk(k, dim=-1, largest=largest).indices
     inside = torch.arange(group, device=values.device)
     places = (best[:, :, None] * group + inside).flatten(1)
     rest = torch.arange(whole, width, device=values.device).expand(rows, -1)
     places = torch.cat([places, rest], dim=1)
-    return places.gather(1, values.gather(1, places).topk(k, dim=-1).indices)
+    return places.gather(1, values.gather(1, places).topk(k, dim=-1, largest=largest).indices)

@@ -1,4 +1,4 @@
-"""States that a model is put into for a while, and put back from: evaluation, greedy generation."""
+"""How a model is run: where its inputs go, and states that it is put into for a while and put back from."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import GenerationConfig, PreTrainedModel
 
@@ -51,6 +52,11 @@ def greedy(model: PreTrainedModel, tokenizer: Any, max_new_tokens: int) -> Itera
     finally:
         for module, config in own:
             module.generation_config = config
+
+
+def input_device(model: nn.Module) -> torch.device:
+    """Where a model's inputs go: to its first weights that are not off-loaded."""
+    return next((parameter.device for parameter in model.parameters() if not parameter.is_meta), torch.device("cpu"))
 
 
 def stop_ids(model: PreTrainedModel, tokenizer: Any) -> set[int]:

@@ -22,7 +22,7 @@ from mmneurons.vlm import provenance
 from mmneurons.vlm.anatomy.parts import Anatomy
 from mmneurons.vlm.families import Family, family_of
 from mmneurons.vlm.images import OpenedImage, open_image
-from mmneurons.vlm.modes import evaluating, greedy, stop_ids
+from mmneurons.vlm.modes import evaluating, greedy, input_device, stop_ids
 from mmneurons.vlm.prompts import ANSWER_PREFIX, MAX_NEW_TOKENS, PROMPT, encode_prompt
 from mmneurons.vlm.tokens import TokenIds, pieces
 
@@ -82,8 +82,7 @@ class VLM:
     @property
     def device(self) -> torch.device:
         """Where inputs go."""
-        places = (parameter.device for parameter in self.model.parameters() if not parameter.is_meta)
-        return next(places, torch.device("cpu"))
+        return input_device(self.model)
 
     @property
     def is_encoder_decoder(self) -> bool:

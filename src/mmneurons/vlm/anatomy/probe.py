@@ -20,8 +20,8 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from mmneurons.errors import ModelError
 from mmneurons.vlm.anatomy.parts import LogitRule
-from mmneurons.vlm.anatomy.structure import FoundFfn, Tree, holds_experts, is_linear, is_norm, visible
-from mmneurons.vlm.modes import evaluating
+from mmneurons.vlm.anatomy.structure import FoundFfn, Tree, holds_experts, is_linear, is_norm, linear_shape, visible
+from mmneurons.vlm.modes import evaluating, input_device
 
 N_TOKENS = 8
 TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-4, torch.float16: 5e-3, torch.bfloat16: 2e-2}
@@ -168,13 +168,13 @@ def _tiny_inputs(tree: Tree) -> dict[str, Any]:
     owner, config = tree.owner, tree.owner.config
     takes = inspect.signature(owner.forward).parameters
     text = config.get_text_config(decoder=True)
-    special = {value for c in (config, text) for name, value in vars(c).items() if name.endswith("token_id")}
-    special |= {value for name in ("image_token_index", "boi_token_index") if (value := getattr(config, name, None))}
-    n_words = min(text.vocab_size, 1 << 15)
+    n_words = min(getattr(text, "vocab_size", linear_shape(tree.head)[1]), 1 << 15)
+    special = {token for c in (config, text) for token in _special(c)}
     plain = [i for i in range(n_words - 1, 0, -max(1, n_words // 64)) if i not in special]
-    ids = torch.tensor([plain[:N_TOKENS]], device=owner.device)
+    device = input_device(owner)
+    ids = torch.tensor([plain[:N_TOKENS]], device=device)
     generator = torch.Generator().manual_seed(0)
-    states = torch.randn(1, 4, tree.hidden, generator=generator).to(device=owner.device, dtype=owner.dtype)
+    states = torch.randn(1, 4, tree.hidden, generator=generator).to(device=device, dtype=owner.dtype)
     inputs: dict[str, Any] = {"use_cache": False} if "use_cache" in takes else {}
     if getattr(config, "is_encoder_decoder", False) and "decoder_input_ids" in takes:
         inputs |= {"decoder_input_ids": ids, "encoder_outputs": BaseModelOutput(last_hidden_state=states)}  # pyright: ignore[reportArgumentType]
@@ -185,6 +185,13 @@ def _tiny_inputs(tree: Tree) -> dict[str, Any]:
         if name in takes and wanted and "encoder_outputs" not in inputs:
             inputs[name] = states
     return inputs
+
+
+def _special(config: Any) -> Iterator[int]:
+    """Tokens that a config gives a meaning of their own: end of text (there can be several), a picture, padding."""
+    for name, value in vars(config).items():
+        if name.endswith(("token_id", "token_index", "token_ids")):
+            yield from value if isinstance(value, list | tuple) else [value]
 
 
 def _watch_block(block: nn.Module, seen: SeenBlock, hidden: int) -> Iterator[Any]:
