@@ -138,3 +138,22 @@ def test_one_changed_weight_changes_the_hash(random_vlm):
     weight[3, 5] -= 1e-3
     weight[3, 5], weight[3, 6] = weight[3, 6].item(), weight[3, 5].item()
     assert len({before, changed, weights_hash(model)}) == 3
+
+
+@pytest.mark.parametrize(
+    ("error", "what", "fix"),
+    [
+        (ImportError("requires accelerate: `pip install 'accelerate>=1.1.0'`"), "accelerate", "pip install accelerate"),
+        (ValueError("requires `accelerate`. You can install it"), "package accelerate", "pip install accelerate"),
+        (ImportError("`pip install -U bitsandbytes>=0.46.1`"), "package bitsandbytes", "pip install bitsandbytes"),
+        (ValueError("Some modules are dispatched on the CPU"), "Cannot load the model", "hub id"),
+        (ValueError("Unrecognized configuration class"), "not a vision-language model", "llava"),
+    ],
+)
+def test_why_a_model_cannot_be_loaded_is_told(monkeypatch, error, what, fix):
+    def refuse(*_, **__):
+        raise error
+
+    monkeypatch.setattr("mmneurons.vlm.load.AutoModelForImageTextToText.from_pretrained", refuse)
+    with pytest.raises(ModelError, match=f"(?s){what}.*{fix}"):
+        mmn.load("some/model", device_map="auto")

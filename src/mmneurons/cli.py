@@ -55,7 +55,6 @@ def _load(
     trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="Run code of the model.")] = False,
     decoder: Annotated[str | None, typer.Option(help="Path of the language model, if it cannot be told.")] = None,
 ) -> VLM:
-    from transformers import BitsAndBytesConfig
     from transformers.utils import logging
 
     from mmneurons.vlm.load import load
@@ -64,6 +63,8 @@ def _load(
     logging.set_verbosity_error()
     options: dict[str, Any] = {}
     if bits is not None:
+        from transformers import BitsAndBytesConfig
+
         options["quantization_config"] = BitsAndBytesConfig(load_in_8bit=bits == "8", load_in_4bit=bits == "4")
         device_map = device_map or device or "auto"
     with _working(f"loading {model or 'the pocket model'}"):

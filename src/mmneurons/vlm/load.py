@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from mmneurons import pocket
 from mmneurons.errors import ModelError
 from mmneurons.vlm import provenance, weights
 from mmneurons.vlm.anatomy.find import find_anatomy
-from mmneurons.vlm.processors import load_processor
+from mmneurons.vlm.processors import load_processor, missing_package
 from mmneurons.vlm.vlm import VLM
 
 POCKET = "pocket"
@@ -113,20 +114,31 @@ def _not_a_model(given: Any) -> ModelError:
 
 def _load_model(source: str, options: dict[str, Any]) -> PreTrainedModel:
     try:
-        model = AutoModelForImageTextToText.from_pretrained(source, **options)
-    except ValueError as error:
-        raise ModelError(
+        return AutoModelForImageTextToText.from_pretrained(source, **options).eval()
+    except (ValueError, OSError, ImportError, RuntimeError) as error:
+        raise _refusal(source, error) from error
+
+
+def _refusal(source: str, error: Exception) -> ModelError:
+    """What to tell a user whose model cannot be loaded; `error` is what transformers said."""
+    package = missing_package(error)
+    if package is not None:
+        return ModelError(
+            f"Loading '{source}' this way needs the package {package}, which is not installed.",
+            seen=_first_line(error),
+            fix=f"pip install {package}",
+        )
+    if isinstance(error, ValueError) and re.search("[Uu]nrecognized|does not recognize", str(error)):
+        return ModelError(
             f"'{source}' is not a vision-language model that transformers knows.",
             seen=_first_line(error),
             fix="Give a model for image-text-to-text, such as llava-hf/llava-1.5-7b-hf.",
-        ) from error
-    except (OSError, ImportError) as error:
-        raise ModelError(
-            f"Cannot load the model '{source}'.",
-            seen=_first_line(error),
-            fix="Give a hub id, or a folder with config.json and model.safetensors.",
-        ) from error
-    return model.eval()
+        )
+    return ModelError(
+        f"Cannot load the model '{source}'.",
+        seen=_first_line(error),
+        fix="Give a hub id, or a folder with config.json and model.safetensors.",
+    )
 
 
 def _check_kind(config: Any) -> None:

@@ -107,7 +107,7 @@ def refusal(source: str, error: Exception) -> ModelError:
         ModelError: if the cause is a torchvision that cannot be imported.
     """
     check_torchvision()
-    package = _missing_package(error)
+    package = missing_package(error)
     if package == "torchvision":
         return ModelError(
             f"The processor of '{source}' needs torchvision, which is not installed.",
@@ -235,14 +235,17 @@ def _images_only(kind: Any) -> Any:
     return ImagesOnly
 
 
-def _missing_package(error: BaseException) -> str | None:
+def missing_package(error: BaseException) -> str | None:
     """The package that an error says is missing, as pip calls it."""
     text = str(error)
     if "torchvision" in text.casefold():
         return "torchvision" if find_spec("torchvision") is None else None
     if isinstance(error, ModuleNotFoundError) and error.name and not error.name.startswith("transformers"):
         return error.name.partition(".")[0]
-    for pattern in (r"pip install (?:-U |--upgrade )?([\w-]+)", r"requires the (\w+) library"):
+    for pattern in (
+        r"pip install (?:-U |--upgrade )?'?([\w-]+)",
+        r"requires (?:the )?`?(\w+)`?(?: library|$|\.|,| to be)",
+    ):
         if found := re.search(pattern, text):
             return found[1].lower()
     return None
