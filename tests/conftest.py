@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -43,17 +44,15 @@ def random_vlm(vlm: VLM) -> VLM:
 
 def make_random_vlm(vlm: VLM, dtype: torch.dtype = torch.float32, seed: int = 0, **text_options) -> VLM:
     """Untrained, but with every weight and norm away from its initial value, which would hide errors."""
+    sizes: dict[str, Any] = {"hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 3}
     text = LlamaConfig(
         vocab_size=len(vlm.tokenizer),
-        hidden_size=48,
-        intermediate_size=80,
-        num_hidden_layers=3,
         num_attention_heads=4,
         num_key_value_heads=2,
         pad_token_id=0,
         bos_token_id=1,
         eos_token_id=None,
-        **text_options,
+        **(sizes | text_options),
     )
     config = LlavaConfig(
         vision_config=copy.deepcopy(vlm.model.config.vision_config),

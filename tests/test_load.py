@@ -4,6 +4,7 @@ import shutil
 
 import pytest
 import torch
+from conftest import make_random_vlm
 from PIL import Image
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
@@ -48,6 +49,14 @@ def test_a_config_with_several_end_tokens_is_analysed(random_vlm):
     model = copy.deepcopy(random_vlm.model)
     model.config.text_config.eos_token_id = [1, 2]  # as Gemma 3 and Llama 3 have them
     assert find_anatomy(model).doubts == ()
+
+
+def test_an_ffn_as_wide_as_the_stream_is_found_by_what_it_writes(vlm):
+    square = make_random_vlm(vlm, intermediate_size=48)
+    layers = square.model.model.language_model.layers
+    assert [ffn.module for ffn in square.anatomy.ffns] == [layer.mlp.down_proj for layer in layers]
+    assert [type(ffn.activation).__name__ for ffn in square.anatomy.ffns] == ["SiLUActivation"] * 3
+    assert square.anatomy.doubts == ()
 
 
 def test_two_matches_are_an_error_that_lists_both(random_vlm):

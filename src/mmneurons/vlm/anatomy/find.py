@@ -13,7 +13,17 @@ from mmneurons.vlm.anatomy import probe
 from mmneurons.vlm.anatomy.norms import measure_norm
 from mmneurons.vlm.anatomy.parts import Anatomy, Block, Ffn, LogitRule, NormSite, Source, Way
 from mmneurons.vlm.anatomy.probe import Pass, Seen, explain
-from mmneurons.vlm.anatomy.structure import FoundFfn, Tree, find_ffns, find_tree, is_norm, linear_shape, mixes_positions
+from mmneurons.vlm.anatomy.structure import (
+    FoundFfn,
+    Tree,
+    find_ffns,
+    find_tree,
+    is_norm,
+    linear_shape,
+    mixes_positions,
+    no_ffn,
+    square_ffns,
+)
 
 
 def find_anatomy(model: PreTrainedModel, decoder: str | None = None) -> Anatomy:
@@ -97,6 +107,8 @@ class _Tracer:
         walk = _Walk(self, layer)
         walk.follow(target, before, out)
         missing = [ffn for ffn in self.found[layer] if id(ffn.module) not in walk.reached]
+        if not walk.ffns and not missing:
+            raise no_ffn(self.tree.name(self.tree.layers[layer]))
         if walk.error < self.seen.limit and not missing and len(walk.entered) == 1:
             self.ffns += sorted(walk.ffns, key=lambda ffn: ffn.n_experts or 0)
             self.sources += walk.sources
@@ -159,6 +171,11 @@ class _Walk:
         self.reached.add(id(module))
         for found in tracer.found[self.layer]:
             if found.module is module:
+                self.ffns.append(tracer.ffn(self.layer, found, way, part.gate))
+                return
+        for found in square_ffns(tracer.tree.layers[self.layer], tracer.tree.hidden):
+            if found.module is module:
+                weights.check(module)
                 self.ffns.append(tracer.ffn(self.layer, found, way, part.gate))
                 return
         kind: Literal["attention", "other"] = "attention" if self._in_mixer(module) else "other"

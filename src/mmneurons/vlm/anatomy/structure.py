@@ -75,8 +75,11 @@ def find_tree(model: PreTrainedModel, decoder: str | None = None) -> Tree:
 def find_ffns(name: str, block: nn.Module, hidden: int) -> list[FoundFfn]:
     """The dense output projection of a block, its experts, or both; the dense one first.
 
+    None of them where the FFN is as wide as the residual stream: only a pass shows which of its projections is the last
+    (`square_ffns`).
+
     Raises:
-        ModelError: if there is neither, or no telling which of several projections it is.
+        ModelError: if there is nothing like an FFN, or no telling which of several projections it is.
     """
     names = {id(module): path for path, module in block.named_modules()}
     parts = list(visible(block))
@@ -87,10 +90,25 @@ def find_ffns(name: str, block: nn.Module, hidden: int) -> list[FoundFfn]:
     outs = [m for m in outs if entries & {linear_shape(m)[0], 2 * linear_shape(m)[0]}]
     widest = max((linear_shape(m)[0] for m in outs), default=0)  # beside it: side paths, which are narrow
     dense = [m for m in outs if linear_shape(m)[0] == widest]
-    if len(dense) > 1 or not (dense or experts):
-        raise _ambiguous(dense, f"the FFN output projection of block '{name}'", names)
+    if len(dense) > 1 or not (dense or experts or square_ffns(block, hidden)):
+        raise _ambiguous(dense, f"the FFN output projection of block '{name}'", names) if dense else no_ffn(name)
     found = [FoundFfn(m, False, _activation(block, m, names)) for m in dense]
     return found + [FoundFfn(m, True, None) for m in experts]
+
+
+def square_ffns(block: nn.Module, hidden: int) -> list[FoundFfn]:
+    """Projections from `hidden` to `hidden` that stand beside others of that shape, outside of mixers.
+
+    The one of them that writes into the residual stream is the output projection of an FFN as wide as the stream.
+    """
+    names = {id(module): path for path, module in block.named_modules()}
+    square = [m for m in visible(block) if is_linear(m) and linear_shape(m) == (hidden, hidden)]
+    parents = [names[id(m)].rpartition(".")[0] for m in square]
+    return [
+        FoundFfn(m, False, _activation(block, m, names))
+        for m, parent in zip(square, parents, strict=True)
+        if parents.count(parent) > 1
+    ]
 
 
 def visible(block: nn.Module, *, mixers: bool = False) -> Iterator[nn.Module]:
@@ -189,6 +207,11 @@ def _activation(block: nn.Module, w_out: nn.Module, names: dict[int, str]) -> nn
         if len(found) == 1:
             return found[0]
     return None
+
+
+def no_ffn(name: str) -> ModelError:
+    """What to say of a block in which nothing is an FFN."""
+    return _ambiguous([], f"the FFN output projection of block '{name}'", {})
 
 
 def _ambiguous(found: list, what: str, names: dict[int, str]) -> ModelError:
