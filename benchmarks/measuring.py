@@ -19,6 +19,7 @@ from mmneurons.finding import finder
 from mmneurons.finding.scoring import describe, score_targets
 from mmneurons.vlm import provenance
 from mmneurons.vlm.anatomy.find import find_anatomy
+from mmneurons.vlm.anatomy.probe import N_TOKENS
 
 NOUNS = (1, 3, 10, 30, 100)
 PLACES = {
@@ -73,7 +74,7 @@ def measure_pairs(case: Case, n: int, tables: Tables) -> None:
 def measure_extras(case: Case, n: int, tables: Tables) -> None:
     """What is asked for apart, next to `find`; and what is done once per model."""
     vlm = case.vlm
-    ids = vlm.encode(case.images[:1], "")["input_ids"][:, -1:].expand(1, 8)  # plain words
+    ids = vlm.encode(case.images[:1], "")["input_ids"][:, -1:].expand(1, N_TOKENS)  # plain words
 
     def read() -> None:
         with torch.inference_mode():
@@ -95,7 +96,7 @@ def measure_extras(case: Case, n: int, tables: Tables) -> None:
     table["`find` with a blank image / without"][column] = str(Ratio.of(seconds["blank"], seconds["find"]))
     table["weights hash, once per model, seconds"][column] = f"{statistics.median(seconds['hash']):.3f}"
     table["analysis in `load`, seconds"][column] = f"{statistics.median(seconds['analysis']):.3f}"
-    table["- one forward pass over 8 tokens, seconds"][column] = f"{statistics.median(seconds['read']):.3f}"
+    table["- one forward pass over as many tokens, seconds"][column] = f"{statistics.median(seconds['read']):.3f}"
 
 
 def measure_rivals(case: Case, n: int, tables: Tables, projections: list[torch.Tensor], built: str) -> None:

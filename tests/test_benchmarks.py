@@ -14,7 +14,7 @@ FOLDER = Path(__file__).parents[1] / "benchmarks"
 COST = """nouns scored|`generate`, seconds|`find`, seconds|**`find` / `generate`**|- recording, % of `generate`
 - words, % of `generate`|- scoring, % of `generate`|- describing, % of `generate`|- picture, % of `generate`
 - versions, % of `generate`|- rest, % of `generate`|`find` with maps / without|`find` with a blank image / without
-weights hash, once per model, seconds|analysis in `load`, seconds|- one forward pass over 8 tokens, seconds"""
+weights hash, once per model, seconds|analysis in `load`, seconds|- one forward pass over as many tokens, seconds"""
 RIVALS = """nouns of the image|released algorithm / `find`|- its projections, built once, seconds
 - their size, MiB (and over that of the weights)|gradient x activation, whole prefix / `find`
 - gradient x activation, whole prefix: ms for each noun|gradient x activation, cached / `find`

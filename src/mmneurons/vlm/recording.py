@@ -16,12 +16,12 @@ from mmneurons.vlm import experts
 from mmneurons.vlm.anatomy.parts import Anatomy, Ffn
 
 Keep = Callable[[Shaped[Tensor, "batch positions *width"]], Shaped[Tensor, "batch kept *width"]]
-"""Which positions of one forward pass are kept; must not hold on to the memory of those that are not."""
+"""Which positions of one forward pass are kept; a view will do, what is kept of more is copied."""
 
 
 def last_position(values: Shaped[Tensor, "batch positions *width"]) -> Shaped[Tensor, "batch 1 *width"]:
     """Keep the position that predicts the next token: while generating, the only new one."""
-    return values if values.shape[1] == 1 else values[:, -1:].clone()
+    return values[:, -1:]
 
 
 @dataclass(eq=False)
@@ -129,6 +129,7 @@ class _Recorder:
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
         self._entered: set[int] = set()
         self._shape = (1, 1)
+        self._room = torch.empty(0)
 
     def start(self) -> None:
         anatomy, recording, add = self.recording.anatomy, self.recording, self._hooks.append
@@ -161,8 +162,9 @@ class _Recorder:
             if layer == 0:
                 stream = args[0] if args else kwargs["hidden_states"]
                 self._shape = stream.shape[:2]
+                self._room = self._make_room(stream)
                 if self.writes:
-                    self.recording.embedding.append(self.keep(stream))
+                    self.recording.embedding.append(self._kept(stream))
 
         return hook
 
@@ -170,7 +172,7 @@ class _Recorder:
         parts, chosen = self.recording.raw[i], None if self.neurons is None else self.neurons[i]
 
         def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
-            kept = self.keep(self._with_batch(args[0]))
+            kept = self._kept(self._with_batch(args[0]))
             parts.append(kept if chosen is None else kept[..., chosen.to(kept.device)])
 
         return hook
@@ -180,7 +182,7 @@ class _Recorder:
 
         def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
             all_places = experts.routed(module, (*args, *kwargs.values()), self._shape[0])
-            places = experts.Routed(*(None if value is None else self.keep(value) for value in all_places))  # pyright: ignore[reportArgumentType]
+            places = experts.Routed(*(None if value is None else self._kept(value) for value in all_places))  # pyright: ignore[reportArgumentType]
             fired = experts.activations(module, places)
             if chosen is not None:
                 fired = _of_neurons(fired, places.experts, chosen.to(fired.device), ffn.n_neurons)
@@ -191,15 +193,40 @@ class _Recorder:
 
     def _output(self, parts: list[Tensor]):
         def hook(module: nn.Module, args: tuple, output: Any) -> None:
-            parts.append(self.keep(self._with_batch(output if isinstance(output, Tensor) else output[0])))
+            parts.append(self._kept(self._with_batch(output if isinstance(output, Tensor) else output[0])))
 
         return hook
 
     def _input(self, parts: list[Tensor]):
         def hook(module: nn.Module, args: tuple) -> None:
-            parts.append(self.keep(self._with_batch(args[0])))
+            parts.append(self._kept(self._with_batch(args[0])))
 
         return hook
+
+    def _make_room(self, stream: Tensor) -> Tensor:
+        """Memory for what is kept of this pass, in one piece, where that is little of much: one position of many.
+
+        Small pieces that stay, made between the large ones that the model makes and frees, would keep a C library from
+        using the space between them again: on a CPU that costs more than what is recorded.
+        """
+        if self.keep is not last_position or stream.shape[1] == 1:
+            return stream.new_empty(0)
+        anatomy = self.recording.anatomy
+        width = sum(ffn.n_neurons for ffn in anatomy.ffns) * (2 if self.gates else 1)
+        if self.writes:
+            width += (2 + len(anatomy.sources) + len(anatomy.norms)) * anatomy.hidden
+        return stream.new_empty(len(stream) * width)
+
+    def _kept(self, values: Tensor) -> Tensor:
+        """The positions to keep, in memory of their own."""
+        kept = self.keep(values)
+        if kept.numel() == values.numel() or kept.untyped_storage().data_ptr() != values.untyped_storage().data_ptr():
+            return kept  # all of it, or a copy already
+        n = kept.numel()
+        if (kept.dtype, kept.device) != (self._room.dtype, self._room.device) or n > len(self._room):
+            return kept.clone()
+        place, self._room = self._room[:n].view(kept.shape), self._room[n:]
+        return place.copy_(kept)
 
     def _with_batch(self, values: Tensor) -> Tensor:
         """The tensor as (batch, positions, width): some FFNs (OPT, experts) see batch and positions as one axis."""

@@ -29,7 +29,7 @@ from mmneurons.vlm.anatomy.structure import (
 def find_anatomy(model: PreTrainedModel, decoder: str | None = None) -> Anatomy:
     """Find the language model's blocks, their neurons, what else writes into the stream, final norm and unembedding.
 
-    Runs the language model once on eight made-up tokens; nothing in the model is changed.
+    Runs the language model once on sixteen made-up tokens; nothing in the model is changed.
 
     Args:
         model: A vision-language model of Hugging Face, loaded.

@@ -1,6 +1,6 @@
 """What a model does between its FFNs and its logits, told by one tiny forward pass: no table of models.
 
-Eight made-up tokens go through the language model. Each block's output is written as a sum of what its parts gave
+Sixteen made-up tokens go through the language model. Each block's output is written as a sum of what its parts gave
 (least squares over all positions and hidden units, exact up to rounding): coefficients are gates and multipliers,
 and where the sum goes through a norm, the norm's input is taken apart in turn. The head's output is replaced by a
 ramp, so that whatever the model does to its logits (a scale, a softcap) shows as a curve.
@@ -23,7 +23,12 @@ from mmneurons.vlm.anatomy.parts import LogitRule
 from mmneurons.vlm.anatomy.structure import FoundFfn, Tree, holds_experts, is_linear, is_norm, linear_shape, visible
 from mmneurons.vlm.modes import evaluating, input_device
 
-N_TOKENS = 8
+N_TOKENS = 16
+CERTAIN = 8
+"""Standard errors by which a summand's scale must differ from 0 to be one, and from 1 not to be taken for 1."""
+MATERIAL = 4
+"""Roundings of the model's dtype that a summand with a scale other than 1 must be worth: rounding follows the values
+that are rounded, and so looks a little like everything that is made of them."""
 TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-4, torch.float16: 5e-3, torch.bfloat16: 2e-2}
 """Largest part of a block's output that may stay unexplained, by the dtype the model computes in."""
 
@@ -44,6 +49,8 @@ class Seen:
 class SeenBlock:
     """One block in the tiny pass; parts in the order in which they ran."""
 
+    rounding: float
+    """Relative spacing of numbers in the dtype that the model computes in."""
     entered: Tensor = field(default_factory=lambda: torch.zeros(0))
     left: Tensor = field(default_factory=lambda: torch.zeros(0))
     parts: list[Seen] = field(default_factory=list)
@@ -78,7 +85,7 @@ def run(tree: Tree, ffns: list[list[FoundFfn]]) -> Pass:
     Raises:
         ModelError: if the language model cannot be run on tokens alone.
     """
-    blocks = [SeenBlock() for _ in tree.layers]
+    blocks = [SeenBlock(torch.finfo(tree.owner.dtype).eps) for _ in tree.layers]
     norms: list[Seen] = []
     heads: list[tuple[Tensor, Tensor]] = []
     dense = {id(ffn.module) for found in ffns for ffn in found if not ffn.is_experts}
@@ -129,17 +136,22 @@ def explain(target: Tensor, block: SeenBlock, before: Seen | None = None) -> tup
         return [Term(1.0, same[0])], 0.0
     candidates: list[Seen | None] = [None, *_distinct(block, parts)]
     columns = [block.entered if part is None else part.output for part in candidates]
-    weight = 1 / target.norm(dim=1, keepdim=True).clamp_min(1e-30)  # rounding grows with the size of the row
+    # A sum is rounded in proportion to its size, entry by entry: a few can be a thousand times larger than others.
+    size = target.abs() + block.entered.abs()
+    weight = 1 / (size + 1e-3 * size.pow(2).mean(1, keepdim=True).sqrt().clamp_min(1e-30))
     matrix = torch.stack([(column * weight).flatten() for column in columns], dim=1).double()
     wanted = (target * weight).flatten().double()
     scales, errors, _ = _least_squares(matrix, wanted)
-    kept = [j for j in range(len(candidates)) if scales[j].abs() > 20 * errors[j] and scales[j].abs() > 1e-4]
+    certain = scales.abs() > CERTAIN * errors
+    unit = (scales - 1).abs() < CERTAIN * errors + 1e-5
+    worth = scales.abs() * matrix.norm(dim=0) / wanted.norm().clamp_min(1e-30)
+    kept = torch.nonzero(certain & (unit | (worth > MATERIAL * block.rounding))).flatten().tolist()
     if not kept:
         return [], 1.0
     scales, errors, rest = _least_squares(matrix[:, kept], wanted)
     terms = []
     for j, scale, error in zip(kept, scales.tolist(), errors.tolist(), strict=True):
-        near_one = abs(scale - 1) < 20 * error + 1e-5
+        near_one = abs(scale - 1) < CERTAIN * error + 1e-5
         terms.append(Term(1.0 if near_one else scale, candidates[j]))
     return terms, rest
 
@@ -275,7 +287,7 @@ def _ramp(heads: list[tuple[Tensor, Tensor]]):
 def _logit_rule(ramp: Tensor, logits: Tensor, limit: float) -> LogitRule | None:
     """A scale or a softcap that sends the ramp to these logits; tokens that the model bars are told apart."""
     asked, given = ramp[: len(logits)].double(), logits[: len(ramp)].double()
-    allowed = given.isfinite() & (given.abs() < 1e5)
+    allowed = given.isfinite() & (given.abs() < 3e4)
     barred = tuple(torch.nonzero(~allowed).flatten().tolist())
     asked, given = asked[allowed], given[allowed]
     scale = float((asked * given).sum() / asked.pow(2).sum())
