@@ -18,6 +18,9 @@ from mmneurons.vlm.anatomy.parts import Anatomy, Ffn
 Keep = Callable[[Shaped[Tensor, "batch positions *width"]], Shaped[Tensor, "batch kept *width"]]
 """Which positions of one forward pass are kept; a view will do, what is kept of more is copied."""
 
+PASSES_AT_ONCE = 8
+"""For how many passes memory is made at once."""
+
 
 def last_position(values: Shaped[Tensor, "batch positions *width"]) -> Shaped[Tensor, "batch 1 *width"]:
     """Keep the position that predicts the next token: while generating, the only new one."""
@@ -129,7 +132,10 @@ class _Recorder:
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
         self._entered: set[int] = set()
         self._shape = (1, 1)
-        self._room = torch.empty(0)
+        self._rooms: dict[tuple[torch.dtype, torch.device], Tensor] = {}
+        width = sum(ffn.n_neurons for ffn in ffns) * (2 if gates else 1)
+        self._width = width + (2 + len(anatomy.sources) + len(anatomy.norms)) * anatomy.hidden * writes
+        """Numbers kept of one position, about."""
 
     def start(self) -> None:
         anatomy, recording, add = self.recording.anatomy, self.recording, self._hooks.append
@@ -162,7 +168,6 @@ class _Recorder:
             if layer == 0:
                 stream = args[0] if args else kwargs["hidden_states"]
                 self._shape = stream.shape[:2]
-                self._room = self._make_room(stream)
                 if self.writes:
                     self.recording.embedding.append(self._kept(stream))
 
@@ -203,30 +208,23 @@ class _Recorder:
 
         return hook
 
-    def _make_room(self, stream: Tensor) -> Tensor:
-        """Memory for what is kept of this pass, in one piece, where that is little of much: one position of many.
-
-        Small pieces that stay, made between the large ones that the model makes and frees, would keep a C library from
-        using the space between them again: on a CPU that costs more than what is recorded.
-        """
-        if self.keep is not last_position or stream.shape[1] == 1:
-            return stream.new_empty(0)
-        anatomy = self.recording.anatomy
-        width = sum(ffn.n_neurons for ffn in anatomy.ffns) * (2 if self.gates else 1)
-        if self.writes:
-            width += (2 + len(anatomy.sources) + len(anatomy.norms)) * anatomy.hidden
-        return stream.new_empty(len(stream) * width)
-
     def _kept(self, values: Tensor) -> Tensor:
-        """The positions to keep, in memory of their own."""
+        """The positions to keep, in memory of their own.
+
+        On a CPU all that is kept is copied into pieces of memory made for several passes: small pieces that stay,
+        between the large ones that the model makes and frees, would keep the C library from using that space again,
+        which costs more than what is recorded. On other devices a tensor that is kept whole is only held.
+        """
         kept = self.keep(values)
-        if kept.numel() == values.numel() or kept.untyped_storage().data_ptr() != values.untyped_storage().data_ptr():
-            return kept  # all of it, or a copy already
-        n = kept.numel()
-        if (kept.dtype, kept.device) != (self._room.dtype, self._room.device) or n > len(self._room):
-            return kept.clone()
-        place, self._room = self._room[:n].view(kept.shape), self._room[n:]
-        return place.copy_(kept)
+        if self.keep is not last_position:
+            return kept.clone() if kept.untyped_storage().data_ptr() == values.untyped_storage().data_ptr() else kept
+        if kept.device.type != "cpu" and kept.numel() == values.numel():
+            return kept
+        room = self._rooms.get((kept.dtype, kept.device))
+        if room is None or len(room) < kept.numel():
+            room = kept.new_empty(max(kept.numel(), PASSES_AT_ONCE * self._width * len(kept)))
+        self._rooms[kept.dtype, kept.device] = room[kept.numel() :]
+        return room[: kept.numel()].view(kept.shape).copy_(kept)
 
     def _with_batch(self, values: Tensor) -> Tensor:
         """The tensor as (batch, positions, width): some FFNs (OPT, experts) see batch and positions as one axis."""
