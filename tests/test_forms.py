@@ -90,6 +90,8 @@ def test_a_quantised_model_is_read_as_it_computes(packed, image, name):
     assert report.passed, report.checks
     finding = mmn.find(vlm, image)
     assert not any("Approximate" in note for note in finding.notes)
+    said = finding.provenance["model"]["w_out_class"]
+    assert said == ("Linear8bitLt" if name == "8 bits" else "Linear4bit")
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning", "ignore::UserWarning")

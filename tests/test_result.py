@@ -128,7 +128,7 @@ def test_the_form_that_the_issue_fixes(vlm, sample_paths):
 
 def test_provenance_says_what_made_it(vlm, sample_paths):
     made_by = mmn.find(vlm, sample_paths[0], score="logprob", top=3).provenance
-    assert made_by["model"].keys() == {"id", "revision", "class", "weights_hash", "dtype", "device"}
+    assert made_by["model"].keys() == {"id", "revision", "class", "weights_hash", "dtype", "device", "w_out_class"}
     assert made_by["packages"].keys() >= {"mmneurons", "torch", "transformers"}
     assert (made_by["settings"]["score"], made_by["settings"]["top"]) == ("logprob", 3)
 

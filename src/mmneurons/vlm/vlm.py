@@ -98,8 +98,10 @@ class VLM:
 
     @cached_property
     def facts(self) -> dict[str, Any]:
-        """Id, revision, class, weights hash, dtype and device, for provenance; the weights are read once."""
-        return provenance.model_facts(self.model, self.model_id, self.revision, self.weights_hash)
+        """Id, revision, class, weights hash, dtype, device, form of the neurons' weights; the weights are read once."""
+        kinds = dict.fromkeys(type(ffn.module).__name__ for ffn in self.anatomy.ffns)
+        facts = provenance.model_facts(self.model, self.model_id, self.revision, self.weights_hash)
+        return facts | {"w_out_class": ", ".join(kinds)}
 
     def token_text(self, token_id: int) -> str:
         """One token as text, leading space kept; part of a character is given as the vocabulary writes it."""
