@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from mmneurons.vlm.anatomy.structure import mixes_positions
+from mmneurons.vlm.anatomy.structure import language_model, mixes_positions
 from mmneurons.vlm.families import family_of
 
 _SHAPES = ("image_grid_thw", "spatial_shapes")
@@ -88,19 +88,12 @@ def model_view(processor: Any, inputs: Mapping[str, Any], i: int) -> Image.Image
 
 def _resampler(model: PreTrainedModel) -> str | None:
     """The path of an attention between vision tower and language model: what it gives are queries, not patches."""
-    language = {id(m) for m in _language(model).modules()}
+    language = {id(m) for m in language_model(model).modules()}
     for name, module in model.named_modules():
         between = name and id(module) not in language and not any(tower in name.lower() for tower in _TOWERS)
         if between and (mixes_positions(module) or isinstance(module, nn.MultiheadAttention)):
             return name
     return None
-
-
-def _language(model: PreTrainedModel) -> nn.Module:
-    root: nn.Module = model
-    while isinstance(root, PreTrainedModel) and (inner := root.get_decoder()) is not None and inner is not root:
-        root = inner
-    return root
 
 
 def _prefix(model: PreTrainedModel, inputs: Mapping[str, Any], n_images: int) -> Grids | str:

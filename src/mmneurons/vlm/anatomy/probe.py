@@ -20,8 +20,9 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from mmneurons.errors import ModelError
 from mmneurons.vlm.anatomy.parts import LogitRule
-from mmneurons.vlm.anatomy.structure import FoundFfn, Tree, holds_experts, is_linear, is_norm, linear_shape, visible
+from mmneurons.vlm.anatomy.structure import FoundFfn, Tree, is_linear, is_norm, linear_shape, visible
 from mmneurons.vlm.modes import evaluating, input_device
+from mmneurons.vlm.weights import holds_experts
 
 N_TOKENS = 16
 CERTAIN = 8

@@ -10,13 +10,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-import torch
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.activations import ACT2CLS
 from transformers.pytorch_utils import Conv1D
 
 from mmneurons.errors import ModelError
+from mmneurons.vlm.weights import holds_experts
 
 _ACTIVATIONS = tuple({entry[0] if isinstance(entry, tuple) else entry for entry in ACT2CLS.values()})
 _MIXERS = ("attention", "attn", "mamba", "deltanet", "shortconv")
@@ -61,7 +61,7 @@ def find_tree(model: PreTrainedModel, decoder: str | None = None) -> Tree:
         ModelError: if a part has no match or more than one; the message lists what was found.
     """
     names = {id(module): name for name, module in model.named_modules()}
-    root = _decoder(model, decoder)
+    root = language_model(model) if decoder is None else _named(model, decoder)
     text = model.config.get_text_config(decoder=True)
     own = getattr(root, "config", text)
     sizes = (getattr(c, "num_hidden_layers", None) or getattr(c, "num_layers", None) for c in (own, text))
@@ -142,24 +142,13 @@ def linear_shape(module: nn.Module) -> tuple[int, int]:
     return int(module.in_features), int(module.out_features)  # pyright: ignore[reportArgumentType]
 
 
-def holds_experts(module: nn.Module) -> bool:
-    """Whether a module holds the output projections of several experts in one parameter."""
-    down = module._parameters.get("down_proj")
-    return isinstance(down, torch.Tensor) and down.ndim == 3
-
-
 def is_norm(module: nn.Module) -> bool:
     """Whether a module is a norm, by what its class is called: their attributes have other names."""
     return "norm" in type(module).__name__.lower() and not list(module.children())
 
 
-def _decoder(model: PreTrainedModel, name: str | None) -> nn.Module:
-    if name is not None:
-        try:
-            return model.get_submodule(name)
-        except AttributeError as error:
-            children = ", ".join(n for n, m in model.named_modules() if n and n.count(".") < 2 and list(m.children()))
-            raise ModelError(f"The model has no part named '{name}'.", seen=f"It has: {children}") from error
+def language_model(model: PreTrainedModel) -> nn.Module:
+    """The part that writes the text: `get_decoder()` until it returns itself."""
     root: nn.Module = model
     while isinstance(root, PreTrainedModel):
         inner = root.get_decoder()
@@ -167,6 +156,14 @@ def _decoder(model: PreTrainedModel, name: str | None) -> nn.Module:
             break
         root = inner
     return root
+
+
+def _named(model: PreTrainedModel, name: str) -> nn.Module:
+    try:
+        return model.get_submodule(name)
+    except AttributeError as error:
+        children = ", ".join(n for n, m in model.named_modules() if n and n.count(".") < 2 and list(m.children()))
+        raise ModelError(f"The model has no part named '{name}'.", seen=f"It has: {children}") from error
 
 
 def _shallowest(root: nn.Module, counts: set[int], names: dict[int, str]) -> nn.ModuleList:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from mmneurons.vlm.weights import offload, stored
 from mmneurons.vlm.weights.stored import Located, locate
+from mmneurons.vlm.weights.stored import holds_experts as holds_experts
 
 CHUNK = 4096
 """Neurons converted to float32 at a time by `chunks`."""
@@ -32,7 +33,7 @@ def shape(module: nn.Module, hidden: int) -> tuple[int, int | None]:
     Raises:
         ModelError: if the module does not say.
     """
-    if stored.holds_experts(module):
+    if holds_experts(module):
         return stored.experts_shape(module, hidden)
     return stored.in_features(module), None
 
@@ -46,7 +47,7 @@ def check(module: nn.Module) -> None:
     Raises:
         ModelError: naming the module's type, its weight's class, dtype, shape and device, and what to do.
     """
-    located = locate(module, 0 if stored.holds_experts(module) else None)
+    located = locate(module, 0 if holds_experts(module) else None)
     if located.trial is not None:
         located.trial()
 
