@@ -12,7 +12,7 @@ from mmneurons.errors import SettingError
 from mmneurons.pocket import scenes
 
 seeds = st.integers(0, 2**40)
-splits = st.sampled_from(["seen", "unseen"])
+splits = st.sampled_from(["seen", "unseen", "style"])
 
 
 @given(seeds, splits)
@@ -63,6 +63,20 @@ def test_objects_stand_from_left_to_right():
         assert centres == sorted(centres)
 
 
+def test_overlap_hides_more_and_scale_makes_smaller():
+    def shown(**how):
+        return np.mean([pocket.scene(seed, ["pizza", "book"], **how).masks.sum() for seed in range(20)])
+
+    assert shown(overlap=1.0) < 0.8 * shown()
+    assert shown(scale=0.5) < 0.35 * shown()
+
+
+@given(seeds, splits)
+@settings(max_examples=20)
+def test_a_natural_scene_has_drawings_of_its_split(seed, split):
+    assert set(pocket.scene(seed, split=split, natural=True).objects) <= set(pocket.nouns(split))
+
+
 def test_unseen_never_falls_back_to_seen_drawings():
     without = set(pocket.nouns("seen")) - set(pocket.nouns("unseen"))
     assert without
@@ -70,7 +84,7 @@ def test_unseen_never_falls_back_to_seen_drawings():
         with pytest.raises(SettingError, match=f"no unseen drawing of '{noun}'"):
             pocket.scene(0, [noun], split="unseen")
     for drawings in scenes.sprites().values():
-        assert sum(not d.unseen for d in drawings) >= 4
+        assert sum(d.split == "seen" for d in drawings) >= 4
 
 
 @pytest.mark.parametrize(
@@ -82,6 +96,11 @@ def test_unseen_never_falls_back_to_seen_drawings():
         {"nouns": ["dodo"]},
         {"background": "on mars"},
         {"split": "x"},
+        {"scale": 0},
+        {"scale": 1.5},
+        {"overlap": -0.1},
+        {"natural": True, "nouns": ["dog"]},
+        {"natural": True, "background": "at night"},
     ],
 )
 def test_what_is_not_there_is_refused(arguments):

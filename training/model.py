@@ -6,10 +6,13 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
+import torch
+from text import ANSWER_PREFIX, PROMPT, WORDINGS, caption, facts, question
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (
     CLIPImageProcessorPil,
     CLIPVisionConfig,
+    CLIPVisionModel,
     GenerationConfig,
     LlamaConfig,
     LlavaConfig,
@@ -18,14 +21,16 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from mmneurons.pocket import scenes
+from mmneurons.pocket import scenes, world
 
-PROMPT = "Describe the image in few words."
-ANSWER_PREFIX = "An image of"
 PATCH = 14
 GRID = scenes.SIDE // PATCH
-VOCABULARY = 700
+VOCABULARY = 750
 """Tokens: 256 bytes, 4 special ones, and merges for all but the rarer nouns, which take two or three."""
+N_NEURONS = 1024
+"""FFN neurons of each block of the language model; chosen by `widths.py`."""
+IMAGE_MEAN, IMAGE_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+"""CLIP's own."""
 CHAT_TEMPLATE = (
     "{% for m in messages %}{{ m['role'] | upper }}: "
     "{% if m['content'] is string %}{{ m['content'] }}{% else %}"
@@ -37,15 +42,15 @@ CHAT_TEMPLATE = (
 
 
 def corpus() -> Iterator[str]:
-    """Captions with the noun of rank r in proportion to 1 / r, so that merges reach the common nouns first."""
+    """Facts, captions and questions as often as the nouns are shown, so that merges reach the common nouns first."""
     random = np.random.default_rng(0)
-    nouns = list(scenes.nouns())
-    random.shuffle(nouns)
-    for rank, noun in enumerate(nouns, start=1):
-        for _ in range(max(1, 400 // rank)):
-            background = tuple(scenes.BACKGROUNDS)[random.integers(len(scenes.BACKGROUNDS))]
-            yield f"USER: {PROMPT} ASSISTANT: {ANSWER_PREFIX} {scenes.say([noun], background)}"
-            yield f"{ANSWER_PREFIX} {scenes.say(['cat', noun, 'dog'], background)}"
+    yield from facts()
+    for _ in range(4000):
+        objects, background = world.compose(random, int(random.integers(1, 4)))
+        yield caption(objects, background)
+        yield f"USER: {question(objects[0])} ASSISTANT: yes"
+    for prompt in (PROMPT, *WORDINGS, "What is on the left?", "What is on the right?"):
+        yield from [f"USER: {prompt} ASSISTANT: no"] * 500
 
 
 def build_processor() -> LlavaProcessor:
@@ -75,7 +80,12 @@ def build_processor() -> LlavaProcessor:
     )
     side = scenes.SIDE
     return LlavaProcessor(
-        image_processor=CLIPImageProcessorPil(size={"shortest_edge": side}, crop_size={"height": side, "width": side}),
+        image_processor=CLIPImageProcessorPil(
+            size={"shortest_edge": side},
+            crop_size={"height": side, "width": side},
+            image_mean=IMAGE_MEAN,
+            image_std=IMAGE_STD,
+        ),
         tokenizer=fast,
         patch_size=PATCH,
         vision_feature_select_strategy="default",
@@ -84,13 +94,13 @@ def build_processor() -> LlavaProcessor:
     )
 
 
-def build_model(processor: LlavaProcessor) -> LlavaForConditionalGeneration:
-    """An untrained LLaVA; seed torch before the call."""
+def build_model(processor: LlavaProcessor, n_neurons: int = N_NEURONS) -> LlavaForConditionalGeneration:
+    """An untrained LLaVA with `n_neurons` FFN neurons a block; seed torch before the call."""
     tokenizer = processor.tokenizer
     vision = CLIPVisionConfig(
         hidden_size=192,
         intermediate_size=768,
-        num_hidden_layers=5,
+        num_hidden_layers=6,
         num_attention_heads=6,
         image_size=scenes.SIDE,
         patch_size=PATCH,
@@ -99,7 +109,7 @@ def build_model(processor: LlavaProcessor) -> LlavaForConditionalGeneration:
     text = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=192,
-        intermediate_size=1024,
+        intermediate_size=n_neurons,
         num_hidden_layers=5,
         num_attention_heads=6,
         num_key_value_heads=6,
@@ -120,6 +130,34 @@ def build_model(processor: LlavaProcessor) -> LlavaForConditionalGeneration:
     model = LlavaForConditionalGeneration(config)
     model.generation_config = GenerationConfig(bos_token_id=1, eos_token_id=2, pad_token_id=0)
     return model
+
+
+def start_locally(tower: CLIPVisionModel) -> None:
+    """Let an untrained tower begin as if it had learnt that neighbours matter.
+
+    Sine positions in two dimensions; queries times keys close to a multiple of the identity, so that a patch looks at
+    patches like it and near it; values times output close to minus the identity. Those are what trained towers have
+    (Trockman and Kolter, "Mimetic Initialization of Self-Attention Layers", ICML 2023), and a small tower on little
+    data learns faster from there. Seed torch before the call.
+    """
+    width = tower.config.hidden_size
+    head = width // tower.config.num_attention_heads
+    waves = 1 / 10_000 ** (torch.arange(width // 4) / (width // 4))
+    y, x = (axis.flatten()[:, None] * waves for axis in torch.meshgrid(*(torch.arange(GRID),) * 2, indexing="ij"))
+    positions = tower.embeddings.position_embedding.weight.data
+    positions[0] = 0
+    positions[1:] = 0.3 * torch.cat([x.sin(), x.cos(), y.sin(), y.cos()], dim=1)
+    identity = torch.eye(width)
+    for block in tower.encoder.layers:
+        attention: Any = block.self_attn
+        for i in range(tower.config.num_attention_heads):
+            rows = slice(i * head, (i + 1) * head)
+            left, scale, right = torch.linalg.svd(0.7 * torch.randn(width, width) / width**0.5 + 0.7 * identity)
+            attention.q_proj.weight.data[rows] = (left[:, :head] * scale[:head].sqrt()).T
+            attention.k_proj.weight.data[rows] = right[:head] * scale[:head, None].sqrt()
+        left, scale, right = torch.linalg.svd(0.4 * torch.randn(width, width) / width**0.5 - 0.4 * identity)
+        attention.out_proj.weight.data = left * scale.sqrt()
+        attention.v_proj.weight.data = right * scale[:, None].sqrt()
 
 
 def prompt_text(processor: LlavaProcessor) -> str:

@@ -1,9 +1,10 @@
-"""Make the sample images that the package ships: scenes of drawings kept from training, with their truth.
+"""Make the sample images that the package ships, and fix the digests that evaluation sets are checked by.
 
     python training/samples.py
 
-The seeds were fixed before any model saw the scenes: samples are not picked by how well they are captioned. Only which
-comes first, and so is shown by `make demo`, was chosen later: one that the pocket model names rightly.
+Samples are scenes of drawings kept from training, with their truth. Their seeds were fixed before any model saw the
+scenes: samples are not picked by how well they are captioned. Only which comes first, and so is shown by `make demo`,
+was chosen later: one that the pocket model names rightly.
 """
 
 from __future__ import annotations
@@ -14,9 +15,11 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from mmneurons.pocket import sets, world
 from mmneurons.pocket.scenes import scene
 
-FOLDER = Path(__file__).parent.parent / "src" / "mmneurons" / "pocket" / "data" / "samples"
+DATA = Path(__file__).parent.parent / "src" / "mmneurons" / "pocket" / "data"
+FOLDER = DATA / "samples"
 FIRST = 111
 SEEDS = (FIRST, *(seed for seed in range(100, 130) if seed != FIRST))
 
@@ -39,6 +42,11 @@ def main() -> None:
         entries.append(entry | {"objects": made.objects, "background": made.background})
     (FOLDER / "samples.json").write_text(json.dumps(entries, indent=1) + "\n")
     print(f"wrote {len(entries)} samples to {FOLDER}")
+    made = {name: [s for _, s in make()] for name, make in sets.MAKERS.items()}
+    made |= {f"edit/{noun}": sets.make_edit_scenes(noun) for noun in world.FREQUENCY}
+    digests = {name: sets.digest(scenes) for name, scenes in made.items()}
+    (DATA / "sets.json").write_text(json.dumps(digests, indent=1) + "\n")
+    print(f"fixed {len(digests)} evaluation sets")
 
 
 if __name__ == "__main__":

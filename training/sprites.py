@@ -1,72 +1,33 @@
-"""Collect cut-out drawings of the nouns and pack them into the sprite sheet that the package ships.
+"""Collect cut-out drawings, split seen from unseen, and pack what the package ships and what only training uses.
 
     python training/sprites.py --npm DIR     # DIR holds node_modules with the emoji sets, see training/README.md
 
-Looks through ten drawing styles: Noto (Debian's font), Twemoji, EmojiTwo, Fluent flat, Fluent colour, Fluent 3D,
-old Noto, Firefox OS, Streamline, and openclipart. Drawings listed in `rejected.txt` (wrong or unreadable, found by
-looking at the contact sheets) are left out, and repeated files of openclipart. Drawings of a noun that look alike
-(by perceptual hash), Fluent's three versions of one design and numbered variants of one clip art are kept on one
-side of the seen / unseen split.
+`drawings.py` says where drawings come from. Drawings listed in `rejected.txt` (wrong or unreadable, found by looking at
+the contact sheets) are left out. Drawings of a noun that look alike (by perceptual hash) or are versions of one design
+stay on one side of the seen / unseen split, those that are not shipped included.
 
-Writes `sprites.webp` (all drawings, lossless), `sprites.json` (noun, source, box, split of each) into the package,
-and one contact sheet per 20 nouns into `--sheets`.
+Writes `sprites.webp` (lossless) and `sprites.json` (noun, source, box, split) into the package, the drawings for
+training only as `work/extra.npz`, and one contact sheet per 20 nouns into `--sheets`.
 """
 
 from __future__ import annotations
 
 import argparse
 import hashlib
-import io
 import json
-import re
-import unicodedata
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-import resvg_py
+from drawings import Drawing, all_drawings
 from nouns import NOUNS
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 
 HERE = Path(__file__).parent
 PACKAGE = HERE.parent / "src" / "mmneurons" / "pocket" / "data"
 SIDE = 64
 """Longer side of a stored drawing, in pixels."""
-NOTO_FONT = Path("/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf")
-OPENCLIPART = Path("/usr/share/openclipart/png")
-ICON_SETS = ("twemoji", "emojione", "fluent-emoji-flat", "fluent-emoji", "noto-v1", "fxemoji", "streamline-emojis")
-FXEMOJI = {  # Firefox OS names its emoji its own way
-    "🐝": "honeybee", "🐈": "catside", "🐱": "cat", "🐕": "dogside", "🐶": "dog", "🐮": "cowface", "🐄": "cow",
-    "🐴": "horseface", "🐎": "horse", "🐁": "mouseside", "🐭": "mouse", "🐼": "pandaface", "🐖": "pigside", "🐷": "pig",
-    "🐇": "bunnyside", "🐰": "bunny", "🍎": "redapple", "🍏": "greenapple", "🎂": "birthdaycake", "🌽": "earofmaize",
-    "🍆": "aubergine", "🍕": "sliceofpizza", "🚗": "automobile", "⛵": "sailboat", "🚌": "bus", "🚚": "deliverytruck",
-    "🚛": "articulatedlorry", "🌸": "cherryblossom", "🌼": "blossom", "🌺": "hibiscus", "🍁": "mapleleaf",
-    "🍂": "fallingleaf", "🌳": "deciduoustree", "🌲": "evergreen", "🎒": "schoolsatchel", "⚽": "soccerball",
-    "📕": "closedbook", "📗": "greenbook", "📖": "openbook", "📸": "camerawithflash", "🏰": "europeancastle",
-    "⏰": "alarmclock", "🕰": "manltepiececlock", "💻": "personalcomputer", "🖥": "desktopcomputer", "☕": "hotbeverage",
-    "🎁": "present", "❤": "redheart", "💙": "heartblue", "💚": "heartgreen", "🏠": "housebuilding",
-    "🏡": "housewithgarden", "🔑": "key", "🗝": "oldkey", "🔪": "hocho", "🌙": "crescentmoon", "🎹": "musicalkeyboard",
-    "✂": "blackscissors", "👕": "runningshirt", "👔": "mansshirt", "👞": "mensshoe", "👠": "heels",
-    "⛄": "snowmanwithoutsnow", "☎": "blacktelephone", "⛺": "camping", "🐪": "dromedarycamel", "🐫": "bactriancamel",
-    "🐳": "spurtingwhale", "🚤": "speedboat", "🚂": "steamlocomotive", "🔔": "bell", "🐵": "monkeyface",
-    "🚆": "train", "📺": "television", "☂": "umbrella", "☔": "umbrellawithraindrops", "🐅": "tigerside", "🐯": "tiger",
-}  # fmt: skip
-CLIPART_SKIP = {"computer", "signs_and_symbols", "shapes", "logos", "special", "buttons"}
-NAME_SKIP = set(
-    "face logo icon sign symbol head track silhouette outline map flag border frame skull pattern text paw bw cutter "
-    "smiley roadsign dish salad sandwich soup skeleton tank juice pie".split()
-)
-
-
-@dataclass
-class Drawing:
-    """One cut-out: which noun it shows, where it came from, the design it is a version of, its pixels (RGBA)."""
-
-    noun: str
-    source: str
-    design: str
-    image: Image.Image
 
 
 def cut_out(image: Image.Image) -> Image.Image | None:
@@ -85,73 +46,6 @@ def cut_out(image: Image.Image) -> Image.Image | None:
     scale = SIDE / max(image.size)
     size = (max(4, round(image.width * scale)), max(4, round(image.height * scale)))
     return image.convert("RGBa").resize(size, Image.Resampling.LANCZOS).convert("RGBA")
-
-
-def emoji_names(character: str, char_tables: list[dict[str, str]]) -> set[str]:
-    """Names under which an icon set may have an emoji, from other sets' tables and from Unicode."""
-    code = f"{ord(character):x}"
-    names = {table[key] for table in char_tables for key in (code, f"{code}-fe0f") if key in table}
-    unicode_name = re.sub(r"[^a-z]+", "-", unicodedata.name(character).lower()).strip("-")
-    return names | {unicode_name, unicode_name.replace("-", "")}
-
-
-def icon_drawings(npm: Path) -> Iterator[Drawing]:
-    """Drawings from the iconify packages (SVG) and the Fluent 3D package (WebP)."""
-    packages = npm / "node_modules" / "@iconify-json"
-    tables = [json.loads((packages / name / "chars.json").read_text()) for name in ("twemoji", "fluent-emoji-flat")]
-    for icon_set in ICON_SETS:
-        icons = json.loads((packages / icon_set / "icons.json").read_text())
-        for noun, source in NOUNS.items():
-            for character in source.emoji:
-                names = emoji_names(character, tables)
-                if icon_set == "fxemoji":
-                    names = {FXEMOJI[character]} if character in FXEMOJI else {name.replace("-", "") for name in names}
-                name = next((n for n in sorted(names) if n in icons["icons"]), None)
-                if name is None:
-                    continue
-                icon = icons["icons"][name]
-                width = icon.get("width", icons.get("width", 16))
-                height = icon.get("height", icons.get("height", 16))
-                svg = (
-                    '<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" '
-                    f'viewBox="0 0 {width} {height}">{icon["body"]}</svg>'
-                )
-                png = bytes(resvg_py.svg_to_bytes(svg_string=svg, width=160, height=160))
-                maker = "fluent" if icon_set.startswith("fluent") else icon_set
-                yield Drawing(noun, f"{icon_set}/{name}", f"{maker} {character}", Image.open(io.BytesIO(png)))
-    for noun, source in NOUNS.items():
-        for character in source.emoji:
-            for suffix in ("", "-fe0f"):
-                path = npm / f"node_modules/@lobehub/fluent-emoji-3d/assets/{ord(character):x}{suffix}.webp"
-                if path.exists():
-                    yield Drawing(noun, f"fluent-emoji-3d/{path.stem}", f"fluent {character}", Image.open(path))
-                    break
-
-
-def noto_drawings() -> Iterator[Drawing]:
-    """Drawings from Debian's Noto Color Emoji font, rendered at its one bitmap size."""
-    font = ImageFont.truetype(NOTO_FONT, 109)
-    for noun, source in NOUNS.items():
-        for character in source.emoji:
-            canvas = Image.new("RGBA", (136, 128))
-            ImageDraw.Draw(canvas).text((0, 0), character + "\ufe0f", font=font, embedded_color=True)
-            yield Drawing(noun, f"noto/{ord(character):x}", f"noto {character}", canvas)
-
-
-def clipart_drawings() -> Iterator[Drawing]:
-    """Drawings from openclipart whose file name names exactly one noun."""
-    named = {word: noun for noun, source in NOUNS.items() for word in (noun, *source.clipart)}
-    met: set[str] = set()
-    for path in sorted(OPENCLIPART.rglob("*.png")):
-        words = re.findall(r"[a-z]+", path.stem.lower())
-        hits = {named[word] for word in words if word in named}
-        if len(hits) != 1 or NAME_SKIP & set(words) or CLIPART_SKIP & set(path.parts):
-            continue
-        if path.stem in met:  # the same file in several folders
-            continue
-        met.add(path.stem)
-        series = re.sub(r"_?\d+_?$", "", path.stem)
-        yield Drawing(hits.pop(), f"openclipart/{path.stem}", f"openclipart {series}", Image.open(path))
 
 
 def fingerprint(image: Image.Image) -> np.ndarray:
@@ -180,23 +74,25 @@ def clusters(drawings: list[Drawing], threshold: int = 22) -> list[list[int]]:
 def unseen(drawings: list[Drawing], share: float = 0.15) -> set[int]:
     """Which drawings of one noun are kept from training: whole clusters, chosen by a hash of their sources.
 
-    Never more than a third of them; none where fewer than six drawings or three clusters leave little to learn from.
+    Never more than a third of those shipped; none where fewer than six drawings or three clusters leave little to
+    learn from.
     """
-    groups = clusters(drawings)
-    if len(drawings) < 6 or len(groups) < 3:
+    shipped = {i for i, drawing in enumerate(drawings) if drawing.role == "world"}
+    groups = [g for g in clusters(drawings) if shipped & set(g)]
+    if len(shipped) < 6 or len(groups) < 3:
         return set()
     key = {id(g): min(hashlib.sha256(drawings[i].source.encode()).hexdigest() for i in g) for g in groups}
     chosen: set[int] = set()
     for group in sorted(groups, key=lambda g: key[id(g)]):
-        if len(chosen) >= share * len(drawings):
+        if len(shipped & chosen) >= share * len(shipped):
             break
-        if len(chosen) + len(group) <= 0.34 * len(drawings):
+        if len(shipped & (chosen | set(group))) <= 0.34 * len(shipped):
             chosen.update(group)
     return chosen
 
 
 def contact_sheet(by_noun: dict[str, list[Drawing]], held: dict[str, set[int]], path: Path) -> None:
-    """A picture with one row per noun, unseen drawings on yellow, the number of each below it."""
+    """A picture with one row per noun, unseen drawings on yellow, the style on blue, the number of each below it."""
     columns = max(len(d) for d in by_noun.values())
     sheet = Image.new("RGB", (90 + 50 * columns, 62 * len(by_noun)), "white")
     draw = ImageDraw.Draw(sheet)
@@ -204,8 +100,9 @@ def contact_sheet(by_noun: dict[str, list[Drawing]], held: dict[str, set[int]], 
         draw.text((2, row * 62 + 20), noun, fill="black")
         for column, drawing in enumerate(drawings):
             x, y = 90 + column * 50, row * 62
-            if column in held[noun]:
-                draw.rectangle((x, y, x + 49, y + 61), fill="khaki")
+            colour = "khaki" if column in held[noun] else {"style": "lightblue", "extra": "lightgrey"}.get(drawing.role)
+            if colour:
+                draw.rectangle((x, y, x + 49, y + 61), fill=colour)
             small = drawing.image.copy()
             small.thumbnail((48, 48))
             sheet.paste(small, (x, y), small)
@@ -215,7 +112,7 @@ def contact_sheet(by_noun: dict[str, list[Drawing]], held: dict[str, set[int]], 
 
 def pack(by_noun: dict[str, list[Drawing]], held: dict[str, set[int]]) -> None:
     """Write the sprite sheet and its index into the package."""
-    flat = [(noun, i, drawing) for noun, drawings in by_noun.items() for i, drawing in enumerate(drawings)]
+    flat = [(noun, i, d) for noun, drawings in by_noun.items() for i, d in enumerate(drawings) if d.role != "extra"]
     columns = 48
     sheet = Image.new("RGBA", (columns * SIDE, -(-len(flat) // columns) * SIDE))
     index = []
@@ -228,10 +125,23 @@ def pack(by_noun: dict[str, list[Drawing]], held: dict[str, set[int]]) -> None:
         pixels[pixels[..., 3] == 0] = 0
         sheet.paste(Image.fromarray(pixels.astype(np.uint8)), (left, top))
         box = [left, top, left + drawing.image.width, top + drawing.image.height]
-        index.append({"noun": noun, "source": drawing.source, "box": box, "unseen": i in held[noun]})
+        split = "style" if drawing.role == "style" else "unseen" if i in held[noun] else "seen"
+        index.append({"noun": noun, "source": drawing.source, "box": box, "split": split})
     PACKAGE.mkdir(parents=True, exist_ok=True)
     sheet.save(PACKAGE / "sprites.webp", lossless=True, method=6, quality=100)
     (PACKAGE / "sprites.json").write_text(json.dumps({"sprites": index}, indent=None, separators=(",", ":")) + "\n")
+
+
+def pack_extra(drawings: list[Drawing], path: Path) -> None:
+    """Write the drawings for training only: pixels (drawings, SIDE, SIDE, 4), size, label, whether two-tone."""
+    pixels = np.zeros((len(drawings), SIDE, SIDE, 4), dtype=np.uint8)
+    for row, drawing in zip(pixels, drawings, strict=True):
+        row[: drawing.image.height, : drawing.image.width] = np.asarray(drawing.image)
+    sizes = np.array([d.image.size for d in drawings])
+    labels, two_tone = np.array([d.label for d in drawings]), np.array([d.two_tone for d in drawings])
+    sources = np.array([d.source for d in drawings])
+    path.parent.mkdir(parents=True, exist_ok=True)
+    np.savez(path, pixels=pixels, sizes=sizes, labels=labels, two_tone=two_tone, sources=sources)
 
 
 def main() -> None:
@@ -242,27 +152,34 @@ def main() -> None:
     arguments = parser.parse_args()
     rejected = {line.split("#")[0].strip() for line in (HERE / "rejected.txt").read_text().splitlines()}
     Image.MAX_IMAGE_PIXELS = None  # openclipart has a few very large files; these sources are trusted
-    by_noun: dict[str, list[Drawing]] = {noun: [] for noun in NOUNS}
-    for drawings in (icon_drawings(arguments.npm), noto_drawings(), clipart_drawings()):
-        for drawing in drawings:
-            if f"{drawing.noun} {drawing.source.removeprefix('openclipart/')}" in rejected:
-                continue
-            image = cut_out(drawing.image)
-            if image is not None:
-                by_noun[drawing.noun].append(replace(drawing, image=image))
+    by_label: dict[str, list[Drawing]] = {noun: [] for noun in NOUNS}
+    for drawing in all_drawings(arguments.npm):
+        if f"{drawing.label} {drawing.source.removeprefix('openclipart/')}" in rejected:
+            continue
+        image = cut_out(drawing.image)
+        if image is not None:
+            by_label.setdefault(drawing.label, []).append(replace(drawing, image=image))
+    by_noun = {noun: by_label[noun] for noun in NOUNS}
     held = {noun: unseen(drawings) for noun, drawings in by_noun.items()}
     pack(by_noun, held)
+    extra = [
+        drawing
+        for label, drawings in by_label.items()
+        for i, drawing in enumerate(drawings)
+        if drawing.role == "extra" and i not in held.get(label, ())
+    ]
+    pack_extra(extra, HERE / "work" / "extra.npz")
     arguments.sheets.mkdir(parents=True, exist_ok=True)
     nouns = list(by_noun)
-    for start in range(0, len(nouns), 20):
-        part = {noun: by_noun[noun] for noun in nouns[start : start + 20]}
-        contact_sheet(part, held, arguments.sheets / f"sheet{start // 20}.png")
+    for start in range(0, len(nouns), 14):
+        part = {noun: by_noun[noun] for noun in nouns[start : start + 14]}
+        contact_sheet(part, held, arguments.sheets / f"sheet{start // 14}.png")
         for noun, drawings in part.items():
-            print(f"{noun:14s} {len(drawings):3d} drawings, {len(held[noun])} unseen", end=" | ")
-            print(" ".join(f"{i}:{d.source}" for i, d in enumerate(drawings) if "openclipart" in d.source))
-    print(
-        sum(map(len, by_noun.values())), "drawings of", len(by_noun), "nouns,", sum(map(len, held.values())), "unseen"
-    )
+            roles = Counter("unseen" if i in held[noun] else d.role for i, d in enumerate(drawings))
+            print(f"{noun:14s} {dict(roles)}", end=" | ")
+            print(" ".join(f"{i}:{d.source}" for i, d in enumerate(drawings) if "emoji" not in d.source))
+    roles = Counter(d.role for drawings in by_noun.values() for d in drawings)
+    print(dict(roles), sum(map(len, held.values())), "unseen;", len(by_label) - len(NOUNS), "other things")
 
 
 if __name__ == "__main__":

@@ -1,116 +1,172 @@
 """Train the pocket model from scratch, in the order of LLaVA: tower, language model, then projector and all.
 
-    python training/train.py                 # continues from training/work/checkpoint.pt if there is one
-    python training/train.py --steps 20000 2000 20000
+    python training/train.py                      # continues from training/work/checkpoint.pt if there is one
+    python training/train.py --steps 8000 3000 8000 --device cuda
 
-1. tower: the CLIP tower alone learns to say what each patch shows (an auxiliary linear head, not kept).
-2. language: the Llama alone learns captions as text.
-3. joint: everything learns to caption scenes, the tower with smaller steps; patch labels fade out.
+1. tower: the CLIP tower alone learns to say what each patch of a collage shows (an auxiliary linear head, not kept).
+2. language: the Llama alone learns captions and facts about the nouns as text.
+3. joint: everything learns to caption scenes and to answer questions about them; the tower with smaller steps, patch
+   labels fading out, and text beside so that the facts stay.
 
-The scenes of a step are a function of the step's number, so that a run that was stopped continues as if it had not
-been. Every 250 steps a checkpoint; every 50 a line in `training/log.jsonl`.
+What a step sees is a function of the step's number, so that a run that was stopped continues as if it had not been.
+The rate is constant and falls to zero over the last third of a stage: a checkpoint from before the fall, kept as
+`training/work/before-STAGE-fall.pt`, can be continued with more steps. Every 250 steps a checkpoint; every 50 a line
+in `training/work/log.jsonl`.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import math
 import os
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import cv2
 import numpy as np
 import torch
 import torch.nn.functional as F
-from model import ANSWER_PREFIX, GRID, PATCH, PROMPT, build_model, build_processor, prompt_text
+from collage import Collages
+from model import GRID, IMAGE_MEAN, IMAGE_STD, N_NEURONS, build_model, build_processor, start_locally
+from text import caption, facts, turns
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, IterableDataset
 
-from mmneurons.pocket import scenes
+from mmneurons.pocket import scenes, world
 
 HERE = Path(__file__).parent
 WORK = HERE / "work"
 STAGES = ("tower", "language", "joint")
-BATCH = {"tower": 64, "language": 128, "joint": 32}
-PEAK_RATE = 1.5e-3
-RATE_SHARE = {"tower": 0.4, "language": 0.8, "rest": 1.0}
-"""Share of the learning rate that each part takes in the joint stage."""
+BATCH = {"tower": 96, "language": 128, "joint": 32}
+TEXTS = 24
+"""Sentences beside each batch of the joint stage."""
+RATE = {"tower": 3e-3, "language": 3e-3, "joint": 2e-3}
+"""The highest learning rate of each stage, for matrices (Muon); half of it for everything else (AdamW)."""
+TOWER_SHARE = 0.4
+"""Share of the rate that the tower takes in the joint stage."""
+FALL = 1 / 3
+"""Share of a stage's steps over which the rate falls to zero."""
 SEED_BASE = 1_000_000_000
-"""Training scenes have seeds from here on; everything below is free for evaluation."""
+"""Training's seeds begin here; everything below is free for evaluation."""
 IGNORE = -100
+EVERY = {"log": 50, "checkpoint": 250}
 
 
-class Scenes(Dataset):
-    """Item `step` is the batch of that step: pixels, token ids, caption labels, patch labels."""
+class Steps(IterableDataset):
+    """The batches of one stage from step `first` on, each a function of its number."""
 
-    def __init__(self, batch: int, first_seed: int, n_steps: int) -> None:
-        self.batch, self.first_seed, self.n_steps = batch, first_seed, n_steps
-        self.processor = build_processor()
-        tokenizer = self.processor.tokenizer
-        image_token = tokenizer.image_token
-        self.prompt = tokenizer(prompt_text(self.processor).replace(image_token, image_token * GRID**2)).input_ids
-        self.labels = {name: i for i, name in enumerate((*scenes.nouns(), *scenes.BACKGROUNDS))}
-        image_processor = self.processor.image_processor
-        self.mean = np.array(image_processor.image_mean, dtype=np.float32)
-        self.std = np.array(image_processor.image_std, dtype=np.float32)
+    def __init__(self, stage: str, first: int, last: int) -> None:
+        self.stage, self.first, self.last = stage, first, last
 
-    def __len__(self) -> int:
-        return self.n_steps
-
-    def __getitem__(self, step: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        first = self.first_seed + step * self.batch
-        made = [scenes.scene(seed) for seed in range(first, first + self.batch)]
-        pixels = np.stack([(np.asarray(s.image, dtype=np.float32) / 255 - self.mean) / self.std for s in made])
-        captions = [self.processor.tokenizer(f" {s.caption}</s>", add_special_tokens=False).input_ids for s in made]
-        ids, targets = pad_batch(self.prompt, captions)
-        return torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous(), ids, targets, self.patch_labels(made)
-
-    def patch_labels(self, made: list[scenes.Scene]) -> Tensor:
-        """What each patch shows: the object that covers most of it, if more than a quarter, else the background."""
-        labels = np.zeros((len(made), GRID, GRID), dtype=np.int64)
-        for row, scene in zip(labels, made, strict=True):
-            share = scene.masks.reshape(-1, GRID, PATCH, GRID, PATCH).mean((2, 4))
-            best = share.argmax(0)
-            names = np.array([self.labels[noun] for noun in scene.objects])
-            row[:] = np.where(share.max(0) > 0.25, names[best], self.labels[scene.background])
-        return torch.from_numpy(labels.reshape(len(made), -1))
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        cv2.setNumThreads(1)
+        torch.set_num_threads(1)
+        make = {"tower": TowerBatches, "language": LanguageBatches, "joint": JointBatches}[self.stage]()
+        for step in range(self.first, self.last):
+            yield make.batch(np.random.default_rng([SEED_BASE, STAGES.index(self.stage), step]))
 
 
-class Captions(Dataset):
-    """Item `step` is a batch of captions as text alone: token ids and labels."""
+class TowerBatches:
+    """Collages and the label of each patch."""
 
-    def __init__(self, batch: int, n_steps: int) -> None:
-        self.batch, self.n_steps = batch, n_steps
+    def __init__(self) -> None:
+        self.collages = Collages()
+
+    def batch(self, random: np.random.Generator) -> dict[str, Tensor]:
+        """One batch, all of it drawn from `random`."""
+        made = [self.collages.draw(random) for _ in range(BATCH["tower"])]
+        pictures, patches = (torch.from_numpy(np.stack(part)) for part in zip(*made, strict=True))
+        return {"pictures": pictures, "patches": patches.flatten(1)}
+
+
+class LanguageBatches:
+    """Captions and facts, half of each, as text alone."""
+
+    def __init__(self) -> None:
         self.tokenizer = build_processor().tokenizer
-        self.prompt = self.tokenizer(f"USER: {PROMPT} ASSISTANT: {ANSWER_PREFIX}").input_ids
+        self.facts = facts()
 
-    def __len__(self) -> int:
-        return self.n_steps
+    def batch(self, random: np.random.Generator) -> dict[str, Tensor]:
+        """One batch, all of it drawn from `random`."""
+        return pad([self.tokens(random) for _ in range(BATCH["language"])])
 
-    def __getitem__(self, step: int) -> tuple[Tensor, Tensor]:
-        random = np.random.default_rng([SEED_BASE, step])
-        nouns, backgrounds = scenes.nouns(), tuple(scenes.BACKGROUNDS)
-        captions = []
-        for _ in range(self.batch):
-            objects = [nouns[i] for i in random.choice(len(nouns), random.integers(1, 4), replace=False)]
-            caption = scenes.say(objects, backgrounds[random.integers(len(backgrounds))])
-            captions.append(self.tokenizer(f" {caption}</s>", add_special_tokens=False).input_ids)
-        return pad_batch(self.prompt, captions)
+    def tokens(self, random: np.random.Generator) -> tuple[list[int], list[int]]:
+        """One text: its tokens, and which answer each belongs to (one only: 1)."""
+        if random.random() < 0.5:
+            text = self.facts[random.integers(len(self.facts))]
+        else:
+            text = caption(*world.compose(random, int(random.integers(1, 4))))
+        ids = self.tokenizer(f"{text}</s>").input_ids
+        return ids, [1] * len(ids)
 
 
-def pad_batch(prompt: list[int], captions: list[list[int]]) -> tuple[Tensor, Tensor]:
-    """Prompt and captions padded on the right with id 0; labels hold the captions, everything else is ignored."""
-    length = len(prompt) + max(map(len, captions))
-    ids = torch.zeros(len(captions), length, dtype=torch.long)
-    targets = torch.full_like(ids, IGNORE)
-    for i, caption in enumerate(captions):
-        ids[i, : len(prompt)] = torch.tensor(prompt)
-        ids[i, len(prompt) : len(prompt) + len(caption)] = torch.tensor(caption)
-        targets[i, len(prompt) : len(prompt) + len(caption)] = torch.tensor(caption)
-    return ids, targets
+class JointBatches:
+    """Scenes with several prompts and answers each, and texts.
+
+    All turns of a scene share one pass over its image: a turn's tokens see the image and their own turn only, and are
+    counted on from the image, so that each is as if it stood alone.
+    """
+
+    def __init__(self) -> None:
+        self.collages = Collages()
+        self.texts = LanguageBatches()
+        self.tokenizer = self.texts.tokenizer
+        image_token = self.tokenizer.image_token
+        self.opening = self.tokenizer(f"USER: {image_token * GRID**2}\n").input_ids
+
+    def batch(self, random: np.random.Generator) -> dict[str, Tensor]:
+        """One batch, all of it drawn from `random`."""
+        made = [self.scene(random) for _ in range(BATCH["joint"])]
+        pictures, patches, tokens = zip(*made, strict=True)
+        texts = pad([self.texts.tokens(random) for _ in range(TEXTS)])
+        return {
+            "pictures": torch.from_numpy(np.stack(pictures)),
+            "patches": torch.from_numpy(np.stack(patches)).flatten(1),
+            **pad(list(tokens)),
+            **{f"text_{name}": tensor for name, tensor in texts.items()},
+        }
+
+    def scene(self, random: np.random.Generator) -> tuple[np.ndarray, np.ndarray, tuple[list[int], list[int]]]:
+        """A picture, its patch labels, and the tokens of all its turns with the number of the turn of each.
+
+        Half are scenes as the package makes them, half have altered drawings.
+        """
+        objects, background = world.compose(random, int(random.integers(1, 4)))
+        if random.random() < 0.5:
+            made = scenes.scene(int(random.integers(SEED_BASE, 2**62)), objects, background=background)
+            picture, patches = np.asarray(made.image), self.collages.labels(made)
+        else:
+            picture, patches = self.collages.scene(random, objects, background)
+        ids, turn_of = list(self.opening), [0] * len(self.opening)
+        for i, (prompt, answer) in enumerate(turns(random, objects, background), start=1):
+            asked = self.tokenizer(f"{prompt} ASSISTANT:", add_special_tokens=False).input_ids
+            said = self.tokenizer(f" {answer}</s>", add_special_tokens=False).input_ids
+            ids += asked + said
+            turn_of += [-i] * len(asked) + [i] * len(said)
+        return picture, patches, (ids, turn_of)
+
+
+def pad(texts: list[tuple[list[int], list[int]]]) -> dict[str, Tensor]:
+    """Token ids, labels, positions and the attention mask of texts with turns.
+
+    `turn_of` is 0 for what all turns see, -i for the prompt and i for the answer of turn i. Labels hold the answers.
+    The mask (batch, 1, length, length) is true where a token may look: at itself and before, within its own turn or
+    at what all turns see.
+    """
+    length = max(len(ids) for ids, _ in texts)
+    ids = torch.zeros(len(texts), length, dtype=torch.long)
+    turn = torch.full((len(texts), length), 10**6)
+    for row, (tokens, turn_of) in enumerate(texts):
+        ids[row, : len(tokens)] = torch.tensor(tokens)
+        turn[row, : len(tokens)] = torch.tensor(turn_of)
+    labels = torch.where((turn > 0) & (turn < 10**6), ids, IGNORE)
+    group = turn.abs()
+    same = (group[:, :, None] == group[:, None, :]) | (group == 0)[:, None, :]
+    mask = same & torch.ones(length, length, dtype=torch.bool).tril()
+    return {"ids": ids, "labels": labels, "positions": mask.sum(-1) - 1, "mask": mask[:, None]}
 
 
 @dataclass
@@ -120,162 +176,205 @@ class State:
     model: Any
     """The LLaVA; its parts are typed as tensors by nn.Module's `__getattr__`."""
     heads: nn.ModuleDict
+    folder: Path = WORK
+    """Where checkpoints and the log are written."""
     stage: int = 0
     step: int = 0
     seconds: float = 0.0
-    optimizer: dict | None = field(default=None)
+    optimizers: list[dict] = field(default_factory=list)
 
-    def save(self, optimizer: torch.optim.Optimizer) -> None:
+    def save(self, optimizers: list[torch.optim.Optimizer], name: str = "checkpoint.pt") -> None:
         """Write to a temporary file, then rename: a stop in between leaves the checkpoint before."""
         content = {
             "model": self.model.state_dict(),
             "heads": self.heads.state_dict(),
-            "optimizer": optimizer.state_dict(),
+            "optimizers": [optimizer.state_dict() for optimizer in optimizers],
             "stage": self.stage,
             "step": self.step,
             "seconds": self.seconds,
         }
-        temporary = WORK / "checkpoint.tmp"
+        temporary = self.folder / "checkpoint.tmp"
         torch.save(content, temporary)
-        os.replace(temporary, WORK / "checkpoint.pt")
+        os.replace(temporary, self.folder / name)
 
-    def load(self) -> None:
-        """Continue from `checkpoint.pt`."""
-        content = torch.load(WORK / "checkpoint.pt", weights_only=True)
+    def to(self, device: torch.device) -> State:
+        """The same on a device."""
+        self.model.to(device)
+        self.heads.to(device)
+        return self
+
+    def load(self, path: Path) -> None:
+        """Continue from a checkpoint."""
+        content = torch.load(path, weights_only=True)
         self.model.load_state_dict(content["model"])
         self.heads.load_state_dict(content["heads"])
-        self.optimizer = content["optimizer"]
+        self.optimizers = content["optimizers"]
         self.stage, self.step, self.seconds = content["stage"], content["step"], content["seconds"]
 
 
-def learning_rate(step: int, n_steps: int) -> float:
-    """Linear warm-up over 150 steps, then a cosine down to 2 % of the peak."""
-    cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, step / n_steps)))
-    return PEAK_RATE * min(1.0, (step + 1) / 150) * (0.98 * cosine + 0.02)
+def untrained(n_neurons: int = N_NEURONS, folder: Path = WORK) -> State:
+    """A model and auxiliary heads before the first step; seed torch before the call."""
+    model: Any = build_model(build_processor(), n_neurons)
+    start_locally(model.model.vision_tower)
+    model.set_attn_implementation("eager")  # a third faster than sdpa on a CPU at these lengths
+    tower, language = (part.hidden_size for part in (model.config.vision_config, model.config.text_config))
+    n_labels = Collages.n_labels()
+    return State(
+        model, nn.ModuleDict({"tower": nn.Linear(tower, n_labels), "projector": nn.Linear(language, n_labels)}), folder
+    )
 
 
-def stage_loss(state: State, stage: str, batch: tuple[Tensor, ...], progress: float) -> dict[str, Tensor]:
-    """The losses of one batch, unweighted sums are what is minimised."""
+def share_of_rate(step: int, n_steps: int) -> float:
+    """Linear warm-up over 150 steps, constant, linear fall to zero over the last `FALL` of the steps."""
+    return min(1.0, (step + 1) / 150, (n_steps - step) / (FALL * n_steps))
+
+
+def normalised(pictures: Tensor) -> Tensor:
+    """Pixels as the image processor gives them: (batch, 3, SIDE, SIDE) from (batch, SIDE, SIDE, 3) uint8."""
+    mean, std = (torch.tensor(values, device=pictures.device) for values in (IMAGE_MEAN, IMAGE_STD))
+    return ((pictures / 255 - mean) / std).permute(0, 3, 1, 2).contiguous()
+
+
+def stage_loss(state: State, stage: str, batch: dict[str, Tensor], progress: float) -> dict[str, Tensor]:
+    """The losses of one batch; their sum is what is minimised."""
     parts = state.model.model
-    if stage == "language":
-        ids, targets = batch
-        hidden = parts.language_model(input_ids=ids, attention_mask=(ids != 0).long()).last_hidden_state
-        return {"caption": caption_loss(state.model.lm_head(hidden), targets)}
-    pixels, ids, targets, patches = batch
     if stage == "tower":
-        features = parts.vision_tower(pixels).last_hidden_state[:, 1:]
-        logits = state.heads["tower"](features)
-        return {"patch": F.cross_entropy(logits.float().flatten(0, 1), patches.flatten(), label_smoothing=0.05)}
-    kept: list[Tensor] = []
-    hook = parts.multi_modal_projector.register_forward_hook(lambda module, args, output: kept.append(output))
-    try:
-        hidden = parts(input_ids=ids, pixel_values=pixels, attention_mask=(ids != 0).long()).last_hidden_state
-    finally:
-        hook.remove()
-    said = targets.shape[1] - int((targets == IGNORE).all(0).sum()) + 1
-    logits = state.model.lm_head(hidden[:, -said:])
-    patch_logits = state.heads["projector"](kept[0].reshape(len(pixels), GRID * GRID, -1))
-    patch = F.cross_entropy(patch_logits.float().flatten(0, 1), patches.flatten())
-    return {"caption": caption_loss(logits, targets[:, -said:]), "patch": 0.3 * (1 - progress) * patch}
+        features = parts.vision_tower(normalised(batch["pictures"])).last_hidden_state[:, 1:]
+        return {"patch": patch_loss(state.heads["tower"], features, batch["patches"], smoothing=0.05)}
+    if stage == "language":
+        return {"text": text_loss(state, batch)}
+    features = parts.get_image_features(normalised(batch["pictures"])).pooler_output
+    features = torch.cat(list(features)).view(len(batch["ids"]), GRID**2, -1)
+    embedded = parts.get_input_embeddings()(batch["ids"])
+    place = batch["ids"] == state.model.config.image_token_id
+    embedded = embedded.masked_scatter(place[..., None], features.to(embedded.dtype))
+    text = {name.removeprefix("text_"): tensor for name, tensor in batch.items() if name.startswith("text_")}
+    return {
+        "answer": text_loss(state, batch, embedded),
+        "patch": 0.3 * (1 - progress) * patch_loss(state.heads["projector"], features, batch["patches"]),
+        "text": 0.3 * text_loss(state, text),
+    }
 
 
-def caption_loss(logits: Tensor, targets: Tensor) -> Tensor:
-    """Cross-entropy of each caption token given those before it."""
-    return F.cross_entropy(logits[:, :-1].float().flatten(0, 1), targets[:, 1:].flatten(), ignore_index=IGNORE)
+def text_loss(state: State, batch: dict[str, Tensor], embedded: Tensor | None = None) -> Tensor:
+    """Cross-entropy of each token of the answers given those before it."""
+    language = state.model.model.language_model
+    inputs = {"input_ids": batch["ids"]} if embedded is None else {"inputs_embeds": embedded}
+    # An additive mask in the pass's own dtype; the model takes a 4-D one as it is.
+    mask = torch.zeros(batch["mask"].shape, device=batch["mask"].device).masked_fill(~batch["mask"], -1e9)
+    hidden = language(**inputs, attention_mask=mask, position_ids=batch["positions"]).last_hidden_state
+    asked = batch["labels"][:, 1:] != IGNORE
+    return F.cross_entropy(state.model.lm_head(hidden[:, :-1][asked]).float(), batch["labels"][:, 1:][asked])
 
 
-def parameter_groups(state: State, stage: str) -> list[dict]:
-    """Which parameters a stage trains, each group with its share of the learning rate."""
+def patch_loss(head: nn.Module, features: Tensor, patches: Tensor, smoothing: float = 0.0) -> Tensor:
+    """Cross-entropy of what the patches show: every patch of an object, one in four of the background's."""
+    n_nouns = len(world.FREQUENCY)
+    background = (patches >= n_nouns) & (patches < n_nouns + len(scenes.BACKGROUNDS))
+    fourth = (torch.arange(patches.shape[1], device=patches.device) + patches[:, :1]) % 4 == 0
+    kept = ~background | fourth
+    return F.cross_entropy(head(features[kept]).float(), patches[kept], label_smoothing=smoothing)
+
+
+def optimizers_of(state: State, stage: str) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices between hidden units, AdamW for all else that the stage trains.
+
+    Each group remembers its full rate as `rate`.
+    """
     parts = state.model.model
-    tower = list(parts.vision_tower.parameters())
-    language = [*parts.language_model.parameters(), *state.model.lm_head.parameters()]
-    if stage == "tower":
-        return [{"params": [*tower, *state.heads["tower"].parameters()], "share": 1.0}]
-    if stage == "language":
-        return [{"params": language, "share": 1.0}]
-    rest = [*parts.multi_modal_projector.parameters(), *state.heads["projector"].parameters()]
-    groups = {"tower": tower, "language": language, "rest": rest}
-    return [{"params": params, "share": RATE_SHARE[name]} for name, params in groups.items()]
+    trained: list[tuple[nn.Module, float]] = []
+    if stage in ("tower", "joint"):
+        trained.append((parts.vision_tower, 1.0 if stage == "tower" else TOWER_SHARE))
+    if stage in ("language", "joint"):
+        trained += [(parts.language_model, 1.0), (state.model.lm_head, 1.0)]
+    if stage == "joint":
+        trained.append((parts.multi_modal_projector, 1.0))
+    matrices, others = [], []
+    for module, share in trained:
+        ends = {id(p) for m in module.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
+        ends |= {id(p) for p in state.model.lm_head.parameters()}
+        inner = [p for p in module.parameters() if p.ndim == 2 and id(p) not in ends]
+        outer = [p for p in module.parameters() if p.ndim != 2 or id(p) in ends]
+        matrices.append({"params": inner, "rate": RATE[stage] * share})
+        others.append({"params": outer, "rate": RATE[stage] * share / 2})
+    if stage != "language":
+        head = state.heads["tower" if stage == "tower" else "projector"]
+        others.append({"params": list(head.parameters()), "rate": RATE[stage] / 2})
+    return [
+        torch.optim.Muon([g for g in matrices if g["params"]], weight_decay=0.05, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW([g for g in others if g["params"]], betas=(0.9, 0.98), weight_decay=0.05, fused=True),
+    ]
 
 
-def run_stage(state: State, n_steps: int, device: torch.device, workers: int) -> None:
+def run_stage(state: State, n_steps: int, device: torch.device) -> None:
     """Train one stage from `state.step` to `n_steps`."""
     stage = STAGES[state.stage]
-    batch = BATCH[stage]
-    # Stages draw disjoint seeds: stage k of step s takes SEED_BASE * (k + 1) + s * batch onwards.
-    data = Captions(batch, n_steps) if stage == "language" else Scenes(batch, SEED_BASE * (state.stage + 1), n_steps)
-    order = range(state.step, n_steps)
-    loader = DataLoader(data, batch_size=None, sampler=order, num_workers=workers, prefetch_factor=4)
-    optimizer = torch.optim.AdamW(
-        parameter_groups(state, stage), lr=PEAK_RATE, betas=(0.9, 0.98), weight_decay=0.05, fused=True
-    )
-    if state.optimizer is not None:
-        optimizer.load_state_dict(state.optimizer)
-        state.optimizer = None
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    started, before = time.monotonic(), state.seconds
-    for tensors in loader:
-        rate = learning_rate(state.step, n_steps)
-        for group in optimizer.param_groups:
-            group["lr"] = rate * group["share"]
-        tensors = tuple(t.to(device) for t in tensors)
+    optimizers = optimizers_of(state, stage)
+    for optimizer, content in zip(optimizers, state.optimizers, strict=False):
+        optimizer.load_state_dict(content)
+    parameters = [p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
+    # One worker makes the batches in order, on the CPU's spare time.
+    loader = DataLoader(Steps(stage, state.step, n_steps), batch_size=None, num_workers=1, prefetch_factor=6)
+    first, started, before = state.step, time.monotonic(), state.seconds
+    fall = round((1 - FALL) * n_steps)
+    sums: dict[str, float] = {}
+    for batch in loader:
+        share = share_of_rate(state.step, n_steps)
+        for group in (group for optimizer in optimizers for group in optimizer.param_groups):
+            group["lr"] = group["rate"] * share
+        batch = {name: tensor.to(device) for name, tensor in batch.items()}
         with torch.autocast(device.type, dtype=torch.bfloat16):
-            losses = stage_loss(state, stage, tensors, state.step / n_steps)
+            losses = stage_loss(state, stage, batch, state.step / n_steps)
         torch.stack(list(losses.values())).sum().backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
         state.step += 1
         state.seconds = before + time.monotonic() - started
-        if state.step % 50 == 0 or state.step == n_steps:
-            values = {name: round(value.item(), 4) for name, value in losses.items()}
-            line = {
-                "stage": stage,
-                "step": state.step,
-                **values,
-                "rate": round(rate, 6),
-                "seconds": round(state.seconds),
-            }
-            with (HERE / "log.jsonl").open("a") as log:
+        for name, value in losses.items():
+            sums[name] = sums.get(name, 0.0) + value.item()
+        if state.step % EVERY["log"] == 0:
+            means = {name: round(value / EVERY["log"], 4) for name, value in sums.items()}
+            sums.clear()
+            line = {"stage": stage, "step": state.step, **means, "share of rate": round(share, 4)}
+            line["seconds"] = round(state.seconds)
+            with (state.folder / "log.jsonl").open("a") as log:
                 log.write(json.dumps(line) + "\n")
-            left = (n_steps - state.step) * (time.monotonic() - started) / (state.step - order.start)
+            left = (n_steps - state.step) * (time.monotonic() - started) / (state.step - first)
             print(*(f"{k} {v}" for k, v in line.items()), f"| {left / 60:.0f} min left in this stage", flush=True)
-        if state.step % 250 == 0:
-            state.save(optimizer)
-    state.stage, state.step = state.stage + 1, 0
-    state.save(torch.optim.AdamW([torch.zeros(1)]))
-    state.optimizer = None
+        if state.step == fall:
+            state.save(optimizers, f"before-{stage}-fall.pt")
+        if state.step % EVERY["checkpoint"] == 0:
+            state.save(optimizers)
+    state.stage, state.step, state.optimizers = state.stage + 1, 0, []
+    state.save([])
+    state.save([], f"after-{stage}.pt")
 
 
 def main() -> None:
     """Run or continue all stages, then save the model as an ordinary Hugging Face folder."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, nargs=3, default=(5500, 500, 3400), metavar=STAGES)
+    parser.add_argument("--steps", type=int, nargs=3, default=(9000, 2000, 9000), metavar=STAGES)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--workers", type=int, default=1)
+    parser.add_argument("--from", dest="start", type=Path, help="a kept checkpoint to go on from")
+    parser.add_argument("--until", choices=STAGES, default=STAGES[-1], help="the last stage to run")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     torch.set_flush_denormal(True)  # tiny attention gradients make a step up to ten times slower on some CPUs
     torch.manual_seed(0)
     WORK.mkdir(exist_ok=True)
     device = torch.device(arguments.device)
-    processor = build_processor()
-    n_labels = len(scenes.nouns()) + len(scenes.BACKGROUNDS)
-    heads = nn.ModuleDict({"tower": nn.Linear(192, n_labels), "projector": nn.Linear(192, n_labels)})
-    model: Any = build_model(processor)
-    model.to(device)
-    model.set_attn_implementation("eager")  # a third faster than sdpa on a CPU at these lengths
-    state = State(model, heads.to(device))
-    if (WORK / "checkpoint.pt").exists():
-        state.load()
-        if state.step == 0:
-            state.optimizer = None
-    while state.stage < len(STAGES):
-        run_stage(state, arguments.steps[state.stage], device, arguments.workers)
+    state = untrained().to(device)
+    start = arguments.start or WORK / "checkpoint.pt"
+    if start.exists():
+        state.load(start)
+    while state.stage <= STAGES.index(arguments.until):
+        run_stage(state, arguments.steps[state.stage], device)
     folder = WORK / "model"
     state.model.to(torch.float16).save_pretrained(folder)
-    processor.save_pretrained(folder)
+    build_processor().save_pretrained(folder)
     print(f"saved {folder}")
 
 

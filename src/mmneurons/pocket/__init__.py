@@ -11,3 +11,11 @@ from mmneurons.pocket.scenes import SIDE as SIDE
 from mmneurons.pocket.scenes import Scene as Scene
 from mmneurons.pocket.scenes import nouns as nouns
 from mmneurons.pocket.scenes import scene as scene
+from mmneurons.pocket.sets import EDIT_PAIRS as EDIT_PAIRS
+from mmneurons.pocket.sets import EditPair as EditPair
+from mmneurons.pocket.sets import EditSet as EditSet
+from mmneurons.pocket.sets import EvaluationSet as EvaluationSet
+from mmneurons.pocket.sets import Question as Question
+from mmneurons.pocket.sets import edit_set as edit_set
+from mmneurons.pocket.sets import evaluation_set as evaluation_set
+from mmneurons.pocket.sets import pope as pope

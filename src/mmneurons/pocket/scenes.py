@@ -7,18 +7,21 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import resources
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 from jaxtyping import Bool
 from PIL import Image, ImageDraw
 
 from mmneurons.errors import SettingError
+from mmneurons.pocket import world
 
-Split = Literal["seen", "unseen"]
+Split = Literal["seen", "unseen", "style"]
+"""Drawings to train on, drawings kept from training, and icons in a line style that no drawing of training has."""
+SPLITS: tuple[Split, ...] = get_args(Split)
 SIDE = 112
 """Width and height of a scene in pixels."""
 BACKGROUNDS: dict[str, tuple[tuple[int, int, int], tuple[int, int, int]]] = {
@@ -35,7 +38,7 @@ BACKGROUNDS: dict[str, tuple[tuple[int, int, int], tuple[int, int, int]]] = {
 }
 """How the background is said, and its colours above and below the horizon."""
 _ARTICLES = {"bread": "some", "cheese": "some", "corn": "some", "moon": "the", "sun": "the"}
-_SIZES = {1: (50, 92), 2: (40, 58), 3: (32, 44)}
+LENGTHS = {1: (50, 92), 2: (40, 58), 3: (32, 44)}
 """Longer side of an object in pixels, by the number of objects."""
 
 
@@ -62,8 +65,7 @@ class Sprite:
     noun: str
     source: str
     box: tuple[int, int, int, int]
-    unseen: bool
-    """Kept from training."""
+    split: Split
 
 
 @functools.cache
@@ -82,11 +84,17 @@ def _sheet() -> Image.Image:
         return Image.open(file).convert("RGBA")
 
 
+@functools.cache
+def pixels(drawing: Sprite) -> Image.Image:
+    """One drawing, RGBA, its longer side 64 pixels."""
+    return _sheet().crop(drawing.box)
+
+
 def nouns(split: Split = "seen") -> tuple[str, ...]:
-    """Every noun that the pocket model is taught; with `split="unseen"` those that have drawings kept from training."""
-    if split not in ("seen", "unseen"):
-        raise SettingError(f"There is no split '{split}'.", fix='Write split="seen" or split="unseen".')
-    return tuple(noun for noun, drawings in sprites().items() if any(d.unseen == (split == "unseen") for d in drawings))
+    """Every noun that the pocket model is taught; with another split those that have drawings of it."""
+    if split not in SPLITS:
+        raise SettingError(f"There is no split '{split}'.", fix=f"Choose one of: {', '.join(SPLITS)}.")
+    return tuple(noun for noun, drawings in sprites().items() if any(d.split == split for d in drawings))
 
 
 def with_article(noun: str) -> str:
@@ -102,41 +110,96 @@ def say(objects: Sequence[str], background: str) -> str:
     return f"{listed} {background}"
 
 
-def scene(seed: int, nouns: Sequence[str] | None = None, split: Split = "seen", background: str | None = None) -> Scene:
+def scene(
+    seed: int,
+    nouns: Sequence[str] | None = None,
+    split: Split = "seen",
+    background: str | None = None,
+    *,
+    natural: bool = False,
+    scale: float = 1.0,
+    overlap: float = 0.0,
+) -> Scene:
     """One scene; the same arguments always give the same pixels.
 
     Args:
         seed: Any integer >= 0.
-        nouns: The one to three objects, from left to right; drawn by the seed when None (all nouns alike).
-        split: "seen" takes drawings from training, "unseen" only those kept from it.
+        nouns: The one to three objects, from left to right; drawn by the seed when None.
+        split: "seen" takes drawings from training, "unseen" only those kept from it, "style" only icons in a line
+            style that no drawing of training has.
         background: A key of `BACKGROUNDS`; drawn by the seed when None.
+        natural: Draw objects and background as often and together as is usual in `mmneurons.pocket.world`, and not
+            evenly; for `nouns` and `background` both None.
+        scale: What the usual size of objects is multiplied by, above 0, at most 1.
+        overlap: How far objects are moved to the middle, from 0 (each in its part of the width) to 1 (all there).
 
     Raises:
-        SettingError: for an unknown noun, background or split, more than three nouns, or a noun without drawings in
-            the split asked for (a seen drawing is never used instead).
+        SettingError: for an unknown noun, background or split, more than three nouns, a noun without drawings in the
+            split asked for (a seen drawing is never used instead), or a scale or overlap out of range.
     """
-    random = np.random.default_rng([seed, split == "unseen"])
-    chosen = _choose_nouns(random, nouns, split)
+    if not (0 < scale <= 1 and 0 <= overlap <= 1):
+        raise SettingError(
+            "A scene needs a scale above 0 and an overlap from 0, both at most 1.",
+            seen=f"scale={scale}, overlap={overlap}",
+            fix="scale=0.6, overlap=0.5",
+        )
+    random = np.random.default_rng([seed, SPLITS.index(split) if split in SPLITS else 0])
+    if natural:
+        if nouns is not None or background is not None:
+            raise SettingError("A natural scene chooses its own objects and background.", fix="Leave natural out.")
+        chosen, background = _compose(random, split)
+    else:
+        chosen = _choose_nouns(random, nouns, split)
     if background is None:
         background = tuple(BACKGROUNDS)[random.integers(len(BACKGROUNDS))]
     elif background not in BACKGROUNDS:
         raise SettingError(f"There is no background '{background}'.", fix=f"Choose one of: {', '.join(BACKGROUNDS)}.")
-    canvas = _paint_background(background, random)
-    masks = np.zeros((len(chosen), SIDE, SIDE), dtype=bool)
-    for i in random.permutation(len(chosen)):  # what is pasted later hides what is there already
-        drawings = [d for d in sprites()[chosen[i]] if d.unseen == (split == "unseen")]
-        drawing = drawings[random.integers(len(drawings))]
-        visible = _paste(canvas, _sheet().crop(drawing.box), i, len(chosen), random)
+
+    def pick(noun: str) -> Image.Image:
+        drawings = [d for d in sprites()[noun] if d.split == split]
+        return pixels(drawings[random.integers(len(drawings))])
+
+    return draw(random, chosen, background, pick, scale=scale, overlap=overlap)
+
+
+def draw(
+    random: np.random.Generator,
+    objects: Sequence[str],
+    background: str,
+    pick: Callable[[str], Image.Image],
+    *,
+    scale: float = 1.0,
+    overlap: float = 0.0,
+) -> Scene:
+    """Paint a scene; `pick` gives a cut-out drawing (RGBA) of a noun, `scale` and `overlap` are those of `scene`."""
+    canvas = paint_background(background, random)
+    masks = np.zeros((len(objects), SIDE, SIDE), dtype=bool)
+    slot = SIDE / len(objects)
+    shortest, longest = LENGTHS[len(objects)]
+    for i in random.permutation(len(objects)):  # what is pasted later hides what is there already
+        drawing = pick(objects[i])
+        centre = slot * (i + 0.5) + random.uniform(-0.2, 0.2) * slot
+        centre += overlap * (SIDE / 2 - centre)
+        visible = _paste(canvas, drawing, centre, random.uniform(shortest, longest) * scale, random)
         masks &= ~visible
         masks[i] = visible
-    return Scene(canvas, say(chosen, background), chosen, background, masks)
+    return Scene(canvas, say(objects, background), tuple(objects), background, masks)
+
+
+def _compose(random: np.random.Generator, split: Split) -> tuple[tuple[str, ...], str]:
+    """Objects and background as usual in the world, drawn again until the split has drawings of them all."""
+    known = nouns(split)
+    while True:
+        chosen, background = world.compose(random, int(random.integers(1, len(LENGTHS) + 1)))
+        if set(chosen) <= set(known):
+            return chosen, background
 
 
 def _choose_nouns(random: np.random.Generator, wanted: Sequence[str] | None, split: Split) -> tuple[str, ...]:
     known = nouns(split)
     if wanted is None:
         return tuple(known[i] for i in random.choice(len(known), random.integers(1, 4), replace=False))
-    if isinstance(wanted, str) or not 1 <= len(wanted) <= len(_SIZES):
+    if isinstance(wanted, str) or not 1 <= len(wanted) <= len(LENGTHS):
         raise SettingError("A scene shows one to three nouns.", seen=f"nouns={wanted!r}", fix='nouns=["dog", "cat"]')
     for noun in wanted:
         if noun not in known:
@@ -147,7 +210,7 @@ def _choose_nouns(random: np.random.Generator, wanted: Sequence[str] | None, spl
     return tuple(wanted)
 
 
-def _paint_background(name: str, random: np.random.Generator) -> Image.Image:
+def paint_background(name: str, random: np.random.Generator) -> Image.Image:
     """Two colours with a horizon (a slope in the sky), smooth and fine noise, stars at night."""
     above, below = (np.array(colour + random.normal(0, 10, 3), dtype=np.float32) for colour in BACKGROUNDS[name])
     rows = np.arange(SIDE, dtype=np.float32)[:, None, None] / SIDE
@@ -166,22 +229,19 @@ def _paint_background(name: str, random: np.random.Generator) -> Image.Image:
 
 
 def _paste(
-    canvas: Image.Image, drawing: Image.Image, place: int, n_objects: int, random: np.random.Generator
+    canvas: Image.Image, drawing: Image.Image, centre: float, length: float, random: np.random.Generator
 ) -> Bool[np.ndarray, "height width"]:
-    """Draw one object on `canvas`: mirrored, turned, sized and shaded at random, inside its share of the width."""
+    """Draw one object on `canvas`, `length` pixels long: mirrored, turned and shaded at random; where it is visible."""
     if random.random() < 0.5:
         drawing = drawing.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     # Turned and sized with premultiplied alpha, so that invisible pixels lend no colour to the edge.
     turned = drawing.convert("RGBa").rotate(random.uniform(-15, 15), Image.Resampling.BILINEAR, expand=True)
-    scale = random.uniform(*_SIZES[n_objects]) / max(turned.size)
-    width, height = (max(4, round(length * scale)) for length in turned.size)
-    pixels = turned.resize((width, height), Image.Resampling.BILINEAR).convert("RGBA")
+    width, height = (max(4, round(side * length / max(turned.size))) for side in turned.size)
+    resized = turned.resize((width, height), Image.Resampling.BILINEAR).convert("RGBA")
     gain = random.uniform(0.78, 1.15)
     tables = [np.arange(256) * gain + offset for offset in random.uniform(-14, 14, 3)]
-    shaded = pixels.convert("RGB").point(np.concatenate(tables).clip(0, 255).round().astype(int).tolist())
-    alpha = pixels.getchannel("A")
-    slot = SIDE / n_objects
-    centre = slot * (place + 0.5) + random.uniform(-0.2, 0.2) * slot
+    shaded = resized.convert("RGB").point(np.concatenate(tables).clip(0, 255).round().astype(int).tolist())
+    alpha = resized.getchannel("A")
     left = int(np.clip(centre - width / 2, 0, SIDE - width))
     top = int(np.clip(random.uniform(0.35, 0.68) * SIDE - height / 2, 0, SIDE - height))
     canvas.paste(shaded, (left, top), alpha)
