@@ -52,6 +52,10 @@ FALL = 1 / 3
 SEED_BASE = 1_000_000_000
 """Training's seeds begin here; everything below is free for evaluation."""
 IGNORE = -100
+PATCHES_KEPT = 0.6
+"""Share of the patches that the patch loss is taken over."""
+ROUND_TO = 16
+"""Texts are padded to a multiple of this many tokens."""
 EVERY = {"log": 50, "checkpoint": 250}
 
 
@@ -156,7 +160,7 @@ def pad(texts: list[tuple[list[int], list[int]]]) -> dict[str, Tensor]:
     The mask (batch, 1, length, length) is true where a token may look: at itself and before, within its own turn or
     at what all turns see.
     """
-    length = max(len(ids) for ids, _ in texts)
+    length = -(-max(len(ids) for ids, _ in texts) // ROUND_TO) * ROUND_TO
     ids = torch.zeros(len(texts), length, dtype=torch.long)
     turn = torch.full((len(texts), length), 10**6)
     for row, (tokens, turn_of) in enumerate(texts):
@@ -260,20 +264,26 @@ def text_loss(state: State, batch: dict[str, Tensor], embedded: Tensor | None = 
     """Cross-entropy of each token of the answers given those before it."""
     language = state.model.model.language_model
     inputs = {"input_ids": batch["ids"]} if embedded is None else {"inputs_embeds": embedded}
-    # An additive mask in the pass's own dtype; the model takes a 4-D one as it is.
+    # An additive mask; the model takes a 4-D one as it is.
     mask = torch.zeros(batch["mask"].shape, device=batch["mask"].device).masked_fill(~batch["mask"], -1e9)
     hidden = language(**inputs, attention_mask=mask, position_ids=batch["positions"]).last_hidden_state
-    asked = batch["labels"][:, 1:] != IGNORE
-    return F.cross_entropy(state.model.lm_head(hidden[:, :-1][asked]).float(), batch["labels"][:, 1:][asked])
+    opening = 0 if embedded is None else GRID**2  # no answer begins before the image has ended
+    logits, labels = state.model.lm_head(hidden[:, opening:-1]), batch["labels"][:, opening + 1 :]
+    return F.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), ignore_index=IGNORE)
 
 
 def patch_loss(head: nn.Module, features: Tensor, patches: Tensor, smoothing: float = 0.0) -> Tensor:
-    """Cross-entropy of what the patches show: every patch of an object, one in four of the background's."""
+    """Cross-entropy of what the patches show: those of objects first, and of the background's as many as fill up.
+
+    The same number for every batch: a CPU prepares its kernels for each shape, and keeps them.
+    """
     n_nouns = len(world.FREQUENCY)
-    background = (patches >= n_nouns) & (patches < n_nouns + len(scenes.BACKGROUNDS))
-    fourth = (torch.arange(patches.shape[1], device=patches.device) + patches[:, :1]) % 4 == 0
-    kept = ~background | fourth
-    return F.cross_entropy(head(features[kept]).float(), patches[kept], label_smoothing=smoothing)
+    shown = patches.flatten()
+    background = (shown >= n_nouns) & (shown < n_nouns + len(scenes.BACKGROUNDS))
+    spread = torch.arange(len(shown), device=shown.device) * 7919 % len(shown)  # 7919 is prime: no two alike
+    order = background + spread / len(shown)
+    kept = order.topk(round(PATCHES_KEPT * len(shown)), largest=False).indices
+    return F.cross_entropy(head(features.flatten(0, 1)[kept]).float(), shown[kept], label_smoothing=smoothing)
 
 
 def optimizers_of(state: State, stage: str) -> list[torch.optim.Optimizer]:
