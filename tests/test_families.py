@@ -30,6 +30,7 @@ from mmneurons.vlm.anatomy import norms
 from mmneurons.vlm.anatomy.parts import Anatomy, Ffn, LogitRule, steps
 from mmneurons.vlm.doctor import additivity_error, describe_anatomy
 from mmneurons.vlm.grid import Grids, find_grids
+from mmneurons.vlm.interventions import Intervention, intervene, parts_of
 from mmneurons.vlm.moments import pick_moments
 from mmneurons.vlm.recording import Recording, record
 from mmneurons.vlm.vlm import VLM, Answers
@@ -390,6 +391,46 @@ def test_neurons_of_experts_have_names(name):
         assert anatomy.find(Neuron.parse(str(last))) is ffn
         assert anatomy.find(dataclasses.replace(last, index=last.index + 1)) is None
     assert {ffn.n_experts for ffn in anatomy.ffns} > {4} or {ffn.n_experts for ffn in anatomy.ffns} == {4}
+
+
+# Interventions
+
+
+@every_family
+@torch.inference_mode()
+def test_intervening_gives_what_changed_weights_give(name):
+    one = case(name)
+    given = one.vlm.extended(one.alone[0], one.answers[0])
+    neurons = [ffn.neuron(n) for ffn in one.anatomy.ffns for n in (1, ffn.size - 1)]
+    places = [(ffn, n // ffn.n_neurons, n % ffn.n_neurons) for ffn in one.anatomy.ffns for n in (1, ffn.size - 1)]
+    matrices = [weights.dense(f.module, None if f.n_experts is None else expert) for f, expert, _ in places]
+    columns = [matrix[:, i] for matrix, (_, _, i) in zip(matrices, places, strict=True)]
+    pristine = [column.clone() for column in columns]
+    noise = dict(noises(one.anatomy, neurons))
+    as_it_is = one.model(**given).logits
+    for how, new in (
+        ({"scale": 0}, [0 * column for column in pristine]),
+        ({"scale": -2.5}, [-2.5 * column for column in pristine]),
+        ({"noise": 0.7, "seed": 3}, [column + noise[n] for n, column in zip(neurons, pristine, strict=True)]),
+    ):
+        with intervene(one.vlm, neurons, **how):
+            ours = one.model(**given).logits
+        for column, value in zip(columns, new, strict=True):
+            column.copy_(value)
+        expected = one.model(**given).logits
+        for column, value in zip(columns, pristine, strict=True):
+            column.copy_(value)
+        assert (expected - as_it_is).abs().max() > 1e-3
+        torch.testing.assert_close(ours, expected, rtol=0, atol=2e-5 * float(expected.abs().max()))
+    assert torch.equal(one.model(**given).logits, as_it_is)
+
+
+def noises(anatomy: Anatomy, neurons: Sequence[Neuron]) -> Iterator[tuple[Neuron, Tensor]]:
+    """The noise that each neuron's column gets."""
+    for part in parts_of(anatomy, Intervention(tuple(neurons), noise=0.7, seed=3)):
+        assert part.noise is not None
+        for index, row in zip(part.indices.tolist(), part.noise, strict=True):
+            yield Neuron(part.ffn.layer, index, part.expert), row
 
 
 # The patch grid
