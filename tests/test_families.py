@@ -33,6 +33,7 @@ from mmneurons.vlm.grid import Grids, find_grids
 from mmneurons.vlm.interventions import Intervention, intervene, parts_of
 from mmneurons.vlm.moments import pick_moments
 from mmneurons.vlm.recording import Recording, record
+from mmneurons.vlm.replay import Replay, replays
 from mmneurons.vlm.vlm import VLM, Answers
 from mmneurons.vlm.weights.stored import Located
 
@@ -423,6 +424,51 @@ def test_intervening_gives_what_changed_weights_give(name):
         assert (expected - as_it_is).abs().max() > 1e-3
         torch.testing.assert_close(ours, expected, rtol=0, atol=2e-5 * float(expected.abs().max()))
     assert torch.equal(one.model(**given).logits, as_it_is)
+
+
+@every_family
+@torch.inference_mode()
+def test_a_step_run_again_without_neurons_is_the_model_without_them(name):
+    one = case(name)
+    step = N_TOKENS - 1
+    _, (replay,) = replays(one.vlm, one.alone[0], [step])
+    assert replay.token_id == one.raw[0][step]
+    ends = [*replay.slot_starts.tolist()[1:], replay.n_slots]
+    singles = [slot for start, end in zip(replay.slot_starts.tolist(), ends, strict=True) for slot in (start, end - 1)]
+    sets = [torch.tensor(slots).long() for slots in (*([slot] for slot in singles), singles, [])]
+    ours = replay.without(sets)
+    torch.testing.assert_close(ours, replay.without(sets, batch_size=1), rtol=0, atol=1e-4)
+    given = one.vlm.extended(one.alone[0], one.answers[0])
+    from_end = one.answers[0].n_prompt + step - 1 - one.answers[0].sequences.shape[1]
+    place = n_positions(one, given) + from_end  # some models put the picture before the first token
+    for logits, slots in zip(ours, sets, strict=True):
+        with intervene(one.vlm, [neuron_at(replay, int(slot)) for slot in slots], scale=0, positions=[place]):
+            expected = one.model(**given).logits[0, from_end].float()
+        known = expected > -1e30
+        assert torch.equal(known, logits > -1e30)
+        torch.testing.assert_close(
+            logits[known], expected[known], rtol=0, atol=3e-5 * float(expected[known].abs().max())
+        )
+
+
+def neuron_at(replay: Replay, slot: int) -> Neuron:
+    i = int(torch.bucketize(torch.tensor(slot), replay.slot_starts, right=True)) - 1
+    ffn, of, slot = replay.anatomy.ffns[i], replay.experts[i], slot - int(replay.slot_starts[i])
+    width = ffn.n_neurons
+    return ffn.neuron(slot if of is None else int(of[slot // width]) * width + slot % width)
+
+
+def n_positions(one: Case, given: Mapping[str, Any]) -> int:
+    """Of the stream that enters the first block."""
+    seen: list[int] = []
+
+    def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
+        seen.append((args[0] if args else kwargs["hidden_states"]).shape[1])
+
+    handle = one.anatomy.blocks[0].module.register_forward_pre_hook(hook, with_kwargs=True)
+    one.model(**given)
+    handle.remove()
+    return seen[0]
 
 
 def noises(anatomy: Anatomy, neurons: Sequence[Neuron]) -> Iterator[tuple[Neuron, Tensor]]:
