@@ -77,6 +77,7 @@ class Case:
 
 
 @cache
+@torch.inference_mode(False)  # whatever the test that asks first: gradients need weights made outside of it
 def case(name: str) -> Case:
     """Of the first seed whose answers hold no special token: read again, an image token would ask for an image."""
     family = BY_NAME[name]
@@ -449,6 +450,32 @@ def test_a_step_run_again_without_neurons_is_the_model_without_them(name):
         torch.testing.assert_close(
             logits[known], expected[known], rtol=0, atol=3e-5 * float(expected[known].abs().max())
         )
+
+
+@every_family
+def test_gradients_are_what_small_changes_do(name):
+    """Central differences of log p, block by block; in the last one also where its activations are scaled."""
+    one = case(name)
+    _, (replay,) = replays(one.vlm, one.alone[0], [N_TOKENS - 1])
+    direction = torch.randn(replay.n_slots, generator=torch.Generator().manual_seed(0))
+    fired = torch.cat(replay.activations)
+    sizes = torch.tensor([len(part) for part in replay.activations])
+    layer_of = torch.tensor([ffn.layer for ffn in replay.anatomy.ffns]).repeat_interleave(sizes)
+    last = int(layer_of[-1])
+    plain = replay.gradients()
+    scaled = replay.gradients(last, torch.tensor([0.4, 0.4]))
+    assert not scaled[layer_of != last].any()
+    for layer, scale, ours in (*((layer, 1.0, plain) for layer in layer_of.unique().tolist()), (last, 0.4, scaled)):
+        mine = torch.nonzero(layer_of == layer).squeeze(1)
+        step = 5e-3 * fired[mine].abs().mean() / direction[mine].abs().mean()
+
+        def log_p(shift: float, mine: Tensor = mine, scale: float = scale, step: Tensor = step) -> float:
+            values = scale * fired + shift * step * direction
+            return float(replay.without([mine], values)[0].double().log_softmax(-1)[replay.token_id])
+
+        expected = (log_p(1) - log_p(-1)) / (2 * float(step))
+        terms = ours[mine] * direction[mine]
+        assert abs(float(terms.sum()) - expected) < 1e-2 * float(terms.norm()), layer
 
 
 def neuron_at(replay: Replay, slot: int) -> Neuron:

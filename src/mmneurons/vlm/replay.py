@@ -7,8 +7,7 @@ neurons: the prompt, and the blocks below, are never run again.
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, MutableMapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import groupby
@@ -17,16 +16,25 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
-from transformers import Cache
+from torch.utils.hooks import RemovableHandle
 
 from mmneurons.errors import ModelError
 from mmneurons.vlm import experts, weights
 from mmneurons.vlm.anatomy.parts import Anatomy
+from mmneurons.vlm.calls import Catcher, repeated
 from mmneurons.vlm.recording import record
 from mmneurons.vlm.vlm import VLM, Answers, Inputs
 
 AGREE = 0.02
 """A replay of nothing changed may miss the model's own logits by this share of the largest, in 16 bits."""
+
+
+@dataclass(frozen=True, eq=False)
+class Effects:
+    """What silence does, for each set of neurons: how far the token falls; float32, on the CPU."""
+
+    logit: Float[Tensor, "sets"]
+    logprob: Float[Tensor, "sets"]
 
 
 @dataclass(eq=False)
@@ -64,7 +72,6 @@ class Replay:
         values: Float[Tensor, "slots"] | None = None,
         *,
         batch_size: int = 256,
-        progress: Callable[[int], None] | None = None,
     ) -> Float[Tensor, "sets vocab"]:
         """Logits of the next token with each set of neurons silent at this position.
 
@@ -72,25 +79,58 @@ class Replay:
             sets: Slots; each set is a question of its own.
             values: What activations are set to, for all slots, instead of zero: for mean ablation.
             batch_size: How many questions are run at once.
-            progress: Called with the number of questions answered after each pass.
 
         Returns:
             float32, on the CPU.
         """
-        places = [self._places(slots) for slots in sets]
-        lowest = [
-            min((self.anatomy.ffns[i].layer for i in place), default=len(self.anatomy.blocks)) for place in places
-        ]
         found = torch.empty(len(sets), len(self.logits))
+        for rows, logits in self._answers(sets, values, batch_size):
+            found[rows] = logits.cpu()
+        return found
+
+    def effects(
+        self,
+        sets: Sequence[Int[Tensor, "_"]],
+        values: Float[Tensor, "slots"] | None = None,
+        *,
+        batch_size: int = 256,
+        progress: Callable[[int], None] | None = None,
+    ) -> Effects:
+        """How far the token's log probability and logit fall with each set silent.
+
+        Args:
+            sets: Slots; each set is a question of its own.
+            values: What activations are set to instead of zero.
+            batch_size: How many questions are run at once.
+            progress: Called with the number of questions answered after each pass.
+        """
+        logit, logprob = torch.empty(len(sets)), torch.empty(len(sets))
         done = 0
+        for rows, logits in self._answers(sets, values, batch_size):
+            logit[rows] = logits[:, self.token_id].cpu()
+            logprob[rows] = logits.log_softmax(-1)[:, self.token_id].cpu()
+            done += len(rows)
+            if progress is not None:
+                progress(done)
+        # Against the same blocks run again, so that an empty set has no effect to the last bit.
+        base = self.base[self.token_id], self.base.log_softmax(-1)[self.token_id]
+        return Effects(base[0] - logit, base[1] - logprob)
+
+    @cached_property
+    def base(self) -> Float[Tensor, "vocab"]:
+        """The logits of the blocks run again as they were."""
+        return self.without([torch.tensor([], dtype=torch.long)])[0]
+
+    def _answers(
+        self, sets: Sequence[Int[Tensor, "_"]], values: Float[Tensor, "slots"] | None, batch_size: int
+    ) -> Iterator[tuple[Int[Tensor, "rows"], Float[Tensor, "rows vocab"]]]:
+        """Logits of some of the sets at a time: those whose lowest block is the same, so that none below is run."""
+        places = [self._places(slots) for slots in sets]
+        last = len(self.anatomy.blocks) - 1
+        lowest = [min((self.anatomy.ffns[i].layer for i in place), default=last) for place in places]
         for layer, group in groupby(sorted(range(len(sets)), key=lowest.__getitem__), key=lowest.__getitem__):
             for rows in torch.tensor(list(group)).split(batch_size):
-                chosen = [places[row] for row in rows.tolist()]
-                found[rows] = self._run(min(layer, len(self.anatomy.blocks) - 1), chosen, values).cpu()
-                done += len(rows)
-                if progress is not None:
-                    progress(done)
-        return found
+                yield rows, self._silent(layer, [places[row] for row in rows.tolist()], values)
 
     def _places(self, slots: Int[Tensor, "_"]) -> dict[int, Int[Tensor, "_"]]:
         """Slots by FFN, counted inside it."""
@@ -98,29 +138,57 @@ class Replay:
         ffns = torch.bucketize(slots, self.slot_starts, right=True) - 1
         return {i: slots[ffns == i] - self.slot_starts[i] for i in ffns.unique().tolist()}
 
-    @torch.inference_mode()
-    def _run(
+    def gradients(self, layer: int | None = None, scales: Float[Tensor, "n"] | None = None) -> Float[Tensor, "slots"]:
+        """Derivatives of the token's log probability by the activations at this position.
+
+        Args:
+            layer: All activations of this block are multiplied by each of `scales`, and its derivatives averaged over
+                them (integrated gradients); those of other blocks are zero. None: all blocks, as they are.
+            scales: Numbers from 0 to 1.
+
+        Returns:
+            float32, on the CPU.
+        """
+        scales = torch.ones(1) if scales is None else scales
+        asked = [i for i, ffn in enumerate(self.anatomy.ffns) if layer is None or ffn.layer == layer]
+        added = {i: torch.zeros(len(scales), len(self.activations[i]), requires_grad=True) for i in asked}
+        # Linear attention (Qwen 3.5) writes into its state, which autograd would refuse to have saved.
+        with torch.enable_grad(), torch.autograd.graph.allow_mutation_on_saved_tensors():
+            hooks = [self._raise(i, values, scales) for i, values in added.items()]
+            logits = self._run(layer or 0, len(scales), hooks, grad=True)
+            total = logits.log_softmax(-1)[:, self.token_id].sum()
+            found = dict(zip(added, torch.autograd.grad(total, list(added.values())), strict=True))
+        zeros = (torch.zeros(len(part)) for part in self.activations)
+        return torch.cat([found[i].mean(0) if i in found else zero for i, zero in enumerate(zeros)])
+
+    def _silent(
         self, layer: int, places: list[dict[int, Int[Tensor, "_"]]], values: Float[Tensor, "slots"] | None
     ) -> Float[Tensor, "rows vocab"]:
-        """The blocks from `layer` on, a row for each of `places`."""
-        n_rows = len(places)
+        """Logits of a row for each of `places`, whose neurons are silent; all of them lie in block `layer` or above."""
+        hooks = []
+        for i in sorted({i for place in places for i in place}):
+            silent = torch.zeros(len(places), len(self.activations[i]), dtype=torch.bool)
+            for row, place in enumerate(places):
+                if i in place:
+                    silent[row, place[i]] = True
+            start = int(self.slot_starts[i])
+            hooks.append(self._silence(i, silent, None if values is None else values[start : start + silent.shape[1]]))
+        with torch.inference_mode():
+            return self._run(layer, len(places), hooks)
+
+    def _run(
+        self, layer: int, n_rows: int, hooks: list[RemovableHandle], *, grad: bool = False
+    ) -> Float[Tensor, "rows vocab"]:
+        """Logits of the blocks from `layer` on with hooks on their FFNs, which are removed afterwards."""
         shared: dict[int, Any] = {}
         # The norm before the head can be the last one of the last block (post-LN): then it has run already.
         entered: list[Tensor] = []
-        hooks = [self.anatomy.norm_module.register_forward_pre_hook(lambda _, args: entered.append(args[0]))]
+        hook = self.anatomy.norm_module.register_forward_pre_hook(lambda _, args: entered.append(args[0]))
+        hidden: Any = None
         try:
-            for i in range(len(self.anatomy.ffns)):
-                if any(i in place for place in places):
-                    silent = torch.zeros(n_rows, len(self.activations[i]), dtype=torch.bool)
-                    for row, place in enumerate(places):
-                        silent[row, place.get(i, torch.tensor([], dtype=torch.long))] = True
-                    start = int(self.slot_starts[i])
-                    wanted = None if values is None else values[start : start + silent.shape[1]]
-                    hooks.append(self._silence(i, silent, wanted))
-            hidden: Any = None
             for k in range(layer, len(self.anatomy.blocks)):
                 args, kwargs = self._calls[k]
-                args, kwargs = _repeated(args, n_rows, shared), _repeated(kwargs, n_rows, shared)
+                args, kwargs = repeated(args, n_rows, shared), repeated(kwargs, n_rows, shared)
                 if hidden is not None and args:
                     args = (hidden, *args[1:])
                 elif hidden is not None:
@@ -128,11 +196,11 @@ class Replay:
                 output = self.anatomy.blocks[k].module(*args, **kwargs)
                 hidden = output if isinstance(output, Tensor) else output[0]
         finally:
-            for hook in hooks:
-                hook.remove()
-        return self.anatomy.logits((entered or [hidden])[-1][:, -1])
+            for handle in (hook, *hooks):
+                handle.remove()
+        return self.anatomy.logits((entered or [hidden])[-1][:, -1], grad=grad)
 
-    def _silence(self, i: int, silent: Bool[Tensor, "rows slots"], values: Tensor | None) -> Any:
+    def _silence(self, i: int, silent: Bool[Tensor, "rows slots"], values: Tensor | None) -> RemovableHandle:
         """A hook on one FFN that sets the activations of some neurons, others in each row, at the last position."""
         ffn, n_rows = self.anatomy.ffns[i], len(silent)
         if ffn.n_experts is None:
@@ -175,6 +243,30 @@ class Replay:
 
         return ffn.module.register_forward_hook(fused, with_kwargs=True)
 
+    def _raise(self, i: int, added: Float[Tensor, "rows slots"], scales: Float[Tensor, "rows"]) -> RemovableHandle:
+        """A hook on one FFN that multiplies its activations by `scales` and adds `added`, at the last position."""
+        ffn, n_rows, of = self.anatomy.ffns[i], len(scales), self.experts[i]
+        if of is None:
+
+            def dense(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+                given = args[0].reshape(n_rows, -1, args[0].shape[-1])
+                last = given[:, -1] * scales[:, None].to(given) + added.to(given)
+                return torch.cat([given[:, :-1], last[:, None]], dim=1).view(args[0].shape), *args[1:]
+
+            return ffn.module.register_forward_pre_hook(dense)
+        columns = torch.cat([weights.dense(ffn.module, int(expert)).float() for expert in of], dim=1)
+        fired = self.activations[i]
+
+        def fused(module: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> Tensor:
+            change = (fired * (scales - 1)[:, None] + added).to(output.device) @ columns.T.to(output.device)
+            # Of an answer of each expert to each token the first carries it: they are added up.
+            copies = int(ffn.n_experts or 1) if len(args) + len(kwargs) == 1 else 1
+            rows = output.reshape(copies, n_rows, -1, output.shape[-1])
+            before = (0, 0, rows.shape[2] - 1, 0, 0, 0, 0, copies - 1)
+            return (rows + torch.nn.functional.pad(change[None, :, None], before).to(rows.dtype)).view(output.shape)
+
+        return ffn.module.register_forward_hook(fused, with_kwargs=True)
+
 
 def replays(vlm: VLM, inputs: Inputs, steps: Sequence[int]) -> tuple[Answers, list[Replay]]:
     """Generate the answer to one prompt and keep what it takes to run some of its steps again.
@@ -191,7 +283,7 @@ def replays(vlm: VLM, inputs: Inputs, steps: Sequence[int]) -> tuple[Answers, li
         ModelError: if the answer ends before a step, or the blocks, called again, do not give what they gave.
     """
     anatomy = vlm.anatomy
-    catcher = _Catcher(set(steps))
+    catcher = Catcher(set(steps))
     hooks = [
         block.module.register_forward_pre_hook(catcher.hook(layer), with_kwargs=True)
         for layer, block in enumerate(anatomy.blocks)
@@ -220,56 +312,9 @@ def replays(vlm: VLM, inputs: Inputs, steps: Sequence[int]) -> tuple[Answers, li
     return answers, made
 
 
-@dataclass(frozen=True)
-class _Shared:
-    """Something that blocks pass on to each other and write into, such as a cache, as it was before a block ran."""
-
-    key: int
-    """One thing, wherever it is passed."""
-    content: Any
-
-
-class _Catcher:
-    """Keeps what the blocks are called with at some steps of `generate`."""
-
-    def __init__(self, steps: set[int]) -> None:
-        self.steps = steps
-        self.caught: dict[int, list[tuple[tuple, dict[str, Any]]]] = {}
-        self._step = -1
-        self._caches: dict[int, _Shared] = {}
-
-    def hook(self, layer: int):
-        """For the block of this number."""
-
-        def hook(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-            if layer == 0:
-                self._step += 1
-                self._caches.clear()
-            if self._step in self.steps:
-                self.caught.setdefault(self._step, []).append((self._copied(args), self._copied(kwargs)))
-
-        return hook
-
-    def _copied(self, value: Any) -> Any:
-        """Tensors copied: models write into some of theirs."""
-        if isinstance(value, Tensor):
-            return value.clone()
-        if isinstance(value, tuple | list):
-            return type(value)(self._copied(part) for part in value)
-        if type(value) is dict:
-            return {name: self._copied(part) for name, part in value.items()}
-        if isinstance(value, Cache):  # large: copied once, before the first block adds to it
-            if id(value) not in self._caches:
-                self._caches[id(value)] = _Shared(id(value), copy.deepcopy(value))
-            return self._caches[id(value)]
-        if isinstance(value, MutableMapping):
-            return _Shared(id(value), copy.deepcopy(value))
-        return value
-
-
 def _check(replay: Replay) -> None:
     """Refuse a model whose blocks do more than their arguments say."""
-    again = replay._run(0, [{}], None)[0].cpu()
+    again = replay._silent(0, [{}], None)[0].cpu()
     known = replay.logits > torch.finfo(torch.float32).min / 2
     error = (again - replay.logits)[known].abs().max() / replay.logits[known].abs().max()
     if not error < AGREE:
@@ -278,33 +323,3 @@ def _check(replay: Replay) -> None:
             seen=f"The logits differ by {error:.1%} of the largest.",
             fix="Report it, with the type of model.",
         )
-
-
-def _repeated(value: Any, n_rows: int, shared: dict[int, Any]) -> Any:
-    """What belongs to one row, for `n_rows`; `shared` are the things already made for this run."""
-    if isinstance(value, Tensor):
-        return value.expand(n_rows, *value.shape[1:]).clone() if value.ndim > 1 and len(value) == 1 else value
-    if isinstance(value, tuple | list):
-        return type(value)(_repeated(part, n_rows, shared) for part in value)
-    if type(value) is dict:
-        return {name: _repeated(part, n_rows, shared) for name, part in value.items()}
-    if isinstance(value, _Shared):
-        if value.key not in shared:
-            shared[value.key] = _widened(copy.deepcopy(value.content), n_rows)
-        return shared[value.key]
-    return value
-
-
-def _widened(state: Any, n_rows: int) -> Any:
-    """A cache of one row, for `n_rows`, in place: every tensor in it, of attention and of other mixers alike."""
-    if isinstance(state, Tensor | tuple | dict):
-        return _repeated(state, n_rows, {})
-    if isinstance(state, list):
-        return [_widened(part, n_rows) for part in state]
-    if isinstance(state, MutableMapping):
-        for name, part in state.items():
-            state[name] = _widened(part, n_rows)
-    elif type(state).__module__.startswith("transformers."):
-        for name, part in vars(state).items():
-            setattr(state, name, _widened(part, n_rows))
-    return state
