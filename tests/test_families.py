@@ -467,15 +467,16 @@ def test_gradients_are_what_small_changes_do(name):
     assert not scaled[layer_of != last].any()
     for layer, scale, ours in (*((layer, 1.0, plain) for layer in layer_of.unique().tolist()), (last, 0.4, scaled)):
         mine = torch.nonzero(layer_of == layer).squeeze(1)
-        step = 5e-3 * fired[mine].abs().mean() / direction[mine].abs().mean()
+        size = float(fired[mine].abs().mean() / direction[mine].abs().mean())
 
-        def log_p(shift: float, mine: Tensor = mine, scale: float = scale, step: Tensor = step) -> float:
-            values = scale * fired + shift * step * direction
+        def log_p(shift: float, mine: Tensor = mine, scale: float = scale) -> float:
+            values = scale * fired + shift * direction
             return float(replay.without([mine], values)[0].double().log_softmax(-1)[replay.token_id])
 
-        expected = (log_p(1) - log_p(-1)) / (2 * float(step))
         terms = ours[mine] * direction[mine]
-        assert abs(float(terms.sum()) - expected) < 1e-2 * float(terms.norm()), layer
+        steps = (5e-3 * size, 5e-4 * size)  # a router may change its mind within the longer one
+        errors = [abs(float(terms.sum()) - (log_p(h) - log_p(-h)) / (2 * h)) for h in steps]
+        assert min(errors) < 1e-2 * float(terms.norm()), layer
 
 
 def neuron_at(replay: Replay, slot: int) -> Neuron:
