@@ -432,7 +432,7 @@ def test_intervening_gives_what_changed_weights_give(name):
 def test_a_step_run_again_without_neurons_is_the_model_without_them(name):
     one = case(name)
     step = N_TOKENS - 1
-    _, (replay,) = replays(one.vlm, one.alone[0], [step])
+    (replay,) = replays(one.vlm, one.alone[0], [step]).replays
     assert replay.token_id == one.raw[0][step]
     ends = [*replay.slot_starts.tolist()[1:], replay.n_slots]
     singles = [slot for start, end in zip(replay.slot_starts.tolist(), ends, strict=True) for slot in (start, end - 1)]
@@ -456,7 +456,7 @@ def test_a_step_run_again_without_neurons_is_the_model_without_them(name):
 def test_gradients_are_what_small_changes_do(name):
     """Central differences of log p, block by block; in the last one also where its activations are scaled."""
     one = case(name)
-    _, (replay,) = replays(one.vlm, one.alone[0], [N_TOKENS - 1])
+    (replay,) = replays(one.vlm, one.alone[0], [N_TOKENS - 1]).replays
     direction = torch.randn(replay.n_slots, generator=torch.Generator().manual_seed(0))
     fired = torch.cat(replay.activations)
     sizes = torch.tensor([len(part) for part in replay.activations])

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import groupby
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -22,7 +22,7 @@ from mmneurons.errors import ModelError
 from mmneurons.vlm import experts, weights
 from mmneurons.vlm.anatomy.parts import Anatomy
 from mmneurons.vlm.calls import Catcher, repeated
-from mmneurons.vlm.recording import record
+from mmneurons.vlm.recording import Recording, record
 from mmneurons.vlm.vlm import VLM, Answers, Inputs
 
 AGREE = 0.02
@@ -268,16 +268,23 @@ class Replay:
         return ffn.module.register_forward_hook(fused, with_kwargs=True)
 
 
-def replays(vlm: VLM, inputs: Inputs, steps: Sequence[int]) -> tuple[Answers, list[Replay]]:
+class Kept(NamedTuple):
+    """One answer, what was recorded while it was generated, and some of its steps to be run again."""
+
+    answers: Answers
+    """Up to the last of the steps."""
+    recording: Recording
+    replays: list[Replay]
+
+
+def replays(vlm: VLM, inputs: Inputs, steps: Sequence[int], *, gates: bool = False) -> Kept:
     """Generate the answer to one prompt and keep what it takes to run some of its steps again.
 
     Args:
         vlm: The model.
         inputs: One encoded prompt (one row), from `VLM.encode`.
         steps: Which generated tokens, counted from 0.
-
-    Returns:
-        The answer up to the last of `steps`, and one Replay each.
+        gates: Also record the outputs of the activation functions alone.
 
     Raises:
         ModelError: if the answer ends before a step, or the blocks, called again, do not give what they gave.
@@ -289,7 +296,7 @@ def replays(vlm: VLM, inputs: Inputs, steps: Sequence[int]) -> tuple[Answers, li
         for layer, block in enumerate(anatomy.blocks)
     ]
     try:
-        with record(anatomy) as recording:
+        with record(anatomy, gates=gates) as recording:
             answers = vlm.generate(inputs, max(steps) + 1)
     finally:
         for hook in hooks:
@@ -309,7 +316,7 @@ def replays(vlm: VLM, inputs: Inputs, steps: Sequence[int]) -> tuple[Answers, li
         )
         _check(replay)
         made.append(replay)
-    return answers, made
+    return Kept(answers, recording, made)
 
 
 def _check(replay: Replay) -> None:
