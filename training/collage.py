@@ -15,6 +15,7 @@ from typing import TypeVar
 import cv2
 import numpy as np
 from model import GRID, PATCH
+from restyle import restyled
 
 from mmneurons.pocket import scenes
 
@@ -176,8 +177,10 @@ def altered(cut: Cut, random: np.random.Generator, length: float, x: float, y: f
     if cut.two_tone:
         line, paper = random.uniform(0, 255, (2, 3)).astype(np.float32)
         rgb = line + (paper - line) * rgb / 255
+    rgb, opacity = restyled(rgb, opacity[..., 0], random)
+    opacity = opacity[..., None]
     if random.random() < 0.85:
-        rgb = cv2.transform(rgb, colour_matrix(random)).clip(0, 255)
+        rgb = cv2.transform(rgb.astype(np.float32), colour_matrix(random)).clip(0, 255)
     # Turned and sized with premultiplied opacity, so that invisible pixels lend no colour to the edge.
     layers = np.concatenate([rgb * opacity, opacity], axis=-1)
     height, width = opacity.shape[:2]

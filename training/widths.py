@@ -141,7 +141,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tower", type=Path, default=WORK / "after-tower.pt")
     parser.add_argument("--widths", type=int, nargs="+", default=(512, 1024, 2048))
-    parser.add_argument("--steps", type=int, nargs=2, default=(600, 800), metavar=("LANGUAGE", "JOINT"))
+    parser.add_argument("--steps", type=int, nargs=2, default=(300, 500), metavar=("LANGUAGE", "JOINT"))
     parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args()
     torch.set_num_threads(2)
