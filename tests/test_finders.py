@@ -4,6 +4,7 @@ import torch
 import mmneurons as mmn
 from mmneurons.errors import SettingError
 from mmneurons.finding.finders import FINDERS, judge
+from mmneurons.vlm.replay import log_p
 
 
 @pytest.fixture(scope="module")
@@ -56,8 +57,14 @@ def test_random_scores_depend_on_the_seed(vlm):
 
 def test_an_unknown_finder_is_refused(vlm):
     with pytest.raises(SettingError, match="no finder 'magic'"):
-        judge(vlm, mmn.pocket.scene(3).image, ["magic"])
+        judge(vlm, mmn.pocket.scene(3).image, ["magic"])  # pyright: ignore[reportArgumentType]
 
 
 def test_an_answer_without_the_word_gives_nothing(vlm):
     assert judge(vlm, mmn.pocket.scene(3).image, ["logit"], words=["zebra"]) == []
+
+
+def test_log_p_is_exact_where_it_is_almost_zero():
+    logits = torch.tensor([[30.0, 0.0, -1.0], [0.0, 0.0, 0.0]])
+    expected = [-float(torch.tensor(-30.0).exp() + torch.tensor(-31.0).exp()), -float(torch.log(torch.tensor(3.0)))]
+    assert log_p(logits, 0).tolist() == pytest.approx(expected, rel=1e-6)

@@ -88,7 +88,7 @@ def test_nothing_stays_behind_after_an_error(random_vlm, given):
 
 
 def test_a_caption_changes_while_its_neurons_are_turned_round(vlm):
-    scene = mmn.pocket.evaluation_set("find-500")[0]
+    scene = mmn.pocket.scene(3, ["dog", "car"])
     finding = mmn.find(vlm, scene.image, top=300)
     neurons = [n.neuron for n in finding.nouns[0].neurons]
     with intervene(vlm, neurons, scale=-3) as change:

@@ -11,7 +11,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
@@ -21,7 +21,6 @@ from torch import Tensor
 
 from mmneurons.errors import SettingError
 from mmneurons.finding.finder import targets_of
-from mmneurons.finding.result import Score
 from mmneurons.finding.scoring import SCORES, Choices, score_targets
 from mmneurons.vlm.prompts import ANSWER_PREFIX, MAX_NEW_TOKENS, PROMPT
 from mmneurons.vlm.replay import Replay, replays
@@ -85,7 +84,7 @@ def judge(
     if not targets:
         return []
     kept = replays(vlm, inputs, [target.step for target in targets], gates="paper" in finders)
-    by_score = {
+    by_score: dict[str, Tensor] = {
         score: score_targets(vlm, kept.recording, kept.answers, targets, replace(choices, score=score)).scores.cpu()
         for score in SCORES
         if score in finders
@@ -103,7 +102,7 @@ def judge(
 
 
 def _scores(
-    finder: Finder, replay: Replay, by_score: dict[Score, Tensor], i: int, random: torch.Generator
+    finder: Finder, replay: Replay, by_score: Mapping[str, Tensor], i: int, random: torch.Generator
 ) -> Float[Tensor, "slots"]:
     if finder in SCORES:
         return by_score[finder][i]

@@ -104,17 +104,16 @@ class Replay:
             batch_size: How many questions are run at once.
             progress: Called with the number of questions answered after each pass.
         """
-        logit, logprob = torch.empty(len(sets)), torch.empty(len(sets))
+        logit, logprob = torch.empty(len(sets)), torch.empty(len(sets), dtype=torch.float64)
         done = 0
         for rows, logits in self._answers(sets, values, batch_size):
             logit[rows] = logits[:, self.token_id].cpu()
-            logprob[rows] = logits.log_softmax(-1)[:, self.token_id].cpu()
+            logprob[rows] = log_p(logits, self.token_id).cpu()
             done += len(rows)
             if progress is not None:
                 progress(done)
         # Against the same blocks run again, so that an empty set has no effect to the last bit.
-        base = self.base[self.token_id], self.base.log_softmax(-1)[self.token_id]
-        return Effects(base[0] - logit, base[1] - logprob)
+        return Effects(self.base[self.token_id] - logit, (log_p(self.base, self.token_id) - logprob).float())
 
     @cached_property
     def base(self) -> Float[Tensor, "vocab"]:
@@ -156,7 +155,7 @@ class Replay:
         with torch.enable_grad(), torch.autograd.graph.allow_mutation_on_saved_tensors():
             hooks = [self._raise(i, values, scales) for i, values in added.items()]
             logits = self._run(layer or 0, len(scales), hooks, grad=True)
-            total = logits.log_softmax(-1)[:, self.token_id].sum()
+            total = log_p(logits, self.token_id).sum()
             found = dict(zip(added, torch.autograd.grad(total, list(added.values())), strict=True))
         zeros = (torch.zeros(len(part)) for part in self.activations)
         return torch.cat([found[i].mean(0) if i in found else zero for i, zero in enumerate(zeros)])
@@ -268,6 +267,17 @@ class Replay:
         return ffn.module.register_forward_hook(fused, with_kwargs=True)
 
 
+def log_p(logits: Float[Tensor, "*n vocab"], token_id: int) -> Float[Tensor, "*n"]:
+    """Log probability of one token, float64: as exact where p is close to 1 as elsewhere.
+
+    A logarithm of a softmax in float32 cannot tell 0.9999999 from 1; the odds against the token are exact.
+    """
+    others = logits.double()
+    own = others[..., token_id].clone()
+    others[..., token_id] = -torch.inf
+    return -(others.logsumexp(-1) - own).exp().log1p()
+
+
 class Kept(NamedTuple):
     """One answer, what was recorded while it was generated, and some of its steps to be run again."""
 
@@ -309,14 +319,19 @@ def replays(vlm: VLM, inputs: Inputs, steps: Sequence[int], *, gates: bool = Fal
         replay = Replay(
             anatomy,
             said[step],
-            anatomy.logits(recording.residual[step][:1, -1])[0].cpu(),
-            [parts[step][0, -1].float().cpu() for parts in recording.raw],
-            [parts[step][0, -1].cpu() if parts else None for parts in recording.experts],
+            _own(anatomy.logits(recording.residual[step][:1, -1])[None]),
+            [_own(parts[step]).float() for parts in recording.raw],
+            [_own(parts[step]) if parts else None for parts in recording.experts],
             catcher.caught[step],
         )
         _check(replay)
         made.append(replay)
     return Kept(answers, recording, made)
+
+
+def _own(recorded: Tensor) -> Tensor:
+    """The last position of the one row, on the CPU, as a tensor that autograd takes."""
+    return recorded[0, -1].cpu().clone()
 
 
 def _check(replay: Replay) -> None:
