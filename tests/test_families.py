@@ -410,11 +410,12 @@ def test_intervening_gives_what_changed_weights_give(name):
     pristine = [column.clone() for column in columns]
     noise = dict(noises(one.anatomy, neurons))
     as_it_is = one.model(**given).logits
-    for how, new in (
+    changes: tuple[tuple[dict[str, Any], list[Tensor]], ...] = (
         ({"scale": 0}, [0 * column for column in pristine]),
         ({"scale": -2.5}, [-2.5 * column for column in pristine]),
         ({"noise": 0.7, "seed": 3}, [column + noise[n] for n, column in zip(neurons, pristine, strict=True)]),
-    ):
+    )
+    for how, new in changes:
         with intervene(one.vlm, neurons, **how):
             ours = one.model(**given).logits
         for column, value in zip(columns, new, strict=True):
