@@ -4,7 +4,7 @@ import torch
 import mmneurons as mmn
 from mmneurons.finding.finders import judge
 from mmneurons.inspection import truth
-from mmneurons.inspection.matching import column_norms, loudness, matched
+from mmneurons.inspection.matching import NEAREST, column_norms, loudness, matched
 from mmneurons.inspection.truth import DELETED, finder_truth
 
 IMAGE = mmn.pocket.scene(3, ["dog", "car"]).image
@@ -34,35 +34,41 @@ def test_loudness_is_the_length_of_what_a_neuron_writes(random_vlm, step):
         assert float(loud[int(step.slot_starts[layer]) + index]) == pytest.approx(float(written.norm()), rel=1e-5)
 
 
-def test_stand_ins_are_others_of_the_same_block_and_as_loud(random_vlm, step):
-    loud = loudness(step, column_norms(random_vlm.anatomy))
+def test_stand_ins_are_others_of_the_same_block_and_as_loud(step):
+    loud = torch.arange(step.n_slots).float()
     chosen = torch.tensor([1, 5, 100, 230, 231])
     sets = matched(step, loud, chosen, draws=50, seed=0)
-    assert len({tuple(one.sort().values.tolist()) for one in sets}) > 40
+    assert len({tuple(one.tolist()) for one in sets}) > 40
     blocks = torch.bucketize(chosen, step.slot_starts, right=True)
     for one in sets:
         assert not set(one.tolist()) & set(chosen.tolist())
         assert len(set(one.tolist())) == len(chosen)
-        assert torch.equal(torch.bucketize(one, step.slot_starts, right=True).sort().values, blocks.sort().values)
-    middle = loud[chosen] < loud.quantile(0.8)  # for the loudest there is nothing as loud
-    ratios = torch.stack([loud[one] for one in sets]).mean(0) / loud[chosen]
-    assert ((ratios > 0.6) & (ratios < 1.6))[middle].all()
+        assert torch.equal(torch.bucketize(one, step.slot_starts, right=True), blocks)
+        assert ((loud[one] - loud[chosen]).abs() <= NEAREST + len(chosen)).all()
     assert all(torch.equal(a, b) for a, b in zip(sets, matched(step, loud, chosen, 50, seed=0), strict=True))
 
 
 def test_deleting_what_truly_does_most_does_most(told):
     by_name = {(d.finder, d.k): d for d in told[0].deletions}
     assert {k for _, k in by_name} == set(DELETED)
+    most = by_name["true effect", 1]
     for finder in ("logit", "logprob", "gradient", "random"):
-        assert by_name["true effect", 1].fall >= by_name[finder, 1].fall - 1e-9
-    assert by_name["true effect", 10].fall > 3 * abs(by_name["true effect", 10].matched)
-    assert by_name["true effect", 10].fall > 3 * abs(by_name["true effect", 10].unmatched)
+        assert most.fall >= by_name[finder, 1].fall - 1e-9
+    assert most.fall > max(most.matched, most.unmatched)
+
+
+def test_a_fall_is_what_silence_of_the_top_does(random_vlm, told):
+    (judged,) = judge(random_vlm, IMAGE, ["logprob"], words=said(random_vlm))
+    for deletion in told[0].deletions:
+        if deletion.finder == "logprob":
+            top = judged.scores["logprob"].argsort(descending=True)[: deletion.k]
+            assert deletion.fall == pytest.approx(float(judged.replay.effects([top]).logprob[0]), abs=1e-4)
 
 
 def test_agreement_is_highest_for_what_asks_the_same_question(told):
     rho = {(a.finder, a.scope, a.effect): a.rho for a in told[0].agreements}
-    assert rho["gradient", "all blocks", "logprob"] > 0.9
-    assert rho["logprob", "last third", "logprob"] > 0.9
+    assert rho["gradient", "all blocks", "logprob"] > 0.8
+    assert rho["logprob", "last third", "logprob"] > 0.8
     assert rho["logprob", "all blocks", "logprob"] > rho["logit", "all blocks", "logprob"]
     assert abs(rho["random", "all blocks", "logprob"]) < 0.2
 
