@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -30,8 +30,10 @@ from mmneurons.vlm.anatomy import norms
 from mmneurons.vlm.anatomy.parts import Anatomy, Ffn, LogitRule, steps
 from mmneurons.vlm.doctor import additivity_error, describe_anatomy
 from mmneurons.vlm.grid import Grids, find_grids
+from mmneurons.vlm.interventions import Intervention, intervene, parts_of
 from mmneurons.vlm.moments import pick_moments
 from mmneurons.vlm.recording import Recording, record
+from mmneurons.vlm.replay import Replay, replays
 from mmneurons.vlm.vlm import VLM, Answers
 from mmneurons.vlm.weights.stored import Located
 
@@ -75,6 +77,7 @@ class Case:
 
 
 @cache
+@torch.inference_mode(False)  # whatever the test that asks first: gradients need weights made outside of it
 def case(name: str) -> Case:
     """Of the first seed whose answers hold no special token: read again, an image token would ask for an image."""
     family = BY_NAME[name]
@@ -390,6 +393,119 @@ def test_neurons_of_experts_have_names(name):
         assert anatomy.find(Neuron.parse(str(last))) is ffn
         assert anatomy.find(dataclasses.replace(last, index=last.index + 1)) is None
     assert {ffn.n_experts for ffn in anatomy.ffns} > {4} or {ffn.n_experts for ffn in anatomy.ffns} == {4}
+
+
+# Interventions
+
+
+@every_family
+@torch.inference_mode()
+def test_intervening_gives_what_changed_weights_give(name):
+    one = case(name)
+    given = one.vlm.extended(one.alone[0], one.answers[0])
+    neurons = [ffn.neuron(n) for ffn in one.anatomy.ffns for n in (1, ffn.size - 1)]
+    places = [(ffn, n // ffn.n_neurons, n % ffn.n_neurons) for ffn in one.anatomy.ffns for n in (1, ffn.size - 1)]
+    matrices = [weights.dense(f.module, None if f.n_experts is None else expert) for f, expert, _ in places]
+    columns = [matrix[:, i] for matrix, (_, _, i) in zip(matrices, places, strict=True)]
+    pristine = [column.clone() for column in columns]
+    noise = dict(noises(one.anatomy, neurons))
+    as_it_is = one.model(**given).logits
+    changes: tuple[tuple[dict[str, Any], list[Tensor]], ...] = (
+        ({"scale": 0}, [0 * column for column in pristine]),
+        ({"scale": -2.5}, [-2.5 * column for column in pristine]),
+        ({"noise": 0.7, "seed": 3}, [column + noise[n] for n, column in zip(neurons, pristine, strict=True)]),
+    )
+    for how, new in changes:
+        with intervene(one.vlm, neurons, **how):
+            ours = one.model(**given).logits
+        for column, value in zip(columns, new, strict=True):
+            column.copy_(value)
+        expected = one.model(**given).logits
+        for column, value in zip(columns, pristine, strict=True):
+            column.copy_(value)
+        assert (expected - as_it_is).abs().max() > 1e-3
+        torch.testing.assert_close(ours, expected, rtol=0, atol=2e-5 * float(expected.abs().max()))
+    assert torch.equal(one.model(**given).logits, as_it_is)
+
+
+@every_family
+@torch.inference_mode()
+def test_a_step_run_again_without_neurons_is_the_model_without_them(name):
+    one = case(name)
+    step = N_TOKENS - 1
+    (replay,) = replays(one.vlm, one.alone[0], [step]).replays
+    assert replay.token_id == one.raw[0][step]
+    ends = [*replay.slot_starts.tolist()[1:], replay.n_slots]
+    singles = [slot for start, end in zip(replay.slot_starts.tolist(), ends, strict=True) for slot in (start, end - 1)]
+    sets = [torch.tensor(slots).long() for slots in (*([slot] for slot in singles), singles, [])]
+    ours = replay.without(sets)
+    torch.testing.assert_close(ours, replay.without(sets, batch_size=1), rtol=0, atol=1e-4)
+    given = one.vlm.extended(one.alone[0], one.answers[0])
+    from_end = one.answers[0].n_prompt + step - 1 - one.answers[0].sequences.shape[1]
+    place = n_positions(one, given) + from_end  # some models put the picture before the first token
+    for logits, slots in zip(ours, sets, strict=True):
+        with intervene(one.vlm, [neuron_at(replay, int(slot)) for slot in slots], scale=0, positions=[place]):
+            expected = one.model(**given).logits[0, from_end].float()
+        known = expected > -1e30
+        assert torch.equal(known, logits > -1e30)
+        torch.testing.assert_close(
+            logits[known], expected[known], rtol=0, atol=3e-5 * float(expected[known].abs().max())
+        )
+
+
+@every_family
+def test_gradients_are_what_small_changes_do(name):
+    """Central differences of log p, block by block; in the last one also where its activations are scaled."""
+    one = case(name)
+    (replay,) = replays(one.vlm, one.alone[0], [N_TOKENS - 1]).replays
+    direction = torch.randn(replay.n_slots, generator=torch.Generator().manual_seed(0))
+    fired = torch.cat(replay.activations)
+    sizes = torch.tensor([len(part) for part in replay.activations])
+    layer_of = torch.tensor([ffn.layer for ffn in replay.anatomy.ffns]).repeat_interleave(sizes)
+    last = int(layer_of[-1])
+    plain = replay.gradients()
+    scaled = replay.gradients(last, torch.tensor([0.4, 0.4]))
+    assert not scaled[layer_of != last].any()
+    for layer, scale, ours in (*((layer, 1.0, plain) for layer in layer_of.unique().tolist()), (last, 0.4, scaled)):
+        mine = torch.nonzero(layer_of == layer).squeeze(1)
+        size = float(fired[mine].abs().mean() / direction[mine].abs().mean())
+
+        def log_p(shift: float, mine: Tensor = mine, scale: float = scale) -> float:
+            values = scale * fired + shift * direction
+            return float(replay.without([mine], values)[0].double().log_softmax(-1)[replay.token_id])
+
+        terms = ours[mine] * direction[mine]
+        steps = (5e-3 * size, 5e-4 * size)  # a router may change its mind within the longer one
+        errors = [abs(float(terms.sum()) - (log_p(h) - log_p(-h)) / (2 * h)) for h in steps]
+        assert min(errors) < 1e-2 * float(terms.norm()), layer
+
+
+def neuron_at(replay: Replay, slot: int) -> Neuron:
+    i = int(torch.bucketize(torch.tensor(slot), replay.slot_starts, right=True)) - 1
+    ffn, of, slot = replay.anatomy.ffns[i], replay.experts[i], slot - int(replay.slot_starts[i])
+    width = ffn.n_neurons
+    return ffn.neuron(slot if of is None else int(of[slot // width]) * width + slot % width)
+
+
+def n_positions(one: Case, given: Mapping[str, Any]) -> int:
+    """Of the stream that enters the first block."""
+    seen: list[int] = []
+
+    def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
+        seen.append((args[0] if args else kwargs["hidden_states"]).shape[1])
+
+    handle = one.anatomy.blocks[0].module.register_forward_pre_hook(hook, with_kwargs=True)
+    one.model(**given)
+    handle.remove()
+    return seen[0]
+
+
+def noises(anatomy: Anatomy, neurons: Sequence[Neuron]) -> Iterator[tuple[Neuron, Tensor]]:
+    """The noise that each neuron's column gets."""
+    for part in parts_of(anatomy, Intervention(tuple(neurons), noise=0.7, seed=3)):
+        assert part.noise is not None
+        for index, row in zip(part.indices.tolist(), part.noise, strict=True):
+            yield Neuron(part.ffn.layer, index, part.expert), row
 
 
 # The patch grid

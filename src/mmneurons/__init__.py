@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from mmneurons.neurons import Neuron as Neuron
     from mmneurons.report import write_report as write_report
     from mmneurons.vlm.doctor import doctor as doctor
+    from mmneurons.vlm.interventions import Intervention as Intervention
+    from mmneurons.vlm.interventions import intervene as intervene
     from mmneurons.vlm.load import load as load
     from mmneurons.vlm.recording import record as record
     from mmneurons.vlm.vlm import VLM as VLM
@@ -35,6 +37,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "VLM": "mmneurons.vlm.vlm:VLM",
     "Finding": "mmneurons.finding.result:Finding",
+    "Intervention": "mmneurons.vlm.interventions:Intervention",
     "MmneuronsError": "mmneurons.errors:MmneuronsError",
     "Neuron": "mmneurons.neurons:Neuron",
     "NeuronCard": "mmneurons.finding.lookup:NeuronCard",
@@ -44,6 +47,7 @@ _HOMES = {
     "doctor": "mmneurons.vlm.doctor:doctor",
     "explain_neuron": "mmneurons.finding.lookup:explain_neuron",
     "find": "mmneurons.finding.finder:find",
+    "intervene": "mmneurons.vlm.interventions:intervene",
     "load": "mmneurons.vlm.load:load",
     "load_findings": "mmneurons.finding.result:load",
     "neurons_for": "mmneurons.finding.lookup:neurons_for",

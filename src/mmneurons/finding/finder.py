@@ -121,7 +121,7 @@ def _find_batch(vlm: VLM, inputs: Inputs, rows: list[list[OpenedImage]], choices
     """The whole way for one batch, top to bottom."""
     with record(vlm.anatomy, gates=choices.score == "paper") as recording:
         answers = vlm.generate(inputs, choices.max_new_tokens)
-    targets = [t for row in range(len(rows)) for t in _targets(vlm, answers, row, choices)]
+    targets = [t for row in range(len(rows)) for t in targets_of(vlm, answers, row, choices)]
     nouns: list[NounFinding] = []
     notes: list[str] = []
     n_images = len(rows[0])
@@ -157,7 +157,7 @@ def _find_batch(vlm: VLM, inputs: Inputs, rows: list[list[OpenedImage]], choices
     ]
 
 
-def _targets(vlm: VLM, answers: Answers, row: int, choices: Choices) -> list[Target]:
+def targets_of(vlm: VLM, answers: Answers, row: int, choices: Choices) -> list[Target]:
     """Which tokens of one caption are scored: the first of each noun, or of each word asked for.
 
     Raises:

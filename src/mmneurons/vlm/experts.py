@@ -76,6 +76,15 @@ def activations(module: nn.Module, places: Routed) -> Float[Tensor, "*positions 
     return found.reshape(*places.experts.shape[:-1], -1)
 
 
+def of_neurons(
+    fired: Float[Tensor, "batch kept slots"], of: Int[Tensor, "batch kept k"], chosen: Int[Tensor, "n"], width: int
+) -> Float[Tensor, "batch kept n"]:
+    """Activations of the neurons chosen, zero where their expert was not asked."""
+    slots = fired.view(*of.shape, width)
+    asked = of[..., None] == chosen // width  # batch, kept, k, n
+    return (slots[..., chosen % width] * asked).sum(2)
+
+
 def _one_expert(module: nn.Module, hidden: Float[Tensor, "n hidden"], expert: int) -> Float[Tensor, "n neurons"]:
     gated = "gate_up_proj" in module._parameters
     name = "gate_up_proj" if gated else "up_proj"

@@ -190,7 +190,7 @@ class _Recorder:
             places = experts.Routed(*(None if value is None else self._kept(value) for value in all_places))  # pyright: ignore[reportArgumentType]
             fired = experts.activations(module, places)
             if chosen is not None:
-                fired = _of_neurons(fired, places.experts, chosen.to(fired.device), ffn.n_neurons)
+                fired = experts.of_neurons(fired, places.experts, chosen.to(fired.device), ffn.n_neurons)
             recording.raw[i].append(fired)
             recording.experts[i].append(places.experts)
 
@@ -264,15 +264,6 @@ class _Recorder:
         if layer in self._entered:
             self.missed.add(name)
         parts.append(torch.zeros_like(like))
-
-
-def _of_neurons(
-    fired: Float[Tensor, "batch kept slots"], of: Int[Tensor, "batch kept k"], chosen: Int[Tensor, "n"], width: int
-) -> Float[Tensor, "batch kept n"]:
-    """Activations of the neurons chosen, zero where their expert was not asked."""
-    slots = fired.view(*of.shape, width)
-    asked = of[..., None] == chosen // width  # batch, kept, k, n
-    return (slots[..., chosen % width] * asked).sum(2)
 
 
 def _widened(part: Tensor, width: int) -> Tensor:

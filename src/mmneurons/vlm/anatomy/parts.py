@@ -189,12 +189,12 @@ class Anatomy:
                 return ffn if inside else None
         return None
 
-    def logits(self, x: Float[Tensor, "n hidden"]) -> Float[Tensor, "n vocab"]:
-        """Logits, float32, of residual streams, by the model's own norm and head."""
+    def logits(self, x: Float[Tensor, "n hidden"], *, grad: bool = False) -> Float[Tensor, "n vocab"]:
+        """Logits, float32, of residual streams, by the model's own norm and head; differentiable if asked for."""
         rule, like = self.logit_rule, next(self.norm_module.parameters(), None)
         dtype = x.dtype if like is None or like.is_meta else like.dtype
         device = x.device if like is None or like.is_meta else like.device
-        with torch.inference_mode():
+        with torch.enable_grad() if grad else torch.inference_mode():
             h = rule.before * self.norm_module(x.to(device=device, dtype=dtype))
             return rule(self.head(h))
 

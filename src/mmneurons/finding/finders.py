@@ -1,0 +1,118 @@
+"""Other ways to find neurons, in the place of `find`'s scores: same image, same nouns, same neurons.
+
+| finder | score of a neuron |
+| --- | --- |
+| `logit`, `logprob`, `paper` | as in `find` |
+| `activation` | the size of its activation |
+| `gradient` | gradient of log p by its activation, times the activation (Schwettmann et al., ICCV-W 2023) |
+| `integrated` | integrated gradients, all activations of a block scaled together, 20 steps (Dai et al., ACL 2022) |
+| `random` | a random number |
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal, get_args
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from mmneurons.errors import SettingError
+from mmneurons.finding.finder import targets_of
+from mmneurons.finding.scoring import SCORES, Choices, score_targets
+from mmneurons.vlm.prompts import ANSWER_PREFIX, MAX_NEW_TOKENS, PROMPT
+from mmneurons.vlm.replay import Replay, replays
+from mmneurons.vlm.vlm import VLM, Picture, open_row
+from mmneurons.words import Word
+
+Finder = Literal["logit", "logprob", "paper", "activation", "gradient", "integrated", "random"]
+FINDERS: tuple[Finder, ...] = get_args(Finder)
+INTEGRATION_STEPS = 20
+
+
+@dataclass(frozen=True, eq=False)
+class Judged:
+    """One noun of an answer, and what each finder says of every neuron there."""
+
+    word: Word
+    caption: str
+    replay: Replay
+    """The step that wrote the noun's first token, to be run again without neurons."""
+    scores: dict[Finder, Float[Tensor, "slots"]]
+    """float32, on the CPU; slots as `Replay` counts them."""
+
+
+def judge(
+    vlm: VLM,
+    image: Picture,
+    finders: Sequence[Finder] = FINDERS,
+    *,
+    prompt: str = PROMPT,
+    answer_prefix: str = ANSWER_PREFIX,
+    words: Sequence[str] | None = None,
+    max_new_tokens: int = MAX_NEW_TOKENS,
+    seed: int = 0,
+) -> list[Judged]:
+    """Let the model answer, and every finder score all neurons for each noun of the answer.
+
+    Args:
+        vlm: The model, from `load`.
+        image: A path, PIL image or array.
+        finders: Which; see the table above.
+        prompt: What the model is asked.
+        answer_prefix: Words that the answer is made to begin with.
+        words: Words of the answer to explain instead of its nouns; those that are not in it are left out.
+        max_new_tokens: Where to stop if the model does not.
+        seed: Of `random`.
+
+    Returns:
+        One entry for each noun; none if there is none.
+
+    Raises:
+        SettingError: there is no such finder.
+        ModelError: `paper` where activation functions cannot be recorded, or blocks that cannot be run again.
+    """
+    unknown = [finder for finder in finders if finder not in FINDERS]
+    if unknown:
+        raise SettingError(f"There is no finder '{unknown[0]}'.", fix=f"Choose of: {', '.join(FINDERS)}.")
+    inputs = vlm.encode([[opened.image for opened in open_row(image)]], prompt, answer_prefix)
+    wanted = None if words is None else tuple(words)
+    choices = Choices(prompt, answer_prefix, 1, "logit", wanted, None, None, False, False, max_new_tokens)
+    targets = targets_of(vlm, vlm.generate(inputs, max_new_tokens), 0, choices)
+    if not targets:
+        return []
+    kept = replays(vlm, inputs, [target.step for target in targets], gates="paper" in finders)
+    by_score: dict[str, Tensor] = {
+        score: score_targets(vlm, kept.recording, kept.answers, targets, replace(choices, score=score)).scores.cpu()
+        for score in SCORES
+        if score in finders
+    }
+    random = torch.Generator().manual_seed(seed)
+    return [
+        Judged(
+            target.word,
+            kept.answers.texts[0],
+            replay,
+            {finder: _scores(finder, replay, by_score, i, random) for finder in finders},
+        )
+        for i, (target, replay) in enumerate(zip(targets, kept.replays, strict=True))
+    ]
+
+
+def _scores(
+    finder: Finder, replay: Replay, by_score: Mapping[str, Tensor], i: int, random: torch.Generator
+) -> Float[Tensor, "slots"]:
+    if finder in SCORES:
+        return by_score[finder][i]
+    fired = torch.cat(replay.activations)
+    if finder == "activation":
+        return fired.abs()
+    if finder == "gradient":
+        return replay.gradients() * fired
+    if finder == "integrated":
+        midpoints = (torch.arange(INTEGRATION_STEPS) + 0.5) / INTEGRATION_STEPS
+        layers = sorted({ffn.layer for ffn in replay.anatomy.ffns})
+        return torch.stack([replay.gradients(layer, midpoints) for layer in layers]).sum(0) * fired
+    return torch.rand(len(fired), generator=random)

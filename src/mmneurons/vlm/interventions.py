@@ -1,0 +1,245 @@
+"""Change what chosen neurons write while the model runs, in one `with`; the weights stay as they are.
+
+    with intervene(vlm, ["L4.u646", "L3.u12"], scale=0):
+        print(vlm.caption("dog.png"))
+
+Dense FFNs are changed at the input of `w_out`, so that zero is exactly zero. Fused experts cannot be reached there: the
+difference is added to what they give.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from mmneurons.errors import SettingError
+from mmneurons.neurons import Neuron
+from mmneurons.vlm import experts, weights
+from mmneurons.vlm.anatomy.parts import Anatomy, Ffn
+from mmneurons.vlm.vlm import VLM
+
+
+@dataclass(frozen=True)
+class Intervention:
+    """What is done to a set of neurons, as data; one of `scale`, `values` and `noise`."""
+
+    neurons: tuple[Neuron, ...]
+    scale: float | None = None
+    """Activations are multiplied by this; 0 switches the neurons off."""
+    values: tuple[float, ...] | None = None
+    """Activations are set to these, one for each neuron: zero or mean ablation."""
+    noise: float | None = None
+    """Gaussian noise is added to the columns, its deviation this many times the column's root mean square."""
+    seed: int = 0
+    """Of the noise."""
+    positions: tuple[int, ...] | None = None
+    """Where in the sequence: counted from 0, padding and answer included; everywhere if None."""
+
+
+@contextmanager
+def intervene(
+    vlm: VLM | Anatomy,
+    neurons: Intervention | Iterable[Neuron | str],
+    *,
+    scale: float | None = None,
+    values: Sequence[float] | float | None = None,
+    noise: float | None = None,
+    seed: int = 0,
+    positions: Sequence[int] | None = None,
+) -> Iterator[Intervention]:
+    """Run the model with some neurons changed: in captions, findings, or forward passes of one's own.
+
+    Several can be nested: the inner one sees the activations that the outer one leaves. `record` inside of the `with`
+    records activations as they were changed.
+
+    Args:
+        vlm: The model, or its anatomy.
+        neurons: Neurons or their names, or an `Intervention`, which says everything else.
+        scale: Multiply their activations by this.
+        values: Set their activations to these; one number for all, or one each.
+        noise: Add Gaussian noise to their columns, in units of each column's root mean square.
+        seed: Of the noise; the same neurons with the same seed get the same noise.
+        positions: Where in the sequence, counted from 0 with padding and answer; everywhere if None.
+
+    Yields:
+        What is done, as data.
+
+    Raises:
+        SettingError: not exactly one of `scale`, `values` and `noise`, values of another number than neurons, a
+            neuron that the model does not have or that is named twice; `values` where they cannot be set.
+    """
+    if isinstance(neurons, Intervention):
+        change = neurons
+    else:
+        named = tuple(n if isinstance(n, Neuron) else Neuron.parse(n) for n in neurons)
+        each = (float(values),) * len(named) if isinstance(values, int | float) else values
+        places = None if positions is None else tuple(positions)
+        change = Intervention(named, scale, None if each is None else tuple(each), noise, seed, places)
+    running = _Running(vlm.anatomy if isinstance(vlm, VLM) else vlm, change)
+    try:
+        running.start()
+        yield change
+    finally:
+        running.stop()
+
+
+@dataclass(eq=False)
+class Part:
+    """The neurons of one FFN, of one of its experts if it has several."""
+
+    ffn: Ffn
+    expert: int | None
+    indices: Tensor
+    values: Tensor | None
+    noise: Float[Tensor, "n hidden"] | None
+
+    def changed(self, fired: Float[Tensor, "*positions n"], scale: float | None) -> Float[Tensor, "*positions n"]:
+        """Activations as they are to be."""
+        if self.values is not None:
+            return self.values.to(fired).expand_as(fired)
+        return fired if scale is None else fired * scale
+
+
+def parts_of(anatomy: Anatomy, change: Intervention) -> list[Part]:
+    """The neurons by FFN and expert, with their values or noise.
+
+    Raises:
+        SettingError: see `intervene`.
+    """
+    if sum(how is not None for how in (change.scale, change.values, change.noise)) != 1:
+        raise SettingError(
+            "An intervention does one thing to its neurons.",
+            seen=f"scale={change.scale}, values={change.values}, noise={change.noise}",
+            fix="Give one of scale=, values=, noise=: intervene(vlm, neurons, scale=0)",
+        )
+    if change.values is not None and len(change.values) != len(change.neurons):
+        raise SettingError(f"{len(change.values)} values for {len(change.neurons)} neurons.", fix="Give one each.")
+    if len(set(change.neurons)) != len(change.neurons):
+        raise SettingError("A neuron is named twice.", fix="Name each once.")
+    by_place: dict[tuple[int, int | None], list[int]] = {}
+    ffns: dict[tuple[int, int | None], Ffn] = {}
+    for i, neuron in enumerate(change.neurons):
+        ffn = anatomy.find(neuron)
+        if ffn is None:
+            raise SettingError(
+                f"This model has no neuron {neuron}.",
+                seen=f"Its blocks have {', '.join(map(str, anatomy.layer_sizes))} neurons.",
+            )
+        if change.values is not None and ffn.gate is not None:
+            raise SettingError(
+                f"The activation of {neuron} cannot be set: a gate multiplies it after its column was added.",
+                fix="Use scale=, which is the same with and without a gate.",
+            )
+        by_place.setdefault((neuron.layer, neuron.expert), []).append(i)
+        ffns[neuron.layer, neuron.expert] = ffn
+    random = torch.Generator().manual_seed(change.seed)
+    parts = []
+    for (layer, expert), members in sorted(by_place.items(), key=lambda item: (item[0][0], item[0][1] or 0)):
+        ffn = ffns[layer, expert]
+        members = sorted(members, key=lambda i: change.neurons[i])
+        indices = torch.tensor([change.neurons[i].index for i in members])
+        values = None if change.values is None else torch.tensor([change.values[i] for i in members])
+        noise = None
+        if change.noise is not None:
+            columns = weights.columns(ffn.module, indices, expert=expert).cpu()
+            size = columns.pow(2).mean(-1, keepdim=True).sqrt()
+            noise = change.noise * size * torch.randn(columns.shape, generator=random)
+        parts.append(Part(ffn, expert, indices, values, noise))
+    return parts
+
+
+class _Running:
+    """The hooks of one `intervene`."""
+
+    def __init__(self, anatomy: Anatomy, change: Intervention) -> None:
+        self.anatomy, self.change = anatomy, change
+        self._hooks: list[torch.utils.hooks.RemovableHandle] = []
+        self._shape = (1, 1)
+        self._here: Tensor | None = None
+        """(batch, positions), true where to change; None: everywhere."""
+        self.parts = parts_of(anatomy, change)
+
+    def start(self) -> None:
+        add = self._hooks.append
+        add(self.anatomy.blocks[0].module.register_forward_pre_hook(self._enter, with_kwargs=True))
+        for part in self.parts:
+            module = part.ffn.module
+            if part.expert is not None:
+                add(module.register_forward_hook(partial(self._experts, part), with_kwargs=True))
+            elif part.noise is not None:
+                add(module.register_forward_hook(partial(self._noise, part)))
+            else:
+                add(module.register_forward_pre_hook(partial(self._dense, part)))
+
+    def stop(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
+
+    def _enter(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        """Which positions this pass is about: those before it are in the cache."""
+        stream = args[0] if args else kwargs["hidden_states"]
+        self._shape = stream.shape[:2]
+        if self.change.positions is not None:
+            cache = next(
+                (kwargs[name] for name in ("past_key_values", "past_key_value") if kwargs.get(name) is not None), None
+            )
+            before = cache.get_seq_length() if cache is not None else 0
+            places = torch.arange(int(before), int(before) + stream.shape[1], device=stream.device)
+            self._here = torch.isin(places, torch.tensor(self.change.positions, device=stream.device))
+
+    def _where(self, fired: Float[Tensor, "*positions n"]) -> Tensor | None:
+        """`_here` against activations: some FFNs see batch and positions as one axis."""
+        if self._here is None:
+            return None
+        here = self._here.to(fired.device).expand(self._shape)
+        return (here if fired.ndim == 3 else here.reshape(-1))[..., None]
+
+    def _dense(self, part: Part, module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        given = args[0]
+        indices = part.indices.to(given.device)
+        fired = given[..., indices]
+        changed = part.changed(fired, self.change.scale)
+        where = self._where(fired)
+        if where is not None:
+            changed = torch.where(where, changed, fired)
+        return given.index_copy(-1, indices, changed.to(given.dtype)), *args[1:]
+
+    def _noise(self, part: Part, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        assert part.noise is not None
+        fired = args[0][..., part.indices.to(output.device)].float()
+        where = self._where(fired)
+        if where is not None:
+            fired = fired * where
+        return output + (fired @ part.noise.to(output.device)).to(output.dtype)
+
+    def _experts(self, part: Part, module: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> Tensor:
+        assert part.expert is not None
+        given = (*args, *kwargs.values())
+        routed = experts.routed(module, given, self._shape[0])
+        width, asked = part.ffn.n_neurons, (routed.experts == part.expert).any(-1, keepdim=True)
+        chosen = part.expert * width + part.indices.to(routed.experts.device)
+        fired = experts.of_neurons(experts.activations(module, routed), routed.experts, chosen, width).float()
+        if part.noise is not None:
+            added = fired @ part.noise.to(fired.device)
+        else:
+            changed = part.changed(fired, self.change.scale)
+            if part.values is not None:  # an expert that is not asked writes nothing, whatever its neurons are set to
+                changed = changed * asked
+            columns = weights.columns(module, part.indices, expert=part.expert).to(fired.device)
+            added = (changed - fired) @ columns
+        where = self._where(added)
+        if where is not None:
+            added = added * where
+        added = added.to(output.dtype)
+        if len(given) == 1:  # every token for every expert, one expert after the other
+            whole = output.clone().view(len(output) // added[..., 0].numel(), -1, output.shape[-1])
+            whole[part.expert] += added.reshape(-1, added.shape[-1])
+            return whole.view(output.shape)
+        return output + added.reshape(output.shape)

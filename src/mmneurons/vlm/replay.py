@@ -1,0 +1,347 @@
+"""What would the model have said next, had some neurons been silent? Many such questions in few short passes.
+
+One answer is generated; at the steps asked for, what enters every block is kept, and the key-value cache of everything
+before. A question about neurons then runs the blocks from theirs upwards, for one position only, a row for each set of
+neurons: the prompt, and the blocks below, are never run again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import groupby
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from mmneurons.errors import ModelError
+from mmneurons.vlm import experts, weights
+from mmneurons.vlm.anatomy.parts import Anatomy
+from mmneurons.vlm.calls import Catcher, repeated
+from mmneurons.vlm.recording import Recording, record
+from mmneurons.vlm.vlm import VLM, Answers, Inputs
+
+AGREE = 0.02
+"""A replay of nothing changed may miss the model's own logits by this share of the largest, in 16 bits."""
+
+
+@dataclass(frozen=True, eq=False)
+class Effects:
+    """What silence does, for each set of neurons: how far the token falls; float32, on the CPU."""
+
+    logit: Float[Tensor, "sets"]
+    logprob: Float[Tensor, "sets"]
+
+
+@dataclass(eq=False)
+class Replay:
+    """One step of an answer, ready to be run again from any block upwards.
+
+    Neurons are counted in slots, FFN after FFN, as `Moments` counts them: of experts, those asked at this position.
+    """
+
+    anatomy: Anatomy
+    token_id: int
+    """What the model said here."""
+    logits: Float[Tensor, "vocab"]
+    """As the model's blocks gave them, float32."""
+    activations: list[Float[Tensor, "slots"]]
+    """Per FFN, what enters `w_out`, float32 (before the gate of shared experts)."""
+    experts: list[Int[Tensor, "k"] | None]
+    """Per FFN: the experts that the slots belong to."""
+    _calls: list[tuple[tuple, dict[str, Any]]]
+    """What each block was called with."""
+
+    @cached_property
+    def slot_starts(self) -> Int[Tensor, "ffns"]:
+        """Where each FFN's slots begin when all are laid end to end."""
+        return torch.tensor([0, *(len(part) for part in self.activations)]).cumsum(0)[:-1]
+
+    @property
+    def n_slots(self) -> int:
+        """Of all FFNs together."""
+        return sum(len(part) for part in self.activations)
+
+    def without(
+        self,
+        sets: Sequence[Int[Tensor, "_"]],
+        values: Float[Tensor, "slots"] | None = None,
+        *,
+        batch_size: int = 256,
+    ) -> Float[Tensor, "sets vocab"]:
+        """Logits of the next token with each set of neurons silent at this position.
+
+        Args:
+            sets: Slots; each set is a question of its own.
+            values: What activations are set to, for all slots, instead of zero: for mean ablation.
+            batch_size: How many questions are run at once.
+
+        Returns:
+            float32, on the CPU.
+        """
+        found = torch.empty(len(sets), len(self.logits))
+        for rows, logits in self._answers(sets, values, batch_size):
+            found[rows] = logits.cpu()
+        return found
+
+    def effects(
+        self,
+        sets: Sequence[Int[Tensor, "_"]],
+        values: Float[Tensor, "slots"] | None = None,
+        *,
+        batch_size: int = 256,
+        progress: Callable[[int], None] | None = None,
+    ) -> Effects:
+        """How far the token's log probability and logit fall with each set silent.
+
+        Args:
+            sets: Slots; each set is a question of its own.
+            values: What activations are set to instead of zero.
+            batch_size: How many questions are run at once.
+            progress: Called with the number of questions answered after each pass.
+        """
+        logit, logprob = torch.empty(len(sets)), torch.empty(len(sets), dtype=torch.float64)
+        done = 0
+        for rows, logits in self._answers(sets, values, batch_size):
+            logit[rows] = logits[:, self.token_id].cpu()
+            logprob[rows] = log_p(logits, self.token_id).cpu()
+            done += len(rows)
+            if progress is not None:
+                progress(done)
+        # Against the same blocks run again, so that an empty set has no effect to the last bit.
+        return Effects(self.base[self.token_id] - logit, (log_p(self.base, self.token_id) - logprob).float())
+
+    @cached_property
+    def base(self) -> Float[Tensor, "vocab"]:
+        """The logits of the blocks run again as they were."""
+        return self.without([torch.tensor([], dtype=torch.long)])[0]
+
+    def _answers(
+        self, sets: Sequence[Int[Tensor, "_"]], values: Float[Tensor, "slots"] | None, batch_size: int
+    ) -> Iterator[tuple[Int[Tensor, "rows"], Float[Tensor, "rows vocab"]]]:
+        """Logits of some of the sets at a time: those whose lowest block is the same, so that none below is run."""
+        places = [self._places(slots) for slots in sets]
+        last = len(self.anatomy.blocks) - 1
+        lowest = [min((self.anatomy.ffns[i].layer for i in place), default=last) for place in places]
+        for layer, group in groupby(sorted(range(len(sets)), key=lowest.__getitem__), key=lowest.__getitem__):
+            for rows in torch.tensor(list(group)).split(batch_size):
+                yield rows, self._silent(layer, [places[row] for row in rows.tolist()], values)
+
+    def _places(self, slots: Int[Tensor, "_"]) -> dict[int, Int[Tensor, "_"]]:
+        """Slots by FFN, counted inside it."""
+        slots = slots.cpu()
+        ffns = torch.bucketize(slots, self.slot_starts, right=True) - 1
+        return {i: slots[ffns == i] - self.slot_starts[i] for i in ffns.unique().tolist()}
+
+    def gradients(self, layer: int | None = None, scales: Float[Tensor, "n"] | None = None) -> Float[Tensor, "slots"]:
+        """Derivatives of the token's log probability by the activations at this position.
+
+        Args:
+            layer: All activations of this block are multiplied by each of `scales`, and its derivatives averaged over
+                them (integrated gradients); those of other blocks are zero. None: all blocks, as they are.
+            scales: Numbers from 0 to 1.
+
+        Returns:
+            float32, on the CPU.
+        """
+        scales = torch.ones(1) if scales is None else scales
+        asked = [i for i, ffn in enumerate(self.anatomy.ffns) if layer is None or ffn.layer == layer]
+        added = {i: torch.zeros(len(scales), len(self.activations[i]), requires_grad=True) for i in asked}
+        # Linear attention (Qwen 3.5) writes into its state, which autograd would refuse to have saved.
+        with torch.enable_grad(), torch.autograd.graph.allow_mutation_on_saved_tensors():
+            hooks = [self._raise(i, values, scales) for i, values in added.items()]
+            logits = self._run(layer or 0, len(scales), hooks, grad=True)
+            total = log_p(logits, self.token_id).sum()
+            found = dict(zip(added, torch.autograd.grad(total, list(added.values())), strict=True))
+        zeros = (torch.zeros(len(part)) for part in self.activations)
+        return torch.cat([found[i].mean(0) if i in found else zero for i, zero in enumerate(zeros)])
+
+    def _silent(
+        self, layer: int, places: list[dict[int, Int[Tensor, "_"]]], values: Float[Tensor, "slots"] | None
+    ) -> Float[Tensor, "rows vocab"]:
+        """Logits of a row for each of `places`, whose neurons are silent; all of them lie in block `layer` or above."""
+        hooks = []
+        for i in sorted({i for place in places for i in place}):
+            silent = torch.zeros(len(places), len(self.activations[i]), dtype=torch.bool)
+            for row, place in enumerate(places):
+                if i in place:
+                    silent[row, place[i]] = True
+            start = int(self.slot_starts[i])
+            hooks.append(self._silence(i, silent, None if values is None else values[start : start + silent.shape[1]]))
+        with torch.inference_mode():
+            return self._run(layer, len(places), hooks)
+
+    def _run(
+        self, layer: int, n_rows: int, hooks: list[RemovableHandle], *, grad: bool = False
+    ) -> Float[Tensor, "rows vocab"]:
+        """Logits of the blocks from `layer` on with hooks on their FFNs, which are removed afterwards."""
+        shared: dict[int, Any] = {}
+        # The norm before the head can be the last one of the last block (post-LN): then it has run already.
+        entered: list[Tensor] = []
+        hook = self.anatomy.norm_module.register_forward_pre_hook(lambda _, args: entered.append(args[0]))
+        hidden: Any = None
+        try:
+            for k in range(layer, len(self.anatomy.blocks)):
+                args, kwargs = self._calls[k]
+                args, kwargs = repeated(args, n_rows, shared), repeated(kwargs, n_rows, shared)
+                if hidden is not None and args:
+                    args = (hidden, *args[1:])
+                elif hidden is not None:
+                    kwargs["hidden_states"] = hidden
+                output = self.anatomy.blocks[k].module(*args, **kwargs)
+                hidden = output if isinstance(output, Tensor) else output[0]
+        finally:
+            for handle in (hook, *hooks):
+                handle.remove()
+        return self.anatomy.logits((entered or [hidden])[-1][:, -1], grad=grad)
+
+    def _silence(self, i: int, silent: Bool[Tensor, "rows slots"], values: Tensor | None) -> RemovableHandle:
+        """A hook on one FFN that sets the activations of some neurons, others in each row, at the last position."""
+        ffn, n_rows = self.anatomy.ffns[i], len(silent)
+        if ffn.n_experts is None:
+
+            def dense(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+                given = args[0].clone()
+                last = given.view(n_rows, -1, given.shape[-1])[:, -1]
+                new = torch.zeros_like(last) if values is None else values.to(last).expand_as(last)
+                last.copy_(torch.where(silent.to(last.device), new, last))
+                return given, *args[1:]
+
+            return ffn.module.register_forward_pre_hook(dense)
+        of = self.experts[i]
+        assert of is not None
+        slots = torch.nonzero(silent.any(0)).squeeze(1)
+        width, mine = ffn.n_neurons, silent[:, slots]
+        chosen = of.cpu()[slots // width] * width + slots % width
+        columns = torch.stack(
+            [weights.columns(ffn.module, (n % width)[None], expert=int(n) // width)[0] for n in chosen.unbind()]
+        )
+
+        def fused(module: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> Tensor:
+            given = (*args, *kwargs.values())
+            routed = experts.routed(module, given, n_rows)
+            last = experts.Routed(*(None if part is None else part[:, -1:] for part in routed))  # pyright: ignore[reportArgumentType]
+            device = output.device
+            fired = experts.activations(module, last)
+            fired = experts.of_neurons(fired, last.experts, chosen.to(device), width)[:, 0].float()
+            asked = (last.experts[:, 0, :, None] == chosen.to(device) // width).any(1)
+            new = 0.0 if values is None else values[slots].to(device) * asked
+            change = ((new - fired) * mine.to(device))[..., None] * columns.to(device)  # rows, chosen, hidden
+            output = output.clone()
+            if len(given) == 1:  # every token for every expert, one expert after the other
+                whole = output.view(int(ffn.n_experts or 1), n_rows, -1, output.shape[-1])
+                for expert in (chosen // width).unique().tolist():
+                    whole[expert, :, -1] += change[:, chosen // width == expert].sum(1).to(output.dtype)
+            else:
+                output.view(n_rows, -1, output.shape[-1])[:, -1] += change.sum(1).to(output.dtype)
+            return output
+
+        return ffn.module.register_forward_hook(fused, with_kwargs=True)
+
+    def _raise(self, i: int, added: Float[Tensor, "rows slots"], scales: Float[Tensor, "rows"]) -> RemovableHandle:
+        """A hook on one FFN that multiplies its activations by `scales` and adds `added`, at the last position."""
+        ffn, n_rows, of = self.anatomy.ffns[i], len(scales), self.experts[i]
+        if of is None:
+
+            def dense(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+                given = args[0].reshape(n_rows, -1, args[0].shape[-1])
+                last = given[:, -1] * scales[:, None].to(given) + added.to(given)
+                return torch.cat([given[:, :-1], last[:, None]], dim=1).view(args[0].shape), *args[1:]
+
+            return ffn.module.register_forward_pre_hook(dense)
+        columns = torch.cat([weights.dense(ffn.module, int(expert)).float() for expert in of], dim=1)
+        fired = self.activations[i]
+
+        def fused(module: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> Tensor:
+            change = (fired * (scales - 1)[:, None] + added).to(output.device) @ columns.T.to(output.device)
+            # Of an answer of each expert to each token the first carries it: they are added up.
+            copies = int(ffn.n_experts or 1) if len(args) + len(kwargs) == 1 else 1
+            rows = output.reshape(copies, n_rows, -1, output.shape[-1])
+            before = (0, 0, rows.shape[2] - 1, 0, 0, 0, 0, copies - 1)
+            return (rows + torch.nn.functional.pad(change[None, :, None], before).to(rows.dtype)).view(output.shape)
+
+        return ffn.module.register_forward_hook(fused, with_kwargs=True)
+
+
+def log_p(logits: Float[Tensor, "*n vocab"], token_id: int) -> Float[Tensor, "*n"]:
+    """Log probability of one token, float64: as exact where p is close to 1 as elsewhere.
+
+    A logarithm of a softmax in float32 cannot tell 0.9999999 from 1; the odds against the token are exact.
+    """
+    others = logits.double()
+    own = others[..., token_id].clone()
+    others[..., token_id] = -torch.inf
+    return -(others.logsumexp(-1) - own).exp().log1p()
+
+
+class Kept(NamedTuple):
+    """One answer, what was recorded while it was generated, and some of its steps to be run again."""
+
+    answers: Answers
+    """Up to the last of the steps."""
+    recording: Recording
+    replays: list[Replay]
+
+
+def replays(vlm: VLM, inputs: Inputs, steps: Sequence[int], *, gates: bool = False) -> Kept:
+    """Generate the answer to one prompt and keep what it takes to run some of its steps again.
+
+    Args:
+        vlm: The model.
+        inputs: One encoded prompt (one row), from `VLM.encode`.
+        steps: Which generated tokens, counted from 0.
+        gates: Also record the outputs of the activation functions alone.
+
+    Raises:
+        ModelError: if the answer ends before a step, or the blocks, called again, do not give what they gave.
+    """
+    anatomy = vlm.anatomy
+    catcher = Catcher(set(steps))
+    hooks = [
+        block.module.register_forward_pre_hook(catcher.hook(layer), with_kwargs=True)
+        for layer, block in enumerate(anatomy.blocks)
+    ]
+    try:
+        with record(anatomy, gates=gates) as recording:
+            answers = vlm.generate(inputs, max(steps) + 1)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    said = answers.token_ids[0]
+    if len(said) <= max(steps):
+        raise ModelError(f"The answer has {len(said)} tokens: there is no step {max(steps)} to run again.")
+    made = []
+    for step in steps:
+        replay = Replay(
+            anatomy,
+            said[step],
+            _own(anatomy.logits(recording.residual[step][:1, -1])[None]),
+            [_own(parts[step]).float() for parts in recording.raw],
+            [_own(parts[step]) if parts else None for parts in recording.experts],
+            catcher.caught[step],
+        )
+        _check(replay)
+        made.append(replay)
+    return Kept(answers, recording, made)
+
+
+def _own(recorded: Tensor) -> Tensor:
+    """The last position of the one row, on the CPU, as a tensor that autograd takes."""
+    return recorded[0, -1].cpu().clone()
+
+
+def _check(replay: Replay) -> None:
+    """Refuse a model whose blocks do more than their arguments say."""
+    again = replay._silent(0, [{}], None)[0].cpu()
+    known = replay.logits > torch.finfo(torch.float32).min / 2
+    error = (again - replay.logits)[known].abs().max() / replay.logits[known].abs().max()
+    if not error < AGREE:
+        raise ModelError(
+            "The blocks of this model, called again, do not give what they gave: single neurons cannot be silenced.",
+            seen=f"The logits differ by {error:.1%} of the largest.",
+            fix="Report it, with the type of model.",
+        )

@@ -1,0 +1,70 @@
+import pytest
+import torch
+
+import mmneurons as mmn
+from mmneurons.errors import SettingError
+from mmneurons.finding.finders import FINDERS, judge
+from mmneurons.vlm.replay import log_p
+
+
+@pytest.fixture(scope="module")
+def judged(vlm):
+    return judge(vlm, mmn.pocket.scene(3, ["dog", "car"]).image)
+
+
+def test_every_finder_scores_every_neuron_of_every_noun(vlm, judged):
+    finding = mmn.find(vlm, mmn.pocket.scene(3, ["dog", "car"]).image)
+    assert [one.word.text for one in judged] == [noun.word for noun in finding.nouns]
+    for one in judged:
+        assert set(one.scores) == set(FINDERS)
+        assert {len(scores) for scores in one.scores.values()} == {vlm.anatomy.n_neurons}
+
+
+@pytest.mark.parametrize("score", ["logit", "logprob", "paper"])
+def test_scores_are_those_of_find(vlm, judged, score):
+    finding = mmn.find(vlm, mmn.pocket.scene(3, ["dog", "car"]).image, score=score)
+    for one, noun in zip(judged, finding.nouns, strict=True):
+        for neuron in noun.neurons:
+            slot = int(one.replay.slot_starts[neuron.neuron.layer]) + neuron.neuron.index
+            assert float(one.scores[score][slot]) == pytest.approx(neuron.score, rel=1e-4, abs=1e-6)
+
+
+def test_gradient_finders_agree_with_silence_in_the_last_block(judged):
+    """There nothing but the final norm and the softmax lies between a neuron and log p."""
+    replay = judged[0].replay
+    last = torch.arange(int(replay.slot_starts[-1]), replay.n_slots)
+    effects = replay.effects([slot[None] for slot in last]).logprob
+    for finder in ("gradient", "logprob"):
+        assert torch.corrcoef(torch.stack([effects, judged[0].scores[finder][last]]))[0, 1] > 0.95
+
+
+def test_integrated_gradients_of_a_block_add_up_to_its_effect(judged):
+    """Completeness: from nothing to all activations of one block."""
+    replay = judged[0].replay
+    for layer in range(len(replay.anatomy.blocks)):
+        start = int(replay.slot_starts[layer])
+        block = torch.arange(start, start + len(replay.activations[layer]))
+        whole = float(replay.effects([block]).logprob[0])
+        assert float(judged[0].scores["integrated"][block].sum()) == pytest.approx(whole, rel=0.1, abs=0.05)
+
+
+def test_random_scores_depend_on_the_seed(vlm):
+    image = mmn.pocket.scene(3, ["dog", "car"]).image
+    one, same, other = (judge(vlm, image, ["random"], seed=seed)[0].scores["random"] for seed in (1, 1, 2))
+    assert torch.equal(one, same)
+    assert not torch.equal(one, other)
+
+
+def test_an_unknown_finder_is_refused(vlm):
+    with pytest.raises(SettingError, match="no finder 'magic'"):
+        judge(vlm, mmn.pocket.scene(3).image, ["magic"])  # pyright: ignore[reportArgumentType]
+
+
+def test_an_answer_without_the_word_gives_nothing(vlm):
+    assert judge(vlm, mmn.pocket.scene(3).image, ["logit"], words=["zebra"]) == []
+
+
+def test_log_p_is_exact_where_it_is_almost_zero():
+    logits = torch.tensor([[30.0, 0.0, -1.0], [0.0, 0.0, 0.0]])
+    expected = [-float(torch.tensor(-30.0).exp() + torch.tensor(-31.0).exp()), -float(torch.log(torch.tensor(3.0)))]
+    assert log_p(logits, 0).tolist() == pytest.approx(expected, rel=1e-6)
