@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
 from mmneurons.finding.result import Grid, NounFinding
-from mmneurons.finding.scoring import REGION_SIZES, Scored, columns_of, read_out, scored_activations, unembed_rows
+from mmneurons.finding.scoring import (
+    REGION_SIZES,
+    Choices,
+    Scored,
+    Target,
+    read_out,
+    scored_activations,
+    unembed_rows,
+)
+from mmneurons.maths.ranking import top_k
 from mmneurons.vlm.grid import Grids, PatchGrid
 from mmneurons.vlm.moments import pick_moments
 from mmneurons.vlm.recording import record
@@ -55,39 +64,73 @@ def with_maps(vlm: VLM, inputs: Inputs, grids: Grids, scored: Scored, nouns: lis
 
 
 def with_blank(vlm: VLM, grey: Inputs, answers: Answers, scored: Scored, nouns: list[NounFinding]) -> list[NounFinding]:
-    """Add the share of each top neuron's score that is lost when the same words are read with a grey image.
+    """Add the share of each top neuron's score that is lost when the same words are read with a grey image."""
+    again = reread(vlm, grey, answers, scored.targets, scored.choices)
+    compared = []
+    for i, noun in enumerate(nouns):
+        left = again.of(i, scored.places(i, scored.ranked[i][: len(noun.neurons)]))
+        neurons = (
+            replace(neuron, lost_without_image=1 - value / neuron.score if neuron.score else None)
+            for neuron, value in zip(noun.neurons, left, strict=True)
+        )
+        compared.append(replace(noun, neurons=tuple(neurons)))
+    return compared
 
-    The score is computed anew throughout: activation, norm scales and probabilities are those of the grey image.
+
+@dataclass(frozen=True, eq=False)
+class Reread:
+    """The scores of all neurons for the same words after another prompt: another image, or one changed on its way."""
+
+    neurons: list[Int[Tensor, "targets _"]]
+    """Per FFN: which neuron, counted through all its experts, each slot is."""
+    scores: list[Float[Tensor, "targets _"]]
+    """Per FFN."""
+
+    def of(self, target: int, places: Sequence[tuple[int, int]]) -> list[float]:
+        """Scores of neurons given as (FFN, neuron); 0 where a neuron's expert was not asked."""
+        return [float(self.scores[ffn][target][self.neurons[ffn][target] == neuron].sum()) for ffn, neuron in places]
+
+    def top(self, target: int, k: int) -> list[tuple[int, int]]:
+        """The k neurons that score highest, as (FFN, neuron)."""
+        whole = torch.cat([scores[target] for scores in self.scores])
+        ends = torch.tensor([scores.shape[1] for scores in self.scores]).cumsum(0)
+        found = []
+        for slot in top_k(whole, k).tolist():
+            ffn = int(torch.bucketize(torch.tensor(slot), ends, right=True))
+            inside = slot - int(ends[ffn]) + self.scores[ffn].shape[1]
+            found.append((ffn, int(self.neurons[ffn][target, inside])))
+        return found
+
+
+def reread(vlm: VLM, inputs: Inputs, answers: Answers, targets: Sequence[Target], choices: Choices) -> Reread:
+    """Score all neurons anew where the same words are read after `inputs`, in one pass over prompt and answer.
+
+    Everything is that of the new pass: activations, norm scales and probabilities.
     """
     steps: list[list[int]] = [[] for _ in range(len(answers.token_ids))]
     spots = []
     end = answers.sequences.shape[1]  # counted from the end: some models put the picture before the first position
-    for target in scored.targets:
+    for target in targets:
         spots.append([target.row, len(steps[target.row])])
         steps[target.row].append(answers.n_prompt + target.step - 1 - end)
     width = max(map(len, steps))
     positions = torch.tensor([row + [-1] * (width - len(row)) for row in steps])
-    paper = scored.choices.score == "paper"
+    paper = choices.score == "paper"
     with record(vlm.anatomy, _keep_positions(positions), gates=paper) as recording:
-        vlm.read(grey, answers)
+        vlm.read(inputs, answers)
     moments = pick_moments(recording, torch.tensor(spots))
-    token_ids = [target.token_id for target in scored.targets]
+    token_ids = [target.token_id for target in targets]
     rows = unembed_rows(vlm.anatomy, token_ids, moments.residual)
-    directions = read_out(vlm, moments, token_ids, rows, scored.choices)
-    activations = scored_activations(moments, scored.choices)
-    neurons_at = [moments.neurons(i) for i in range(len(activations))]
-    compared = []
-    for i, noun in enumerate(nouns):
-        places = scored.places(i, scored.ranked[i][: len(noun.neurons)])
-        columns = columns_of(vlm.anatomy, places, moments.residual.device)
-        found = []
-        for (ffn, n), column, neuron in zip(places, columns, noun.neurons, strict=True):
-            fired = activations[ffn][i][neurons_at[ffn][i] == n].sum()  # none where its expert was not asked
-            way = None if paper else vlm.anatomy.ffns[ffn].way
-            lost = 1 - float(fired * (column @ directions.at(way)[i])) / neuron.score if neuron.score else None
-            found.append(replace(neuron, lost_without_image=lost))
-        compared.append(replace(noun, neurons=tuple(found)))
-    return compared
+    directions = read_out(vlm, moments, token_ids, rows, choices)
+    activations = scored_activations(moments, choices)
+    ways = [None if paper else ffn.way for ffn in vlm.anatomy.ffns]
+    return Reread(
+        [moments.neurons(i) for i in range(len(activations))],
+        [
+            fired * moments.projected(i, directions.at(way))
+            for i, (fired, way) in enumerate(zip(activations, ways, strict=True))
+        ],
+    )
 
 
 def _all_positions(grids: Grids) -> Int[Tensor, "batch patches"]:
