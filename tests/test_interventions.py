@@ -4,7 +4,7 @@ import torch
 import mmneurons as mmn
 from mmneurons.errors import SettingError
 from mmneurons.neurons import Neuron
-from mmneurons.vlm.interventions import Intervention, intervene
+from mmneurons.vlm.interventions import Intervention, intervene, shuffled
 
 
 @pytest.fixture
@@ -97,6 +97,25 @@ def test_a_caption_changes_while_its_neurons_are_turned_round(vlm):
     assert vlm.caption(scene.image) == finding.caption
     with intervene(vlm, change):
         assert vlm.caption(scene.image) != finding.caption
+
+
+@torch.inference_mode()
+def test_shuffled_patches_change_places_and_nothing_else_does(random_vlm, given):
+    positions = torch.nonzero(given["input_ids"][0] == random_vlm.model.config.image_token_id).T.expand(2, -1)
+    entered = []
+    block = random_vlm.model.model.language_model.layers[0]
+    with shuffled(random_vlm, positions, seed=1):
+        hook = block.register_forward_hook(lambda _, args, kwargs, output: entered.append(args[0]), with_kwargs=True)
+        answers = random_vlm.generate(given, 3)
+    random_vlm.generate(given, 1)
+    hook.remove()
+    mixed, plain = entered[0], entered[-1]
+    others = [i for i in range(plain.shape[1]) if i not in positions[0].tolist()]
+    assert torch.equal(mixed[:, others], plain[:, others])
+    assert not torch.equal(mixed[:, positions[0]], plain[:, positions[0]])
+    for row in range(2):  # every patch is still there, once
+        assert torch.equal(*(x[row, positions[row]][x[row, positions[row], 0].argsort()] for x in (mixed, plain)))
+    assert len(answers.token_ids[0]) == 3
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from mmneurons.errors import SettingError
@@ -243,3 +243,35 @@ class _Running:
             whole[part.expert] += added.reshape(-1, added.shape[-1])
             return whole.view(output.shape)
         return output + added.reshape(output.shape)
+
+
+@contextmanager
+def shuffled(vlm: VLM | Anatomy, positions: Int[Tensor, "batch n"], seed: int = 0) -> Iterator[None]:
+    """Run the model with what enters the first block at some positions in random order, the same for every pass.
+
+    With the image tokens of a picture (`find_grids`), the picture's patches change places before the language model
+    reads them (Pan et al. 2024, section 4.2). Passes too short to hold the positions are left as they are: those that
+    decode one token after the other.
+
+    Args:
+        vlm: The model, or its anatomy.
+        positions: Of each row, counted in the sequence that enters the first block.
+        seed: Of the order.
+    """
+    anatomy = vlm.anatomy if isinstance(vlm, VLM) else vlm
+    order = torch.randperm(positions.shape[1], generator=torch.Generator().manual_seed(seed))
+
+    def hook(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        stream = args[0] if args else kwargs["hidden_states"]
+        if stream.shape[1] <= int(positions.max()):
+            return args, kwargs
+        rows, places = torch.arange(len(stream), device=stream.device)[:, None], positions.to(stream.device)
+        mixed = stream.clone()
+        mixed[rows, places] = stream[rows, places[:, order.to(places.device)]]
+        return ((mixed, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": mixed})
+
+    handle = anatomy.blocks[0].module.register_forward_pre_hook(hook, with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()
