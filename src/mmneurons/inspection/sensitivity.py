@@ -1,0 +1,160 @@
+"""Do the neurons found depend on the image, on the thing in it, and on where it is? METRICS, Sensitivity."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Bool
+from PIL import Image
+
+from mmneurons.finding.finder import BLANK, targets_of
+from mmneurons.finding.maps import Reread, reread, with_maps
+from mmneurons.finding.result import NounFinding, Score
+from mmneurons.finding.scoring import Choices, Scored, describe, score_targets
+from mmneurons.inspection.items import Item
+from mmneurons.inspection.regions import RegionMatch, match
+from mmneurons.vlm.grid import Grids, find_grids, model_view
+from mmneurons.vlm.interventions import shuffled
+from mmneurons.vlm.prompts import ANSWER_PREFIX, MAX_NEW_TOKENS, PROMPT
+from mmneurons.vlm.recording import record
+from mmneurons.vlm.vlm import VLM, Answers
+
+SHARED = (10, 100)
+"""Of how many top neurons it is counted how many stay when the image tokens are shuffled."""
+HALF = 0.5
+
+
+@dataclass(frozen=True)
+class NounSensitivity:
+    """One noun of one image."""
+
+    word: str
+    lemma: str
+    is_shown: bool | None
+    """Whether the image truly shows it; None where nobody said."""
+    lost_blank: tuple[float, ...]
+    """Per top neuron, the share of its score that is lost with a blank image; a score of 0 is left out."""
+    lost_other: tuple[float, ...]
+    """With another image."""
+    hits: tuple[bool, ...]
+    """Per top neuron, whether the noun's token is among the ten that it promotes most."""
+    stays: Mapping[int, float]
+    """For k = 10, 100: which share of the top k stays when the image tokens are shuffled; none without a grid."""
+    regions: Mapping[int, RegionMatch]
+    """For k = 1 to 1000: the mean map of the top k against the object's mask; none without a grid or a mask."""
+
+    @property
+    def dependence(self) -> float | None:
+        """Share of the top neurons that lose at least half of their score with a blank image."""
+        return float(np.mean([lost >= HALF for lost in self.lost_blank])) if self.lost_blank else None
+
+
+def sensitivity(
+    vlm: VLM,
+    item: Item,
+    other: Image.Image | None = None,
+    *,
+    score: Score = "logit",
+    top: int = 10,
+    prompt: str = PROMPT,
+    answer_prefix: str = ANSWER_PREFIX,
+    max_new_tokens: int = MAX_NEW_TOKENS,
+    seed: int = 0,
+) -> list[NounSensitivity]:
+    """Find the neurons of each noun, then read the same words with a blank image, another one, and shuffled patches.
+
+    Args:
+        vlm: The model, from `load`.
+        item: The image, with its objects and masks where known.
+        other: Another image, to be read in place of this one; left out where None.
+        score: Which neurons are the top ones.
+        top: How many of them.
+        prompt: What the model is asked.
+        answer_prefix: Words that the answer is made to begin with.
+        max_new_tokens: Where to stop if the model does not.
+        seed: Of the order of shuffled patches.
+
+    Returns:
+        One entry for each noun of the answer.
+
+    Raises:
+        ImageError: the image, or a mask, cannot be read or used.
+    """
+    image = item.image()
+    choices = Choices(prompt, answer_prefix, top, score, None, None, None, True, True, max_new_tokens)
+    inputs = vlm.encode([[image]], prompt, answer_prefix)
+    with record(vlm.anatomy, gates=score == "paper") as recording:
+        answers = vlm.generate(inputs, max_new_tokens)
+    targets = targets_of(vlm, answers, 0, choices)
+    if not targets:
+        return []
+    scored = score_targets(vlm, recording, answers, targets, choices)
+    nouns = describe(vlm, scored)
+    grids = find_grids(vlm.model, inputs, 1)
+    seen: dict[str, np.ndarray] = {}
+    mixed = None
+    if not isinstance(grids, str):
+        nouns = with_maps(vlm, inputs, grids, scored, nouns)
+        seen = {noun: as_seen(vlm, mask, image, prompt, answer_prefix) for noun, mask in item.masks().items()}
+        with shuffled(vlm, _positions(grids), seed):
+            mixed = reread(vlm, inputs, answers, targets, choices)
+    blank = Image.new("RGB", image.size, BLANK)
+    readings = [
+        None if picture is None else _read(vlm, picture, answers, scored, choices) for picture in (blank, other)
+    ]
+    return [_noun(scored, i, noun, item, readings, mixed, seen) for i, noun in enumerate(nouns)]
+
+
+def as_seen(
+    vlm: VLM, mask: Bool[np.ndarray, "height width"], image: Image.Image, prompt: str, answer_prefix: str
+) -> Bool[np.ndarray, "height width"]:
+    """A mask resized and cropped as the model's processor does with its image; as it is where that cannot be told."""
+    picture = Image.fromarray(np.repeat(mask[..., None], 3, axis=-1).astype(np.uint8) * 255)
+    view = model_view(vlm.processor, vlm.encode([[picture]], prompt, answer_prefix), 0)
+    return mask if view is None else np.asarray(view)[..., 0] > 127
+
+
+def _read(vlm: VLM, picture: Image.Image, answers: Answers, scored: Scored, choices: Choices) -> Reread:
+    inputs = vlm.encode([[picture]], choices.prompt, choices.answer_prefix)
+    return reread(vlm, inputs, answers, scored.targets, choices)
+
+
+def _positions(grids: Grids) -> torch.Tensor:
+    return torch.stack([torch.cat([grid.positions for grid in row]) for row in grids])
+
+
+def _noun(
+    scored: Scored,
+    i: int,
+    noun: NounFinding,
+    item: Item,
+    readings: list[Reread | None],
+    mixed: Reread | None,
+    seen: Mapping[str, np.ndarray],
+) -> NounSensitivity:
+    places = scored.places(i, scored.ranked[i][: len(noun.neurons)])
+    blank, other = (() if again is None else _lost(noun, again.of(i, places)) for again in readings)
+    stays = {}
+    if mixed is not None:
+        for k in SHARED:
+            if k <= len(scored.ranked[i]):
+                stays[k] = len(set(scored.places(i, scored.ranked[i][:k])) & set(mixed.top(i, k))) / k
+    mask = seen.get(noun.lemma)
+    usable = mask is not None and mask.any() and not mask.all()
+    return NounSensitivity(
+        word=noun.word,
+        lemma=noun.lemma,
+        is_shown=None if item.objects is None else noun.lemma in item.objects,
+        lost_blank=blank,
+        lost_other=other,
+        hits=tuple(noun.token in neuron.tokens for neuron in noun.neurons),
+        stays=stays,
+        regions={k: match(grids[0], mask) for k, grids in noun.regions.items()} if mask is not None and usable else {},
+    )
+
+
+def _lost(noun: NounFinding, left: list[float]) -> tuple[float, ...]:
+    return tuple(1 - value / neuron.score for neuron, value in zip(noun.neurons, left, strict=True) if neuron.score)
