@@ -33,7 +33,7 @@ from mmneurons.vlm.grid import Grids, find_grids
 from mmneurons.vlm.interventions import Intervention, intervene, parts_of
 from mmneurons.vlm.moments import pick_moments
 from mmneurons.vlm.recording import Recording, record
-from mmneurons.vlm.replay import Replay, replays
+from mmneurons.vlm.replay import replays
 from mmneurons.vlm.vlm import VLM, Answers
 from mmneurons.vlm.weights.stored import Located
 
@@ -444,7 +444,7 @@ def test_a_step_run_again_without_neurons_is_the_model_without_them(name):
     from_end = one.answers[0].n_prompt + step - 1 - one.answers[0].sequences.shape[1]
     place = n_positions(one, given) + from_end  # some models put the picture before the first token
     for logits, slots in zip(ours, sets, strict=True):
-        with intervene(one.vlm, [neuron_at(replay, int(slot)) for slot in slots], scale=0, positions=[place]):
+        with intervene(one.vlm, [replay.neuron(int(slot)) for slot in slots], scale=0, positions=[place]):
             expected = one.model(**given).logits[0, from_end].float()
         known = expected > -1e30
         assert torch.equal(known, logits > -1e30)
@@ -478,13 +478,6 @@ def test_gradients_are_what_small_changes_do(name):
         steps = (5e-3 * size, 5e-4 * size)  # a router may change its mind within the longer one
         errors = [abs(float(terms.sum()) - (log_p(h) - log_p(-h)) / (2 * h)) for h in steps]
         assert min(errors) < 1e-2 * float(terms.norm()), layer
-
-
-def neuron_at(replay: Replay, slot: int) -> Neuron:
-    i = int(torch.bucketize(torch.tensor(slot), replay.slot_starts, right=True)) - 1
-    ffn, of, slot = replay.anatomy.ffns[i], replay.experts[i], slot - int(replay.slot_starts[i])
-    width = ffn.n_neurons
-    return ffn.neuron(slot if of is None else int(of[slot // width]) * width + slot % width)
 
 
 def n_positions(one: Case, given: Mapping[str, Any]) -> int:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from mmneurons.errors import ModelError
+from mmneurons.neurons import Neuron
 from mmneurons.vlm import experts, weights
 from mmneurons.vlm.anatomy.parts import Anatomy
 from mmneurons.vlm.calls import Catcher, repeated
@@ -65,6 +66,13 @@ class Replay:
     def n_slots(self) -> int:
         """Of all FFNs together."""
         return sum(len(part) for part in self.activations)
+
+    def neuron(self, slot: int) -> Neuron:
+        """Which neuron a slot is."""
+        i = int(torch.bucketize(torch.tensor(slot), self.slot_starts, right=True)) - 1
+        ffn, of, inside = self.anatomy.ffns[i], self.experts[i], slot - int(self.slot_starts[i])
+        width = ffn.n_neurons
+        return ffn.neuron(inside if of is None else int(of[inside // width]) * width + inside % width)
 
     def without(
         self,
