@@ -1,0 +1,74 @@
+import numpy as np
+import pytest
+
+import mmneurons as mmn
+from mmneurons.errors import SettingError
+from mmneurons.inspection.items import Item
+from mmneurons.inspection.specificity import NounScores, noun_scores, specificity
+
+
+def scores(*high, n=200):
+    """Neurons that score 1, the rest falls off slowly below 0."""
+    values = -np.arange(n, dtype=np.float32)
+    values[list(high)] = 1.0
+    return values
+
+
+DOG, CAT = range(10), range(5, 15)
+FOUND = [
+    NounScores("a", "dog", scores(*DOG)),
+    NounScores("b", "dog", scores(*DOG)),
+    NounScores("b", "cat", scores(*CAT)),
+]
+LAYER_OF = [0] * 100 + [1] * 100
+
+
+def test_overlaps_by_hand():
+    told = specificity(FOUND, LAYER_OF)
+    assert (told.concepts, told.counts) == (("cat", "dog"), (1, 2))
+    ten = told.overlaps[0]
+    assert (ten.k, ten.chance) == (10, 0.05)
+    means = [None if one is None else one.mean for one in (ten.within, ten.between, ten.concepts)]
+    assert means == [1, 0.5, 0.5]
+    assert told.matrix.tolist() == [[1, 0.5], [0.5, 1]]
+
+
+def test_own_share_by_hand():
+    """Half of each noun's neurons give as much to the other, half nothing (below zero)."""
+    told = specificity(FOUND, LAYER_OF)
+    assert told.own_shares == (0.75, 0.75)
+
+
+def test_layers_count_where_the_top_neurons_are():
+    assert specificity(FOUND, LAYER_OF).layers[10].tolist() == [1, 0]
+    assert specificity(FOUND, [i % 2 for i in range(200)]).layers[10].tolist() == pytest.approx([0.5, 0.5])
+
+
+def test_a_noun_said_twice_of_one_image_is_one_image():
+    told = specificity([*FOUND, NounScores("a", "dog", scores(*CAT))], LAYER_OF)
+    assert told.counts == (1, 2)
+
+
+def test_one_noun_or_one_image_gives_what_can_be_told():
+    told = specificity(FOUND[:1], LAYER_OF)
+    assert (told.overlaps[0].within, told.overlaps[0].between, told.overlaps[0].concepts) == (None, None, None)
+    assert told.own_shares == (1.0,)
+
+
+@pytest.mark.parametrize(("found", "at_least"), [([], 1), (FOUND, 3)])
+def test_too_little_is_refused(found, at_least):
+    with pytest.raises(SettingError, match="No noun was said"):
+        specificity(found, LAYER_OF, at_least=at_least)
+
+
+def test_scores_are_those_of_find_in_a_batch(vlm):
+    items = [Item(str(seed), mmn.pocket.scene(seed).image) for seed in (3, 4)]
+    found = noun_scores(vlm, items)
+    expected = [(item.name, noun) for item in items for noun in mmn.find(vlm, item.image()).nouns]
+    assert [(one.image, one.lemma) for one in found] == [(name, noun.lemma) for name, noun in expected]
+    sizes = np.cumsum([0, *vlm.anatomy.layer_sizes])
+    for one, (_, noun) in zip(found, expected, strict=True):
+        assert len(one.scores) == vlm.anatomy.n_neurons
+        for n in noun.neurons:
+            assert one.scores[sizes[n.neuron.layer] + n.neuron.index] == pytest.approx(n.score, rel=1e-3)
+    assert noun_scores(vlm, []) == []
