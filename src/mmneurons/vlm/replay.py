@@ -272,7 +272,7 @@ def log_p(logits: Float[Tensor, "*n vocab"], token_id: int) -> Float[Tensor, "*n
 
     A logarithm of a softmax in float32 cannot tell 0.9999999 from 1; the odds against the token are exact.
     """
-    others = logits.double()
+    others = logits.to(torch.float64, copy=True)
     own = others[..., token_id].clone()
     others[..., token_id] = -torch.inf
     return -(others.logsumexp(-1) - own).exp().log1p()
