@@ -22,11 +22,9 @@ from mmneurons.errors import ModelError
 from mmneurons.vlm import experts, weights
 from mmneurons.vlm.anatomy.parts import Anatomy
 from mmneurons.vlm.calls import Catcher, repeated
+from mmneurons.vlm.doctor import tolerance
 from mmneurons.vlm.recording import Recording, record
 from mmneurons.vlm.vlm import VLM, Answers, Inputs
-
-AGREE = 0.02
-"""A replay of nothing changed may miss the model's own logits by this share of the largest, in 16 bits."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -324,7 +322,7 @@ def replays(vlm: VLM, inputs: Inputs, steps: Sequence[int], *, gates: bool = Fal
             [_own(parts[step]) if parts else None for parts in recording.experts],
             catcher.caught[step],
         )
-        _check(replay)
+        _check(replay, tolerance(vlm))
         made.append(replay)
     return Kept(answers, recording, made)
 
@@ -334,12 +332,12 @@ def _own(recorded: Tensor) -> Tensor:
     return recorded[0, -1].cpu().clone()
 
 
-def _check(replay: Replay) -> None:
+def _check(replay: Replay, limit: float) -> None:
     """Refuse a model whose blocks do more than their arguments say."""
     again = replay._silent(0, [{}], None)[0].cpu()
     known = replay.logits > torch.finfo(torch.float32).min / 2
     error = (again - replay.logits)[known].abs().max() / replay.logits[known].abs().max()
-    if not error < AGREE:
+    if not error < limit:
         raise ModelError(
             "The blocks of this model, called again, do not give what they gave: single neurons cannot be silenced.",
             seen=f"The logits differ by {error:.1%} of the largest.",
