@@ -15,6 +15,8 @@ def judged(vlm):
 def test_every_finder_scores_every_neuron_of_every_noun(vlm, judged):
     finding = mmn.find(vlm, mmn.pocket.scene(3, ["dog", "car"]).image)
     assert [one.word.text for one in judged] == [noun.word for noun in finding.nouns]
+    (first,) = judge(vlm, mmn.pocket.scene(3, ["dog", "car"]).image, ["random"], words=[finding.nouns[0].word])
+    assert {one.caption for one in (first, *judged)} == {finding.caption}, "whole, whichever noun is judged"
     for one in judged:
         assert set(one.scores) == set(FINDERS)
         assert {len(scores) for scores in one.scores.values()} == {vlm.anatomy.n_neurons}
@@ -67,4 +69,7 @@ def test_an_answer_without_the_word_gives_nothing(vlm):
 def test_log_p_is_exact_where_it_is_almost_zero():
     logits = torch.tensor([[30.0, 0.0, -1.0], [0.0, 0.0, 0.0]])
     expected = [-float(torch.tensor(-30.0).exp() + torch.tensor(-31.0).exp()), -float(torch.log(torch.tensor(3.0)))]
-    assert log_p(logits, 0).tolist() == pytest.approx(expected, rel=1e-6)
+    for given in (logits, logits.double()):
+        before = given.clone()
+        assert log_p(given, 0).tolist() == pytest.approx(expected, rel=1e-6)
+        assert torch.equal(given, before)

@@ -80,7 +80,8 @@ def judge(
     inputs = vlm.encode([[opened.image for opened in open_row(image)]], prompt, answer_prefix)
     wanted = None if words is None else tuple(words)
     choices = Choices(prompt, answer_prefix, 1, "logit", wanted, None, None, False, False, max_new_tokens)
-    targets = targets_of(vlm, vlm.generate(inputs, max_new_tokens), 0, choices)
+    answers = vlm.generate(inputs, max_new_tokens)
+    targets = targets_of(vlm, answers, 0, choices)
     if not targets:
         return []
     kept = replays(vlm, inputs, [target.step for target in targets], gates="paper" in finders)
@@ -93,7 +94,7 @@ def judge(
     return [
         Judged(
             target.word,
-            kept.answers.texts[0],
+            answers.texts[0],  # those kept end with the last noun
             replay,
             {finder: _scores(finder, replay, by_score, i, random) for finder in finders},
         )

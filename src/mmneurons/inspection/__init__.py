@@ -1,1 +1,1 @@
-"""Are the neurons found sensitive, specific and causal, and is the ranking true? See METRICS in docs/results.md."""
+"""Is what was found true? So far: whether a finder's ranking agrees with what silence does."""

@@ -39,7 +39,8 @@ def matched(
 ) -> list[Int[Tensor, "k"]]:
     """Sets of random neurons like `chosen`: for each one of the same FFN, among the nearest in loudness.
 
-    None of them is one of `chosen`; within a set all differ, unless an FFN has no more neurons.
+    None of them is one of `chosen`; within a set all differ, unless an FFN has no more neurons; where all of an FFN
+    was chosen, nothing stands in and the sets are that much smaller.
 
     Args:
         replay: The step.

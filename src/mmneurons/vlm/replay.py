@@ -23,11 +23,9 @@ from mmneurons.neurons import Neuron
 from mmneurons.vlm import experts, weights
 from mmneurons.vlm.anatomy.parts import Anatomy
 from mmneurons.vlm.calls import Catcher, repeated
+from mmneurons.vlm.doctor import tolerance
 from mmneurons.vlm.recording import Recording, record
 from mmneurons.vlm.vlm import VLM, Answers, Inputs
-
-AGREE = 0.02
-"""A replay of nothing changed may miss the model's own logits by this share of the largest, in 16 bits."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -280,7 +278,7 @@ def log_p(logits: Float[Tensor, "*n vocab"], token_id: int) -> Float[Tensor, "*n
 
     A logarithm of a softmax in float32 cannot tell 0.9999999 from 1; the odds against the token are exact.
     """
-    others = logits.double()
+    others = logits.to(torch.float64, copy=True)
     own = others[..., token_id].clone()
     others[..., token_id] = -torch.inf
     return -(others.logsumexp(-1) - own).exp().log1p()
@@ -332,7 +330,7 @@ def replays(vlm: VLM, inputs: Inputs, steps: Sequence[int], *, gates: bool = Fal
             [_own(parts[step]) if parts else None for parts in recording.experts],
             catcher.caught[step],
         )
-        _check(replay)
+        _check(replay, tolerance(vlm))
         made.append(replay)
     return Kept(answers, recording, made)
 
@@ -342,12 +340,12 @@ def _own(recorded: Tensor) -> Tensor:
     return recorded[0, -1].cpu().clone()
 
 
-def _check(replay: Replay) -> None:
+def _check(replay: Replay, limit: float) -> None:
     """Refuse a model whose blocks do more than their arguments say."""
     again = replay._silent(0, [{}], None)[0].cpu()
     known = replay.logits > torch.finfo(torch.float32).min / 2
     error = (again - replay.logits)[known].abs().max() / replay.logits[known].abs().max()
-    if not error < AGREE:
+    if not error < limit:
         raise ModelError(
             "The blocks of this model, called again, do not give what they gave: single neurons cannot be silenced.",
             seen=f"The logits differ by {error:.1%} of the largest.",
