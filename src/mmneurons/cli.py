@@ -186,6 +186,62 @@ def find(
         err.print(f"wrote {report}", soft_wrap=True)
 
 
+@app.command("inspect")
+@loads_model
+def inspect_(
+    load: Load,
+    images: Annotated[str, typer.Option(help="A folder, a manifest (docs/format.md), or pocket:find-500.")],
+    out_folder: Annotated[Path, typer.Option("--out", metavar="DIR", help="Where results are kept.")],
+    what: Annotated[
+        Literal["sensitivity", "specificity", "causal", "finders", "all"], typer.Argument(help="Which experiment.")
+    ] = "all",
+    masks: Annotated[Path | None, typer.Option(metavar="DIR", help="For a folder: masks STEM.NOUN.png.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Images. Default: all; 50 for causal, finders.")] = None,
+    prompt: Prompt = PROMPT,
+    answer_prefix: Prefix = ANSWER_PREFIX,
+    top: Annotated[int, typer.Option(min=1, help="Top neurons of a noun (sensitivity).")] = 10,
+    score: Annotated[Literal["logit", "logprob", "paper"], typer.Option(help="See docs/method.md.")] = "logit",
+    seed: Annotated[int, typer.Option(help="Of noise, random neurons and shuffled patches.")] = 0,
+    text_model: Annotated[str | None, typer.Option(help="For BERTScore: roberta-large ... Default: MiniLM.")] = None,
+    clip_model: Annotated[str | None, typer.Option(help="For CLIPScore: openai/clip-vit-base-patch16 ...")] = None,
+    max_new_tokens: Length = MAX_NEW_TOKENS,
+    batch_size: Batch = 8,
+) -> None:
+    """Test whether neurons are sensitive, specific and causal, and their ranking true. Stopped, it goes on."""
+    from mmneurons.inspection.items import read_items
+    from mmneurons.inspection.meaning import PACKAGED, meaning
+    from mmneurons.inspection.run import EXPERIMENTS, Settings, inspect
+    from mmneurons.inspection.tables import tables
+    from mmneurons.report.inspection import write_inspection
+    from mmneurons.report.plots import examples
+
+    items = read_items(images, masks)
+    vlm = load()
+    settings = Settings(score, top, prompt, answer_prefix, max_new_tokens, seed)
+    experiments = EXPERIMENTS if what == "all" else (what,)
+    with _bars() as progress:
+        found = inspect(
+            vlm,
+            items,
+            out_folder,
+            experiments,
+            settings,
+            limit=limit,
+            batch_size=batch_size,
+            progress=progress,
+        )
+    with _working("drawing"):
+        made = tables(found, meaning(text_model or PACKAGED, clip_model), items)
+        drawn = examples(vlm, items, settings) if found.sensitivity is not None else []
+        page = write_inspection(found, made, out_folder, drawn, n_images=len(items[:limit]))
+    for table in made:
+        if len(table.rows) <= 12:
+            out.print(f"{table.title}. {table.note}".strip(), soft_wrap=True)
+            for labels, value in table.rows:
+                out.print(f"  {'  '.join(labels):60s} {value if value is not None else 'not measured'}", soft_wrap=True)
+    err.print(f"wrote {page}", soft_wrap=True)
+
+
 @app.command()
 @loads_model
 def neuron(
@@ -312,6 +368,25 @@ def _progress(total: int, what: str) -> Iterator[Any]:
     with Progress(*columns, console=err, transient=True) as bar:
         task = bar.add_task(what, total=total)
         yield lambda done: bar.update(task, completed=done)
+
+
+@contextmanager
+def _bars() -> Iterator[Any]:
+    """A bar for each experiment, with an estimate; plain lines where nobody watches."""
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed:.1f}/{task.total} images"))
+    with Progress(*columns, TimeRemainingColumn(), console=err, disable=not err.is_terminal) as bars:
+        tasks: dict[str, Any] = {}
+
+        def tell(name: str, done: float, total: int) -> None:
+            if name not in tasks:
+                tasks[name] = bars.add_task(name, total=total)
+            bars.update(tasks[name], completed=done)
+            if not err.is_terminal and done == total:
+                err.print(f"{name}: {total} images")
+
+        yield tell
 
 
 def main() -> None:

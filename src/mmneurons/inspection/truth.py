@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,12 +13,14 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from mmneurons.finding.finders import FINDERS, Finder, Judged, judge
+from mmneurons.finding.scoring import as_read, columns_of, said, texts
 from mmneurons.inspection.matching import column_norms, loudness, matched
 from mmneurons.maths.ranking import top_k
 from mmneurons.maths.statistics import spearman
-from mmneurons.vlm.prompts import ANSWER_PREFIX, PROMPT
-from mmneurons.vlm.replay import Effects
-from mmneurons.vlm.vlm import VLM, Picture
+from mmneurons.vlm.prompts import ANSWER_PREFIX, MAX_NEW_TOKENS, PROMPT
+from mmneurons.vlm.recording import record
+from mmneurons.vlm.replay import Replay
+from mmneurons.vlm.vlm import VLM, Picture, open_row
 
 DELETED = (1, 2, 5, 10, 20, 50, 100)
 """How many top neurons are silenced together."""
@@ -26,6 +30,8 @@ SMALL = 20_000
 """Up to this many neurons, every one of them is silenced; of more, a pool."""
 POOL, POOL_TOP = 1000, 100
 """Of a pool: how many neurons are drawn evenly over blocks, and each finder's top ones beside them."""
+DESCRIBED = 10
+"""Of how many top neurons it is kept what they say."""
 SCOPES = ("all blocks", "last third")
 
 
@@ -37,7 +43,7 @@ class Agreement:
     scope: str
     """One of `SCOPES`; "finders' top 100" for that part of a pool."""
     effect: str
-    """On "logit" or "logprob"."""
+    """On "logit" or "logprob", its activation set to zero; "logprob, mean": set to its mean."""
     rho: float | None
 
 
@@ -66,6 +72,10 @@ class NounTruth:
     deletions: tuple[Deletion, ...]
     n_silenced: int
     """Neurons that were silenced one by one."""
+    token: str
+    """The noun's first token, which is what neurons are judged by."""
+    says: Mapping[str, tuple[tuple[str, ...], ...]]
+    """Of each finder (and "true effect") the top 10: for each neuron the ten tokens that it promotes most."""
 
 
 def finder_truth(
@@ -74,11 +84,13 @@ def finder_truth(
     finders: Sequence[Finder] = FINDERS,
     *,
     words: Sequence[str] | None = None,
+    means: Sequence[Float[Tensor, "neurons"]] | None = None,
     seed: int = 0,
     batch_size: int = 256,
     progress: Callable[[int, int], None] | None = None,
     prompt: str = PROMPT,
     answer_prefix: str = ANSWER_PREFIX,
+    max_new_tokens: int = MAX_NEW_TOKENS,
 ) -> list[NounTruth]:
     """Silence neurons one by one and top ones together, for each noun of the answer, and compare with each finder.
 
@@ -87,47 +99,107 @@ def finder_truth(
         image: A path, PIL image or array.
         finders: Which to compare.
         words: Words of the answer instead of its nouns.
+        means: From `mean_activations`: neurons are then also set to these, one by one.
         seed: Of random neurons.
         batch_size: Silences computed at once.
         progress: Called with neurons silenced and neurons to silence.
         prompt: What the model is asked.
         answer_prefix: Words that the answer is made to begin with.
+        max_new_tokens: Where to stop if the model does not.
 
     Source: deletion as in Pan et al. (2024), section 4.4, at the scored position only; matched controls are ours.
     """
     norms = column_norms(vlm.anatomy)
-    return [
-        _truth(one, norms, seed + i, batch_size, progress)
-        for i, one in enumerate(
-            judge(vlm, image, finders, words=words, seed=seed, prompt=prompt, answer_prefix=answer_prefix)
+    answer: dict[str, Any] = {"prompt": prompt, "answer_prefix": answer_prefix, "max_new_tokens": max_new_tokens}
+    judged = judge(vlm, image, finders, words=words, seed=seed, **answer)
+    pools = [_pool(one, seed + i) for i, one in enumerate(judged)]
+    total = sum(len(slots) for pool in pools for slots in pool) * (1 if means is None else 2)
+    found: list[NounTruth] = []
+    before = 0
+    for i, (one, (even, tops)) in enumerate(zip(judged, pools, strict=True)):
+        single = torch.cat([even, tops])
+
+        def told(done: int, before: int) -> None:
+            if progress is not None:
+                progress(before + done, total)
+
+        silences = [slot[None] for slot in single]
+        effects = one.replay.effects(silences, batch_size=batch_size, progress=partial(told, before=before))
+        before += len(single)
+        by_name = {"logit": effects.logit, "logprob": effects.logprob}
+        if means is not None:
+            values = _of_slots(one.replay, means)
+            again = one.replay.effects(silences, values, batch_size=batch_size, progress=partial(told, before=before))
+            before += len(single)
+            by_name["logprob, mean"] = again.logprob
+        orders = {finder: top_k(scores, max(DELETED)) for finder, scores in one.scores.items()}
+        orders["true effect"] = single[top_k(effects.logprob, max(DELETED))]
+        found.append(
+            NounTruth(
+                word=one.word.text,
+                caption=one.caption,
+                probability=float(one.replay.base.softmax(-1)[one.replay.token_id]),
+                agreements=tuple(_agreements(one, even, tops, by_name)),
+                deletions=tuple(_deletions(one.replay, norms, orders, seed + i, batch_size)),
+                n_silenced=len(single),
+                token=vlm.token_text(one.replay.token_id),
+                says={name: _said(vlm, one.replay, order[:DESCRIBED]) for name, order in orders.items()},
+            )
         )
-    ]
+    return found
 
 
-def _truth(
-    judged: Judged,
-    norms: list[Tensor],
-    seed: int,
-    batch_size: int,
-    progress: Callable[[int, int], None] | None,
-) -> NounTruth:
-    replay = judged.replay
-    even, tops = _pool(judged, seed)
-    single = torch.cat([even, tops])
+def mean_activations(
+    vlm: VLM,
+    images: Sequence[Picture],
+    *,
+    prompt: str = PROMPT,
+    answer_prefix: str = ANSWER_PREFIX,
+    max_new_tokens: int = MAX_NEW_TOKENS,
+) -> list[Float[Tensor, "neurons"]]:
+    """Each neuron's mean activation where the model writes its answers to these images, run as one batch.
 
-    def told(done: int) -> None:
-        if progress is not None:
-            progress(done, len(single))
+    Returns:
+        Per FFN, float32 on the CPU, experts one after the other; of an expert's neurons the mean where it is asked,
+        0 where it never is.
+    """
+    inputs = vlm.encode([[opened.image for opened in open_row(image)] for image in images], prompt, answer_prefix)
+    with record(vlm.anatomy, writes=False) as recording:
+        answers = vlm.generate(inputs, max_new_tokens)
+    n_steps = max(map(len, answers.token_ids))
+    answered = torch.tensor([[step < len(ids) for step in range(n_steps)] for ids in answers.token_ids])
+    means = []
+    for i, ffn in enumerate(vlm.anatomy.ffns):
+        total, count = torch.zeros(ffn.size, dtype=torch.float64), torch.zeros(ffn.size)
+        for step in range(n_steps):
+            fired = recording.raw[i][step][:, -1].double().cpu()[answered[:, step]]
+            if ffn.n_experts is None:
+                total += fired.sum(0)
+                count += len(fired)
+                continue
+            of = recording.experts[i][step][:, -1].cpu()[answered[:, step]]
+            width = ffn.n_neurons
+            places = (of[..., None] * width + torch.arange(width)).flatten()
+            total.index_add_(0, places, fired.flatten())
+            count.index_add_(0, places, torch.ones(len(places)))
+        means.append((total / count.clamp(min=1)).float())
+    return means
 
-    effects = replay.effects([slot[None] for slot in single], batch_size=batch_size, progress=told)
-    return NounTruth(
-        word=judged.word.text,
-        caption=judged.caption,
-        probability=float(replay.base.softmax(-1)[replay.token_id]),
-        agreements=tuple(_agreements(judged, even, tops, effects)),
-        deletions=tuple(_deletions(judged, norms, single, effects, seed, batch_size)),
-        n_silenced=len(single),
-    )
+
+def _of_slots(replay: Replay, means: Sequence[Float[Tensor, "neurons"]]) -> Float[Tensor, "slots"]:
+    """Of every neuron that a step has a slot for."""
+    parts = []
+    for ffn, of, mean in zip(replay.anatomy.ffns, replay.experts, means, strict=True):
+        parts.append(mean if of is None else mean.view(-1, ffn.n_neurons)[of].flatten())
+    return torch.cat(parts)
+
+
+def _said(vlm: VLM, replay: Replay, slots: Int[Tensor, "k"]) -> tuple[tuple[str, ...], ...]:
+    """The ten tokens that each neuron promotes most with the sign that it fires with here."""
+    places = [replay.place(slot) for slot in slots.tolist()]
+    columns = as_read(vlm.anatomy, columns_of(vlm.anatomy, places, vlm.model.device), places, "logit")
+    signs = torch.cat(replay.activations)[slots].sign().to(columns)
+    return tuple(texts(vlm, ids) for ids in said(vlm, signs[:, None] * columns)[0])
 
 
 def _pool(judged: Judged, seed: int) -> tuple[Int[Tensor, "even"], Int[Tensor, "tops"]]:
@@ -148,7 +220,7 @@ def _pool(judged: Judged, seed: int) -> tuple[Int[Tensor, "even"], Int[Tensor, "
 
 
 def _agreements(
-    judged: Judged, even: Int[Tensor, "even"], tops: Int[Tensor, "tops"], effects: Effects
+    judged: Judged, even: Int[Tensor, "even"], tops: Int[Tensor, "tops"], effects: Mapping[str, Float[Tensor, "n"]]
 ) -> list[Agreement]:
     replay = judged.replay
     layers = torch.tensor([ffn.layer for ffn in replay.anatomy.ffns])
@@ -165,23 +237,15 @@ def _agreements(
         Agreement(finder, scope, name, spearman(scores[slots[rows]].double().numpy(), values[rows].double().numpy()))
         for finder, scores in judged.scores.items()
         for scope, slots, rows in parts
-        for name, values in (("logit", effects.logit), ("logprob", effects.logprob))
+        for name, values in effects.items()
     ]
 
 
 def _deletions(
-    judged: Judged,
-    norms: list[Tensor],
-    single: Int[Tensor, "n"],
-    effects: Effects,
-    seed: int,
-    batch_size: int,
+    replay: Replay, norms: list[Tensor], orders: Mapping[str, Int[Tensor, "_"]], seed: int, batch_size: int
 ) -> list[Deletion]:
-    replay = judged.replay
     loud = loudness(replay, norms)
     random = torch.Generator().manual_seed(seed)
-    orders = {finder: top_k(scores, max(DELETED)) for finder, scores in judged.scores.items()}
-    orders["true effect"] = single[top_k(effects.logprob, max(DELETED))]
     sizes = [k for k in DELETED if k <= replay.n_slots // 2]
     sets: list[Tensor] = []
     for order in orders.values():

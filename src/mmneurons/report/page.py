@@ -126,8 +126,8 @@ def write_report(
 def render(findings: Sequence[Finding], *, title: str | None = None) -> str:
     """The page that `write_report` writes."""
     cards = [_card(finding, f"finding-{i}") for i, finding in enumerate(findings)]
-    style, script = _asset("report.css"), _asset("report.js")
-    page = _environment().from_string(_asset("report.html.j2"))
+    style, script = asset("report.css"), asset("report.js")
+    page = environment().from_string(asset("report.html.j2"))
     return page.render(
         title=title or "Multi-modal neurons",
         cards=cards,
@@ -136,12 +136,13 @@ def render(findings: Sequence[Finding], *, title: str | None = None) -> str:
         runs=_runs(cards),
         style=Markup(style),
         script=Markup(script),
-        style_hash=_hash(style),
-        script_hash=_hash(script),
+        style_hash=policy_hash(style),
+        script_hash=policy_hash(script),
     )
 
 
-def _environment() -> jinja2.Environment:
+def environment() -> jinja2.Environment:
+    """Templates that escape, and print no character that hides."""
     environment = jinja2.Environment(
         autoescape=True,
         undefined=jinja2.StrictUndefined,
@@ -167,11 +168,12 @@ def _environment() -> jinja2.Environment:
     return environment
 
 
-def _asset(name: str) -> str:
+def asset(name: str) -> str:
+    """A file of this package."""
     return resources.files("mmneurons.report").joinpath(name).read_text(encoding="utf-8")
 
 
-def _hash(inline: str) -> str:
+def policy_hash(inline: str) -> str:
     """What a content security policy calls an inline script or style."""
     return f"'sha256-{base64.b64encode(hashlib.sha256(inline.encode('utf-8')).digest()).decode('ascii')}'"
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import groupby
 from typing import Any, NamedTuple
 
@@ -65,12 +65,16 @@ class Replay:
         """Of all FFNs together."""
         return sum(len(part) for part in self.activations)
 
+    def place(self, slot: int) -> tuple[int, int]:
+        """The FFN that a slot is of, and its neuron there, counted through all experts."""
+        i = int(torch.bucketize(torch.tensor(slot), self.slot_starts, right=True)) - 1
+        of, inside, width = self.experts[i], slot - int(self.slot_starts[i]), self.anatomy.ffns[i].n_neurons
+        return i, inside if of is None else int(of[inside // width]) * width + inside % width
+
     def neuron(self, slot: int) -> Neuron:
         """Which neuron a slot is."""
-        i = int(torch.bucketize(torch.tensor(slot), self.slot_starts, right=True)) - 1
-        ffn, of, inside = self.anatomy.ffns[i], self.experts[i], slot - int(self.slot_starts[i])
-        width = ffn.n_neurons
-        return ffn.neuron(inside if of is None else int(of[inside // width]) * width + inside % width)
+        i, neuron = self.place(slot)
+        return self.anatomy.ffns[i].neuron(neuron)
 
     def without(
         self,
@@ -159,8 +163,8 @@ class Replay:
         added = {i: torch.zeros(len(scales), len(self.activations[i]), requires_grad=True) for i in asked}
         # Linear attention (Qwen 3.5) writes into its state, which autograd would refuse to have saved.
         with torch.enable_grad(), torch.autograd.graph.allow_mutation_on_saved_tensors():
-            hooks = [self._raise(i, values, scales) for i, values in added.items()]
-            logits = self._run(layer or 0, len(scales), hooks, grad=True)
+            changes = [partial(self._raise, i, values, scales) for i, values in added.items()]
+            logits = self._run(layer or 0, len(scales), changes, grad=True)
             total = log_p(logits, self.token_id).sum()
             found = dict(zip(added, torch.autograd.grad(total, list(added.values())), strict=True))
         zeros = (torch.zeros(len(part)) for part in self.activations)
@@ -170,27 +174,30 @@ class Replay:
         self, layer: int, places: list[dict[int, Int[Tensor, "_"]]], values: Float[Tensor, "slots"] | None
     ) -> Float[Tensor, "rows vocab"]:
         """Logits of a row for each of `places`, whose neurons are silent; all of them lie in block `layer` or above."""
-        hooks = []
+        changes = []
         for i in sorted({i for place in places for i in place}):
             silent = torch.zeros(len(places), len(self.activations[i]), dtype=torch.bool)
             for row, place in enumerate(places):
                 if i in place:
                     silent[row, place[i]] = True
             start = int(self.slot_starts[i])
-            hooks.append(self._silence(i, silent, None if values is None else values[start : start + silent.shape[1]]))
+            new = None if values is None else values[start : start + silent.shape[1]]
+            changes.append(partial(self._silence, i, silent, new))
         with torch.inference_mode():
-            return self._run(layer, len(places), hooks)
+            return self._run(layer, len(places), changes)
 
     def _run(
-        self, layer: int, n_rows: int, hooks: list[RemovableHandle], *, grad: bool = False
+        self, layer: int, n_rows: int, changes: Sequence[Callable[[], RemovableHandle]], *, grad: bool = False
     ) -> Float[Tensor, "rows vocab"]:
-        """Logits of the blocks from `layer` on with hooks on their FFNs, which are removed afterwards."""
+        """Logits of the blocks from `layer` on; each of `changes` sets a hook on an FFN, removed afterwards."""
         shared: dict[int, Any] = {}
         # The norm before the head can be the last one of the last block (post-LN): then it has run already.
         entered: list[Tensor] = []
-        hook = self.anatomy.norm_module.register_forward_pre_hook(lambda _, args: entered.append(args[0]))
+        hooks = [self.anatomy.norm_module.register_forward_pre_hook(lambda _, args: entered.append(args[0]))]
         hidden: Any = None
         try:
+            for change in changes:
+                hooks.append(change())
             for k in range(layer, len(self.anatomy.blocks)):
                 args, kwargs = self._calls[k]
                 args, kwargs = repeated(args, n_rows, shared), repeated(kwargs, n_rows, shared)
@@ -201,8 +208,8 @@ class Replay:
                 output = self.anatomy.blocks[k].module(*args, **kwargs)
                 hidden = output if isinstance(output, Tensor) else output[0]
         finally:
-            for handle in (hook, *hooks):
-                handle.remove()
+            for hook in hooks:
+                hook.remove()
         return self.anatomy.logits((entered or [hidden])[-1][:, -1], grad=grad)
 
     def _silence(self, i: int, silent: Bool[Tensor, "rows slots"], values: Tensor | None) -> RemovableHandle:

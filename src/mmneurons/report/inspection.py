@@ -1,0 +1,119 @@
+"""An inspection as files: JSON, CSV, Markdown, PNG plots, and one page that holds all of it."""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from markupsafe import Markup
+
+from mmneurons.finding.result import Finding
+from mmneurons.inspection.run import Inspection
+from mmneurons.inspection.tables import Table, shown
+from mmneurons.report import text
+from mmneurons.report.page import asset, environment, policy_hash
+from mmneurons.report.plots import draw
+
+SCHEMA = 1
+_SECTIONS = {
+    "Sensitivity": (("example-", "regions"), ("sensitivity", "regions")),
+    "Specificity": (("overlap", "matrix", "layers"), ("overlap", "own-share", "layers")),
+    "Causal effect": (("causal",), ("causal",)),
+    "Is the ranking true?": (
+        ("agreement", "deletion"),
+        ("agreement", "agreement-differences", "deletion", "meaning"),
+    ),
+}
+"""Title -> how its plots begin, and its tables."""
+
+
+class _Section(NamedTuple):
+    name: str
+    title: str
+    pictures: list[tuple[str, str]]
+    tables: list[Table]
+
+
+def write_inspection(
+    found: Inspection,
+    tables: Sequence[Table],
+    folder: str | os.PathLike[str],
+    examples: Sequence[Finding] = (),
+    *,
+    n_images: int,
+) -> Path:
+    """Write `inspection.json`, `tables.md`, a CSV for each table, PNG plots and `index.html`.
+
+    Args:
+        found: The inspection.
+        tables: Its tables.
+        folder: Where to; must be there.
+        examples: Findings with maps, to be drawn.
+        n_images: How many images were looked at.
+
+    Returns:
+        The page.
+
+    Raises:
+        SettingError: matplotlib is not installed.
+    """
+    folder = Path(folder)
+    plots = draw(found, tables, folder, examples)
+    document = {"schema": SCHEMA, "made_by": found.made_by, "tables": [table.to_dict() for table in tables]}
+    _write(folder / "inspection.json", json.dumps(document, ensure_ascii=False, indent=1, allow_nan=False) + "\n")
+    _write(folder / "tables.md", "\n\n".join(_as_markdown(table) for table in tables) + "\n")
+    for table in tables:
+        _write(folder / f"{table.name}.csv", table.to_csv())
+    page = folder / "index.html"
+    _write(page, render_inspection(found, tables, plots, n_images=n_images))
+    return page
+
+
+def render_inspection(found: Inspection, tables: Sequence[Table], plots: Sequence[Path], *, n_images: int) -> str:
+    """The page: every table, every plot inside it; nothing is loaded from elsewhere."""
+    by_name = {table.name: table for table in tables}
+    sections = []
+    for title, (pictures, names) in _SECTIONS.items():
+        mine = [by_name[name] for name in names if name in by_name]
+        if mine:
+            images = [(path.stem, _uri(path)) for path in plots if path.stem.startswith(pictures)]
+            sections.append(_Section(mine[0].name, title, images, mine))
+    style = asset("inspection.css")
+    made_by = {name: value for name, value in found.made_by.items() if name != "images"}
+    return (
+        environment()
+        .from_string(asset("inspection.html.j2"))
+        .render(
+            title="Multi-modal neurons, inspected",
+            n_images=n_images,
+            settings=found.settings,
+            sections=sections,
+            shown=shown,
+            provenance=text.flatten(made_by),
+            style=Markup(style),
+            style_hash=policy_hash(style),
+        )
+    )
+
+
+def _as_markdown(table: Table) -> str:
+    note = f"\n\n{table.note}" if table.note else ""
+    return f"### {table.title}\n\n{table.to_markdown()}{note}"
+
+
+def _uri(path: Path) -> str:
+    return f"data:image/png;base64,{base64.b64encode(path.read_bytes()).decode('ascii')}"
+
+
+def _write(path: Path, content: str) -> None:
+    """Whole or not at all."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_text(content, encoding="utf-8")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -1,0 +1,247 @@
+"""What an inspection found, drawn: PNG files for a page or a paper. Needs matplotlib."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from mmneurons.errors import SettingError
+from mmneurons.finding.finder import find
+from mmneurons.finding.result import Finding
+from mmneurons.inspection.items import Item
+from mmneurons.inspection.meaning import INSTALL
+from mmneurons.inspection.run import Inspection, Settings
+from mmneurons.inspection.tables import Table
+from mmneurons.maths import regions
+from mmneurons.maths.statistics import Estimate
+from mmneurons.vlm.vlm import VLM
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+DPI = 110
+EXAMPLES = 3
+"""Images drawn with their maps for each k."""
+SHOWN_CONCEPTS = 40
+"""At most so many concepts of the overlap matrix: the ones said most."""
+_GREY = "#8a8a8a"
+
+
+def draw(found: Inspection, tables: Sequence[Table], folder: Path, examples: Sequence[Finding] = ()) -> list[Path]:
+    """Draw everything that was measured.
+
+    Args:
+        found: The inspection.
+        tables: Its tables.
+        folder: Where the files go.
+        examples: Findings with maps and views, drawn for each k.
+
+    Returns:
+        The files, in the order of the experiments.
+
+    Raises:
+        SettingError: matplotlib is not installed.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise SettingError("Plots need matplotlib.", fix=INSTALL) from None
+    by_name = {table.name: table for table in tables}
+    drawn: list[Path] = []
+
+    def figure(name: str, width: float, height: float, paint: Callable[[Figure], None]) -> None:
+        made = Figure(figsize=(width, height), dpi=DPI, layout="constrained")
+        paint(made)
+        path = folder / f"{name}.png"
+        made.savefig(path, metadata={"Software": None})
+        drawn.append(path)
+
+    for i, example in enumerate(examples):
+        if example.nouns and example.nouns[0].regions and example.views and example.views[0] is not None:
+            n = len(example.nouns)
+            figure(f"example-{i}", 11, 3.4 * n, lambda f, example=example: _example(f, example))
+    if "regions" in by_name:
+        figure("regions", 8, 3.2, lambda f: _regions(f, by_name["regions"]))
+    if found.specificity is not None:
+        figure("overlap", 6.5, 3.2, lambda f: _overlap(f, by_name["overlap"]))
+        figure("matrix", 7, 6.5, lambda f: _matrix(f, found))
+        figure("layers", 6.5, 3, lambda f: _layers(f, found))
+    if "causal" in by_name:
+        figure("causal", 11, 4.6, lambda f: _causal(f, by_name["causal"]))
+    if "agreement" in by_name:
+        figure("agreement", 8, 3.4, lambda f: _agreement(f, by_name["agreement"]))
+        figure("deletion", 8, 4, lambda f: _deletion(f, by_name["deletion"]))
+    return drawn
+
+
+def examples(vlm: VLM, items: Sequence[Item], settings: Settings) -> list[Finding]:
+    """Findings with maps of a few images, to be drawn for each k."""
+    pictures = [item.image() for item in items[:EXAMPLES]]
+    found = find(vlm, pictures, top=settings.top, score=settings.score, maps=True, **settings.answer)
+    return [replace(one, images=(item.name,)) for one, item in zip(found, items, strict=False)]
+
+
+def _tidy(axes: Axes) -> None:
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _line(axes: Axes, points: Mapping[int, Any], label: str, **style: Any) -> None:
+    """A line over k with its interval as a band."""
+    known = {k: value for k, value in sorted(points.items()) if isinstance(value, Estimate)}
+    if not known:
+        return
+    (line,) = axes.plot(list(known), [v.mean for v in known.values()], marker="o", markersize=3, label=label, **style)
+    axes.fill_between(
+        list(known),
+        [v.low for v in known.values()],
+        [v.high for v in known.values()],
+        color=line.get_color(),
+        alpha=0.15,
+    )
+
+
+def _example(figure: Figure, finding: Finding) -> None:
+    view = finding.views[0]
+    assert view is not None
+    picture = np.asarray(view.convert("RGB"))
+    sizes = sorted(finding.nouns[0].regions)
+    axes = figure.subplots(2 * len(finding.nouns), 1 + len(sizes), squeeze=False)
+    for axis in axes.flat:
+        axis.axis("off")
+    grey = picture.mean(-1, keepdims=True).repeat(3, -1) / 255
+    for i, noun in enumerate(finding.nouns):
+        axes[2 * i, 0].imshow(picture)
+        axes[2 * i, 0].set_title(noun.word, fontsize=9)
+        for j, k in enumerate(sizes, start=1):
+            heat = regions.upsample(np.asarray(noun.regions[k][0], dtype=float), picture.shape[:2])
+            bound = float(np.abs(heat).max()) or 1.0
+            axes[2 * i, j].imshow(grey)
+            axes[2 * i, j].imshow(regions.overlay(heat, bound))
+            axes[2 * i, j].set_title(f"top {k}", fontsize=9)
+            axes[2 * i + 1, j].imshow(np.where(regions.mask(heat)[..., None], picture / 255, 0.25 * grey))
+    figure.suptitle(f"{Path(finding.images[0]).name}: {finding.answer_prefix} {finding.caption}", fontsize=9)
+
+
+def _regions(figure: Figure, table: Table) -> None:
+    left, right = figure.subplots(1, 2)
+    rows = dict(table.rows)
+    for axes, names in ((left, ("pointing game", "the mask's share of the image")), (right, _IOUS)):
+        for name in names:
+            points = {int(k): value for (measure, k), value in rows.items() if measure == name}
+            style = {"color": _GREY, "linestyle": "--"} if "share" in name else {}
+            _line(axes, points, name, **style)
+        axes.set(xscale="log", xlabel="top k")
+        axes.legend(fontsize=7, frameon=False)
+        _tidy(axes)
+
+
+_IOUS = ("IoU, strongest 5 %", "IoU at equal area", "patch AUROC")
+
+
+def _overlap(figure: Figure, table: Table) -> None:
+    axes = figure.subplots()
+    sizes = sorted({int(k) for (_, k), _ in table.rows})
+    names = [name for name in dict.fromkeys(pairs for (pairs, _), _ in table.rows) if "/" not in name]
+    rows = dict(table.rows)
+    for i, name in enumerate(names):
+        values = [rows.get((name, str(k))) for k in sizes]
+        means = [v.mean if isinstance(v, Estimate) else v or 0.0 for v in values]
+        low, high = (
+            [abs(getattr(v, end, m) - m) for v, m in zip(values, means, strict=True)] for end in ("low", "high")
+        )
+        places = np.arange(len(sizes)) + (i - 1.5) * 0.2
+        axes.bar(places, means, 0.18, yerr=(low, high), label=name, error_kw={"lw": 0.8})
+    axes.set(ylabel="share of the top k in common")
+    axes.set_xticks(np.arange(len(sizes)), [f"k = {k}" for k in sizes])
+    axes.legend(fontsize=7, frameon=False)
+    _tidy(axes)
+
+
+def _matrix(figure: Figure, found: Inspection) -> None:
+    assert found.specificity is not None
+    it = found.specificity
+    most = sorted(np.argsort([-n for n in it.counts], kind="stable")[:SHOWN_CONCEPTS])
+    axes = figure.subplots()
+    image = axes.imshow(it.matrix[np.ix_(most, most)], vmin=0, vmax=1, cmap="viridis")
+    names = [it.concepts[c] for c in most]
+    axes.set_xticks(range(len(names)), names, rotation=90, fontsize=6)
+    axes.set_yticks(range(len(names)), names, fontsize=6)
+    figure.colorbar(image, label="share of the top 10 in common", shrink=0.7)
+
+
+def _layers(figure: Figure, found: Inspection) -> None:
+    assert found.specificity is not None
+    axes = figure.subplots()
+    layers = found.specificity.layers
+    for i, (k, shares) in enumerate(layers.items()):
+        axes.bar(np.arange(len(shares)) + (i - (len(layers) - 1) / 2) * 0.4, shares, 0.38, label=f"top {k}")
+    axes.set(xlabel="block", ylabel="share of the top k")
+    axes.legend(fontsize=8, frameon=False)
+    _tidy(axes)
+
+
+def _causal(figure: Figure, table: Table) -> None:
+    """Left: over k, a line for each disturbance; right: over the strength of the noise."""
+    left, right = figure.subplots(1, 2)
+    rows = dict(table.rows)
+    measure = "no longer says the noun"
+    ways = list(dict.fromkeys(how for (how, *_), _ in table.rows))
+    sizes = sorted({int(k) for (_, k, *_), _ in table.rows})
+    for i, how in enumerate(ways):
+        for which, style in (("top", "-"), ("matched random", ":")):
+            points = {k: rows.get((how, str(k), which, measure)) for k in sizes}
+            _line(left, points, f"{how}, {which}", linestyle=style, color=f"C{i}")
+    left.set(xscale="log", xlabel="k neurons", ylabel=f"share of captions: {measure}", ylim=(-0.02, 1.02))
+    left.legend(fontsize=6, frameon=False, ncols=2)
+    noise = {float(how.split()[1]): how for how in ways if how.startswith("noise")}
+    for i, k in enumerate(sizes):
+        for which, style in (("top", "-"), ("matched random", ":")):
+            points: dict[Any, Any] = {sigma: rows.get((how, str(k), which, measure)) for sigma, how in noise.items()}
+            _line(right, points, f"k = {k}, {which}", linestyle=style, color=f"C{i}")
+    right.set(xlabel="noise, in units of the column's root mean square", ylim=(-0.02, 1.02))
+    right.legend(fontsize=6, frameon=False, ncols=2)
+    for axes in (left, right):
+        _tidy(axes)
+
+
+def _agreement(figure: Figure, table: Table) -> None:
+    axes = figure.subplots()
+    rows = {labels: value for labels, value in table.rows if labels[0] == "logprob" and isinstance(value, Estimate)}
+    scopes = list(dict.fromkeys(scope for _, scope, _ in rows))
+    finders = list(dict.fromkeys(finder for *_, finder in rows))
+    for i, scope in enumerate(scopes):
+        values: list[Any] = [rows.get(("logprob", scope, finder)) for finder in finders]
+        known = [(j, v) for j, v in enumerate(values) if v is not None]
+        axes.bar(
+            [j + (i - (len(scopes) - 1) / 2) * 0.4 for j, _ in known],
+            [v.mean for _, v in known],
+            0.38,
+            yerr=([v.mean - v.low for _, v in known], [v.high - v.mean for _, v in known]),
+            label=scope,
+            error_kw={"lw": 0.8},
+        )
+    axes.set(ylabel="Spearman with the true effect on log p")
+    axes.set_xticks(range(len(finders)), finders, rotation=20, fontsize=8)
+    axes.axhline(0, color="black", lw=0.6)
+    axes.legend(fontsize=8, frameon=False)
+    _tidy(axes)
+
+
+def _deletion(figure: Figure, table: Table) -> None:
+    axes = figure.subplots()
+    rows = dict(table.rows)
+    finders = list(dict.fromkeys(finder for (finder, *_), _ in table.rows))
+    sizes = sorted({int(k) for (_, k, _), _ in table.rows})
+    for finder in finders:
+        style = {"color": "black", "linestyle": "--"} if finder == "true effect" else {}
+        _line(axes, {k: rows[finder, str(k), "top"] for k in sizes}, finder, **style)
+    matched = {k: rows["logit" if "logit" in finders else finders[0], str(k), "matched random"] for k in sizes}
+    _line(axes, matched, "matched random", color=_GREY, linestyle=":")
+    axes.set(xscale="log", xlabel="top k silent together", ylabel="fall of log p (nats)")
+    axes.legend(fontsize=7, frameon=False)
+    _tidy(axes)
