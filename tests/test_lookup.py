@@ -26,8 +26,8 @@ def read(vlm):
 
 
 def test_a_neuron_promotes_and_suppresses_what_its_column_gives(vlm, columns, read):
-    card = mmn.explain_neuron(vlm, "L4.u646", n_tokens=7, n_neighbours=0)
-    order = read(columns[4 * 1024 + 646]).argsort(descending=True).tolist()
+    card = mmn.explain_neuron(vlm, "L0.u945", n_tokens=7, n_neighbours=0)
+    order = read(columns[945]).argsort(descending=True).tolist()
     assert card.tokens == tuple(vlm.token_text(i) for i in order[:7])
     assert card.suppressed == tuple(vlm.token_text(i) for i in order[::-1][:7])
     assert card.neighbours == ()
@@ -79,8 +79,8 @@ def test_what_does_not_exist_is_told(vlm):
 
 
 def test_both_are_plain_data(vlm):
-    card = json.loads(json.dumps(mmn.explain_neuron(vlm, "L4.u646").to_dict()))
-    assert card["neuron"] == "L4.u646"
+    card = json.loads(json.dumps(mmn.explain_neuron(vlm, "L0.u945").to_dict()))
+    assert card["neuron"] == "L0.u945"
     assert card["neighbours"][0]["neuron"].startswith("L")
     word = json.loads(json.dumps(mmn.neurons_for(vlm, "dog", top=2).to_dict()))
     assert [entry["rank"] for entry in word["neurons"]] == [0, 0]

@@ -378,13 +378,15 @@ def _bars() -> Iterator[Any]:
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed:.1f}/{task.total} images"))
     with Progress(*columns, TimeRemainingColumn(), console=err, disable=not err.is_terminal) as bars:
         tasks: dict[str, Any] = {}
+        told: dict[str, int] = {}
 
         def tell(name: str, done: float, total: int) -> None:
             if name not in tasks:
                 tasks[name] = bars.add_task(name, total=total)
             bars.update(tasks[name], completed=done)
-            if not err.is_terminal and done == total:
-                err.print(f"{name}: {total} images")
+            if not err.is_terminal and int(done) > told.get(name, 0):
+                told[name] = int(done)
+                err.print(f"{name}: {int(done)} of {total} images")
 
         yield tell
 

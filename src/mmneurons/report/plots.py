@@ -124,7 +124,7 @@ def _example(figure: Figure, finding: Finding) -> None:
             axes[2 * i, j].imshow(regions.overlay(heat, bound))
             axes[2 * i, j].set_title(f"top {k}", fontsize=9)
             axes[2 * i + 1, j].imshow(np.where(regions.mask(heat)[..., None], picture / 255, 0.25 * grey))
-    figure.suptitle(f"{Path(finding.images[0]).name}: {finding.answer_prefix} {finding.caption}", fontsize=9)
+    figure.suptitle(f"{finding.images[0]}: {finding.answer_prefix} {finding.caption}", fontsize=9)
 
 
 def _regions(figure: Figure, table: Table) -> None:

