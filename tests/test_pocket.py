@@ -46,7 +46,7 @@ def test_scenes_do_not_change_unnoticed():
     assert digest.hexdigest() == GOLDEN
 
 
-GOLDEN = "b40016ccddced5f6eb3dddb1480382063ee9bc696281493f8ba7a5bda9fccf91"
+GOLDEN = "469d482de04a280f20845571e5c205e753c6e3e9b3a8b893c48231e44d5e4820"
 
 
 def test_a_mask_is_where_pasting_changed_the_picture():

@@ -16,6 +16,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
+from PIL import Image
 
 import mmneurons as mmn
 from mmneurons import pocket
@@ -33,7 +34,10 @@ def curves(path: Path) -> None:
     lines = [json.loads(line) for line in (HERE / "log.jsonl").read_text().splitlines()]
     stages: dict[str, list[dict]] = defaultdict(list)
     for line in lines:
-        stages[line["stage"]].append(line)
+        part = stages[line["stage"]]
+        while part and part[-1]["step"] >= line["step"]:  # begun again from an earlier checkpoint
+            part.pop()
+        part.append(line)
     figure, axes = plt.subplots(1, len(stages), figsize=(4 * len(stages), 3), layout="constrained", squeeze=False)
     for ax, (stage, part) in zip(axes[0], stages.items(), strict=True):
         steps = [line["step"] for line in part]
@@ -63,6 +67,7 @@ def recall_against_drawings(path: Path) -> None:
             ax.hlines(named[inside].sum() / shown[inside].sum(), low, min(high, drawings.max()), color="C1", lw=2)
     ax.set(xlabel="drawings in training", ylabel="recall on drawings kept from training", ylim=(0, 1.02), xscale="log")
     ax.set_xticks(edges[:-1], [str(edge) for edge in edges[:-1]])
+    ax.minorticks_off()
     figure.savefig(path, dpi=110)
 
 
@@ -76,6 +81,7 @@ def sheet(pairs: list[tuple[Scene, str]], path: Path, columns: int = 6) -> None:
         _picture(ax, scene, caption)
     figure.savefig(path, dpi=80)
     plt.close(figure)
+    Image.open(path).convert("RGB").quantize(200, dither=Image.Dither.NONE).save(path, optimize=True)
 
 
 def _picture(ax: Axes, scene: Scene, caption: str) -> None:

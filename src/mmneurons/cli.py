@@ -8,7 +8,6 @@ import json
 import os
 import sys
 from collections.abc import Callable
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -16,10 +15,9 @@ import typer
 from rich.console import Console
 
 from mmneurons.errors import MmneuronsError, SettingError
+from mmneurons.report.progress import bar, bars, working
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from mmneurons.vlm.vlm import VLM
 
 app = typer.Typer(
@@ -67,7 +65,7 @@ def _load(
 
         options["quantization_config"] = BitsAndBytesConfig(load_in_8bit=bits == "8", load_in_4bit=bits == "4")
         device_map = device_map or device or "auto"
-    with _working(f"loading {model or 'the pocket model'}"):
+    with working(err, f"loading {model or 'the pocket model'}"):
         return load(
             model,
             dtype=dtype,
@@ -113,7 +111,7 @@ def caption(
 
     opened = [open_image(path) for path in paths]
     vlm = load()
-    with _working(f"captioning {len(paths)} images"):
+    with working(err, f"captioning {len(paths)} images"):
         pictures = [o.image for o in opened]
         texts = vlm.caption(pictures, prompt, answer_prefix, max_new_tokens=max_new_tokens, batch_size=batch_size)
     for o, text in zip(opened, texts, strict=True):
@@ -155,7 +153,7 @@ def find(
     for path in paths:  # a missing file is told before a model is loaded
         open_image(path)
     vlm = load()
-    with _progress(len(prompts), "prompts") as progress:
+    with bar(err, len(prompts), "prompts") as progress:
         findings = find_neurons(
             vlm,
             prompts,
@@ -210,16 +208,15 @@ def inspect_(
     """Test whether neurons are sensitive, specific and causal, and their ranking true. Stopped, it goes on."""
     from mmneurons.inspection.items import read_items
     from mmneurons.inspection.meaning import PACKAGED, meaning
-    from mmneurons.inspection.run import EXPERIMENTS, Settings, inspect
+    from mmneurons.inspection.run import EXPERIMENTS, Settings, examples, inspect
     from mmneurons.inspection.tables import tables
     from mmneurons.report.inspection import write_inspection
-    from mmneurons.report.plots import examples
 
     items = read_items(images, masks)
     vlm = load()
     settings = Settings(score, top, prompt, answer_prefix, max_new_tokens, seed)
     experiments = EXPERIMENTS if what == "all" else (what,)
-    with _bars() as progress:
+    with bars(err) as progress:
         found = inspect(
             vlm,
             items,
@@ -230,7 +227,7 @@ def inspect_(
             batch_size=batch_size,
             progress=progress,
         )
-    with _working("drawing"):
+    with working(err, "drawing"):
         made = tables(found, meaning(text_model or PACKAGED, clip_model), items)
         drawn = examples(vlm, items, settings) if found.sensitivity is not None else []
         page = write_inspection(found, made, out_folder, drawn, n_images=len(items[:limit]))
@@ -348,47 +345,6 @@ def _check_outputs(json_path: str | None, report: Path | None) -> None:
             raise SettingError(
                 f"Cannot write {path}.", seen="It is a folder.", fix=f"Name a file in it: {path}/find.out"
             )
-
-
-@contextmanager
-def _working(what: str) -> Iterator[None]:
-    with err.status(what):
-        yield
-
-
-@contextmanager
-def _progress(total: int, what: str) -> Iterator[Any]:
-    """A bar with an estimate on stderr where someone sees it and there is something to wait for."""
-    if total == 1 or not err.is_terminal:
-        yield None
-        return
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=err, transient=True) as bar:
-        task = bar.add_task(what, total=total)
-        yield lambda done: bar.update(task, completed=done)
-
-
-@contextmanager
-def _bars() -> Iterator[Any]:
-    """A bar for each experiment, with an estimate; plain lines where nobody watches."""
-    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed:.1f}/{task.total} images"))
-    with Progress(*columns, TimeRemainingColumn(), console=err, disable=not err.is_terminal) as bars:
-        tasks: dict[str, Any] = {}
-        told: dict[str, int] = {}
-
-        def tell(name: str, done: float, total: int) -> None:
-            if name not in tasks:
-                tasks[name] = bars.add_task(name, total=total)
-            bars.update(tasks[name], completed=done)
-            if not err.is_terminal and int(done) > told.get(name, 0):
-                told[name] = int(done)
-                err.print(f"{name}: {int(done)} of {total} images")
-
-        yield tell
 
 
 def main() -> None:

@@ -39,3 +39,7 @@ class FormatError(MmneuronsError):
 
 class SettingError(MmneuronsError):
     """A setting, or a pair of settings, that has no meaning."""
+
+
+INSPECT_EXTRA = 'pip install "mmneurons[inspect]"'
+"""The line that brings plots and BERTScore."""

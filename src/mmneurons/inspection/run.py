@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import numpy as np
 
 from mmneurons.errors import SettingError
+from mmneurons.finding.finder import find
 from mmneurons.finding.finders import FINDERS
-from mmneurons.finding.result import Score
+from mmneurons.finding.result import Finding, Score
 from mmneurons.inspection.causal import NounCausal, causal
 from mmneurons.inspection.items import Item
 from mmneurons.inspection.sensitivity import NounSensitivity, sensitivity
@@ -33,6 +34,9 @@ SLOW_LIMIT = 50
 """Images of `causal` and `finders` where nobody says how many: they make hundreds of passes for each noun."""
 MEANS_FROM = 32
 """Images whose answers give the mean activations."""
+
+EXAMPLES = 3
+"""Images whose maps are drawn."""
 
 Progress = Callable[[str, float, int], None]
 
@@ -117,6 +121,15 @@ def inspect(
     }
     bench = _Bench(vlm, items, Path(folder), settings, made_by, limit, batch_size, progress)
     return Inspection(settings, made_by, **{name: getattr(bench, name)() for name in dict.fromkeys(experiments)})
+
+
+def examples(vlm: VLM, items: Sequence[Item], settings: Settings) -> list[Finding]:
+    """Findings with maps of the first few images, to be drawn for each k."""
+    shown = items[:EXAMPLES]
+    found = find(
+        vlm, [item.image() for item in shown], top=settings.top, score=settings.score, maps=True, **settings.answer
+    )
+    return [replace(one, images=(item.name,)) for one, item in zip(found, shown, strict=True)]
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -49,7 +49,16 @@ class NounSensitivity:
     @property
     def dependence(self) -> float | None:
         """Share of the top neurons that lose at least half of their score with a blank image."""
-        return float(np.mean([lost >= HALF for lost in self.lost_blank])) if self.lost_blank else None
+        return _share_that_loses_half(self.lost_blank)
+
+    @property
+    def dependence_other(self) -> float | None:
+        """With another image."""
+        return _share_that_loses_half(self.lost_other)
+
+
+def _share_that_loses_half(lost: Sequence[float]) -> float | None:
+    return float(np.mean([share >= HALF for share in lost])) if lost else None
 
 
 def sensitivity(

@@ -6,18 +6,20 @@ import csv
 import io
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
-from mmneurons.inspection.causal import NounCausal
-from mmneurons.inspection.items import Item
-from mmneurons.inspection.meaning import Meaning
-from mmneurons.inspection.run import Inspection
-from mmneurons.inspection.sensitivity import HALF, SHARED, NounSensitivity
-from mmneurons.inspection.specificity import Specificity
-from mmneurons.inspection.truth import NounTruth
 from mmneurons.maths.statistics import Estimate, estimate, ratio
+
+if TYPE_CHECKING:
+    from mmneurons.inspection.causal import NounCausal
+    from mmneurons.inspection.items import Item
+    from mmneurons.inspection.meaning import Meaning
+    from mmneurons.inspection.run import Inspection
+    from mmneurons.inspection.sensitivity import NounSensitivity
+    from mmneurons.inspection.specificity import Specificity
+    from mmneurons.inspection.truth import NounTruth
 
 T = TypeVar("T")
 Cell = Estimate | float | None
@@ -108,18 +110,14 @@ def by_image(found: Mapping[str, Sequence[T]], value: Callable[[T], float | None
 
 def sensitivity_tables(found: Mapping[str, Sequence[NounSensitivity]]) -> list[Table]:
     """Image dependence, decoded hits, shuffled patches; and the regions, where masks are known."""
-
-    def lost(values: Sequence[float]) -> float | None:
-        return float(np.mean([value >= HALF for value in values])) if values else None
-
     rows: list[tuple[tuple[str, ...], Cell]] = [
-        (("top neurons that lose half with a blank image",), over_images(found, lambda one: lost(one.lost_blank))),
-        (("top neurons that lose half with another image",), over_images(found, lambda one: lost(one.lost_other))),
+        (("top neurons that lose half with a blank image",), over_images(found, lambda one: one.dependence)),
+        (("top neurons that lose half with another image",), over_images(found, lambda one: one.dependence_other)),
         (("decoded hit@10",), over_images(found, lambda one: float(np.mean(one.hits)) if one.hits else None)),
     ]
     rows += [
         ((f"top {k} that stay when patches are shuffled",), over_images(found, lambda one, k=k: one.stays.get(k)))
-        for k in SHARED
+        for k in sorted({k for ones in found.values() for one in ones for k in one.stays})
     ]
     made = [Table("sensitivity", "Sensitivity", ("measure",), tuple(rows), "Shares; intervals over images.")]
     sizes = sorted({k for ones in found.values() for one in ones for k in one.regions})

@@ -7,16 +7,18 @@ import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from markupsafe import Markup
 
 from mmneurons.finding.result import Finding
-from mmneurons.inspection.run import Inspection
 from mmneurons.inspection.tables import Table, shown
 from mmneurons.report import text
 from mmneurons.report.page import asset, environment, policy_hash
 from mmneurons.report.plots import draw
+
+if TYPE_CHECKING:
+    from mmneurons.inspection.run import Inspection
 
 SCHEMA = 1
 _SECTIONS = {

@@ -3,30 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mmneurons.errors import SettingError
-from mmneurons.finding.finder import find
+from mmneurons.errors import INSPECT_EXTRA, SettingError
 from mmneurons.finding.result import Finding
-from mmneurons.inspection.items import Item
-from mmneurons.inspection.meaning import INSTALL
-from mmneurons.inspection.run import Inspection, Settings
 from mmneurons.inspection.tables import Table
 from mmneurons.maths import regions
 from mmneurons.maths.statistics import Estimate
-from mmneurons.vlm.vlm import VLM
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+    from mmneurons.inspection.run import Inspection
+
 DPI = 110
-EXAMPLES = 3
-"""Images drawn with their maps for each k."""
 SHOWN_CONCEPTS = 40
 """At most so many concepts of the overlap matrix: the ones said most."""
 _GREY = "#8a8a8a"
@@ -50,7 +44,7 @@ def draw(found: Inspection, tables: Sequence[Table], folder: Path, examples: Seq
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        raise SettingError("Plots need matplotlib.", fix=INSTALL) from None
+        raise SettingError("Plots need matplotlib.", fix=INSPECT_EXTRA) from None
     by_name = {table.name: table for table in tables}
     drawn: list[Path] = []
 
@@ -77,13 +71,6 @@ def draw(found: Inspection, tables: Sequence[Table], folder: Path, examples: Seq
         figure("agreement", 8, 3.4, lambda f: _agreement(f, by_name["agreement"]))
         figure("deletion", 8, 4, lambda f: _deletion(f, by_name["deletion"]))
     return drawn
-
-
-def examples(vlm: VLM, items: Sequence[Item], settings: Settings) -> list[Finding]:
-    """Findings with maps of a few images, to be drawn for each k."""
-    pictures = [item.image() for item in items[:EXAMPLES]]
-    found = find(vlm, pictures, top=settings.top, score=settings.score, maps=True, **settings.answer)
-    return [replace(one, images=(item.name,)) for one, item in zip(found, items, strict=False)]
 
 
 def _tidy(axes: Axes) -> None:

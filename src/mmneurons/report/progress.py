@@ -1,0 +1,51 @@
+"""What someone who waits sees: a spinner, or bars with an estimate. Nothing where nobody watches but what is done."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+
+
+@contextmanager
+def working(console: Console, what: str) -> Iterator[None]:
+    """A spinner."""
+    with console.status(what):
+        yield
+
+
+@contextmanager
+def bar(console: Console, total: int, what: str) -> Iterator[Any]:
+    """A bar with an estimate on stderr where someone sees it and there is something to wait for."""
+    if total == 1 or not console.is_terminal:
+        yield None
+        return
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True) as shown:
+        task = shown.add_task(what, total=total)
+        yield lambda done: shown.update(task, completed=done)
+
+
+@contextmanager
+def bars(console: Console) -> Iterator[Any]:
+    """A bar for each experiment, with an estimate; plain lines where nobody watches."""
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed:.1f}/{task.total} images"))
+    with Progress(*columns, TimeRemainingColumn(), console=console, disable=not console.is_terminal) as shown:
+        tasks: dict[str, Any] = {}
+        told: dict[str, int] = {}
+
+        def tell(name: str, done: float, total: int) -> None:
+            if name not in tasks:
+                tasks[name] = shown.add_task(name, total=total)
+            shown.update(tasks[name], completed=done)
+            if not console.is_terminal and int(done) > told.get(name, 0):
+                told[name] = int(done)
+                console.print(f"{name}: {int(done)} of {total} images")
+
+        yield tell
