@@ -249,11 +249,19 @@ def _deletion_table(found: Mapping[str, Sequence[NounTruth]]) -> Table:
             ((finder, str(k), "top"), estimate(top)),
             ((finder, str(k), "matched random"), estimate(stand_in)),
             ((finder, str(k), "top - matched random"), estimate([a - b for a, b in zip(top, stand_in, strict=True)])),
-            ((finder, str(k), "top / matched random"), ratio(top, stand_in)),
+            ((finder, str(k), "top / matched random"), ratio(top, stand_in) if _is_above_zero(stand_in) else None),
             ((finder, str(k), "any random"), estimate(list(of(lambda d: d.unmatched).values()))),
         ]
-    note = "Fall of log p (nats) when the top k are silent together at the scored position."
+    note = (
+        "Fall of log p (nats) when the top k are silent together at the scored position; "
+        "no ratio where matched random neurons do not lower it."
+    )
     return Table("deletion", "Deletion", ("finder", "k", "measure"), tuple(rows), note)
+
+
+def _is_above_zero(values: Sequence[float]) -> bool:
+    value = estimate(values)
+    return value is not None and value.low > 0
 
 
 def meaning_table(found: Mapping[str, Sequence[NounTruth]], meaning: Meaning, items: Sequence[Item] = ()) -> Table:

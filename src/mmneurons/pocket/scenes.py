@@ -176,7 +176,7 @@ def draw(
     masks = np.zeros((len(objects), SIDE, SIDE), dtype=bool)
     slot = SIDE / len(objects)
     shortest, longest = LENGTHS[len(objects)]
-    for i in random.permutation(len(objects)).tolist():  # what is pasted later hides what is there already
+    for i in map(int, random.permutation(len(objects))):  # what is pasted later hides what is there already
         drawing = pick(objects[i])
         centre = slot * (i + 0.5) + random.uniform(-0.2, 0.2) * slot
         centre += overlap * (SIDE / 2 - centre)
