@@ -82,3 +82,19 @@ def test_the_gpu_benchmark_says_that_there_is_no_gpu(tmp_path):
     assert "measures on a CUDA GPU, and torch finds none here" in done.stderr
     assert "benchmarks/gpu.py --quick" in done.stderr
     assert not page.exists()
+
+
+def test_results_are_laid_out_between_their_markers(tmp_path):
+    (tmp_path / "overlap.csv").write_text("pairs,k,mean,low,high,n\nsame,10,0.5,0.25,0.75,4\nchance,100,0.125,,,\n")
+    program = "import results, sys; from pathlib import Path; results.PAGE = Path(sys.argv.pop()); results.main()"
+    page = tmp_path / "page.md"
+    page.write_text("before\n<!-- overlap -->\nold\n<!-- end -->\nbetween\n<!-- causal -->\nkept\n<!-- end -->\n")
+    command = [sys.executable, "-c", program, str(tmp_path), str(page)]
+    subprocess.run(command, check=True, env={**os.environ, "PYTHONPATH": str(FOLDER)})
+    made = page.read_text()
+    assert "| pairs | 10 | 100 |" in made
+    assert "| same | 0.500 [0.250, 0.750] | not measured |" in made
+    assert "| chance | not measured | 0.125 |" in made
+    assert "old" not in made
+    assert made.endswith("between\n<!-- causal -->\nkept\n<!-- end -->\n")
+    assert made.startswith("before\n<!-- overlap -->\n")

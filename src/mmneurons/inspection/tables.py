@@ -112,6 +112,10 @@ def sensitivity_tables(found: Mapping[str, Sequence[NounSensitivity]]) -> list[T
     """Image dependence, decoded hits, shuffled patches; and the regions, where masks are known."""
     rows: list[tuple[tuple[str, ...], Cell]] = [
         (("top neurons that lose half with a blank image",), over_images(found, lambda one: one.dependence)),
+        (
+            ("the same, of objects that the image truly shows",),
+            over_images(found, lambda one: one.dependence if one.is_shown else None),
+        ),
         (("top neurons that lose half with another image",), over_images(found, lambda one: one.dependence_other)),
         (("decoded hit@10",), over_images(found, lambda one: float(np.mean(one.hits)) if one.hits else None)),
     ]
