@@ -15,7 +15,7 @@ import typer
 from rich.console import Console
 
 from mmneurons.errors import MmneuronsError, SettingError
-from mmneurons.report.progress import bar, bars, working
+from mmneurons.progress import bar, bars, working
 
 if TYPE_CHECKING:
     from mmneurons.vlm.vlm import VLM
