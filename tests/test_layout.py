@@ -13,7 +13,7 @@ import pytest
 
 SOURCE = Path(__file__).parents[1] / "src" / "mmneurons"
 PACKAGE = SOURCE.name
-LAYERS = "errors neurons pocket maths vlm words finding inspection editing report progress cli".split()
+LAYERS: list[str] = "errors neurons pocket maths vlm words finding inspection editing report progress cli".split()
 """A module imports from its own layer and from those before it."""
 ONLY_OF_VLM = {"mmneurons.vlm.images"}
 """What the report may take of `vlm`: what needs no torch."""

@@ -8,6 +8,7 @@ matter and an empty ledger leaves the model bit for bit as it was.
 from __future__ import annotations
 
 import signal
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -162,15 +163,23 @@ def ledger_of(vlm: VLM) -> Ledger:
 
 @contextmanager
 def _uninterrupted() -> Iterator[None]:
-    """Let Ctrl-C wait for the end of the `with`, where the system can hold it back."""
-    if not hasattr(signal, "pthread_sigmask"):
+    """Let Ctrl-C wait for the end of the `with`.
+
+    By its handler, not by the signal mask, which holds for one thread only; other threads than the main one are never
+    interrupted by Python.
+    """
+    usual = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or usual is None:
         yield
         return
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    waiting: list[int] = []
+    signal.signal(signal.SIGINT, lambda number, _: waiting.append(number))
     try:
         yield
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        signal.signal(signal.SIGINT, usual)
+        if waiting:
+            signal.raise_signal(signal.SIGINT)
 
 
 def _device(ffn: Ffn, expert: int | None) -> torch.device:
