@@ -6,14 +6,14 @@ import ast
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
 
 SOURCE = Path(__file__).parents[1] / "src" / "mmneurons"
 PACKAGE = SOURCE.name
-LAYERS: list[str] = "errors neurons pocket maths vlm words finding inspection editing report progress cli".split()
+LAYERS: Sequence[str] = "errors neurons pocket maths vlm words finding inspection editing report progress cli".split()
 """A module imports from its own layer and from those before it."""
 ONLY_OF_VLM = {"mmneurons.vlm.images"}
 """What the report may take of `vlm`: what needs no torch."""
