@@ -7,6 +7,7 @@ import struct
 import numpy as np
 import pytest
 import torch
+import weight_forms
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -353,3 +354,29 @@ def test_what_is_written_through_the_view_is_what_the_module_multiplies_by():
         view[:, 2] = torch.tensor([1.0, 2.0, 3.0])
         one_hot = torch.nn.functional.one_hot(torch.tensor([2]), 5).float()
         torch.testing.assert_close(module(one_hot) - module(0 * one_hot), torch.tensor([[1.0, 2.0, 3.0]]))
+
+
+WRITABLE = """plain without_bias bfloat16 conv1d subclass cpu_offloaded lora lora_disabled lora_two_adapters lora_merged
+qwen3_vl_moe qwen3_vl_moe_square aria llama4 llama4_square experts_with_bias experts_with_lora_elsewhere""".split()
+REFUSED = "scaled_subclass disk_offloaded eight_bit nf4 lora_on_eight_bit self_dequantising fp8 fp8_experts".split()
+
+
+@pytest.mark.parametrize("name", WRITABLE)
+def test_in_every_form_that_can_be_written_one_column_changes(name, tmp_path):
+    form = getattr(weight_forms, f"make_{name}")(tmp_path)
+    before = weights.dense(form.module, form.expert).float().clone()
+    view = weights.writable(form.module, form.expert)
+    assert view.shape == before.shape
+    with torch.no_grad():
+        view[:, 3] += 1
+    after = weights.dense(form.module, form.expert).float()
+    changed = torch.zeros_like(before)
+    changed[:, 3] = 1
+    torch.testing.assert_close(after - before, changed, rtol=0, atol=2e-2 if name == "bfloat16" else 1e-5)
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_other_forms_are_refused_by_name(name, tmp_path):
+    form = getattr(weight_forms, f"make_{name}")(tmp_path)
+    with pytest.raises(ModelError, match=r"A module of type .* cannot be edited"):
+        weights.writable(form.module, form.expert)
