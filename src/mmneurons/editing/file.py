@@ -19,6 +19,7 @@ from torch import Tensor
 
 from mmneurons.editing.patch import Patch, PatchPart
 from mmneurons.errors import FormatError, SettingError
+from mmneurons.files import write_whole
 
 SCHEMA = 1
 LARGEST = 2**31
@@ -40,18 +41,12 @@ def save_patch(patch: Patch, path: str | os.PathLike[str]) -> None:
         place = f"L{part.layer}" if part.expert is None else f"L{part.layer}.e{part.expert}"
         for name in DTYPES:
             if (tensor := getattr(part, name)) is not None:
-                tensors[f"{place}.{name}"] = (
-                    tensor.contiguous().clone()
-                )  # two parts may share one, which safetensors refuses
+                # Two parts may share one, which safetensors refuses.
+                tensors[f"{place}.{name}"] = tensor.contiguous().clone()
     facts = {"schema": SCHEMA, "hidden": patch.hidden, "provenance": patch.provenance}
     header = {"mmneurons_patch": json.dumps(facts, ensure_ascii=False, sort_keys=True, allow_nan=False)}
     content = to_bytes(tensors, metadata=header)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_bytes(content)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_whole(path, content)
 
 
 def load_patch(path: str | os.PathLike[str]) -> Patch:
