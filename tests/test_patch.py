@@ -143,7 +143,7 @@ def test_a_failure_while_writing_leaves_nothing_half_applied(edited, monkeypatch
 
     def broken(self, active):
         made = plan(self, active)
-        return [*made[:1], (made[1][0], made[1][1], made[1][2], torch.zeros(7))]
+        return [*made[:1], made[1]._replace(new=torch.zeros(7))]
 
     monkeypatch.setattr(ledger.Ledger, "_plan", broken)
     with pytest.raises(RuntimeError):
@@ -215,6 +215,26 @@ def test_a_model_changed_by_something_else_is_refused(edited):
     with torch.no_grad():
         layers(edited)[0][:, 1] = mine
     second.apply(edited)  # its hashes are of the columns before any edit
+
+
+def test_a_failed_apply_remembers_nothing(edited, monkeypatch):
+    patch = a_patch(edited, {0: [1], 2: [4]})
+    plan = ledger.Ledger._plan
+    monkeypatch.setattr(
+        ledger.Ledger, "_plan", lambda self, active: [plan(self, active)[0]._replace(new=torch.zeros(7))]
+    )
+    with pytest.raises(RuntimeError):
+        patch.apply(edited)
+    monkeypatch.undo()
+    kept = layers(edited)[0].detach()[:, 1].clone()
+    try:
+        with torch.no_grad():
+            layers(edited)[0][:, 1] += 1
+        with pytest.raises(ModelError, match=r"L0\.u1 is not the one"):
+            patch.apply(edited)
+    finally:
+        with torch.no_grad():
+            layers(edited)[0][:, 1] = kept
 
 
 def test_twice_and_never_are_refused(edited):

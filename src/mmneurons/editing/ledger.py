@@ -12,6 +12,7 @@ import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
@@ -34,6 +35,16 @@ class _Columns:
 
     pristine: dict[int, Tensor] = field(default_factory=dict)
     written: dict[int, Tensor] = field(default_factory=dict)
+
+
+class _Change(NamedTuple):
+    """What one column is to be."""
+
+    view: Tensor
+    place: Place
+    index: int
+    pristine: Tensor
+    new: Tensor
 
 
 class Ledger:
@@ -82,7 +93,8 @@ class Ledger:
             raise ModelError(
                 "This patch is of another model.", seen=f"No neuron {largest} in {name}: it has {ffn.n_neurons}."
             )
-        current = weights.writable(ffn.module, part.expert)[:, part.indices.to(_device(ffn, part.expert))].T
+        view = weights.writable(ffn.module, part.expert)
+        current = view[:, part.indices.to(view.device)].T
         kept = self._columns.get(part.place, _Columns())
         before = (
             torch.stack(
@@ -98,30 +110,30 @@ class Ledger:
                 f"The model's column {part.neurons[first]} is not the one that this patch was made for.",
                 seen=f"{int(differ.sum())} of {len(differ)} columns of {name} differ: another model, other weights, or "
                 "another dtype than the patch was made with.",
-                fix="Load the model that the patch names, as it was loaded then: see mmneurons patch show",
+                fix="Load the model that `patch.provenance` names, as it was loaded then.",
             )
 
     def _write(self, active: Mapping[str, Patch]) -> None:
         """Make the model what `active` says; whatever happens in between, it is either that or what it was."""
         plan = self._plan(active)
         with _uninterrupted(), torch.no_grad():
-            done: list[tuple[Tensor, int, Tensor]] = []
+            done: list[tuple[_Change, Tensor]] = []
             try:
-                for view, index, _, new in plan:
-                    done.append((view, index, view[:, index].clone()))
-                    view[:, index] = new
+                for change in plan:
+                    done.append((change, change.view[:, change.index].clone()))
+                    change.view[:, change.index] = change.new
             except BaseException:
-                for view, index, old in reversed(done):
-                    view[:, index] = old
+                for change, old in reversed(done):
+                    change.view[:, change.index] = old
                 raise
-            for _, index, place, new in plan:
-                self._columns[place].written[index] = new
             self._active = dict(active)
-            if not active:
-                self._columns.clear()
+            self._columns.clear()
+            for change in plan if active else []:
+                columns = self._columns.setdefault(change.place, _Columns())
+                columns.pristine[change.index], columns.written[change.index] = change.pristine, change.new
 
-    def _plan(self, active: Mapping[str, Patch]) -> list[tuple[Tensor, int, Place, Tensor]]:
-        """Every column that is or was edited, with what it is to be: (view, column, place, new numbers)."""
+    def _plan(self, active: Mapping[str, Patch]) -> list[_Change]:
+        """Every column that is or was edited, with what it is to be. Changes nothing."""
         sums: dict[tuple[Place, int], Tensor] = {
             (place, index): torch.zeros(self._hidden)
             for place, columns in self._columns.items()
@@ -131,23 +143,20 @@ class Ledger:
             for part in active[key].parts:
                 for index, delta in zip(part.indices.tolist(), active[key].deltas(part), strict=True):
                     sums[part.place, index] = sums.get((part.place, index), torch.zeros(self._hidden)) + delta
+        views = {place: weights.writable(self._ffns[place].module, place[1]) for place, _ in sums}
         plan = []
         for (place, index), total in sums.items():
-            ffn = self._ffns[place]
-            view = weights.writable(ffn.module, place[1])
-            columns = self._columns.setdefault(place, _Columns())
-            if index not in columns.pristine:
-                columns.pristine[index] = view[:, index].detach().clone()
-            elif index in columns.written and not torch.equal(view[:, index], columns.written[index]):
+            current, known = views[place][:, index], self._columns.get(place, _Columns())
+            if index in known.written and not torch.equal(current, known.written[index]):
                 raise ModelError(
                     f"The model's column {Neuron(place[0], index, place[1])} was changed by something else.",
                     seen="It is not what the ledger wrote when it was edited.",
                     fix="Load the model again.",
                 )
-            pristine = columns.pristine[index]
-            untouched = not bool(total.any())
-            new = pristine if untouched else (pristine.float() + total.to(pristine.device)).to(pristine.dtype)
-            plan.append((view, index, place, new))
+            pristine = known.pristine[index] if index in known.pristine else current.clone()
+            changed = bool(total.any())
+            new = (pristine.float() + total.to(pristine.device)).to(pristine.dtype) if changed else pristine
+            plan.append(_Change(views[place], place, index, pristine, new))
         return plan
 
 
@@ -180,7 +189,3 @@ def _uninterrupted() -> Iterator[None]:
         signal.signal(signal.SIGINT, usual)
         if waiting:
             signal.raise_signal(signal.SIGINT)
-
-
-def _device(ffn: Ffn, expert: int | None) -> torch.device:
-    return weights.writable(ffn.module, expert).device
