@@ -3,6 +3,7 @@ import json
 import os
 import signal
 import struct
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -143,7 +144,7 @@ def test_a_failure_while_writing_leaves_nothing_half_applied(edited, monkeypatch
 
     def broken(self, active):
         made = plan(self, active)
-        return [*made[:1], made[1]._replace(new=torch.zeros(7))]
+        return [*made[:1], replace(made[1], new=torch.zeros(7))]
 
     monkeypatch.setattr(ledger.Ledger, "_plan", broken)
     with pytest.raises(RuntimeError):
@@ -221,7 +222,7 @@ def test_a_failed_apply_remembers_nothing(edited, monkeypatch):
     patch = a_patch(edited, {0: [1], 2: [4]})
     plan = ledger.Ledger._plan
     monkeypatch.setattr(
-        ledger.Ledger, "_plan", lambda self, active: [plan(self, active)[0]._replace(new=torch.zeros(7))]
+        ledger.Ledger, "_plan", lambda self, active: [replace(plan(self, active)[0], new=torch.zeros(7))]
     )
     with pytest.raises(RuntimeError):
         patch.apply(edited)

@@ -12,7 +12,6 @@ import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
@@ -37,7 +36,8 @@ class _Columns:
     written: dict[int, Tensor] = field(default_factory=dict)
 
 
-class _Change(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class _Change:
     """What one column is to be."""
 
     view: Tensor

@@ -9,10 +9,12 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import numpy as np
+from torch import Tensor
 
 from mmneurons.errors import SettingError
 from mmneurons.finding.finder import find
@@ -165,11 +167,15 @@ class _Bench:
 
     def finders(self) -> dict[str, list[NounTruth]]:
         """Every finder against the true effects."""
-        means = mean_activations(self.vlm, [item.image() for item in self.items[:MEANS_FROM]], **self.settings.answer)
+
+        @cache  # when the first image asks: a run that finds all of its results there needs none
+        def means() -> list[Tensor]:
+            images = [item.image() for item in self.items[:MEANS_FROM]]
+            return mean_activations(self.vlm, images, **self.settings.answer)
 
         def one(item: Item, tell: Callable[[int, int], None]) -> list[NounTruth]:
             s = self.settings
-            return finder_truth(self.vlm, item.image(), FINDERS, means=means, seed=s.seed, progress=tell, **s.answer)
+            return finder_truth(self.vlm, item.image(), FINDERS, means=means(), seed=s.seed, progress=tell, **s.answer)
 
         return self._each("finders", list[NounTruth], self._items(SLOW_LIMIT), one)
 
