@@ -108,9 +108,13 @@ def inspect(
         progress: Called with the experiment, images done (a share of one counts) and images to do.
 
     Raises:
-        SettingError: the folder holds results of another model, other images or settings; or no image gave a noun.
+        SettingError: the folder holds results of another model, other images or settings; an image stands twice; more
+            top neurons than the model has; or no image gave a noun.
     """
     settings = settings or Settings()
+    n_neurons = sum(ffn.size for ffn in vlm.anatomy.ffns)
+    if not 1 <= settings.top <= n_neurons:
+        raise SettingError(f"There is no top {settings.top} of the model's {n_neurons} neurons.", fix="--top 10")
     names = [item.name for item in items]
     if len(set(names)) < len(names):
         twice = next(name for name in names if names.count(name) > 1)
