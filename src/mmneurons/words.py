@@ -182,6 +182,20 @@ def singular(noun: str) -> str:
     return word
 
 
+def inflected(noun: str, like: str) -> str:
+    """A singular noun in the form of another word: "cat" like "dogs" is "cats", like "Dog" is "Cat".
+
+    Plurals are those that `singular` leads back to the noun; a noun that has none comes back as it is.
+    """
+    form = noun
+    if singular(like) != like.lower() and noun not in _ONE_FORM:
+        irregular = [plural for plural, one in _IRREGULAR.items() if one == noun and plural != noun]
+        regular = [noun + "es", noun + "s"] if re.search("(s|sh|ch|x|z)$", noun) else [noun + "s", noun + "es"]
+        ending = [re.sub(one, many, noun) for one, many in _PLURALS if re.search(one, noun)]
+        form = next((f for f in [*irregular, *ending, *regular] if singular(f) == noun and f != noun), noun)
+    return form[0].upper() + form[1:] if like[:1].isupper() else form
+
+
 def _words(
     places: Iterable[tuple[int, int, str]], caption: str, token_ids: Sequence[int], decode: Decode
 ) -> list[Word]:
@@ -282,6 +296,12 @@ _IRREGULAR = {
         "veggies:veggie magpies:magpie neckties:necktie bowties:bowtie",
     )
 }
+_ONE_FORM = frozenset({"sheep", "fish", "deer", "moose", "aircraft"})
+_PLURALS = (
+    ("(tomat|potat|mosquit|her|ech|torped|volcan|buffal)o$", r"\1oes"),
+    ("man$", "men"), ("(ch)ild$", r"\1ildren"), ("foot$", "feet"), ("tooth$", "teeth"), ("goose$", "geese"),
+    ("(el|wol|lea|loa)f$", r"\1ves"), ("(kni|wi)fe$", r"\1ves"), ("([^aeiou])y$", r"\1ies"),
+)  # fmt: skip
 # The first that fits.
 _ENDINGS = tuple(
     (re.compile(plural + "$"), one)

@@ -82,6 +82,18 @@ class Ledger:
             raise SettingError("This patch is not applied to this model.")
         self._write({key: other for key, other in self._active.items() if key != patch.hash})
 
+    def pristine(self, place: Place, indices: Tensor) -> Tensor:
+        """Columns as they were before any edit, (n, hidden), in the dtype in which they are stored.
+
+        Raises:
+            ModelError: they could not be written to.
+        """
+        view = weights.writable(self._ffns[place].module, place[1])
+        kept = self._columns.get(place, _Columns()).pristine
+        current = view[:, indices.to(view.device)].T
+        rows = [kept.get(i, column) for i, column in zip(indices.tolist(), current, strict=True)]
+        return torch.stack(rows) if rows else current
+
     def _check(self, part: PatchPart) -> None:
         """Refuse a model whose columns, before any edit, are not those that the patch expects."""
         ffn = self._ffns.get(part.place)
@@ -93,17 +105,7 @@ class Ledger:
             raise ModelError(
                 "This patch is of another model.", seen=f"No neuron {largest} in {name}: it has {ffn.n_neurons}."
             )
-        view = weights.writable(ffn.module, part.expert)
-        current = view[:, part.indices.to(view.device)].T
-        kept = self._columns.get(part.place, _Columns())
-        before = (
-            torch.stack(
-                [kept.pristine.get(i, column) for i, column in zip(part.indices.tolist(), current, strict=True)]
-            )
-            if len(part.indices)
-            else current
-        )
-        differ = (column_hashes(before) != part.hashes).any(1)
+        differ = (column_hashes(self.pristine(part.place, part.indices)) != part.hashes).any(1)
         if bool(differ.any()):
             first = int(differ.nonzero()[0])
             raise ModelError(

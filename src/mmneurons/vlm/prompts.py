@@ -115,10 +115,19 @@ def token_of(tokenizer: Any, word: str) -> int:
     """The first token of a word inside a sentence: what a model would write to begin it.
 
     Raises:
+        WordError: see `tokens_of`.
+    """
+    return tokens_of(tokenizer, word)[0]
+
+
+def tokens_of(tokenizer: Any, word: str) -> list[int]:
+    """The tokens of a word inside a sentence, as a model would write it.
+
+    Raises:
         WordError: if the word is empty or unknown, or its first token is no more than the space before it.
     """
     if isinstance(tokenizer, TokenIds):
-        return tokenizer.token_of(word)
+        return [tokenizer.token_of(word)]
     rest: list[int] = []
     for before in ("a", "the", "of", ","):  # the first that keeps its own tokens when the word follows
         alone, both = _ids(tokenizer, before), _ids(tokenizer, f"{before} {word.strip()}")
@@ -126,13 +135,13 @@ def token_of(tokenizer: Any, word: str) -> int:
             rest = both[len(alone) :]
             break
     unknown = getattr(tokenizer, "unk_token_id", None)
-    if not rest or rest[0] == unknown or not tokenizer.decode(rest[:1]).strip():
+    if not rest or unknown in rest or not tokenizer.decode(rest[:1]).strip():
         raise WordError(
             f"'{word}' has no token of its own to begin with.",
             seen=f"The tokenizer writes it as {tokenizer.convert_ids_to_tokens(rest)}.",
-            fix="Compare with another word.",
+            fix="Choose another word.",
         )
-    return rest[0]
+    return rest
 
 
 def _rendered(processor: Any, template: Any, content: Any) -> str | None:

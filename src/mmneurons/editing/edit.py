@@ -1,0 +1,184 @@
+"""image -> caption -> SOURCE -> its neurons -> how far each column moves -> how strong -> patch.
+
+    patch = edit(vlm, ["a.png", "b.png"], source="dog", target="cat")
+    with patch.applied(vlm): ...
+
+No gradients, and the model is left as it was: strengths are tried with patches that are taken back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal, get_args
+
+import torch
+
+from mmneurons.editing.columns import Columns, Move, moves_for, patch_of, writers
+from mmneurons.editing.goals import Asked, goals_of
+from mmneurons.editing.patch import Patch
+from mmneurons.editing.reference import Reference
+from mmneurons.editing.steps import Steps, answer_steps, occurrences
+from mmneurons.editing.strength import find_strength
+from mmneurons.errors import SettingError, WordError
+from mmneurons.neurons import Neuron
+from mmneurons.vlm import provenance
+from mmneurons.vlm.prompts import ANSWER_PREFIX, MAX_NEW_TOKENS, PROMPT
+from mmneurons.vlm.vlm import VLM, Picture
+from mmneurons.words import singular
+
+Method = Literal["selective", "closed_form"]
+METHODS: tuple[Method, ...] = get_args(Method)
+
+
+@dataclass(frozen=True)
+class EditSettings:
+    """How an edit is made."""
+
+    method: Method = "selective"
+    """"selective" discounts what the reference shares; "closed_form" is the smallest change."""
+    top: int = 100
+    """Columns that move: those that write most of SOURCE."""
+    blocks: int | None = 1
+    """They are taken from so many of the last blocks; None: from all."""
+    ridge: float = 0.1
+    """Of "selective"; larger is nearer to "closed_form"."""
+    prompts: tuple[str, ...] = (PROMPT,)
+    """What the model is asked about each of the images."""
+    answer_prefix: str = ANSWER_PREFIX
+    max_new_tokens: int = MAX_NEW_TOKENS
+    batch_size: int = 8
+
+
+def edit(
+    vlm: VLM,
+    images: Sequence[Picture],
+    *,
+    source: str,
+    target: str | None = None,
+    reference: Reference | None = None,
+    neurons: Sequence[Neuron] | None = None,
+    settings: EditSettings | None = None,
+    progress: Callable[[str], None] | None = None,
+) -> Patch:
+    """Make the model say `target` where it says `source`; anything else, where there is no target.
+
+    Args:
+        vlm: The model, from `load`.
+        images: Paths, PIL images or arrays; the model must say `source` of one of them at least.
+        source: The word that is to go, singular.
+        target: The word that is to come, singular; None: any other.
+        reference: What is to stay as it is, from `make_reference`. Without one, the other words of the same answers.
+        neurons: Whose columns move, in the place of those that write most of `source`.
+        settings: How.
+        progress: Told what is being done.
+
+    Returns:
+        The patch; `provenance["search"]` says what it did to the images and the reference when its strength was chosen.
+
+    Raises:
+        WordError: the model says `source` of none of the images, or a word cannot be written in its tokens.
+        SettingError: source and target are one word; settings out of range; no strength turns any answer.
+        ModelError: columns that cannot be written.
+    """
+    settings, tell = settings or EditSettings(), progress or (lambda what: None)
+    _check(vlm, source, target, settings)
+    tell("answering about the images")
+    limits: dict[str, Any] = {"max_new_tokens": settings.max_new_tokens, "batch_size": settings.batch_size}
+    asked = []
+    for prompt in settings.prompts:
+        said = answer_steps(vlm, images, prompt, settings.answer_prefix, **limits)
+        asked.append(Asked(images, prompt, settings.answer_prefix, said, occurrences(vlm, said, source)))
+    if not any(one.found for one in asked):
+        answers = "\n".join(f"  {one.answer_prefix} {text}" for one in asked for text in one.said.texts[:5])
+        raise WordError(
+            f"The model says '{source}' of none of the images.",
+            seen=f"It said:\n{answers}",
+            fix="Give images of which it does, or a word that it says.",
+        )
+    goals = goals_of(vlm, asked, target)
+    tell("choosing columns")
+    columns = (
+        writers(vlm, goals, settings.top, settings.blocks) if neurons is None else Columns.of(vlm.anatomy, neurons)
+    )
+    kept = [_other_steps(one) for one in asked]
+    if reference is not None:
+        kept.append(reference.steps.at(~reference.says(vlm, source)))
+    moves = moves_for(vlm, columns, goals, kept, settings.ridge if settings.method == "selective" else None)
+    unit = patch_of(vlm, columns, moves)
+    search = find_strength(
+        vlm,
+        unit,
+        asked,
+        source,
+        target,
+        start=max(_needed(vlm, move) for move in moves),
+        reference=reference,
+        harm=[] if reference is None else _harm(vlm, reference, source, moves),
+        tell=tell,
+        **limits,
+    )
+    made_by = {
+        "source": source,
+        "target": target,
+        "settings": asdict(settings),
+        "search": asdict(search),
+        "images": len(images),
+        "said_source": [len({answer for answer, _ in one.found}) for one in asked],
+        "reference": None if reference is None else reference.facts,
+        "model": dict(vlm.facts),
+        "packages": provenance.versions(),
+    }
+    return replace(search.strength * unit, provenance=made_by)
+
+
+def _check(vlm: VLM, source: str, target: str | None, settings: EditSettings) -> None:
+    if settings.method not in METHODS:
+        raise SettingError(f"There is no method '{settings.method}'.", fix=f"Choose one of: {', '.join(METHODS)}.")
+    if target is not None and singular(source) == singular(target):
+        raise SettingError(f"'{source}' is to become '{target}': the same word.", fix="Choose another target.")
+    n_blocks = len(vlm.anatomy.blocks)
+    if settings.blocks is not None and not 1 <= settings.blocks <= n_blocks:
+        raise SettingError(f"The model has {n_blocks} blocks.", seen=f"blocks={settings.blocks}")
+    if settings.top < 1 or settings.ridge < 0 or not settings.prompts:
+        raise SettingError(
+            "An edit moves one column at least, has a ridge of 0 or more and one prompt at least.",
+            seen=f"top={settings.top}, ridge={settings.ridge}, prompts={settings.prompts}",
+        )
+
+
+def _other_steps(one: Asked) -> Steps:
+    """The steps of the edit's own answers that do not write SOURCE."""
+    rows = torch.ones(len(one.said.steps), dtype=torch.bool)
+    for answer, word in one.found:
+        rows[[one.said.row(answer, step) for step in word.steps]] = False
+    return one.said.steps.at(rows)
+
+
+def _needed(vlm: VLM, move: Move) -> float:
+    """The strength at which a move turns each of its steps, to first order; those that it hardly reaches left out."""
+    logits = vlm.anatomy.logits(move.goal.steps.residual).float().cpu().clone()
+    said = logits[:, move.goal.said].clone()
+    logits[:, move.goal.said] = -torch.inf
+    ahead = said - (logits.max(-1).values if move.goal.wanted is None else logits[:, move.goal.wanted])
+    effect = move.effect(move.goal.steps)
+    reached = effect > 0.1
+    return float((ahead[reached] / effect[reached]).max().clamp_min(0.1)) if bool(reached.any()) else 1.0
+
+
+def _harm(vlm: VLM, reference: Reference, source: str, moves: Sequence[Move]) -> list[float]:
+    """For each reference image, how near the moves come to changing its answer: least of all where it says SOURCE."""
+    if reference.said is None:
+        return []
+    steps = reference.said.steps
+    harm = torch.full((len(steps),), -torch.inf)
+    for move in moves:
+        effect = move.effect(steps)
+        if move.goal.wanted is not None:
+            row = vlm.anatomy.unembed[move.goal.wanted].float().cpu()
+            wanted = (steps.directions(row.expand(len(steps), -1)).at(None) * steps.residual).sum(-1)
+            effect = effect / (steps.logits - wanted).clamp_min(0.1)
+        harm = torch.maximum(harm, effect)
+    harm[reference.says(vlm, source)[: len(steps)]] = torch.inf
+    worst = torch.full((len(reference.images),), -torch.inf).scatter_reduce(0, steps.answers, harm, "amax")
+    return [-torch.inf if value == torch.inf else value for value in worst.tolist()]

@@ -1,0 +1,228 @@
+"""What the neurons did at many steps of many answers: what an edit is worked out from.
+
+said = answer_steps(vlm, images)
+for answer, word in occurrences(vlm, said, "dog"): said.steps.at([said.row(answer, word.steps[0])])
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from mmneurons.errors import ModelError, SettingError
+from mmneurons.vlm.anatomy.parts import Anatomy
+from mmneurons.vlm.anatomy.ways import Directions, frozen_rows
+from mmneurons.vlm.moments import Moments, pick_moments
+from mmneurons.vlm.prompts import ANSWER_PREFIX, MAX_NEW_TOKENS, PROMPT
+from mmneurons.vlm.recording import Recording, record
+from mmneurons.vlm.vlm import VLM, Inputs, Picture, batches, open_row
+from mmneurons.words import Word, find_words, says
+
+
+@dataclass(frozen=True, eq=False)
+class Steps:
+    """Positions that each predict a token, and what the model did there; on the CPU."""
+
+    anatomy: Anatomy
+    activations: tuple[Float[Tensor, "n neurons"], ...]
+    """Per FFN, of all its experts (zero where the router did not ask one), in the model's dtype."""
+    norms: tuple[Float[Tensor, "n hidden"], ...]
+    """What entered each norm on the ways of the anatomy."""
+    residual: Float[Tensor, "n hidden"]
+    """The residual stream before the final norm, float32."""
+    token_ids: Int[Tensor, "n"]
+    """What the model said there."""
+    logits: Float[Tensor, "n"]
+    """Of that token, as the model gave it."""
+    answers: Int[Tensor, "n"]
+    """Which answer, or which text, each belongs to, counted from 0."""
+
+    def __len__(self) -> int:
+        return len(self.token_ids)
+
+    def at(self, rows: Tensor) -> Steps:
+        """Some of them: a mask or numbers."""
+        return Steps(
+            self.anatomy,
+            tuple(part[rows] for part in self.activations),
+            tuple(part[rows] for part in self.norms),
+            self.residual[rows],
+            self.token_ids[rows],
+            self.logits[rows],
+            self.answers[rows],
+        )
+
+    def directions(self, rows: Float[Tensor, "n hidden"]) -> Directions:
+        """How a write at each step reaches the logit that `rows` (unembedding rows, or differences) read off there.
+
+        The scales of all norms are held at the values that they had (`score="logit"`).
+        """
+        final = frozen_rows(self.anatomy, rows.cpu(), self.residual)
+        return Directions(self.anatomy, final, list(self.norms))
+
+
+@dataclass(frozen=True, eq=False)
+class Said:
+    """Answers, and every step of them."""
+
+    texts: tuple[str, ...]
+    token_ids: tuple[tuple[int, ...], ...]
+    """Per answer, end-of-text included where it came."""
+    steps: Steps
+    """Answer after answer, of each one step per token."""
+
+    def row(self, answer: int, step: int) -> int:
+        """Where step `step` of an answer stands in `steps`."""
+        return sum(map(len, self.token_ids[:answer])) + step
+
+
+def answer_steps(
+    vlm: VLM,
+    images: Sequence[Picture],
+    prompt: str = PROMPT,
+    answer_prefix: str = ANSWER_PREFIX,
+    *,
+    max_new_tokens: int = MAX_NEW_TOKENS,
+    batch_size: int = 8,
+    progress: Callable[[int], None] | None = None,
+) -> Said:
+    """Let the model answer, and keep what its neurons did at each step; one captioning run, no more.
+
+    Args:
+        vlm: The model, from `load`.
+        images: Paths, PIL images or arrays.
+        prompt: What the model is asked.
+        answer_prefix: Words that the answer is made to begin with.
+        max_new_tokens: Where to stop if the model does not.
+        batch_size: Images in one batch.
+        progress: Called with images done.
+
+    Raises:
+        SettingError: no image is given.
+        ImageError: something is not an image.
+    """
+    parts: list[Steps] = []
+    texts: list[str] = []
+    token_ids: list[tuple[int, ...]] = []
+    rows = [open_row(image) for image in images]
+    for batch in batches(rows, 1 if vlm.family.one_at_a_time else batch_size):
+        inputs = vlm.encode([[o.image for o in row] for row in batch], prompt, answer_prefix)
+        with record(vlm.anatomy) as recording:
+            answers = vlm.generate(inputs, max_new_tokens)
+        places = torch.tensor([(row, step) for row, ids in enumerate(answers.token_ids) for step in range(len(ids))])
+        said = [token for ids in answers.token_ids for token in ids]
+        of = [len(texts) + row for row in places[:, 0].tolist()]
+        rows, steps = places.to(answers.logits.device).unbind(1)
+        moments = pick_moments(recording, places)
+        parts.append(_steps(vlm, moments, torch.tensor(said), answers.logits[rows, steps], of))
+        texts += answers.texts
+        token_ids += answers.token_ids
+        if progress is not None:
+            progress(len(texts))
+    return Said(tuple(texts), tuple(token_ids), join(parts))
+
+
+def forced_steps(
+    vlm: VLM, image: Picture, ids: Sequence[int], prompt: str = PROMPT, answer_prefix: str = ANSWER_PREFIX
+) -> Steps:
+    """What the model would say at each step of an answer that it is given: n tokens give n + 1 steps."""
+    inputs = vlm.encode([[o.image for o in open_row(image)]], prompt, answer_prefix)
+    begun = vlm.generate(inputs, 1)  # how the prompt stands in the language model's own sequence
+    given = torch.tensor([list(ids)], dtype=begun.sequences.dtype, device=begun.sequences.device)
+    sequences = torch.cat([begun.sequences[:, : begun.n_prompt], given], dim=1)
+    with record(vlm.anatomy, lambda values: values[:, begun.n_prompt - 1 :]) as recording:
+        vlm.read(inputs, replace(begun, token_ids=(tuple(ids),), sequences=sequences))
+    return _read_steps(vlm, recording, 0)
+
+
+def text_steps(vlm: VLM, texts: Sequence[str]) -> Steps:
+    """What the model would say at every position of texts that it reads without any image.
+
+    Raises:
+        ModelError: the language model reads no text by itself (encoder-decoders).
+        SettingError: there is no text.
+    """
+    if vlm.is_encoder_decoder:
+        raise ModelError(
+            "The texts of an encoder-decoder are read in its encoder, where no neuron of ours is.",
+            fix="Give reference images only.",
+        )
+    parts = []
+    for i, text in enumerate(texts):
+        with record(vlm.anatomy, lambda values: values) as recording:
+            vlm.read(text_inputs(vlm, text))
+        parts.append(_read_steps(vlm, recording, i))
+    return join(parts)
+
+
+def text_inputs(vlm: VLM, text: str) -> Inputs:
+    """A text as the language model reads it, with its opening token, without prompt template and image."""
+    encoded = vlm.tokenizer(text, return_tensors="pt")
+    return vlm.placed({name: encoded[name] for name in ("input_ids", "attention_mask")})
+
+
+def join(parts: Sequence[Steps]) -> Steps:
+    """All of them, one after the other.
+
+    Raises:
+        SettingError: there are none.
+    """
+    if not parts:
+        raise SettingError("There is no image.", fix="Give at least one.")
+    if len(parts) == 1:
+        return parts[0]
+    return Steps(
+        parts[0].anatomy,
+        tuple(torch.cat(each) for each in zip(*(part.activations for part in parts), strict=True)),
+        tuple(torch.cat(each) for each in zip(*(part.norms for part in parts), strict=True)),
+        torch.cat([part.residual for part in parts]),
+        torch.cat([part.token_ids for part in parts]),
+        torch.cat([part.logits for part in parts]),
+        torch.cat([part.answers for part in parts]),
+    )
+
+
+def occurrences(vlm: VLM, said: Said, phrase: str) -> list[tuple[int, Word]]:
+    """Wherever the answers say a word, whatever its case and number: which answer, and the word there."""
+
+    def decode(ids: Sequence[int]) -> str:
+        return vlm.tokenizer.decode(ids, skip_special_tokens=True)
+
+    return [
+        (i, word)
+        for i, (text, ids) in enumerate(zip(said.texts, said.token_ids, strict=True))
+        if says(text, phrase)
+        for word in find_words(phrase, text, ids, decode)
+    ]
+
+
+def _read_steps(vlm: VLM, recording: Recording, answer: int) -> Steps:
+    """Every position that was recorded of one row; the token of each is the likeliest one."""
+    places = torch.tensor([(0, step) for step in range(recording.residual[0].shape[1])])
+    moments = pick_moments(recording, places)
+    logits = vlm.anatomy.logits(moments.residual)[:, : vlm.n_tokens].max(-1)
+    return _steps(vlm, moments, logits.indices, logits.values, [answer] * len(places))
+
+
+def _steps(vlm: VLM, moments: Moments, token_ids: Tensor, logits: Tensor, answers: list[int]) -> Steps:
+    """Moments, off the device and with the slots of experts put in their places."""
+    fired = []
+    for ffn, part, experts in zip(moments.anatomy.ffns, moments.activations, moments.experts, strict=True):
+        if experts is not None:
+            width = ffn.n_neurons
+            slots = (experts[:, :, None] * width + torch.arange(width, device=experts.device)).flatten(1)
+            part = torch.zeros(len(part), ffn.size, device=part.device).scatter(1, slots, part)
+        fired.append(part.to("cpu", vlm.model.dtype))
+    return Steps(
+        moments.anatomy,
+        tuple(fired),
+        tuple(part.cpu() for part in moments.norms),
+        moments.residual.cpu(),
+        token_ids.cpu(),
+        logits.float().cpu(),
+        torch.tensor(answers),
+    )
