@@ -70,6 +70,22 @@ def test_results_of_other_settings_are_not_mixed(vlm, items, found):
     assert "logprob" in str(told.value)
 
 
+def test_more_neurons_than_there_are_is_refused(vlm, items, tmp_path):
+    with pytest.raises(SettingError, match="no top 5121 of the model's 5120 neurons"):
+        inspect(vlm, items, tmp_path / "out", settings=Settings(top=5121))
+    assert not (tmp_path / "out").exists()
+
+
+def test_one_image_has_no_interval(vlm, items, tmp_path):
+    one = inspect(vlm, [Item("alone", items[0].image())], tmp_path, ["sensitivity", "specificity"])
+    rows = [row for table in tables.tables(one, NONE) for row in table.to_dict()["rows"]]
+    assert any(row["mean"] is None for row in rows)  # what needs two images, or a mask
+    alone = [row for row in rows if row["n"] == 1]
+    assert alone
+    assert all(row["low"] is None and row["high"] is None for row in alone)
+    assert tables.shown(Estimate(0.9, 0.9, 0.9, 1)) == ("0.900", "", "1")
+
+
 def test_an_image_twice_is_refused(vlm, items, tmp_path):
     with pytest.raises(SettingError, match="scene-0 stands twice"):
         inspect(vlm, [items[0], items[0]], tmp_path)

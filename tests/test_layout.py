@@ -6,18 +6,31 @@ import ast
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
 
 SOURCE = Path(__file__).parents[1] / "src" / "mmneurons"
 PACKAGE = SOURCE.name
-LAYERS = ["errors", "neurons", "pocket", "maths", "vlm", "words", "finding", "inspection", "report", "progress", "cli"]
+LAYERS: Sequence[str] = (
+    "errors files neurons pocket maths vlm words finding inspection editing report progress cli".split()
+)
 """A module imports from its own layer and from those before it."""
 ONLY_OF_VLM = {"mmneurons.vlm.images"}
 """What the report may take of `vlm`: what needs no torch."""
-WITHOUT_TORCH = ["errors", "neurons", "pocket", "words", "finding.result", "report", "maths.regions", "progress", "cli"]
+WITHOUT_TORCH = [
+    "errors",
+    "files",
+    "neurons",
+    "pocket",
+    "words",
+    "finding.result",
+    "report",
+    "maths.regions",
+    "progress",
+    "cli",
+]
 LONGEST = 400
 MODULES = sorted(SOURCE.rglob("*.py"))
 WRITTEN = [path for kind in ("py", "js", "css", "j2") for path in sorted(SOURCE.rglob(f"*.{kind}"))]

@@ -14,6 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from mmneurons import pocket as pocket
+    from mmneurons.editing.file import load_patch as load_patch
+    from mmneurons.editing.file import save_patch as save_patch
+    from mmneurons.editing.patch import Patch as Patch
     from mmneurons.errors import MmneuronsError as MmneuronsError
     from mmneurons.finding.finder import find as find
     from mmneurons.finding.lookup import NeuronCard as NeuronCard
@@ -45,14 +48,17 @@ _HOMES = {
     "NounFinding": "mmneurons.finding.result:NounFinding",
     "WordNeurons": "mmneurons.finding.lookup:WordNeurons",
     "doctor": "mmneurons.vlm.doctor:doctor",
+    "Patch": "mmneurons.editing.patch:Patch",
     "explain_neuron": "mmneurons.finding.lookup:explain_neuron",
     "find": "mmneurons.finding.finder:find",
     "intervene": "mmneurons.vlm.interventions:intervene",
     "load": "mmneurons.vlm.load:load",
     "load_findings": "mmneurons.finding.result:load",
+    "load_patch": "mmneurons.editing.file:load_patch",
     "neurons_for": "mmneurons.finding.lookup:neurons_for",
     "pocket": "mmneurons.pocket",
     "record": "mmneurons.vlm.recording:record",
+    "save_patch": "mmneurons.editing.file:save_patch",
     "save_findings": "mmneurons.finding.result:save",
     "write_report": "mmneurons.report:write_report",
 }

@@ -209,7 +209,7 @@ def inspect_(
     from mmneurons.inspection.items import read_items
     from mmneurons.inspection.meaning import PACKAGED, meaning
     from mmneurons.inspection.run import EXPERIMENTS, Settings, examples, inspect
-    from mmneurons.inspection.tables import tables
+    from mmneurons.inspection.tables import shown, tables
     from mmneurons.report.inspection import write_inspection
 
     items = read_items(images, masks)
@@ -235,7 +235,8 @@ def inspect_(
         if len(table.rows) <= 12:
             out.print(f"{table.title}. {table.note}".strip(), soft_wrap=True)
             for labels, value in table.rows:
-                out.print(f"  {'  '.join(labels):60s} {value if value is not None else 'not measured'}", soft_wrap=True)
+                mean, interval, _ = shown(value)
+                out.print(f"  {'  '.join(labels):60s} {mean}  {interval}".rstrip(), soft_wrap=True)
     err.print(f"wrote {page}", soft_wrap=True)
 
 

@@ -17,6 +17,7 @@ from typing import Any, Literal
 from PIL import Image
 
 from mmneurons.errors import FormatError
+from mmneurons.files import write_whole
 from mmneurons.neurons import Neuron
 
 SCHEMA = 2
@@ -179,12 +180,7 @@ def from_json(text: str) -> list[Finding]:
 def save(findings: Finding | Iterable[Finding], path: str | os.PathLike[str]) -> None:
     """Write the findings of one run to `path`, whole or not at all."""
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_text(to_json(findings), encoding="utf-8")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_whole(path, to_json(findings).encode("utf-8"))
 
 
 def load(path: str | os.PathLike[str]) -> list[Finding]:

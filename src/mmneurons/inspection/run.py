@@ -9,10 +9,12 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import numpy as np
+from torch import Tensor
 
 from mmneurons.errors import SettingError
 from mmneurons.finding.finder import find
@@ -106,9 +108,13 @@ def inspect(
         progress: Called with the experiment, images done (a share of one counts) and images to do.
 
     Raises:
-        SettingError: the folder holds results of another model, other images or settings; or no image gave a noun.
+        SettingError: the folder holds results of another model, other images or settings; an image stands twice; more
+            top neurons than the model has; or no image gave a noun.
     """
     settings = settings or Settings()
+    n_neurons = sum(ffn.size for ffn in vlm.anatomy.ffns)
+    if not 1 <= settings.top <= n_neurons:
+        raise SettingError(f"There is no top {settings.top} of the model's {n_neurons} neurons.", fix="--top 10")
     names = [item.name for item in items]
     if len(set(names)) < len(names):
         twice = next(name for name in names if names.count(name) > 1)
@@ -165,11 +171,15 @@ class _Bench:
 
     def finders(self) -> dict[str, list[NounTruth]]:
         """Every finder against the true effects."""
-        means = mean_activations(self.vlm, [item.image() for item in self.items[:MEANS_FROM]], **self.settings.answer)
+
+        @cache  # when the first image asks: a run that finds all of its results there needs none
+        def means() -> list[Tensor]:
+            images = [item.image() for item in self.items[:MEANS_FROM]]
+            return mean_activations(self.vlm, images, **self.settings.answer)
 
         def one(item: Item, tell: Callable[[int, int], None]) -> list[NounTruth]:
             s = self.settings
-            return finder_truth(self.vlm, item.image(), FINDERS, means=means, seed=s.seed, progress=tell, **s.answer)
+            return finder_truth(self.vlm, item.image(), FINDERS, means=means(), seed=s.seed, progress=tell, **s.answer)
 
         return self._each("finders", list[NounTruth], self._items(SLOW_LIMIT), one)
 

@@ -65,7 +65,7 @@ class Table:
 
 def _numbers(value: Cell) -> tuple[float | int | None, ...]:
     if isinstance(value, Estimate):
-        return value.mean, value.low, value.high, value.n
+        return (value.mean, value.low, value.high, value.n) if value.n > 1 else (value.mean, None, None, 1)
     return value, None, None, None
 
 
@@ -73,8 +73,9 @@ def shown(value: Cell) -> tuple[str, str, str]:
     """Mean, interval and n as a reader sees them."""
     if value is None:
         return "not measured", "", ""
-    if isinstance(value, Estimate):
-        return f"{value.mean:.3f}", f"{value.low:.3f} to {value.high:.3f}", str(value.n)
+    if isinstance(value, Estimate):  # one image has no spread: an interval of no width would promise too much
+        interval = f"{value.low:.3f} to {value.high:.3f}" if value.n > 1 else ""
+        return f"{value.mean:.3f}", interval, str(value.n)
     return f"{value:.4g}", "", ""
 
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from markupsafe import Markup
 
+from mmneurons.files import write_whole
 from mmneurons.finding.result import Finding
 from mmneurons.inspection.tables import Table, shown
 from mmneurons.report import text
@@ -66,12 +67,15 @@ def write_inspection(
     folder = Path(folder)
     plots = draw(found, tables, folder, examples)
     document = {"schema": SCHEMA, "made_by": found.made_by, "tables": [table.to_dict() for table in tables]}
-    _write(folder / "inspection.json", json.dumps(document, ensure_ascii=False, indent=1, allow_nan=False) + "\n")
-    _write(folder / "tables.md", "\n\n".join(_as_markdown(table) for table in tables) + "\n")
+    write_whole(
+        folder / "inspection.json",
+        (json.dumps(document, ensure_ascii=False, indent=1, allow_nan=False) + "\n").encode("utf-8"),
+    )
+    write_whole(folder / "tables.md", ("\n\n".join(map(_as_markdown, tables)) + "\n").encode("utf-8"))
     for table in tables:
-        _write(folder / f"{table.name}.csv", table.to_csv())
+        write_whole(folder / f"{table.name}.csv", table.to_csv().encode("utf-8"))
     page = folder / "index.html"
-    _write(page, render_inspection(found, tables, plots, n_images=n_images))
+    write_whole(page, render_inspection(found, tables, plots, n_images=n_images).encode("utf-8"))
     return page
 
 
@@ -109,13 +113,3 @@ def _as_markdown(table: Table) -> str:
 
 def _uri(path: Path) -> str:
     return f"data:image/png;base64,{base64.b64encode(path.read_bytes()).decode('ascii')}"
-
-
-def _write(path: Path, content: str) -> None:
-    """Whole or not at all."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_text(content, encoding="utf-8")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

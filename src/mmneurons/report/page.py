@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import jinja2
 from markupsafe import Markup
 
+from mmneurons.files import write_whole
 from mmneurons.finding.result import Finding, NounFinding
 from mmneurons.report import pictures, text
 
@@ -115,12 +116,7 @@ def write_report(
     """
     path = Path(path)
     page = render([findings] if isinstance(findings, Finding) else findings, title=title).encode("utf-8")
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_bytes(page)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_whole(path, page)
 
 
 def render(findings: Sequence[Finding], *, title: str | None = None) -> str:

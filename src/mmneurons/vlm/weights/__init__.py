@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from mmneurons.vlm.weights import offload, stored
 from mmneurons.vlm.weights.stored import Located, locate
 from mmneurons.vlm.weights.stored import holds_experts as holds_experts
+from mmneurons.vlm.weights.writable import writable as writable
 
 CHUNK = 4096
 """Neurons converted to float32 at a time by `chunks`."""

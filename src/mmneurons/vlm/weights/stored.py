@@ -54,7 +54,7 @@ def locate_bias(module: nn.Module, expert: int | None = None) -> Tensor | None:
     """The bias (hidden,) in float32, if there is one; the same forms and errors as `locate`."""
     if is_adapter(module):
         return _adapted_bias(module, expert)
-    if expert is None and _needs_measuring(module):
+    if expert is None and needs_measuring(module):
         return measured.bias(module, in_features(module))
     bias = fetch(module, "bias" if expert is None else "down_proj_bias")
     if bias is None:
@@ -93,7 +93,7 @@ def _dense(module: nn.Module) -> Located:
     if quantised.knows(module):
         quantised.check(module)
         return Located(partial(_of_right_shape, module, quantised.matrix))
-    if _needs_measuring(module):
+    if needs_measuring(module):
         neurons = in_features(module)
         return Located(partial(measured.matrix, module, neurons), partial(measured.check_linear, module, neurons))
     if not isinstance(weight, Tensor):
@@ -134,7 +134,7 @@ def _check_shape(module: nn.Module, matrix: Tensor) -> None:
         raise unreadable(module, f"Its matrix is {tuple(matrix.shape)}, but it maps {neurons} to {hidden}.")
 
 
-def _needs_measuring(module: nn.Module) -> bool:
+def needs_measuring(module: nn.Module) -> bool:
     """Whether only running a module tells its matrix: its forward is its own, and is not seen to use its weight."""
     if quantised.knows(module) or type(module).forward in (nn.Linear.forward, Conv1D.forward):
         return False

@@ -1,0 +1,191 @@
+"""One ledger per model: its columns before any edit, and the patches that are active. Any order is exact.
+
+A weight is round(pristine + sum of deltas), summed in float32 in the order of the patches' hashes and rounded once to
+the dtype in which it is stored. It is worked out anew at each `apply` and `revert`, so that the order of these does not
+matter and an empty ledger leaves the model bit for bit as it was.
+"""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from mmneurons.editing.patch import Patch, PatchPart, column_hashes
+from mmneurons.errors import ModelError, SettingError
+from mmneurons.neurons import Neuron
+from mmneurons.vlm import weights
+from mmneurons.vlm.anatomy.parts import Anatomy, Ffn
+from mmneurons.vlm.vlm import VLM
+
+Place = tuple[int, int | None]
+"""Layer and expert."""
+
+
+@dataclass(eq=False)
+class _Columns:
+    """Columns of one place that a patch changes or has changed: as they were, and as the ledger wrote them."""
+
+    pristine: dict[int, Tensor] = field(default_factory=dict)
+    written: dict[int, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, eq=False)
+class _Change:
+    """What one column is to be."""
+
+    view: Tensor
+    place: Place
+    index: int
+    pristine: Tensor
+    new: Tensor
+
+
+class Ledger:
+    """What is edited in one model; made by `ledger_of`."""
+
+    def __init__(self, anatomy: Anatomy) -> None:
+        self._ffns: dict[Place, Ffn] = {}
+        for ffn in anatomy.ffns:
+            for expert in [None] if ffn.n_experts is None else range(ffn.n_experts):
+                self._ffns[ffn.layer, expert] = ffn
+        self._hidden = anatomy.hidden
+        self._columns: dict[Place, _Columns] = {}
+        self._active: dict[str, Patch] = {}
+
+    @property
+    def active(self) -> tuple[Patch, ...]:
+        """The patches that are applied, in the order in which they are summed."""
+        return tuple(self._active[key] for key in sorted(self._active))
+
+    def apply(self, patch: Patch) -> None:
+        """See `Patch.apply`."""
+        if patch.hash in self._active:
+            raise SettingError("This patch is applied already.", fix="Scale it to change more: 2 * patch")
+        if patch.hidden != self._hidden:
+            raise ModelError(
+                "This patch is of another model.", seen=f"Width {patch.hidden}, the model's is {self._hidden}."
+            )
+        for part in patch.parts:
+            self._check(part)
+        self._write({**self._active, patch.hash: patch})
+
+    def revert(self, patch: Patch) -> None:
+        """See `Patch.revert`."""
+        if patch.hash not in self._active:
+            raise SettingError("This patch is not applied to this model.")
+        self._write({key: other for key, other in self._active.items() if key != patch.hash})
+
+    def _check(self, part: PatchPart) -> None:
+        """Refuse a model whose columns, before any edit, are not those that the patch expects."""
+        ffn = self._ffns.get(part.place)
+        name = f"layer {part.layer}" + ("" if part.expert is None else f", expert {part.expert}")
+        if ffn is None:
+            raise ModelError("This patch is of another model.", seen=f"There is no {name}.")
+        largest = int(part.indices[-1]) if len(part.indices) else 0
+        if largest >= ffn.n_neurons:
+            raise ModelError(
+                "This patch is of another model.", seen=f"No neuron {largest} in {name}: it has {ffn.n_neurons}."
+            )
+        view = weights.writable(ffn.module, part.expert)
+        current = view[:, part.indices.to(view.device)].T
+        kept = self._columns.get(part.place, _Columns())
+        before = (
+            torch.stack(
+                [kept.pristine.get(i, column) for i, column in zip(part.indices.tolist(), current, strict=True)]
+            )
+            if len(part.indices)
+            else current
+        )
+        differ = (column_hashes(before) != part.hashes).any(1)
+        if bool(differ.any()):
+            first = int(differ.nonzero()[0])
+            raise ModelError(
+                f"The model's column {part.neurons[first]} is not the one that this patch was made for.",
+                seen=f"{int(differ.sum())} of {len(differ)} columns of {name} differ: another model, other weights, or "
+                "another dtype than the patch was made with.",
+                fix="Load the model that `patch.provenance` names, as it was loaded then.",
+            )
+
+    def _write(self, active: Mapping[str, Patch]) -> None:
+        """Make the model what `active` says; whatever happens in between, it is either that or what it was."""
+        plan = self._plan(active)
+        with _uninterrupted(), torch.no_grad():
+            done: list[tuple[_Change, Tensor]] = []
+            try:
+                for change in plan:
+                    done.append((change, change.view[:, change.index].clone()))
+                    change.view[:, change.index] = change.new
+            except BaseException:
+                for change, old in reversed(done):
+                    change.view[:, change.index] = old
+                raise
+            self._active = dict(active)
+            self._columns.clear()
+            for change in plan if active else []:
+                columns = self._columns.setdefault(change.place, _Columns())
+                columns.pristine[change.index], columns.written[change.index] = change.pristine, change.new
+
+    def _plan(self, active: Mapping[str, Patch]) -> list[_Change]:
+        """Every column that is or was edited, with what it is to be. Changes nothing."""
+        sums: dict[tuple[Place, int], Tensor] = {
+            (place, index): torch.zeros(self._hidden)
+            for place, columns in self._columns.items()
+            for index in columns.pristine
+        }
+        for key in sorted(active):
+            for part in active[key].parts:
+                for index, delta in zip(part.indices.tolist(), active[key].deltas(part), strict=True):
+                    sums[part.place, index] = sums.get((part.place, index), torch.zeros(self._hidden)) + delta
+        views = {place: weights.writable(self._ffns[place].module, place[1]) for place, _ in sums}
+        plan = []
+        for (place, index), total in sums.items():
+            current, known = views[place][:, index], self._columns.get(place, _Columns())
+            if index in known.written and not torch.equal(current, known.written[index]):
+                raise ModelError(
+                    f"The model's column {Neuron(place[0], index, place[1])} was changed by something else.",
+                    seen="It is not what the ledger wrote when it was edited.",
+                    fix="Load the model again.",
+                )
+            pristine = known.pristine[index] if index in known.pristine else current.clone()
+            changed = bool(total.any())
+            new = (pristine.float() + total.to(pristine.device)).to(pristine.dtype) if changed else pristine
+            plan.append(_Change(views[place], place, index, pristine, new))
+        return plan
+
+
+_LEDGERS: WeakKeyDictionary[nn.Module, Ledger] = WeakKeyDictionary()
+
+
+def ledger_of(vlm: VLM) -> Ledger:
+    """The one ledger of a model, made when it is first asked for."""
+    if vlm.model not in _LEDGERS:
+        _LEDGERS[vlm.model] = Ledger(vlm.anatomy)
+    return _LEDGERS[vlm.model]
+
+
+@contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Let Ctrl-C wait for the end of the `with`.
+
+    By its handler, not by the signal mask, which holds for one thread only; other threads than the main one are never
+    interrupted by Python.
+    """
+    usual = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or usual is None:
+        yield
+        return
+    waiting: list[int] = []
+    signal.signal(signal.SIGINT, lambda number, _: waiting.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, usual)
+        if waiting:
+            signal.raise_signal(signal.SIGINT)

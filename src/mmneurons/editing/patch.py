@@ -1,0 +1,246 @@
+"""An edit as data: which columns of which `w_out` change, by how much, and what they must be before.
+
+    patch = load_patch("dog-to-cat.safetensors")
+    with patch.applied(vlm): ...
+
+Computing a patch never touches a model, and a patch never holds one: the ledger (`ledger.py`) writes and takes back.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int, UInt8
+from torch import Tensor
+
+from mmneurons.errors import SettingError
+from mmneurons.neurons import Neuron
+from mmneurons.vlm.vlm import VLM
+
+HASH_BYTES = 16
+"""Of the SHA-256 of each column."""
+
+
+@dataclass(frozen=True, eq=False)
+class PatchPart:
+    """The change of some columns of one FFN, or of one of its experts.
+
+    In full, `deltas`; or `coefficients` of the patch's `directions`: kilobytes at any width.
+    """
+
+    layer: int
+    expert: int | None
+    indices: Int[Tensor, "n"]
+    """Columns, each once, rising; int64."""
+    hashes: UInt8[Tensor, "n 16"]
+    """Of the columns before any edit, from `column_hashes`."""
+    deltas: Float[Tensor, "n hidden"] | None = None
+    """float32."""
+    coefficients: Float[Tensor, "n directions"] | None = None
+    """float32."""
+
+    @property
+    def place(self) -> tuple[int, int | None]:
+        """Layer and expert."""
+        return self.layer, self.expert
+
+    @property
+    def neurons(self) -> list[Neuron]:
+        """Whose columns change."""
+        return [Neuron(self.layer, index, self.expert) for index in self.indices.tolist()]
+
+
+@dataclass(frozen=True, eq=False)
+class Patch:
+    """An edit.
+
+    Raises:
+        SettingError: parts that name a place twice, columns that do not rise, shapes that do not fit, NaN or infinity.
+    """
+
+    hidden: int
+    """Width of the residual stream."""
+    parts: tuple[PatchPart, ...]
+    directions: Float[Tensor, "directions hidden"] | None = None
+    """What the `coefficients` of parts are of; float32."""
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+    """What made it, plain data."""
+
+    def __post_init__(self) -> None:
+        places = [part.place for part in self.parts]
+        if len(set(places)) < len(places):
+            raise _unsound("It changes one FFN in two parts.")
+        for part in self.parts:
+            n = len(part.indices)
+            if not bool((part.indices.diff() > 0).all()) or bool((part.indices < 0).any()):
+                raise _unsound(f"The columns of layer {part.layer} do not rise.")
+            if tuple(part.hashes.shape) != (n, HASH_BYTES):
+                raise _unsound(f"Layer {part.layer} has {n} columns, but hashes {tuple(part.hashes.shape)}.")
+            if (part.deltas is None) == (part.coefficients is None):
+                raise _unsound(f"Layer {part.layer} needs deltas or coefficients, one of them.")
+            if part.deltas is not None and tuple(part.deltas.shape) != (n, self.hidden):
+                raise _unsound(f"Deltas of layer {part.layer} are {tuple(part.deltas.shape)}, not {(n, self.hidden)}.")
+            if part.coefficients is not None:
+                many = 0 if self.directions is None else len(self.directions)
+                if tuple(part.coefficients.shape) != (n, many):
+                    raise _unsound(
+                        f"Coefficients of layer {part.layer} are {tuple(part.coefficients.shape)}, not {(n, many)}."
+                    )
+        if self.directions is not None and (self.directions.ndim != 2 or self.directions.shape[1] != self.hidden):
+            raise _unsound(f"Directions are {tuple(self.directions.shape)}, of {self.hidden} numbers each.")
+        for tensor in self._numbers():
+            if not bool(tensor.isfinite().all()):
+                raise _unsound("It holds NaN or infinity.")
+
+    def _numbers(self) -> Iterator[Tensor]:
+        if self.directions is not None:
+            yield self.directions
+        for part in self.parts:
+            yield from (tensor for tensor in (part.deltas, part.coefficients) if tensor is not None)
+
+    @cached_property
+    def hash(self) -> str:
+        """SHA-256 of what is changed and of what is expected; provenance does not count."""
+        digest = hashlib.sha256(f"{self.hidden}".encode())
+        for tensor in (
+            self.directions,
+            *(t for p in self.parts for t in (p.indices, p.hashes, p.deltas, p.coefficients)),
+        ):
+            if tensor is None:
+                digest.update(b"-")
+            else:
+                digest.update(f"{tensor.dtype}{tuple(tensor.shape)}".encode() + tensor.contiguous().numpy().tobytes())
+        digest.update(json.dumps([part.place for part in self.parts]).encode())
+        return digest.hexdigest()
+
+    def deltas(self, part: PatchPart) -> Float[Tensor, "n hidden"]:
+        """What is added to the columns of a part, in full, float32."""
+        if part.deltas is not None:
+            return part.deltas
+        assert part.coefficients is not None
+        assert self.directions is not None
+        return part.coefficients @ self.directions
+
+    @property
+    def neurons(self) -> list[Neuron]:
+        """Whose columns change, in order."""
+        return sorted(neuron for part in self.parts for neuron in part.neurons)
+
+    def __mul__(self, factor: float) -> Patch:
+        """The same change, `factor` times as large.
+
+        Raises:
+            SettingError: the factor is not finite.
+        """
+        return replace(
+            self,
+            parts=tuple(
+                replace(
+                    part,
+                    deltas=None if part.deltas is None else part.deltas * factor,
+                    coefficients=None if part.coefficients is None else part.coefficients * factor,
+                )
+                for part in self.parts
+            ),
+        )
+
+    __rmul__ = __mul__
+
+    def __add__(self, other: Patch) -> Patch:
+        """Both changes in one.
+
+        Raises:
+            SettingError: they are of models of different width, or expect different columns.
+        """
+        return stack([self, other])
+
+    @contextmanager
+    def applied(self, vlm: VLM) -> Iterator[Patch]:
+        """Apply, and take back whatever happens; errors as of `apply`."""
+        self.apply(vlm)
+        try:
+            yield self
+        finally:
+            self.revert(vlm)
+
+    def apply(self, vlm: VLM) -> None:
+        """Change the columns of a model.
+
+        Raises:
+            ModelError: the model has other columns than the patch expects, or they cannot be written.
+            SettingError: the patch is applied already.
+        """
+        from mmneurons.editing.ledger import ledger_of
+
+        ledger_of(vlm).apply(self)
+
+    def revert(self, vlm: VLM) -> None:
+        """Take the change back: without patches the model is what it was, bit for bit.
+
+        Raises:
+            SettingError: the patch is not applied.
+        """
+        from mmneurons.editing.ledger import ledger_of
+
+        ledger_of(vlm).revert(self)
+
+
+def stack(patches: Sequence[Patch]) -> Patch:
+    """One patch that does what all do, in full where any of an FFN's parts is, else as coefficients.
+
+    Raises:
+        SettingError: none is given, they are of models of different width, or expect different columns.
+    """
+    if len({patch.hidden for patch in patches}) != 1:
+        raise SettingError("These patches are not of one model.", seen=f"Widths {sorted({p.hidden for p in patches})}.")
+    hidden = patches[0].hidden
+    directions = [patch.directions for patch in patches if patch.directions is not None]
+    starts = torch.tensor([0, *(0 if p.directions is None else len(p.directions) for p in patches)]).cumsum(0)
+    parts = []
+    for place in sorted({part.place for patch in patches for part in patch.parts}, key=lambda p: (p[0], p[1] or 0)):
+        mine = [(i, part) for i, patch in enumerate(patches) for part in patch.parts if part.place == place]
+        indices = torch.cat([part.indices for _, part in mine]).unique()
+        full = any(part.deltas is not None for _, part in mine)
+        width = hidden if full else int(starts[-1])
+        changes = torch.zeros(len(indices), width)
+        hashes = torch.zeros(len(indices), HASH_BYTES, dtype=torch.uint8)
+        known = torch.zeros(len(indices), dtype=torch.bool)
+        for i, part in mine:
+            rows = torch.searchsorted(indices, part.indices)
+            clash = known[rows] & (hashes[rows] != part.hashes).any(1)
+            if bool(clash.any()):
+                raise SettingError(
+                    "These patches are not of one model.",
+                    seen=f"They expect different columns of {part.neurons[int(clash.nonzero()[0])]}.",
+                )
+            hashes[rows], known[rows] = part.hashes, True
+            if full:
+                changes[rows] += patches[i].deltas(part)
+            else:
+                assert part.coefficients is not None
+                changes[rows, int(starts[i]) : int(starts[i + 1])] += part.coefficients
+        deltas, coefficients = (changes, None) if full else (None, changes)
+        parts.append(PatchPart(place[0], place[1], indices, hashes, deltas, coefficients))
+    made_by = {"stacked": [dict(patch.provenance) for patch in patches]}
+    return Patch(hidden, tuple(parts), torch.cat(directions) if directions else None, made_by)
+
+
+def column_hashes(columns: Float[Tensor, "n hidden"]) -> UInt8[Tensor, "n 16"]:
+    """What tells columns apart: the first 16 bytes of the SHA-256 of each one's numbers as float32.
+
+    The same numbers in another dtype have the same hash; numbers that another dtype rounds have not.
+    """
+    rows = columns.detach().float().cpu().contiguous().numpy()
+    made = b"".join(hashlib.sha256(row.astype("<f4").tobytes()).digest()[:HASH_BYTES] for row in rows)
+    return torch.frombuffer(bytearray(made), dtype=torch.uint8).view(-1, HASH_BYTES)
+
+
+def _unsound(why: str) -> SettingError:
+    return SettingError("This is no sound patch.", seen=why)

@@ -1,0 +1,403 @@
+import hashlib
+import json
+import os
+import signal
+import struct
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+import weight_forms
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import mmneurons as mmn
+from mmneurons.editing import ledger
+from mmneurons.editing.file import load_patch, save_patch
+from mmneurons.editing.ledger import ledger_of
+from mmneurons.editing.patch import HASH_BYTES, Patch, PatchPart, column_hashes, stack
+from mmneurons.errors import FormatError, ModelError, SettingError
+from mmneurons.neurons import Neuron
+from mmneurons.vlm import weights
+
+HIDDEN = 48  # of `random_vlm`
+IMAGE = mmn.pocket.scene(3, ["dog", "car"]).image
+
+
+def layers(vlm):
+    return [block.mlp.down_proj.weight for block in vlm.model.model.language_model.layers]
+
+
+def bits(vlm):
+    return [w.detach().clone() for w in layers(vlm)]
+
+
+def same(before, vlm):
+    return all(torch.equal(a, b) for a, b in zip(before, layers(vlm), strict=True))
+
+
+def a_patch(vlm, places, seed=0, rank_one=False):
+    """A patch of random changes: {layer: columns}."""
+    random = torch.Generator().manual_seed(seed)
+    parts = []
+    for layer, columns in places.items():
+        indices = torch.tensor(sorted(columns))
+        hashes = column_hashes(layers(vlm)[layer].detach()[:, indices].T)
+        width = 1 if rank_one else HIDDEN
+        change = torch.randn(len(indices), width, generator=random)
+        parts.append(PatchPart(layer, None, indices, hashes, *((None, change) if rank_one else (change, None))))
+    directions = torch.randn(1, HIDDEN, generator=random) if rank_one else None
+    return Patch(HIDDEN, tuple(parts), directions, {"seed": seed})
+
+
+@pytest.fixture
+def edited(random_vlm):
+    """The model; whatever a test leaves applied is taken back."""
+    before = bits(random_vlm)
+    yield random_vlm
+    for patch in ledger_of(random_vlm).active:
+        patch.revert(random_vlm)
+    assert same(before, random_vlm)
+
+
+def test_columns_are_what_they_were_and_the_deltas(edited):
+    before = bits(edited)
+    patch = a_patch(edited, {0: [3, 70], 2: [5]})
+    with patch.applied(edited):
+        now = bits(edited)
+        for part in patch.parts:
+            columns = part.indices
+            torch.testing.assert_close(now[part.layer][:, columns].T, before[part.layer][:, columns].T + part.deltas)
+            others = [i for i in range(80) if i not in columns.tolist()]
+            assert torch.equal(now[part.layer][:, others], before[part.layer][:, others])
+        assert torch.equal(now[1], before[1])
+    assert same(before, edited)
+
+
+def test_a_patched_model_is_a_model_with_those_weights(edited):
+    patch = 3 * a_patch(edited, {1: list(range(40))}, rank_one=True)
+    inputs = edited.encode([[IMAGE]])
+    with torch.no_grad():
+        usual = edited.model(**inputs).logits
+        with patch.applied(edited):
+            seen = edited.model(**inputs).logits
+            weight = layers(edited)[1]
+            kept = weight.detach().clone()
+        assert not torch.allclose(seen, usual, atol=1e-2)
+        plain = weight.detach().clone()
+        try:
+            weight.copy_(plain)
+            weight[:, :40] += patch.deltas(patch.parts[0]).T
+            assert torch.allclose(weight, kept)
+            torch.testing.assert_close(edited.model(**inputs).logits, seen)
+        finally:
+            weight.copy_(plain)
+        assert torch.equal(edited.model(**inputs).logits, usual)
+
+
+@settings(max_examples=60)
+@given(st.lists(st.integers(0, 3), min_size=1, max_size=25))
+def test_any_order_of_applying_and_taking_back_is_exact(random_vlm, moves):
+    patches = [a_patch(random_vlm, {0: [1, 2, 3 + i], i % 3: [10 + i, 40]}, i, i % 2 == 0) for i in range(4)]
+    before = bits(random_vlm)
+    states: dict[tuple, list] = {(): before}
+    active: set[int] = set()
+    for i in moves:
+        (patches[i].revert if i in active else patches[i].apply)(random_vlm)
+        active ^= {i}
+        key = tuple(sorted(active))
+        seen = states.setdefault(key, bits(random_vlm))
+        assert same(seen, random_vlm)
+    for i in active:
+        patches[i].revert(random_vlm)
+    assert same(before, random_vlm)
+
+
+def test_a_half_precision_model_is_rounded_once(vlm):
+    from conftest import make_random_vlm
+
+    half = make_random_vlm(vlm, torch.bfloat16)
+    patches = [1e-3 * a_patch(half, {0: [4]}, seed) for seed in range(8)]
+    before = bits(half)
+    for patch in patches:
+        patch.apply(half)
+    total = torch.stack([p.deltas(p.parts[0]) for p in sorted(patches, key=lambda p: p.hash)]).sum(0)
+    expected = (before[0][:, 4].float() + total[0]).bfloat16()
+    assert torch.equal(layers(half)[0][:, 4], expected)
+    for patch in patches[::-1]:
+        patch.revert(half)
+    assert same(before, half)
+
+
+def test_an_exception_leaves_the_model_as_it_was(edited):
+    before = bits(edited)
+    with pytest.raises(KeyboardInterrupt), a_patch(edited, {0: [1]}).applied(edited):
+        raise KeyboardInterrupt
+    assert same(before, edited)
+
+
+def test_a_failure_while_writing_leaves_nothing_half_applied(edited, monkeypatch):
+    patch = a_patch(edited, {0: [1], 2: [4]})
+    before = bits(edited)
+    plan = ledger.Ledger._plan
+
+    def broken(self, active):
+        made = plan(self, active)
+        return [*made[:1], replace(made[1], new=torch.zeros(7))]
+
+    monkeypatch.setattr(ledger.Ledger, "_plan", broken)
+    with pytest.raises(RuntimeError):
+        patch.apply(edited)
+    monkeypatch.undo()
+    assert same(before, edited)
+    assert ledger_of(edited).active == ()
+    with patch.applied(edited):
+        assert not same(before, edited)
+
+
+def test_ctrl_c_while_writing_waits_for_the_end(edited, monkeypatch):
+    patch = a_patch(edited, {0: [1], 2: [4]})
+    plan = ledger.Ledger._plan
+
+    class Interrupts(list):
+        def __iter__(self):
+            os.kill(os.getpid(), signal.SIGINT)
+            return super().__iter__()
+
+    monkeypatch.setattr(ledger.Ledger, "_plan", lambda self, active: Interrupts(plan(self, active)))
+    usual = signal.signal(signal.SIGINT, signal.default_int_handler)  # in the background it is ignored
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            patch.apply(edited)
+    finally:
+        signal.signal(signal.SIGINT, usual)
+    monkeypatch.undo()
+    assert ledger_of(edited).active == (patch,)
+    for part in patch.parts:
+        hashes = column_hashes(layers(edited)[part.layer].detach()[:, part.indices].T)
+        assert not (hashes == part.hashes).all(1).any()
+
+
+def test_a_patch_of_another_model_is_refused_and_the_column_named(edited, vlm):
+    from conftest import make_random_vlm
+
+    patch = a_patch(edited, {0: [1], 2: [4, 9]})
+    before = bits(vlm)
+    with pytest.raises(ModelError, match=r"(?s)another model.*48.*192"):
+        patch.apply(vlm)
+    assert same(before, vlm)
+    other = make_random_vlm(vlm, seed=1)
+    with pytest.raises(ModelError, match=r"(?s)column L0\.u1 is not the one"):
+        patch.apply(other)
+    rounded = make_random_vlm(vlm, torch.bfloat16)
+    with pytest.raises(ModelError, match="dtype"):
+        patch.apply(rounded)
+    deep = Patch(HIDDEN, (PatchPart(7, None, *whole(edited)),))
+    with pytest.raises(ModelError, match="There is no layer 7"):
+        deep.apply(edited)
+    wide = Patch(HIDDEN, (PatchPart(0, None, torch.tensor([80]), *whole(edited)[1:]),))
+    with pytest.raises(ModelError, match="No neuron 80"):
+        wide.apply(edited)
+
+
+def whole(vlm):
+    return torch.tensor([0]), column_hashes(layers(vlm)[0].detach()[:, :1].T), torch.ones(1, HIDDEN)
+
+
+def test_a_model_changed_by_something_else_is_refused(edited):
+    first, second = a_patch(edited, {0: [1]}), a_patch(edited, {0: [1, 2]}, seed=1)
+    first.apply(edited)
+    mine = layers(edited)[0].detach()[:, 1].clone()
+    with torch.no_grad():
+        layers(edited)[0][:, 1] += 1
+    with pytest.raises(ModelError, match=r"L0\.u1 was changed by something else"):
+        second.apply(edited)
+    with torch.no_grad():
+        layers(edited)[0][:, 1] = mine
+    second.apply(edited)  # its hashes are of the columns before any edit
+
+
+def test_a_failed_apply_remembers_nothing(edited, monkeypatch):
+    patch = a_patch(edited, {0: [1], 2: [4]})
+    plan = ledger.Ledger._plan
+    monkeypatch.setattr(
+        ledger.Ledger, "_plan", lambda self, active: [replace(plan(self, active)[0], new=torch.zeros(7))]
+    )
+    with pytest.raises(RuntimeError):
+        patch.apply(edited)
+    monkeypatch.undo()
+    kept = layers(edited)[0].detach()[:, 1].clone()
+    try:
+        with torch.no_grad():
+            layers(edited)[0][:, 1] += 1
+        with pytest.raises(ModelError, match=r"L0\.u1 is not the one"):
+            patch.apply(edited)
+    finally:
+        with torch.no_grad():
+            layers(edited)[0][:, 1] = kept
+
+
+def test_twice_and_never_are_refused(edited):
+    patch = a_patch(edited, {0: [1]})
+    with pytest.raises(SettingError, match="not applied"):
+        patch.revert(edited)
+    with patch.applied(edited), pytest.raises(SettingError, match="applied already"):
+        patch.apply(edited)
+
+
+@pytest.mark.parametrize("kinds", [(True, True), (True, False), (False, False)])
+def test_a_stack_does_what_all_do(edited, kinds):
+    one, two = (a_patch(edited, {0: [1, 5], i: [7, 9]}, i, kind) for i, kind in zip((1, 2), kinds, strict=True))
+    both = one + two
+    with one.applied(edited), two.applied(edited):
+        apart = bits(edited)
+    with both.applied(edited):
+        for a, b in zip(apart, layers(edited), strict=True):
+            torch.testing.assert_close(a, b.detach(), rtol=1e-5, atol=1e-5)
+    assert set(map(str, both.neurons)) == {*map(str, one.neurons), *map(str, two.neurons)}
+
+
+def test_patches_that_expect_different_columns_do_not_stack(edited, vlm):
+    from conftest import make_random_vlm
+
+    other = make_random_vlm(vlm, seed=1)
+    with pytest.raises(SettingError, match=r"different columns of L0\.u1"):
+        stack([a_patch(edited, {0: [1]}), a_patch(other, {0: [1]})])
+
+
+@pytest.mark.parametrize("rank_one", [True, False])
+def test_a_file_gives_the_same_patch_and_the_same_bytes(random_vlm, tmp_path, rank_one):
+    patch = a_patch(random_vlm, {0: [1, 5], 2: [7]}, rank_one=rank_one)
+    save_patch(patch, tmp_path / "a.safetensors")
+    again = load_patch(tmp_path / "a.safetensors")
+    save_patch(again, tmp_path / "b.safetensors")
+    assert again.hash == patch.hash
+    assert again.provenance == {"seed": 0}
+    assert (tmp_path / "a.safetensors").read_bytes() == (tmp_path / "b.safetensors").read_bytes()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.safetensors", "b.safetensors"]
+
+
+def test_the_bytes_of_the_format_do_not_change_unnoticed(tmp_path):
+    hashes = column_hashes(torch.arange(8.0).view(2, 4))
+    full = PatchPart(3, None, torch.tensor([1, 7]), hashes, torch.arange(8.0).view(2, 4))
+    thin = PatchPart(3, 5, torch.tensor([0, 2]), hashes, None, torch.tensor([[0.5], [-2.0]]))
+    save_patch(Patch(4, (full, thin), torch.ones(1, 4), {"source": "dog"}), tmp_path / "p.safetensors")
+    assert hashlib.sha256((tmp_path / "p.safetensors").read_bytes()).hexdigest() == GOLDEN
+    assert load_patch(tmp_path / "p.safetensors").neurons == [Neuron.parse(n) for n in NAMES]
+
+
+GOLDEN = "8aa755d7dc7ff39750de3d8de84000d2e60f503a739eae82d6db2a51e7507b1e"
+NAMES = ("L3.e5.u0", "L3.u1", "L3.e5.u2", "L3.u7")
+
+
+def test_a_rank_one_patch_is_small_at_any_width(tmp_path):
+    n, hidden = 100, 4096
+    hashes = torch.zeros(n, HASH_BYTES, dtype=torch.uint8)
+    part = PatchPart(20, None, torch.arange(n), hashes, None, torch.ones(n, 1))
+    save_patch(Patch(hidden, (part,), torch.ones(1, hidden)), tmp_path / "p.safetensors")
+    assert (tmp_path / "p.safetensors").stat().st_size < 21_000
+
+
+def damaged(good: bytes):
+    (length,) = struct.unpack("<Q", good[:8])
+    header = json.loads(good[8 : 8 + length])
+
+    def with_header(change):
+        copy = json.loads(json.dumps(header))
+        change(copy)
+        text = json.dumps(copy).encode()
+        return struct.pack("<Q", len(text)) + text + good[8 + length :]
+
+    def metadata(**values):
+        facts = json.loads(header["__metadata__"]["mmneurons_patch"]) | values
+        return with_header(lambda h: h["__metadata__"].update({"mmneurons_patch": json.dumps(facts)}))
+
+    nan = bytearray(good)
+    start, _ = header["L0.deltas"]["data_offsets"]
+    nan[8 + length + start : 8 + length + start + 4] = np.float32("nan").tobytes()
+    yield "empty", b"", "0 bytes"
+    yield "truncated", good[:-5], ""
+    yield "cut in the header", good[:40], "header says"
+    yield "a huge header", struct.pack("<Q", 2**60) + good[8:], "header says"
+    yield "no patch", with_header(lambda h: h.pop("__metadata__")), "not that of a patch"
+    yield "another schema", metadata(schema=9), "Schema 9"
+    yield "no width", metadata(hidden="wide"), "hidden"
+    yield "another width", metadata(hidden=47), "47"
+    yield "not a number", bytes(nan), "NaN"
+    yield "a foreign tensor", with_header(lambda h: h.update({"../evil": h.pop("L0.deltas")})), "evil"
+    yield "another type", with_header(lambda h: h["L0.deltas"].update(dtype="I32")), "int32"
+    yield "overlapping tensors", with_header(lambda h: h["L0.deltas"].update(data_offsets=[0, 16])), ""
+    yield "no hashes", with_header(lambda h: h.update({"L9.indices": h.pop("L0.hashes")})), ""
+
+
+def test_a_damaged_file_is_refused(random_vlm, tmp_path):
+    path = tmp_path / "p.safetensors"
+    save_patch(a_patch(random_vlm, {0: [1, 5]}), path)
+    for name, content, message in damaged(path.read_bytes()):
+        path.write_bytes(content)
+        with pytest.raises(FormatError, match=r"p\.safetensors") as told:
+            load_patch(path)
+        assert message in str(told.value), name
+
+
+def test_a_missing_file_is_told(tmp_path):
+    with pytest.raises(FormatError, match="Cannot read"):
+        load_patch(tmp_path / "none.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"indices": torch.tensor([5, 5])}, "rise"),
+        ({"indices": torch.tensor([-1, 5])}, "rise"),
+        ({"deltas": torch.zeros(2, 7)}, "Deltas"),
+        ({"deltas": torch.full((2, HIDDEN), torch.inf)}, "NaN or infinity"),
+        ({"deltas": None}, "one of them"),
+        ({"deltas": None, "coefficients": torch.zeros(2, 1)}, "Coefficients"),
+        ({"hashes": torch.zeros(2, 3, dtype=torch.uint8)}, "hashes"),
+    ],
+)
+def test_an_unsound_patch_cannot_be_made(change, message):
+    usual = {
+        "indices": torch.tensor([1, 5]),
+        "hashes": torch.zeros(2, HASH_BYTES, dtype=torch.uint8),
+        "deltas": torch.zeros(2, HIDDEN),
+    }
+    with pytest.raises(SettingError, match=message):
+        Patch(HIDDEN, (PatchPart(0, None, **(usual | change)),))
+
+
+def test_what_is_written_through_the_view_is_what_the_module_multiplies_by():
+    for module in (torch.nn.Linear(5, 3), __import__("transformers.pytorch_utils").pytorch_utils.Conv1D(3, 5)):
+        view = weights.writable(module)
+        assert tuple(view.shape) == (3, 5)
+        view[:, 2] = torch.tensor([1.0, 2.0, 3.0])
+        one_hot = torch.nn.functional.one_hot(torch.tensor([2]), 5).float()
+        torch.testing.assert_close(module(one_hot) - module(0 * one_hot), torch.tensor([[1.0, 2.0, 3.0]]))
+
+
+WRITABLE = """plain without_bias bfloat16 conv1d subclass cpu_offloaded lora lora_disabled lora_two_adapters lora_merged
+qwen3_vl_moe qwen3_vl_moe_square aria llama4 llama4_square experts_with_bias experts_with_lora_elsewhere""".split()
+REFUSED = "scaled_subclass disk_offloaded eight_bit nf4 lora_on_eight_bit self_dequantising fp8 fp8_experts".split()
+
+
+@pytest.mark.parametrize("name", WRITABLE)
+def test_in_every_form_that_can_be_written_one_column_changes(name, tmp_path):
+    form = getattr(weight_forms, f"make_{name}")(tmp_path)
+    before = weights.dense(form.module, form.expert).float().clone()
+    view = weights.writable(form.module, form.expert)
+    assert view.shape == before.shape
+    with torch.no_grad():
+        view[:, 3] += 1
+    after = weights.dense(form.module, form.expert).float()
+    changed = torch.zeros_like(before)
+    changed[:, 3] = 1
+    torch.testing.assert_close(after - before, changed, rtol=0, atol=2e-2 if name == "bfloat16" else 1e-5)
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_other_forms_are_refused_by_name(name, tmp_path):
+    form = getattr(weight_forms, f"make_{name}")(tmp_path)
+    with pytest.raises(ModelError, match=r"A module of type .* cannot be edited"):
+        weights.writable(form.module, form.expert)
