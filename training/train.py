@@ -46,6 +46,8 @@ STAGES = ("tower", "language", "joint")
 BATCH = {"tower": 96, "language": 128, "joint": 32}
 TEXTS = 24
 """Sentences beside each batch of the joint stage."""
+EVEN = 1 / 3
+"""Share of the scenes of the joint stage that are composed evenly, not as is usual in the world."""
 RATE = {"tower": 3e-3, "language": 3e-3, "joint": 2e-3}
 """The highest learning rate of each stage, for matrices (Muon); half of it for everything else (AdamW)."""
 TOWER_SHARE = 0.4
@@ -139,9 +141,15 @@ class JointBatches:
     def scene(self, random: np.random.Generator) -> tuple[np.ndarray, np.ndarray, tuple[list[int], list[int]]]:
         """A picture, its patch labels, and the tokens of all its turns with the number of the turn of each.
 
-        Half are scenes as the package makes them, half have altered drawings.
+        Half are scenes as the package makes them, half have altered drawings; of both, two thirds are composed as the
+        world is and one third evenly, so that rare nouns and rare pairs are learnt without losing what is usual.
         """
-        objects, background = world.compose(random, int(random.integers(1, 4)))
+        if random.random() < EVEN:
+            names = scenes.nouns()
+            objects = tuple(names[i] for i in random.choice(len(names), int(random.integers(1, 4)), replace=False))
+            background = str(random.choice(list(scenes.BACKGROUNDS)))
+        else:
+            objects, background = world.compose(random, int(random.integers(1, 4)))
         if random.random() < 0.5:
             made = scenes.scene(int(random.integers(SEED_BASE, 2**62)), objects, background=background)
             picture, patches = np.asarray(made.image), self.collages.labels(made)
