@@ -6,7 +6,9 @@
 1. tower: the CLIP tower alone learns to say what each patch of a collage shows (an auxiliary linear head, not kept).
 2. language: the Llama alone learns captions and facts about the nouns as text.
 3. joint: everything learns to caption scenes and to answer questions about them; the tower with smaller steps, patch
-   labels fading out, and text beside so that the facts stay.
+   labels fading out, and text beside so that the facts stay. What the language model would say at an image position is
+   lightly trained to be the word for what the patch shows: large models come to do so by themselves, and it is what
+   makes a map of activations over the image mean something.
 
 What a step sees is a function of the step's number, so that a run that was stopped continues as if it had not been.
 The rate is constant and falls to zero over the last third of a stage: a checkpoint from before the fall, kept as
@@ -17,6 +19,7 @@ in `training/work/log.jsonl`.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
 import time
@@ -43,6 +46,8 @@ STAGES = ("tower", "language", "joint")
 BATCH = {"tower": 96, "language": 128, "joint": 32}
 TEXTS = 24
 """Sentences beside each batch of the joint stage."""
+EVEN = 1 / 3
+"""Share of the scenes of the joint stage that are composed evenly, not as is usual in the world."""
 RATE = {"tower": 3e-3, "language": 3e-3, "joint": 2e-3}
 """The highest learning rate of each stage, for matrices (Muon); half of it for everything else (AdamW)."""
 TOWER_SHARE = 0.4
@@ -136,9 +141,15 @@ class JointBatches:
     def scene(self, random: np.random.Generator) -> tuple[np.ndarray, np.ndarray, tuple[list[int], list[int]]]:
         """A picture, its patch labels, and the tokens of all its turns with the number of the turn of each.
 
-        Half are scenes as the package makes them, half have altered drawings.
+        Half are scenes as the package makes them, half have altered drawings; of both, two thirds are composed as the
+        world is and one third evenly, so that rare nouns and rare pairs are learnt without losing what is usual.
         """
-        objects, background = world.compose(random, int(random.integers(1, 4)))
+        if random.random() < EVEN:
+            names = scenes.nouns()
+            objects = tuple(names[i] for i in random.choice(len(names), int(random.integers(1, 4)), replace=False))
+            background = str(random.choice(list(scenes.BACKGROUNDS)))
+        else:
+            objects, background = world.compose(random, int(random.integers(1, 4)))
         if random.random() < 0.5:
             made = scenes.scene(int(random.integers(SEED_BASE, 2**62)), objects, background=background)
             picture, patches = np.asarray(made.image), self.collages.labels(made)
@@ -246,30 +257,52 @@ def stage_loss(state: State, stage: str, batch: dict[str, Tensor], progress: flo
         features = parts.vision_tower(normalised(batch["pictures"])).last_hidden_state[:, 1:]
         return {"patch": patch_loss(state.heads["tower"], features, batch["patches"], smoothing=0.05)}
     if stage == "language":
-        return {"text": text_loss(state, batch)}
+        return {"text": text_loss(state, hidden_states(state, batch), batch["labels"])}
     features = parts.get_image_features(normalised(batch["pictures"])).pooler_output
     features = torch.cat(list(features)).view(len(batch["ids"]), GRID**2, -1)
     embedded = parts.get_input_embeddings()(batch["ids"])
     place = batch["ids"] == state.model.config.image_token_id
     embedded = embedded.masked_scatter(place[..., None], features.to(embedded.dtype))
     text = {name.removeprefix("text_"): tensor for name, tensor in batch.items() if name.startswith("text_")}
+    hidden = hidden_states(state, batch, embedded)
     return {
-        "answer": text_loss(state, batch, embedded),
+        "answer": text_loss(state, hidden, batch["labels"], GRID**2),  # no answer begins before the image has ended
+        "place": 0.2 * place_loss(state, hidden[place].view(len(batch["ids"]), GRID**2, -1), batch["patches"]),
         "patch": 0.3 * (1 - progress) * patch_loss(state.heads["projector"], features, batch["patches"]),
-        "text": 0.3 * text_loss(state, text),
+        "text": 0.3 * text_loss(state, hidden_states(state, text), text["labels"]),
     }
 
 
-def text_loss(state: State, batch: dict[str, Tensor], embedded: Tensor | None = None) -> Tensor:
-    """Cross-entropy of each token of the answers given those before it."""
+def hidden_states(state: State, batch: dict[str, Tensor], embedded: Tensor | None = None) -> Tensor:
+    """The language model's last hidden states of a batch from `pad`: (batch, length, hidden)."""
     language = state.model.model.language_model
     inputs = {"input_ids": batch["ids"]} if embedded is None else {"inputs_embeds": embedded}
     # An additive mask; the model takes a 4-D one as it is.
     mask = torch.zeros(batch["mask"].shape, device=batch["mask"].device).masked_fill(~batch["mask"], -1e9)
-    hidden = language(**inputs, attention_mask=mask, position_ids=batch["positions"]).last_hidden_state
-    opening = 0 if embedded is None else GRID**2  # no answer begins before the image has ended
-    logits, labels = state.model.lm_head(hidden[:, opening:-1]), batch["labels"][:, opening + 1 :]
+    return language(**inputs, attention_mask=mask, position_ids=batch["positions"]).last_hidden_state
+
+
+def text_loss(state: State, hidden: Tensor, labels: Tensor, first: int = 0) -> Tensor:
+    """Cross-entropy of each token of the answers given those before it; none is before `first`."""
+    logits, labels = state.model.lm_head(hidden[:, first:-1]), labels[:, first + 1 :]
     return F.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), ignore_index=IGNORE)
+
+
+def place_loss(state: State, hidden: Tensor, patches: Tensor) -> Tensor:
+    """Cross-entropy of the word for what each patch shows, where there is one: a noun, or the noun of the place."""
+    words = words_of_labels().to(patches.device)
+    return F.cross_entropy(
+        state.model.lm_head(hidden).float().flatten(0, 1), words[patches.flatten()], ignore_index=IGNORE
+    )
+
+
+@functools.cache
+def words_of_labels() -> Tensor:
+    """The first token of the word for each label of a patch."""
+    tokenizer = build_processor().tokenizer
+    words = [*scenes.nouns(), *(place.split()[-1] for place in scenes.BACKGROUNDS)]
+    ids = [tokenizer(f" {word}", add_special_tokens=False).input_ids[0] for word in words]
+    return torch.tensor(ids + [IGNORE] * (Collages.n_labels() - len(ids)))
 
 
 def patch_loss(head: nn.Module, features: Tensor, patches: Tensor, smoothing: float = 0.0) -> Tensor:
