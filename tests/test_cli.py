@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 from mmneurons import cli, pocket
+from mmneurons.cli import options
 from mmneurons.vlm import prompts
 
 
@@ -35,7 +36,7 @@ def sample():
 
 
 def test_defaults_are_those_of_the_library():
-    assert (cli.PROMPT, cli.ANSWER_PREFIX, cli.MAX_NEW_TOKENS) == (
+    assert (options.PROMPT, options.ANSWER_PREFIX, options.MAX_NEW_TOKENS) == (
         prompts.PROMPT,
         prompts.ANSWER_PREFIX,
         prompts.MAX_NEW_TOKENS,

@@ -26,11 +26,11 @@ import numpy as np
 import torch
 from collage import EXTRA
 from PIL import Image
-from text import ANSWER_PREFIX, WORDINGS, facts
 
 import mmneurons as mmn
 from mmneurons import pocket
-from mmneurons.pocket import Scene, scenes, world
+from mmneurons.pocket import Scene, facts, scenes, world
+from mmneurons.vlm.prompts import ANSWER_PREFIX, WORDINGS
 from mmneurons.vlm.vlm import VLM
 from mmneurons.words import says
 

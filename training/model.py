@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from text import ANSWER_PREFIX, PROMPT, WORDINGS, caption, facts, question
+from text import caption, question
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (
     CLIPImageProcessorPil,
@@ -21,7 +21,8 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from mmneurons.pocket import scenes, world
+from mmneurons.pocket import facts, scenes, world
+from mmneurons.vlm.prompts import ANSWER_PREFIX, PROMPT, WORDINGS
 
 PATCH = 14
 GRID = scenes.SIDE // PATCH

@@ -1,92 +1,13 @@
-"""What the language model reads: facts about the nouns, captions, and conversations about a scene."""
+"""What the language model reads: captions, half of them asked for by `PROMPT`, and conversations about a scene."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
 from mmneurons.pocket import scenes, world
-
-PROMPT = "Describe the image in few words."
-ANSWER_PREFIX = "An image of"
-WORDINGS = ("What is in the image?", "Write a short caption.", "What do you see?")
-"""Other ways to ask for the caption, each as often as the others; half of all captions are asked for by `PROMPT`."""
-WHOLES = {
-    "pet": "animal", "farm animal": "animal", "wild animal": "animal", "sea animal": "animal", "bird": "animal",
-    "insect": "animal", "fruit": "food", "vegetable": "food",
-}  # fmt: skip
-"""What each kind is a kind of."""
-COLOURS = {
-    "red": "apple strawberry tomato cherry rose heart ambulance crab", "yellow": "banana lemon cheese corn sun star",
-    "orange": "orange carrot fox tiger", "green": "frog crocodile turtle cactus leaf tree snake pear",
-    "blue": "whale dolphin", "pink": "pig", "purple": "eggplant octopus",
-    "grey": "elephant rhinoceros shark wolf koala mouse hammer spoon",
-    "brown": "bear horse deer monkey camel kangaroo potato violin guitar eagle", "white": "sheep snowman envelope",
-    "black": "ant spider gorilla", "black and white": "panda penguin cow", "gold": "crown bell trumpet saxophone key",
-}  # fmt: skip
-ABILITIES = {
-    "can fly": "bird eagle owl bee butterfly airplane helicopter rocket",
-    "can swim": "fish shark whale dolphin octopus duck penguin turtle frog crocodile",
-    "can jump": "frog kangaroo rabbit", "can bark": "dog wolf",
-    "has wings": "bird eagle owl bee butterfly duck chicken",
-    "has wheels": "car bus truck bicycle motorcycle train tractor ambulance",
-    "has four legs": "dog cat horse cow sheep goat pig lion tiger elephant giraffe camel deer fox wolf",
-    "has horns": "goat deer rhinoceros", "has a long neck": "giraffe", "has eight legs": "spider octopus",
-    "has petals": "flower rose tulip sunflower", "has strings": "guitar violin", "can be eaten": "",
-    "can be worn": "", "can be played": "",
-}  # fmt: skip
-BY_KIND = {
-    "can be eaten": ("fruit", "vegetable", "food"),
-    "can be worn": ("clothing",),
-    "can be played": ("instrument",),
-}
-SIZES = (
-    "ant bee snail spider key cherry",
-    "mouse frog apple lemon cup spoon bird butterfly carrot crab",
-    "cat rabbit duck chicken owl hat shoe book ball bottle",
-    "dog sheep goat pig fox wolf deer guitar umbrella drum",
-    "horse cow bear lion tiger gorilla camel bicycle motorcycle",
-    "elephant giraffe rhinoceros car truck bus whale ambulance",
-    "train ship airplane castle church",
-)
-"""From small to large: each is bigger than those of the rows before."""
-
-
-def facts() -> tuple[str, ...]:
-    """Every true sentence that these tables and the world's give, about 2,000."""
-    return tuple(dict.fromkeys(_facts()))
-
-
-def _facts() -> Iterator[str]:
-    for kind, nouns in world.KINDS.items():
-        for noun in nouns:
-            yield _sentence(noun, f"is a kind of {kind}.")
-            if kind in WHOLES:
-                yield _sentence(noun, f"is a kind of {WHOLES[kind]}.")
-    for colour, nouns in COLOURS.items():
-        for noun in nouns.split():
-            yield _sentence(noun, f"is {colour}.")
-    for ability, nouns in ABILITIES.items():
-        kinds = BY_KIND.get(ability, ())
-        for noun in (*nouns.split(), *(noun for kind in kinds for noun in world.KINDS[kind])):
-            yield _sentence(noun, f"{ability}.")
-    for place, nouns in world.PLACES.items():
-        for noun in nouns:
-            yield _sentence(noun, f"is found {place}.")
-            neighbours = [other for other in nouns if other != noun][:6]
-            for other in neighbours:
-                yield _sentence(noun, f"is often seen with {scenes.with_article(other)}.")
-    sizes = [row.split() for row in SIZES]
-    for small, large in ((small, large) for i, small in enumerate(sizes) for large in sizes[i + 1 :]):
-        for a, b in zip(large, small, strict=False):
-            yield _sentence(a, f"is bigger than {scenes.with_article(b)}.")
-            yield _sentence(b, f"is smaller than {scenes.with_article(a)}.")
-
-
-def _sentence(noun: str, rest: str) -> str:
-    subject = scenes.with_article(noun)
-    return f"{subject[0].upper()}{subject[1:]} {rest}"
+from mmneurons.vlm.prompts import ANSWER_PREFIX, PROMPT, WORDINGS
 
 
 def caption(objects: Sequence[str], background: str) -> str:

@@ -34,11 +34,11 @@ import torch
 import torch.nn.functional as F
 from collage import Collages
 from model import GRID, IMAGE_MEAN, IMAGE_STD, N_NEURONS, build_model, build_processor, start_locally
-from text import caption, facts, turns
+from text import caption, turns
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 
-from mmneurons.pocket import scenes, world
+from mmneurons.pocket import facts, scenes, world
 
 HERE = Path(__file__).parent
 WORK = HERE / "work"

@@ -22,12 +22,13 @@ from typing import Any
 import numpy as np
 import torch
 from model import GRID, build_processor
-from text import PROMPT, caption
+from text import caption
 from torch import Tensor
 from train import BATCH, STAGES, WORK, State, normalised, run_stage, untrained
 
 from mmneurons import pocket
 from mmneurons.pocket import world
+from mmneurons.vlm.prompts import PROMPT
 
 TOP = 10
 CPU = torch.device("cpu")

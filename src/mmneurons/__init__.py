@@ -14,9 +14,14 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from mmneurons import pocket as pocket
+    from mmneurons.editing.edit import EditSettings as EditSettings
+    from mmneurons.editing.edit import edit as edit
+    from mmneurons.editing.export import export as export
     from mmneurons.editing.file import load_patch as load_patch
     from mmneurons.editing.file import save_patch as save_patch
     from mmneurons.editing.patch import Patch as Patch
+    from mmneurons.editing.reference import Reference as Reference
+    from mmneurons.editing.reference import make_reference as make_reference
     from mmneurons.errors import MmneuronsError as MmneuronsError
     from mmneurons.finding.finder import find as find
     from mmneurons.finding.lookup import NeuronCard as NeuronCard
@@ -38,6 +43,8 @@ if TYPE_CHECKING:
     from mmneurons.vlm.vlm import VLM as VLM
 
 _HOMES = {
+    "EditSettings": "mmneurons.editing.edit:EditSettings",
+    "Reference": "mmneurons.editing.reference:Reference",
     "VLM": "mmneurons.vlm.vlm:VLM",
     "Finding": "mmneurons.finding.result:Finding",
     "Intervention": "mmneurons.vlm.interventions:Intervention",
@@ -49,12 +56,15 @@ _HOMES = {
     "WordNeurons": "mmneurons.finding.lookup:WordNeurons",
     "doctor": "mmneurons.vlm.doctor:doctor",
     "Patch": "mmneurons.editing.patch:Patch",
+    "edit": "mmneurons.editing.edit:edit",
     "explain_neuron": "mmneurons.finding.lookup:explain_neuron",
+    "export": "mmneurons.editing.export:export",
     "find": "mmneurons.finding.finder:find",
     "intervene": "mmneurons.vlm.interventions:intervene",
     "load": "mmneurons.vlm.load:load",
     "load_findings": "mmneurons.finding.result:load",
     "load_patch": "mmneurons.editing.file:load_patch",
+    "make_reference": "mmneurons.editing.reference:make_reference",
     "neurons_for": "mmneurons.finding.lookup:neurons_for",
     "pocket": "mmneurons.pocket",
     "record": "mmneurons.vlm.recording:record",

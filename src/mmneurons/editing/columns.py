@@ -40,8 +40,10 @@ class Columns:
         """Those of given neurons.
 
         Raises:
-            SettingError: the model has no such neuron.
+            SettingError: the model has no such neuron, or none is given.
         """
+        if not neurons:
+            raise SettingError("No neuron is given whose column could move.")
         found: dict[int, list[int]] = {}
         for neuron in set(neurons):
             ffn = anatomy.find(neuron)
@@ -72,7 +74,8 @@ def writers(vlm: VLM, goals: Sequence[Goal], top: int, blocks: int | None) -> Co
             experts = [None] if ffn.n_experts is None else range(ffn.n_experts)
             pushed = torch.cat([weights.project(read, ffn.module, expert).cpu() for expert in experts], dim=1)
             scores[i] += (goal.steps.activations[i].float() * pushed).sum(0) / n
-    ranked = top_k(torch.cat(list(scores.values())), top)
+    whole = torch.cat(list(scores.values()))
+    ranked = top_k(whole, min(top, int((whole > 0).sum())))
     ends = torch.tensor([len(part) for part in scores.values()]).cumsum(0)
     of = torch.bucketize(ranked, ends, right=True)
     starts = torch.nn.functional.pad(ends, (1, 0))

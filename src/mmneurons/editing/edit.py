@@ -3,7 +3,7 @@
     patch = edit(vlm, ["a.png", "b.png"], source="dog", target="cat")
     with patch.applied(vlm): ...
 
-No gradients, and the model is left as it was: strengths are tried with patches that are taken back.
+The closed forms need no gradients. The model is left as it was: strengths are tried with patches that are taken back.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import torch
 
 from mmneurons.editing.columns import Columns, Move, moves_for, patch_of, writers
 from mmneurons.editing.goals import Asked, goals_of
+from mmneurons.editing.optimised import optimise
 from mmneurons.editing.patch import Patch
 from mmneurons.editing.reference import Reference
 from mmneurons.editing.steps import Steps, answer_steps, occurrences
@@ -24,10 +25,10 @@ from mmneurons.errors import SettingError, WordError
 from mmneurons.neurons import Neuron
 from mmneurons.vlm import provenance
 from mmneurons.vlm.prompts import ANSWER_PREFIX, MAX_NEW_TOKENS, PROMPT
-from mmneurons.vlm.vlm import VLM, Picture
+from mmneurons.vlm.vlm import VLM, Picture, Pictures, as_list
 from mmneurons.words import singular
 
-Method = Literal["selective", "closed_form"]
+Method = Literal["selective", "closed_form", "optimised"]
 METHODS: tuple[Method, ...] = get_args(Method)
 
 
@@ -36,12 +37,12 @@ class EditSettings:
     """How an edit is made."""
 
     method: Method = "selective"
-    """"selective" discounts what the reference shares; "closed_form" is the smallest change."""
-    top: int = 100
+    """"selective" discounts what the reference shares; "closed_form" is the smallest change; "optimised" is Adam's."""
+    top: int = 400
     """Columns that move: those that write most of SOURCE."""
     blocks: int | None = 1
     """They are taken from so many of the last blocks; None: from all."""
-    ridge: float = 0.1
+    ridge: float = 0.01
     """Of "selective"; larger is nearer to "closed_form"."""
     prompts: tuple[str, ...] = (PROMPT,)
     """What the model is asked about each of the images."""
@@ -52,7 +53,7 @@ class EditSettings:
 
 def edit(
     vlm: VLM,
-    images: Sequence[Picture],
+    images: Picture | Pictures,
     *,
     source: str,
     target: str | None = None,
@@ -65,7 +66,7 @@ def edit(
 
     Args:
         vlm: The model, from `load`.
-        images: Paths, PIL images or arrays; the model must say `source` of one of them at least.
+        images: A path, PIL image or array, or several; the model must say `source` of one of them at least.
         source: The word that is to go, singular.
         target: The word that is to come, singular; None: any other.
         reference: What is to stay as it is, from `make_reference`. Without one, the other words of the same answers.
@@ -83,6 +84,7 @@ def edit(
     """
     settings, tell = settings or EditSettings(), progress or (lambda what: None)
     _check(vlm, source, target, settings)
+    images = as_list(images)
     tell("answering about the images")
     limits: dict[str, Any] = {"max_new_tokens": settings.max_new_tokens, "batch_size": settings.batch_size}
     asked = []
@@ -101,35 +103,33 @@ def edit(
     columns = (
         writers(vlm, goals, settings.top, settings.blocks) if neurons is None else Columns.of(vlm.anatomy, neurons)
     )
-    kept = [_other_steps(one) for one in asked]
-    if reference is not None:
-        kept.append(reference.steps.at(~reference.says(vlm, source)))
-    moves = moves_for(vlm, columns, goals, kept, settings.ridge if settings.method == "selective" else None)
-    unit = patch_of(vlm, columns, moves)
-    search = find_strength(
-        vlm,
-        unit,
-        asked,
-        source,
-        target,
-        start=max(_needed(vlm, move) for move in moves),
-        reference=reference,
-        harm=[] if reference is None else _harm(vlm, reference, source, moves),
-        tell=tell,
-        **limits,
-    )
+    if settings.method == "optimised":
+        patch = optimise(vlm, columns, asked, source, target, reference, tell=tell, **limits)
+        search = dict(patch.provenance)
+    else:
+        kept = [_other_steps(one) for one in asked]
+        if reference is not None:
+            kept.append(reference.steps.at(~reference.says(vlm, source)))
+        moves = moves_for(vlm, columns, goals, kept, settings.ridge if settings.method == "selective" else None)
+        unit = patch_of(vlm, columns, moves)
+        start = max(_needed(vlm, move) for move in moves)
+        harm = [] if reference is None else _harm(vlm, reference, source, moves)
+        found = find_strength(
+            vlm, unit, asked, source, target, start=start, reference=reference, harm=harm, tell=tell, **limits
+        )
+        patch, search = found.strength * unit, asdict(found)
     made_by = {
         "source": source,
         "target": target,
         "settings": asdict(settings),
-        "search": asdict(search),
+        "search": search,
         "images": len(images),
         "said_source": [len({answer for answer, _ in one.found}) for one in asked],
         "reference": None if reference is None else reference.facts,
         "model": dict(vlm.facts),
         "packages": provenance.versions(),
     }
-    return replace(search.strength * unit, provenance=made_by)
+    return replace(patch, provenance=made_by)
 
 
 def _check(vlm: VLM, source: str, target: str | None, settings: EditSettings) -> None:
@@ -137,6 +137,12 @@ def _check(vlm: VLM, source: str, target: str | None, settings: EditSettings) ->
         raise SettingError(f"There is no method '{settings.method}'.", fix=f"Choose one of: {', '.join(METHODS)}.")
     if target is not None and singular(source) == singular(target):
         raise SettingError(f"'{source}' is to become '{target}': the same word.", fix="Choose another target.")
+    if target is not None and singular(target) != target.lower():
+        raise SettingError(
+            f"'{target}' is a plural.",
+            seen="Plurals are made where the answers have one.",
+            fix=f"target={singular(target)!r}",
+        )
     n_blocks = len(vlm.anatomy.blocks)
     if settings.blocks is not None and not 1 <= settings.blocks <= n_blocks:
         raise SettingError(f"The model has {n_blocks} blocks.", seen=f"blocks={settings.blocks}")

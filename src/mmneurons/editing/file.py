@@ -17,7 +17,7 @@ from safetensors.torch import load as from_bytes
 from safetensors.torch import save as to_bytes
 from torch import Tensor
 
-from mmneurons.editing.patch import Patch, PatchPart
+from mmneurons.editing.patch import Patch, PatchPart, place_order
 from mmneurons.errors import FormatError, SettingError
 from mmneurons.files import write_whole
 
@@ -111,7 +111,7 @@ def _patch(path: Path, facts: dict[str, Any], tensors: dict[str, Tensor]) -> Pat
     if directions is not None and (directions.dtype != torch.float32 or directions.ndim != 2):
         raise _refused(path, f"'directions' is {directions.dtype} of {directions.ndim} axes.")
     parts = []
-    for (layer, expert), mine in sorted(places.items(), key=lambda entry: (entry[0][0], entry[0][1] or -1)):
+    for (layer, expert), mine in sorted(places.items(), key=lambda entry: place_order(entry[0])):
         if not {"indices", "hashes"} <= set(mine):
             raise _refused(path, f"Layer {layer} lacks its columns or their hashes.")
         parts.append(PatchPart(layer, expert, **mine))

@@ -10,6 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mmneurons.editing.steps import Said, Steps, forced_steps, join
+from mmneurons.errors import WordError
 from mmneurons.vlm.prompts import tokens_of
 from mmneurons.vlm.vlm import VLM, Picture
 from mmneurons.words import Word, inflected
@@ -24,11 +25,16 @@ class Goal:
     wanted: int | None
     """The token that shall be; None: any other."""
     steps: Steps
+    runners_up: tuple[int, ...] = ()
+    """Of a removal: what is likeliest at each step but for the token that is said."""
 
     def row(self, unembed: Float[Tensor, "vocab hidden"]) -> Float[Tensor, "hidden"]:
-        """What the logit of the one less that of the other reads."""
-        said = unembed[self.said].float().cpu()
-        return -said if self.wanted is None else unembed[self.wanted].float().cpu() - said
+        """What the logit of the one less that of the other reads; of a removal, the mean of the runners-up.
+
+        To lower the token that is said alone would let in what is least like it, whether it fits there or not.
+        """
+        wanted = list(self.runners_up) if self.wanted is None else [self.wanted]
+        return unembed[wanted].float().cpu().mean(0) - unembed[self.said].float().cpu()
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,7 +56,7 @@ def goals_of(vlm: VLM, asked: Sequence[Asked], target: str | None) -> list[Goal]
     goes on by itself, nothing is to be done.
 
     Raises:
-        WordError: a form of the target has no token.
+        WordError: a form of the target has no token, or its tokens are those that SOURCE begins with.
     """
     steps: dict[tuple[int, int | None], list[Steps]] = {}
     for one in asked:
@@ -66,4 +72,18 @@ def goals_of(vlm: VLM, asked: Sequence[Asked], target: str | None) -> list[Goal]
                     row = forced.at(torch.tensor([i]))
                     if int(row.token_ids) != token:
                         steps.setdefault((int(row.token_ids), token), []).append(row)
-    return [Goal(*tokens, join(rows)) for tokens, rows in steps.items() if tokens[0] != tokens[1]]
+    goals = [_goal(vlm, *tokens, join(rows)) for tokens, rows in steps.items() if tokens[0] != tokens[1]]
+    if not goals:
+        raise WordError(
+            f"What is said begins with all tokens of '{target}': there is none to be said instead.",
+            fix="Choose another target.",
+        )
+    return goals
+
+
+def _goal(vlm: VLM, said: int, wanted: int | None, steps: Steps) -> Goal:
+    if wanted is not None:
+        return Goal(said, wanted, steps)
+    logits = vlm.anatomy.logits(steps.residual)[:, : vlm.n_tokens].float().clone()
+    logits[:, said] = -torch.inf
+    return Goal(said, None, steps, tuple(logits.argmax(-1).tolist()))

@@ -118,7 +118,7 @@ class Ledger:
     def _write(self, active: Mapping[str, Patch]) -> None:
         """Make the model what `active` says; whatever happens in between, it is either that or what it was."""
         plan = self._plan(active)
-        with _uninterrupted(), torch.no_grad():
+        with uninterrupted(), torch.no_grad():
             done: list[tuple[_Change, Tensor]] = []
             try:
                 for change in plan:
@@ -168,12 +168,13 @@ _LEDGERS: WeakKeyDictionary[nn.Module, Ledger] = WeakKeyDictionary()
 def ledger_of(vlm: VLM) -> Ledger:
     """The one ledger of a model, made when it is first asked for."""
     if vlm.model not in _LEDGERS:
+        _ = vlm.facts  # the hash in it is that of the weights before any edit
         _LEDGERS[vlm.model] = Ledger(vlm.anatomy)
     return _LEDGERS[vlm.model]
 
 
 @contextmanager
-def _uninterrupted() -> Iterator[None]:
+def uninterrupted() -> Iterator[None]:
     """Let Ctrl-C wait for the end of the `with`.
 
     By its handler, not by the signal mask, which holds for one thread only; other threads than the main one are never

@@ -109,15 +109,13 @@ class Patch:
     def hash(self) -> str:
         """SHA-256 of what is changed and of what is expected; provenance does not count."""
         digest = hashlib.sha256(f"{self.hidden}".encode())
-        for tensor in (
-            self.directions,
-            *(t for p in self.parts for t in (p.indices, p.hashes, p.deltas, p.coefficients)),
-        ):
+        parts = sorted(self.parts, key=lambda part: place_order(part.place))  # a file does not keep their order
+        for tensor in (self.directions, *(t for p in parts for t in (p.indices, p.hashes, p.deltas, p.coefficients))):
             if tensor is None:
                 digest.update(b"-")
             else:
                 digest.update(f"{tensor.dtype}{tuple(tensor.shape)}".encode() + tensor.contiguous().numpy().tobytes())
-        digest.update(json.dumps([part.place for part in self.parts]).encode())
+        digest.update(json.dumps([part.place for part in parts]).encode())
         return digest.hexdigest()
 
     def deltas(self, part: PatchPart) -> Float[Tensor, "n hidden"]:
@@ -204,7 +202,7 @@ def stack(patches: Sequence[Patch]) -> Patch:
     directions = [patch.directions for patch in patches if patch.directions is not None]
     starts = torch.tensor([0, *(0 if p.directions is None else len(p.directions) for p in patches)]).cumsum(0)
     parts = []
-    for place in sorted({part.place for patch in patches for part in patch.parts}, key=lambda p: (p[0], p[1] or 0)):
+    for place in sorted({part.place for patch in patches for part in patch.parts}, key=place_order):
         mine = [(i, part) for i, patch in enumerate(patches) for part in patch.parts if part.place == place]
         indices = torch.cat([part.indices for _, part in mine]).unique()
         full = any(part.deltas is not None for _, part in mine)
@@ -230,6 +228,11 @@ def stack(patches: Sequence[Patch]) -> Patch:
         parts.append(PatchPart(place[0], place[1], indices, hashes, deltas, coefficients))
     made_by = {"stacked": [dict(patch.provenance) for patch in patches]}
     return Patch(hidden, tuple(parts), torch.cat(directions) if directions else None, made_by)
+
+
+def place_order(place: tuple[int, int | None]) -> tuple[int, int]:
+    """By layer; in one, what is dense before the experts beside it."""
+    return place[0], -1 if place[1] is None else place[1]
 
 
 def column_hashes(columns: Float[Tensor, "n hidden"]) -> UInt8[Tensor, "n 16"]:

@@ -131,7 +131,7 @@ def forced_steps(
 ) -> Steps:
     """What the model would say at each step of an answer that it is given: n tokens give n + 1 steps."""
     inputs = vlm.encode([[o.image for o in open_row(image)]], prompt, answer_prefix)
-    begun = vlm.generate(inputs, 1)  # how the prompt stands in the language model's own sequence
+    begun = vlm.begun(inputs)
     given = torch.tensor([list(ids)], dtype=begun.sequences.dtype, device=begun.sequences.device)
     sequences = torch.cat([begun.sequences[:, : begun.n_prompt], given], dim=1)
     with record(vlm.anatomy, lambda values: values[:, begun.n_prompt - 1 :]) as recording:

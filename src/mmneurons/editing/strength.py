@@ -20,11 +20,11 @@ STEP = 1.3
 """Strengths tried one after the other differ by this factor."""
 TRIES = 10
 """Upwards, before it is given up."""
-MARGINS = (3.0, 2.0, 1.5, 1.0)
+MARGINS = (3.0, 2.5, 2.0, 1.75, 1.5, 1.25, 1.0)
 """How many times the smallest strength that turns the images of the edit, the largest first."""
 HARDEST = 16
 """Reference images looked at."""
-ALLOWED = 0.01
+ALLOWED = 0.005
 """Share of all reference images whose answers may change."""
 
 
@@ -70,7 +70,7 @@ def find_strength(
         reference: What is to stay.
         harm: For each reference image, how near the patch comes to changing its answer; the most endangered are
             looked at.
-        max_new_tokens: Of each answer.
+        max_new_tokens: Of each answer about the images of the edit.
         batch_size: Images in one batch.
         tell: Told the strength that is tried.
 
@@ -79,18 +79,19 @@ def find_strength(
     """
     generated = 0
 
-    def answers(factor: float, images: Sequence, prompt: str, prefix: str) -> list[str]:
+    def answers(factor: float, images: Sequence, prompt: str, prefix: str, longest: int) -> list[str]:
         nonlocal generated
         generated += len(images)
         with (factor * unit).applied(vlm):
-            return vlm.caption(list(images), prompt, prefix, max_new_tokens=max_new_tokens, batch_size=batch_size)
+            return vlm.caption(list(images), prompt, prefix, max_new_tokens=longest, batch_size=batch_size)
 
     def turned(factor: float) -> float:
         tell(f"trying strength {factor:.3g}")
         done = []
         for one in asked:
             wanted = sorted({answer for answer, _ in one.found})
-            said = answers(factor, [one.images[i] for i in wanted], one.prompt, one.answer_prefix)
+            images = [one.images[i] for i in wanted]
+            said = answers(factor, images, one.prompt, one.answer_prefix, max_new_tokens)
             done += [not says(text, source) and (target is None or says(text, target)) for text in said]
         return sum(done) / len(done)
 
@@ -115,16 +116,17 @@ def find_strength(
         raise SettingError(
             f"No strength makes the model say {'something else' if target is None else repr(target)} for '{source}'.",
             seen=f"Tried up to {factor:.3g}, {factor / start:.1f} times what should do.",
-            fix="Take more columns (top=400), or of more blocks (blocks=None), or more images.",
+            fix="Take more columns (top=2000), or of more blocks (blocks=None), or more images.",
         )
     if reference is None or reference.said is None:
         return Search(smallest, smallest, share, 0, 0, generated)
     hardest = sorted(range(len(harm)), key=lambda i: -harm[i])[:HARDEST]
+    endangered = [reference.images[i] for i in hardest]
     allowed = int(ALLOWED * len(reference.images))
     changed = 0
     for margin in MARGINS:
         said = answers(
-            margin * smallest, [reference.images[i] for i in hardest], reference.prompt, reference.answer_prefix
+            margin * smallest, endangered, reference.prompt, reference.answer_prefix, reference.max_new_tokens
         )
         changed = sum(text != reference.said.texts[i] for i, text in zip(hardest, said, strict=True))
         if margin == MARGINS[-1] or (changed <= allowed and turned(margin * smallest) >= share):

@@ -72,7 +72,7 @@ def read_items(source: str | os.PathLike[str], masks: str | os.PathLike[str] | N
     Args:
         source: A folder of images; a manifest, a JSON list of objects with `image` and, where known, `objects` and
             `masks` (one file for each object, white where it is), paths counted from the manifest's folder; or
-            `pocket:` and the name of an evaluation set.
+            `pocket:` and the name of an evaluation set, `pocket:edit/NOUN` or `pocket:held-out/NOUN`.
         masks: For a folder of images: a folder with a mask `STEM.NOUN.png` for each object of the image `STEM.*`.
 
     Raises:
@@ -95,10 +95,12 @@ def read_items(source: str | os.PathLike[str], masks: str | os.PathLike[str] | N
 
 
 def _pocket_items(name: str) -> list[Item]:
-    return [
-        Item(f"{name}/{i}", scene.image, scene.objects, tuple(scene.masks))
-        for i, scene in enumerate(pocket.evaluation_set(name))
-    ]
+    kind, _, noun = name.partition("/")
+    if kind in ("edit", "held-out"):
+        scenes = pocket.edit_set(noun).edit if kind == "edit" else pocket.edit_set(noun).held_out
+    else:
+        scenes = tuple(pocket.evaluation_set(name))
+    return [Item(f"{name}/{i}", scene.image, scene.objects, tuple(scene.masks)) for i, scene in enumerate(scenes)]
 
 
 def _folder_items(folder: Path, masks: Path | None) -> list[Item]:

@@ -3,6 +3,7 @@
 Loads without torch; `mmneurons.load()` reads the weights in `folder()`.
 """
 
+from mmneurons.pocket.facts import facts as facts
 from mmneurons.pocket.samples import Sample as Sample
 from mmneurons.pocket.samples import folder as folder
 from mmneurons.pocket.samples import samples as samples

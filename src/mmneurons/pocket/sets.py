@@ -9,6 +9,7 @@
 | `find-500` | 500 scenes of drawings from training, one to three objects, every noun as often as the others |
 | `locality-500` | 250 scenes as usual in the world, 250 with every noun as often as the others |
 | `pope-500` | 500 scenes as usual in the world, for `pope` |
+| `reference-400` | 200 and 200 like those of `locality-500`, for an edit to be made with |
 | `hallucination-500` | 125 each: objects that hide each other, small ones, ones never seen together, another style |
 
 None of it depends on what a model says. No torch.
@@ -102,7 +103,7 @@ EDIT_PAIRS: tuple[EditPair, ...] = tuple(
 
 @functools.cache
 def evaluation_set(name: str) -> EvaluationSet:
-    """One of the fixed sets of 500 scenes.
+    """One of the fixed sets of scenes.
 
     Raises:
         SettingError: there is no such set.
@@ -259,6 +260,7 @@ MAKERS: dict[str, Callable[[], Iterator[tuple[str, Scene]]]] = {
     "find-500": lambda: _balanced(FIRST_SEED, 500),
     "locality-500": lambda: iter([*_natural(FIRST_SEED + 1_000_000, 250), *_balanced(FIRST_SEED + 1_500_000, 250)]),
     "pope-500": lambda: _natural(FIRST_SEED + 2_000_000, 500),
+    "reference-400": lambda: iter([*_natural(FIRST_SEED + 4_000_000, 200), *_balanced(FIRST_SEED + 4_500_000, 200)]),
     "hallucination-500": lambda: _hard(FIRST_SEED + 3_000_000, 500),
 }
 """Yields the group and the scene of each element of a set, unchecked."""

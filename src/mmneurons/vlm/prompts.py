@@ -20,6 +20,8 @@ PROMPT = "Describe the image in few words."
 """Asked unless the user asks something else (Pan et al., section 4)."""
 ANSWER_PREFIX = "An image of"
 """The words an answer is made to begin with, so that nouns come first (Pan et al., section 4)."""
+WORDINGS = ("What is in the image?", "Write a short caption.", "What do you see?")
+"""Other ways to ask for a caption."""
 MAX_NEW_TOKENS = 32
 REFUSALS = (ValueError, TypeError, AttributeError, IndexError, KeyError, AssertionError, NotImplementedError)
 """What processors raise at a text or a layout of pictures that is not theirs."""

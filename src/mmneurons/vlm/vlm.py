@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, cast, overload
 
@@ -202,6 +202,18 @@ class VLM:
         texts = tuple(self.tokenizer.decode(row, skip_special_tokens=True).strip() for row in rows)
         logits, totals = torch.stack(watch.logits, dim=1), torch.stack(watch.log_totals, dim=1)
         return Answers(rows, texts, made, logits, totals, n_prompt)
+
+    def begun(self, inputs: Inputs) -> Answers:
+        """Answers of no token: how the prompts stand in the language model's own sequence, for `read`."""
+        if self.is_encoder_decoder or "input_ids" not in inputs:
+            first = self.generate(inputs, 1)
+            return replace(
+                first, token_ids=((),) * len(first.sequences), sequences=first.sequences[:, : first.n_prompt]
+            )
+        sequences = inputs["input_ids"]
+        nothing = torch.empty(len(sequences), 0)
+        texts = ("",) * len(sequences)
+        return Answers(((),) * len(sequences), texts, sequences, nothing, nothing, sequences.shape[1])
 
     def read(self, inputs: Inputs, answers: Answers | None = None) -> None:
         """Run the model once over a prompt, and an answer if one is given, for what `record` records on the way."""

@@ -1,0 +1,70 @@
+"""What the cache of lower blocks saves in the optimised edit: one step of Adam with it and without, side by side.
+
+    python benchmarks/edit_optimised.py
+
+The pocket model, 100 columns of its last block, and of its last two. That both ways find the same gradient is checked.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+from functools import partial
+
+import torch
+from timing import Ratio, rounds
+
+import mmneurons as mmn
+from mmneurons import pocket
+from mmneurons.editing import optimised
+from mmneurons.editing.columns import writers
+from mmneurons.editing.forced import Reader
+from mmneurons.editing.goals import Asked, goals_of
+from mmneurons.editing.reference import make_reference
+from mmneurons.editing.steps import answer_steps, occurrences
+from mmneurons.vlm.prompts import ANSWER_PREFIX, PROMPT
+
+SOURCE, TARGET, TOP = "dog", "cat", 100
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=5)
+    n = parser.parse_args().rounds
+    vlm = mmn.load(dtype="float32", device="cpu")
+    images = [scene.image for scene in pocket.edit_set(SOURCE).edit]
+    said = answer_steps(vlm, images)
+    asked = Asked(images, PROMPT, ANSWER_PREFIX, said, occurrences(vlm, said, SOURCE))
+    goals = goals_of(vlm, [asked], TARGET)
+    reference = make_reference(vlm, [pocket.scene(650_000_000 + i).image for i in range(optimised.SAMPLE)])
+    print("| columns of | cached, ms a step | whole model, ms a step | whole / cached |\n| --- | --- | --- | --- |")
+    for blocks in (1, 2):
+        columns = writers(vlm, goals, TOP, blocks)
+        arms, studies = {}, []
+        with optimised.still(vlm.model):
+            for name, cache in (("cached", True), ("whole", False)):
+                reader = Reader(vlm, len(vlm.anatomy.blocks) - blocks, cache, 8)
+                own = reader.read(images, PROMPT, ANSWER_PREFIX, optimised.given(vlm, asked, TARGET))
+                others = reader.read_reference(reference, SOURCE)
+                studies.append(optimised.Study(reader, columns, None, to_target=True))
+                for delta in studies[-1].deltas.values():
+                    delta.requires_grad_()
+                arms[name] = partial(step, studies[-1], own, others)
+                arms[name]()
+            for i, delta in studies[0].deltas.items():
+                torch.testing.assert_close(delta.grad, studies[1].deltas[i].grad, rtol=1e-3, atol=1e-6)
+            seconds = rounds(arms, n)
+        cached, whole = (1000 * statistics.median(seconds[name]) for name in ("cached", "whole"))
+        where = "the last block" if blocks == 1 else f"the last {blocks} blocks"
+        print(f"| {where} | {cached:.0f} | {whole:.0f} | {Ratio.of(seconds['whole'], seconds['cached'])} |")
+
+
+def step(study: optimised.Study, own: list, others: list) -> None:
+    """One loss and its gradient."""
+    with study.hooked():
+        study.descend(own, others)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,231 @@
+"""Edits of the pocket model, judged: every figure of docs/results.md, Editing.
+
+    python benchmarks/edits.py pairs DIR   # the 30 pairs of pocket.EDIT_PAIRS; also: closed, rivals, removal, many, cost
+    python benchmarks/edits.py table DIR   # what DIR holds, as Markdown
+
+Each edit's figures are kept as they come: a run that was stopped goes on.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+
+import mmneurons as mmn
+from mmneurons import pocket
+from mmneurons.editing.baselines import NAMES, baseline
+from mmneurons.editing.edit import EditSettings, edit
+from mmneurons.editing.evaluation import Judged
+from mmneurons.editing.file import load_patch, save_patch
+from mmneurons.editing.judging import Asked, judge
+from mmneurons.editing.patch import Patch, stack
+from mmneurons.editing.reference import Reference, make_reference
+from mmneurons.inspection.items import read_items
+from mmneurons.maths.statistics import Estimate
+from mmneurons.vlm.vlm import VLM
+from mmneurons.words import says
+
+RIVAL_PAIRS = [pocket.EDIT_PAIRS[i] for i in (0, 2, 4, 12, 15, 18, 22, 26)]
+"""Four near, four far."""
+REMOVED = "dog car guitar cow lion rose train cup duck hat tree house bird ball banana".split()
+SIZES = (1, 5, 10, 30)
+FIGURES = (
+    ("efficacy", "efficacy"),
+    ("generality", "generality"),
+    ("wordings", "other wordings"),
+    ("locality", "locality"),
+    ("m_locality", "M-locality@10"),
+    ("t_locality", "T-locality@1"),
+    ("t_locality_source", "names SOURCE"),
+    ("bleed", "bleed"),
+    ("rest_unchanged", "rest unchanged"),
+)
+
+
+def reference_for(vlm: VLM) -> Reference:
+    """What `mmneurons edit` takes for the pocket model."""
+    images = [item.image() for item in read_items("pocket:reference-400")]
+    return make_reference(vlm, images, pocket.facts()[::4], batch_size=50)
+
+
+def images_of(source: str) -> list:
+    """The eight images of an edit."""
+    return [scene.image for scene in pocket.edit_set(source).edit]
+
+
+def made(folder: Path, name: str, make: Callable[[], Patch]) -> Patch:
+    """A patch, made once and kept."""
+    path = folder / "patches" / f"{name}.safetensors"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if not path.exists():
+        save_patch(make(), path)
+    return load_patch(path)
+
+
+def jobs(vlm: VLM, what: str, folder: Path) -> Iterator[tuple[str, Asked]]:
+    """What is judged, one at a time, so that nothing is made before it is needed."""
+    reference = reference_for(vlm)
+
+    def patch(source: str, target: str | None, method: str = "selective") -> Patch:
+        settings = EditSettings(method=method)  # pyright: ignore[reportArgumentType]
+        held = None if method == "closed_form" else reference
+        return made(
+            folder,
+            f"{method}-{source}-{target}",
+            lambda: edit(vlm, images_of(source), source=source, target=target, reference=held, settings=settings),
+        )
+
+    if what == "pairs":
+        for pair in pocket.EDIT_PAIRS:
+            yield f"selective {pair.source}", Asked(patch(pair.source, pair.target), pair.source, pair.target)
+    if what == "closed":
+        for pair in RIVAL_PAIRS:
+            yield (
+                f"closed_form {pair.source}",
+                Asked(patch(pair.source, pair.target, "closed_form"), pair.source, pair.target),
+            )
+    if what == "rivals":
+        for pair in RIVAL_PAIRS:
+            for name in NAMES:
+                rival = baseline(
+                    vlm, name, images_of(pair.source), source=pair.source, target=pair.target, reference=reference
+                )
+                yield f"{name} {pair.source}", Asked(rival, pair.source, pair.target)
+    if what == "removal":
+        for source in REMOVED:
+            yield f"removal {source}", Asked(patch(source, None), source, None)
+
+
+def many(vlm: VLM, folder: Path) -> None:
+    """1, 5, 10, 30 edits at once: generality of each source's held-out images, locality where none is said."""
+    reference = reference_for(vlm)
+    scenes = [scene for name in ("locality-500", "find-500", "pope-500") for scene in pocket.evaluation_set(name)]
+    before = vlm.caption([scene.image for scene in scenes], batch_size=50)
+    for size in SIZES:
+        pairs = pocket.EDIT_PAIRS[:size]
+        patches = [
+            made(
+                folder,
+                f"selective-{p.source}-{p.target}",
+                lambda p=p: edit(vlm, images_of(p.source), source=p.source, target=p.target, reference=reference),
+            )
+            for p in pairs
+        ]
+        others = [i for i, text in enumerate(before) if not any(says(text, p.source) for p in pairs)]
+        held = [[scene.image for scene in pocket.edit_set(p.source).held_out] for p in pairs]
+        usual = [vlm.caption(images, batch_size=50) for images in held]
+        with stack(patches).applied(vlm):
+            after = vlm.caption([scenes[i].image for i in others], batch_size=50)
+            edited = [vlm.caption(images, batch_size=50) for images in held]
+        turned = [
+            says(b, p.target) and not says(b, p.source)
+            for p, first, second in zip(pairs, usual, edited, strict=True)
+            for a, b in zip(first, second, strict=True)
+            if says(a, p.source)
+        ]
+        same = [before[i] == text for i, text in zip(others, after, strict=True)]
+        print(
+            f"| {size} | {statistics.mean(turned):.3f} of {len(turned)} | {statistics.mean(same):.3f} of {len(same)} |",
+            flush=True,
+        )
+
+
+def cost(vlm: VLM, repeats: int = 5) -> None:
+    """Edit against one batched generate over its images, paired, medians."""
+    reference = reference_for(vlm)
+    pair = pocket.EDIT_PAIRS[0]
+    images = images_of(pair.source)
+    for method, held in (("selective", reference), ("closed_form", None)):
+        ratios = []
+        for _ in range(repeats):
+            start = time.perf_counter()
+            vlm.caption(images)
+            middle = time.perf_counter()
+            settings = EditSettings(method=method)  # pyright: ignore[reportArgumentType]
+            edit(vlm, images, source=pair.source, target=pair.target, reference=held, settings=settings)
+            ratios.append((time.perf_counter() - middle) / (middle - start))
+        print(f"| {method} | {statistics.median(ratios):.1f} x generate |", flush=True)
+    peaks = {}
+    for name in ("generate", "edit"):
+        command = [sys.executable, __file__, f"peak-{name}", "."]
+        peaks[name] = int(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-1])
+    print(f"| peak memory | {peaks['edit'] / peaks['generate']:.2f} x generate ({peaks['generate'] // 1024} MB) |")
+
+
+def peak(vlm: VLM, what: str) -> None:
+    """Of one process, in kilobytes."""
+    images = [item.image() for item in read_items("pocket:reference-400")]
+    if what == "peak-generate":
+        vlm.caption(images, batch_size=50)
+    else:
+        edit(vlm, images_of("dog"), source="dog", target="cat", reference=reference_for(vlm))
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+
+
+def table(folder: Path) -> None:
+    """Means, medians and worst cases of what a folder holds, by the way of editing."""
+    lines = (folder / "edits.jsonl").read_text(encoding="utf-8").splitlines()[1:]
+    rows: dict[str, list[dict]] = {}
+    for line in lines:
+        name, judged = json.loads(line)
+        rows.setdefault(name.split()[0], []).append(judged)
+    print(f"| way | n | {' | '.join(label for _, label in FIGURES)} |")
+    print("| --- " * (len(FIGURES) + 2) + "|")
+    for way, found in rows.items():
+        cells = []
+        for field, _ in FIGURES:
+            values = [one[field]["mean"] for one in found if one[field] is not None]
+            worst = max(values) if field == "bleed" and values else min(values, default=None)
+            cells.append(
+                f"{statistics.mean(values):.3f}, {statistics.median(values):.3f} ({worst:.3f})" if values else "-"
+            )
+        print(f"| {way} | {len(found)} | {' | '.join(cells)} |")
+
+
+def main() -> None:
+    """Run one of them."""
+    what, folder = sys.argv[1], Path(sys.argv[2])
+    if what == "table":
+        table(folder)
+        return
+    vlm = mmn.load()
+    if what == "many":
+        many(vlm, folder)
+    elif what == "cost":
+        cost(vlm)
+    elif what.startswith("peak-"):
+        peak(vlm, what)
+    else:
+        unrelated = read_items("pocket:locality-500")
+        for name, asked in jobs(vlm, what, folder):
+            start = time.perf_counter()
+            found = judge(
+                vlm,
+                {name: asked},
+                folder,
+                edit=lambda source: read_items(f"pocket:edit/{source}"),
+                held_out=lambda source: read_items(f"pocket:held-out/{source}"),
+                unrelated=unrelated,
+                texts=pocket.facts()[1::4],
+                batch_size=50,
+            )
+            print(name, short(found[name]), f"{time.perf_counter() - start:.0f} s", flush=True)
+
+
+def short(judged: Judged) -> str:
+    """The figures, on one line."""
+    values: list[tuple[str, Estimate | None]] = [(label, getattr(judged, field)) for field, label in FIGURES]
+    return "; ".join(f"{label} {value.mean:.3f}" for label, value in values if value is not None)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(2)
+    main()

@@ -1,0 +1,5 @@
+"""`python -m mmneurons.cli`."""
+
+from mmneurons.cli import main
+
+main()

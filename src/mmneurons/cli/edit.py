@@ -1,0 +1,270 @@
+"""`edit`, `evaluate-edit`, `patch show`, `export`."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from mmneurons.cli.options import (
+    ANSWER_PREFIX,
+    MAX_NEW_TOKENS,
+    PROMPT,
+    Batch,
+    Length,
+    Load,
+    Prefix,
+    app,
+    err,
+    loads_model,
+    out,
+)
+from mmneurons.errors import SettingError
+from mmneurons.progress import bar, bars, working
+
+if TYPE_CHECKING:
+    from mmneurons.vlm.vlm import VLM
+
+patches = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Look into patches.")
+app.add_typer(patches, name="patch")
+
+SOURCES = "A folder, a manifest (docs/format.md), image files, or pocket:SET."
+HeldOut = Annotated[list[str] | None, typer.Option("--held-out", help="Other images that show SOURCE.")]
+Unrelated = Annotated[list[str] | None, typer.Option(help="Images of which nothing is to change.")]
+Texts = Annotated[
+    Path | None, typer.Option(metavar="FILE.txt", help="Texts of which nothing is to change, a line each.")
+]
+Limit = Annotated[int | None, typer.Option(min=1, help="Unrelated images to judge on. Default: all.")]
+
+
+@app.command()
+@loads_model
+def edit(
+    load: Load,
+    source: Annotated[str, typer.Option("--from", metavar="SOURCE", help="The word that is to go.")] = "",
+    target: Annotated[str | None, typer.Option("--to", metavar="TARGET", help="The word that is to come.")] = None,
+    remove: Annotated[str | None, typer.Option(metavar="WORD", help="A word to remove, without another.")] = None,
+    out_path: Annotated[Path | None, typer.Option("--out", metavar="FILE.safetensors", help="The patch.")] = None,
+    images: Annotated[list[str] | None, typer.Option(help=f"Images that show SOURCE. {SOURCES}")] = None,
+    more: Annotated[list[str] | None, typer.Argument(metavar="IMAGE...", help="More of them.")] = None,
+    reference: Annotated[list[str] | None, typer.Option(help="Images of which nothing is to change.")] = None,
+    texts: Texts = None,
+    method: Annotated[Literal["selective", "closed_form", "optimised"], typer.Option(help="See docs/edit.md.")] = "selective",
+    top: Annotated[int, typer.Option(min=1, help="Columns that move.")] = 400,
+    blocks: Annotated[int, typer.Option(min=0, help="Of so many of the last blocks; 0: of all.")] = 1,
+    prompt: Annotated[list[str] | None, typer.Option(help="What the model is asked; repeatable.")] = None,
+    answer_prefix: Prefix = ANSWER_PREFIX,
+    max_new_tokens: Length = MAX_NEW_TOKENS,
+    batch_size: Batch = 8,
+    evaluate: Annotated[Path | None, typer.Option(metavar="DIR", help="Judge the patch, and write a page.")] = None,
+    held_out: HeldOut = None,
+    unrelated: Unrelated = None,
+    limit: Limit = None,
+) -> None:
+    """Make a patch with which the model says TARGET where it says SOURCE. The model's files stay as they are."""
+    source, target = _words(source, target, remove)
+    path = _patch_path(out_path, source, target)
+    from mmneurons.editing.edit import EditSettings
+    from mmneurons.editing.edit import edit as make_patch
+    from mmneurons.editing.file import save_patch
+    from mmneurons.editing.reference import make_reference
+
+    shown = _items([*(images or []), *(more or [])]) if images or more else None
+    kept = _items(reference) if reference else None
+    lines = _lines(texts)
+    vlm = load()
+    shown = _or_pocket(vlm, shown, f"edit/{source}", "--images")
+    if kept is None:
+        kept = _or_pocket(vlm, None, "reference-400", None)
+        lines = lines or _pocket_texts(vlm, 0)
+    settings = EditSettings(
+        method, top, blocks or None, prompts=tuple(prompt or (PROMPT,)), answer_prefix=answer_prefix,
+        max_new_tokens=max_new_tokens, batch_size=batch_size,
+    )  # fmt: skip
+    held_back = None
+    if kept or lines:
+        with bar(err, len(kept), "answers to leave as they are") as progress:
+            held_back = make_reference(
+                vlm, [item.image() for item in kept], lines, prompt=settings.prompts[0], answer_prefix=answer_prefix,
+                max_new_tokens=max_new_tokens, batch_size=batch_size, progress=progress,
+            )  # fmt: skip
+    else:
+        err.print("no --reference: only the other words of these answers are held as they are", style="yellow")
+    with err.status("editing") as status:
+        patch = make_patch(
+            vlm, [item.image() for item in shown], source=source, target=target, reference=held_back,
+            settings=settings, progress=status.update,
+        )  # fmt: skip
+    save_patch(patch, path)
+    search, wanted = patch.provenance["search"], target or "anything else"
+    strength = f", strength {search['strength']:.3g}" if "strength" in search else ""
+    out.print(f"{source} -> {wanted}: {len(patch.neurons)} columns{strength}")
+    out.print(f"  turned {search['turned']:.0%} of the answers that said {source}")
+    if search["looked_at"]:
+        what = "answers likeliest to change" if "strength" in search else "steps that were to stay"
+        out.print(f"  of the {search['looked_at']} {what}, {search['changed']} changed")
+    out.print(f"wrote {path} ({path.stat().st_size / 1000:.1f} kB)", soft_wrap=True)
+    if evaluate is not None:
+        _judge(vlm, [(path, patch)], evaluate, shown, held_out, unrelated, [], limit, batch_size)
+
+
+@app.command("evaluate-edit")
+@loads_model
+def evaluate_edit(
+    load: Load,
+    files: Annotated[list[Path], typer.Argument(metavar="PATCH...", help="Patches, from mmneurons edit.")],
+    folder: Annotated[Path, typer.Option("--out", metavar="DIR", help="Where results are kept.")],
+    images: Annotated[list[str] | None, typer.Option(help="The images the edit was made with.")] = None,
+    held_out: HeldOut = None,
+    unrelated: Unrelated = None,
+    texts: Texts = None,
+    limit: Limit = None,
+    batch_size: Batch = 8,
+) -> None:
+    """Judge patches by what the model generates, each by itself, and write a page. Stopped, it goes on."""
+    from mmneurons.editing.file import load_patch
+
+    loaded = [(path, load_patch(path)) for path in files]
+    shown, lines = _items(images) if images else None, _lines(texts)
+    _judge(load(), loaded, folder, shown, held_out, unrelated, lines, limit, batch_size)
+
+
+@patches.command("show")
+@loads_model
+def show(
+    load: Load,
+    path: Annotated[Path, typer.Argument(metavar="PATCH", help="From mmneurons edit.")],
+    words: Annotated[bool, typer.Option(help="Load the model, to show what its columns say.")] = True,
+    n: Annotated[int, typer.Option("--top", min=1, help="Neurons listed, those that change most first.")] = 20,
+) -> None:
+    """Show what a patch changes: neurons, their words, how far they move."""
+    from mmneurons.editing.file import load_patch
+    from mmneurons.editing.show import describe_patch
+    from mmneurons.report.patch import patch_text
+
+    patch = load_patch(path)
+    out.print(patch_text(describe_patch(patch, load() if words else None), n), soft_wrap=True)
+
+
+@app.command()
+@loads_model
+def export(
+    load: Load,
+    files: Annotated[list[Path], typer.Argument(metavar="PATCH...", help="Patches, from mmneurons edit.")],
+    folder: Annotated[Path, typer.Option("--out", metavar="DIR", help="A new folder.")],
+) -> None:
+    """Write a model with patches in it, as an ordinary checkpoint that transformers loads by itself."""
+    from mmneurons.editing.export import export as write
+    from mmneurons.editing.file import load_patch
+
+    loaded = [load_patch(path) for path in files]
+    vlm = load()
+    with working(err, "writing"):
+        write(vlm, loaded, folder)
+    out.print(f"wrote {folder}", soft_wrap=True)
+
+
+def _judge(
+    vlm: VLM,
+    loaded: list[tuple[Path, Any]],
+    folder: Path,
+    shown: list[Any] | None,
+    held_out: list[str] | None,
+    unrelated: list[str] | None,
+    texts: list[str],
+    limit: int | None,
+    batch_size: int,
+) -> None:
+    """Judge patches and show the figures."""
+    from mmneurons.editing.judging import judge_patches
+    from mmneurons.report.edit import figures, write_edits
+
+    beyond = _items(held_out) if held_out else None
+    others = _or_pocket(vlm, _items(unrelated) if unrelated else None, "locality-500", "--unrelated")[:limit]
+
+    def of_edit(source: str) -> list[Any]:
+        return _or_pocket(vlm, shown, f"edit/{source}", "--images")
+
+    @functools.cache
+    def of_held_out(source: str) -> list[Any]:
+        return _or_pocket(vlm, beyond, f"held-out/{source}", "--held-out")
+
+    texts = texts or _pocket_texts(vlm, 1)
+    with bars(err) as progress:
+        judged = judge_patches(
+            vlm,
+            {str(path): patch for path, patch in loaded},
+            folder,
+            edit=of_edit,
+            held_out=of_held_out,
+            unrelated=others,
+            texts=texts,
+            batch_size=batch_size,
+            progress=progress,
+        )
+    for name, one in judged.items():
+        out.print(f"{name}: {one.source} -> {one.target or 'anything else'}", soft_wrap=True)
+        for label, value in figures(one):
+            out.print(f"  {label:34s} {value}", soft_wrap=True)
+    err.print(f"wrote {write_edits(judged, folder, of_held_out, others)}", soft_wrap=True)
+
+
+def _words(source: str, target: str | None, remove: str | None) -> tuple[str, str | None]:
+    if remove and not source and target is None:
+        return remove, None
+    if source and target and not remove:
+        return source, target
+    raise SettingError(
+        "Say which word is to become which, or which is to be removed.",
+        seen=f"--from {source or '?'} --to {target or '?'} --remove {remove or '?'}",
+        fix="mmneurons edit --from dog --to cat, or mmneurons edit --remove dog",
+    )
+
+
+def _patch_path(given: Path | None, source: str, target: str | None) -> Path:
+    path = given or Path(f"{source}-to-{target}.safetensors" if target else f"remove-{source}.safetensors")
+    if path.suffix != ".safetensors":
+        raise SettingError(
+            f"A patch is a .safetensors file, not {path}.", fix=f"--out {path.with_suffix('.safetensors')}"
+        )
+    if not path.parent.is_dir() or path.is_dir():
+        raise SettingError(f"Cannot write {path}.", fix=f"Make its folder first: mkdir -p {path.parent}")
+    return path
+
+
+def _items(sources: list[str]) -> list[Any]:
+    from mmneurons.inspection.items import read_items
+
+    return [item for source in sources for item in read_items(source)]
+
+
+def _lines(path: Path | None) -> list[str]:
+    if path is None:
+        return []
+    try:
+        return [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise SettingError(f"Cannot read {path}.", seen=str(error), fix="Name a file of text, a line each.") from error
+
+
+def _pocket_texts(vlm: VLM, which: int) -> list[str]:
+    """Every fourth sentence about the pocket world, from the first (to edit with) or the second (to judge on)."""
+    if not vlm.is_pocket:
+        return []
+    from mmneurons import pocket
+
+    return list(pocket.facts()[which::4])
+
+
+def _or_pocket(vlm: VLM, given: list[Any] | None, name: str, option: str | None) -> list[Any]:
+    """What was given, or a set of the pocket world; for another model there is none."""
+    if given is not None:
+        return given
+    if vlm.is_pocket:
+        err.print(f"these are pocket:{name}", style="dim")
+        return _items([f"pocket:{name}"])
+    if option is None:
+        return []
+    raise SettingError("There are no images.", fix=f"Name some: {option} FOLDER")

@@ -1,0 +1,202 @@
+"""`caption`, `find`, `neuron`, `word`, `samples`, `doctor`."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from mmneurons.cli.options import (
+    ANSWER_PREFIX,
+    MAX_NEW_TOKENS,
+    PROMPT,
+    Batch,
+    Images,
+    Length,
+    Load,
+    Prefix,
+    Prompt,
+    app,
+    check_outputs,
+    err,
+    images_or_sample,
+    loads_model,
+    out,
+)
+from mmneurons.errors import SettingError
+from mmneurons.progress import bar, working
+
+
+@app.command()
+@loads_model
+def caption(
+    load: Load,
+    images: Images = None,
+    prompt: Prompt = PROMPT,
+    answer_prefix: Prefix = ANSWER_PREFIX,
+    max_new_tokens: Length = MAX_NEW_TOKENS,
+    batch_size: Batch = 8,
+) -> None:
+    """Say what is in each image, or answer a question about it."""
+    paths = images_or_sample(images)
+    from mmneurons.vlm.images import open_image
+
+    opened = [open_image(path) for path in paths]
+    vlm = load()
+    with working(err, f"captioning {len(paths)} images"):
+        pictures = [o.image for o in opened]
+        texts = vlm.caption(pictures, prompt, answer_prefix, max_new_tokens=max_new_tokens, batch_size=batch_size)
+    for o, text in zip(opened, texts, strict=True):
+        out.print(f"{o.name}: {answer_prefix} {text}".strip(), soft_wrap=True)
+        for note in vlm.notes(o):
+            err.print(f"  note: {note}", style="yellow")
+
+
+@app.command()
+@loads_model
+def find(
+    load: Load,
+    images: Images = None,
+    prompt: Prompt = PROMPT,
+    answer_prefix: Prefix = ANSWER_PREFIX,
+    top: Annotated[int, typer.Option(min=1, help="Neurons listed for each noun.")] = 10,
+    score: Annotated[Literal["logit", "logprob", "paper"], typer.Option(help="See docs/method.md.")] = "logit",
+    word: Annotated[list[str] | None, typer.Option(help="A word of the caption to explain; repeatable.")] = None,
+    against: Annotated[str | None, typer.Option(help="Score why the noun rather than this word.")] = None,
+    together: Annotated[bool, typer.Option("--together", help="All images in one prompt, not a prompt each.")] = False,
+    no_image: Annotated[bool, typer.Option("--no-image", help="A prompt of words alone.")] = False,
+    json_path: Annotated[str | None, typer.Option("--json", metavar="FILE", help="Write JSON; - for stdout.")] = None,
+    report: Annotated[Path | None, typer.Option(metavar="FILE.html", help="Write a page to look at.")] = None,
+    maps: Annotated[bool, typer.Option(help="Also show where in the image the neurons look.")] = True,
+    max_new_tokens: Length = MAX_NEW_TOKENS,
+    batch_size: Batch = 8,
+) -> None:
+    """Caption images, or ask about them, and show the neurons that wrote each noun of the answer."""
+    if no_image and images:
+        raise SettingError("--no-image goes without image files.", seen=f"Got {', '.join(images)}.")
+    paths = [] if no_image else images_or_sample(images)
+    prompts: list[Any] = [paths] if together else [None] if no_image else paths
+    check_outputs(json_path, report)
+    from mmneurons.finding import result
+    from mmneurons.finding.finder import find as find_neurons
+    from mmneurons.report.terminal import show
+    from mmneurons.vlm.images import open_image
+
+    for path in paths:  # a missing file is told before a model is loaded
+        open_image(path)
+    vlm = load()
+    with bar(err, len(prompts), "prompts") as progress:
+        findings = find_neurons(
+            vlm,
+            prompts,
+            prompt=prompt,
+            answer_prefix=answer_prefix,
+            top=top,
+            score=score,
+            words=word,
+            against=against,
+            maps=maps and not no_image,
+            blank=report is not None and not no_image,
+            max_new_tokens=max_new_tokens,
+            batch_size=batch_size,
+            progress=progress,
+        )
+    if json_path == "-":
+        sys.stdout.write(result.to_json(findings))
+    else:
+        for finding in findings:
+            show(finding, out)
+    if json_path not in (None, "-"):
+        result.save(findings, json_path)
+        err.print(f"wrote {json_path}", soft_wrap=True)
+    if report is not None:
+        from mmneurons.report import write_report
+
+        write_report(findings, report)
+        err.print(f"wrote {report}", soft_wrap=True)
+
+
+@app.command()
+@loads_model
+def neuron(
+    load: Load,
+    name: Annotated[str, typer.Argument(metavar="NEURON", help="L23.u6012, or L23.e5.u6012 for expert 5.")],
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens listed each way.")] = 10,
+    neighbours: Annotated[int, typer.Option(min=0, help="Neurons like it.")] = 10,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Show what a neuron says whenever it fires: no image needed."""
+    from mmneurons.neurons import Neuron
+
+    asked = Neuron.parse(name)  # what is no neuron is told before a model is loaded
+    from mmneurons.finding.lookup import explain_neuron
+    from mmneurons.report.cards import show_neuron
+
+    vlm = load()
+    card = explain_neuron(vlm, asked, n_tokens=tokens, n_neighbours=neighbours)
+    if as_json:
+        out.print_json(json.dumps(card.to_dict()))
+    else:
+        show_neuron(card, out)
+
+
+@app.command()
+@loads_model
+def word(
+    load: Load,
+    text: Annotated[str, typer.Argument(metavar="WORD", help="A word; of several tokens, its first counts.")],
+    top: Annotated[int, typer.Option(min=1, help="Neurons listed.")] = 10,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Show the neurons of the whole model that point to a word: no image needed."""
+    from mmneurons.finding.lookup import neurons_for
+    from mmneurons.report.cards import show_word
+
+    vlm = load()
+    found = neurons_for(vlm, text, top=top)
+    if as_json:
+        out.print_json(json.dumps(found.to_dict()))
+    else:
+        show_word(found, out)
+
+
+@app.command()
+def samples() -> None:
+    """List the sample images that come with the package."""
+    from mmneurons import pocket
+
+    for sample in pocket.samples():
+        out.print(f"{sample.path}  {sample.caption}", soft_wrap=True)
+
+
+@app.command()
+@loads_model
+def doctor(
+    load: Load,
+    image: Annotated[str | None, typer.Argument(metavar="IMAGE", help="Default: a sample image.")] = None,
+    prompt: Prompt = PROMPT,
+    answer_prefix: Prefix = ANSWER_PREFIX,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+) -> None:
+    """Show what was found in a model and check that its numbers add up; exit code 1 if a check fails."""
+    path = images_or_sample([image] if image else None)[0]
+    from mmneurons.vlm.doctor import doctor as examine
+    from mmneurons.vlm.images import open_image
+
+    open_image(path)  # what is no image is told before a model is loaded
+    vlm = load()
+    report = examine(vlm, path, prompt, answer_prefix)
+    if as_json:
+        out.print_json(json.dumps(report.to_dict()))
+    else:
+        for group in (report.model, report.structure, report.packages):
+            for name, value in group.items():
+                out.print(f"  {name:16s} {value}", soft_wrap=True)
+        for check in report.checks:
+            style = "green" if check.passed else "red"
+            out.print(f"{'PASS' if check.passed else 'FAIL'}  {check.name}", style=style)
+            out.print(f"      {check.detail}")
+    raise typer.Exit(0 if report.passed else 1)

@@ -1,0 +1,80 @@
+"""`inspect`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from mmneurons.cli.options import (
+    ANSWER_PREFIX,
+    MAX_NEW_TOKENS,
+    PROMPT,
+    Batch,
+    Length,
+    Load,
+    Prefix,
+    Prompt,
+    app,
+    err,
+    loads_model,
+    out,
+)
+from mmneurons.progress import bars, working
+
+
+@app.command("inspect")
+@loads_model
+def inspect_(
+    load: Load,
+    images: Annotated[str, typer.Option(help="A folder, a manifest (docs/format.md), or pocket:find-500.")],
+    out_folder: Annotated[Path, typer.Option("--out", metavar="DIR", help="Where results are kept.")],
+    what: Annotated[
+        Literal["sensitivity", "specificity", "causal", "finders", "all"], typer.Argument(help="Which experiment.")
+    ] = "all",
+    masks: Annotated[Path | None, typer.Option(metavar="DIR", help="For a folder: masks STEM.NOUN.png.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Images. Default: all; 50 for causal, finders.")] = None,
+    prompt: Prompt = PROMPT,
+    answer_prefix: Prefix = ANSWER_PREFIX,
+    top: Annotated[int, typer.Option(min=1, help="Top neurons of a noun (sensitivity).")] = 10,
+    score: Annotated[Literal["logit", "logprob", "paper"], typer.Option(help="See docs/method.md.")] = "logit",
+    seed: Annotated[int, typer.Option(help="Of noise, random neurons and shuffled patches.")] = 0,
+    text_model: Annotated[str | None, typer.Option(help="For BERTScore: roberta-large ... Default: MiniLM.")] = None,
+    clip_model: Annotated[str | None, typer.Option(help="For CLIPScore: openai/clip-vit-base-patch16 ...")] = None,
+    max_new_tokens: Length = MAX_NEW_TOKENS,
+    batch_size: Batch = 8,
+) -> None:
+    """Test whether neurons are sensitive, specific and causal, and their ranking true. Stopped, it goes on."""
+    from mmneurons.inspection.items import read_items
+    from mmneurons.inspection.meaning import PACKAGED, meaning
+    from mmneurons.inspection.run import EXPERIMENTS, Settings, examples, inspect
+    from mmneurons.inspection.tables import shown, tables
+    from mmneurons.report.inspection import write_inspection
+
+    items = read_items(images, masks)
+    vlm = load()
+    settings = Settings(score, top, prompt, answer_prefix, max_new_tokens, seed)
+    experiments = EXPERIMENTS if what == "all" else (what,)
+    with bars(err) as progress:
+        found = inspect(
+            vlm,
+            items,
+            out_folder,
+            experiments,
+            settings,
+            limit=limit,
+            batch_size=batch_size,
+            progress=progress,
+        )
+    with working(err, "drawing"):
+        made = tables(found, meaning(text_model or PACKAGED, clip_model), items)
+        drawn = examples(vlm, items, settings) if found.sensitivity is not None else []
+        page = write_inspection(found, made, out_folder, drawn, n_images=len(items[:limit]))
+    for table in made:
+        if len(table.rows) <= 12:
+            out.print(f"{table.title}. {table.note}".strip(), soft_wrap=True)
+            for labels, value in table.rows:
+                mean, interval, _ = shown(value)
+                out.print(f"  {'  '.join(labels):60s} {mean}  {interval}".rstrip(), soft_wrap=True)
+    err.print(f"wrote {page}", soft_wrap=True)

@@ -1,0 +1,118 @@
+"""What commands share: the consoles, options that several have, and loading the model that they name."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+from rich.console import Console
+
+from mmneurons.errors import SettingError
+from mmneurons.progress import working
+
+if TYPE_CHECKING:
+    from mmneurons.vlm.vlm import VLM
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    help="Find, inspect and edit the multi-modal neurons of vision-language models.",
+)
+out = Console(highlight=False, markup=False, emoji=False)
+err = Console(stderr=True, highlight=False, markup=False, emoji=False)
+
+Images = Annotated[list[str] | None, typer.Argument(metavar="IMAGE...", help="Image files.")]
+Load = Callable[[], "VLM"]
+Prompt = Annotated[str, typer.Option(help="What the model is asked.")]
+Prefix = Annotated[str, typer.Option("--answer-prefix", help="Words the answer is made to begin with.")]
+Length = Annotated[int, typer.Option("--max-new-tokens", min=1, help="Where to stop if the model does not.")]
+Batch = Annotated[int, typer.Option("--batch-size", min=1, help="Images in one batch.")]
+
+# The same words as in vlm/prompts.py, which would import torch through its package; a test compares them.
+PROMPT = "Describe the image in few words."
+ANSWER_PREFIX = "An image of"
+MAX_NEW_TOKENS = 32
+
+
+def _load(
+    model: Annotated[str | None, typer.Option(help="Hub id or folder. Default: the pocket model.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 ... Default: a GPU if there is one.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16. Default: as stored.")] = None,
+    bits: Annotated[Literal["8", "4"] | None, typer.Option(help="Quantise while loading (bitsandbytes).")] = None,
+    device_map: Annotated[str | None, typer.Option(help="Spread over devices: auto, balanced ...")] = None,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the Hub.")] = None,
+    trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="Run code of the model.")] = False,
+    decoder: Annotated[str | None, typer.Option(help="Path of the language model, if it cannot be told.")] = None,
+) -> VLM:
+    from transformers.utils import logging
+
+    from mmneurons.vlm.load import load
+
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    options: dict[str, Any] = {}
+    if bits is not None:
+        from transformers import BitsAndBytesConfig
+
+        options["quantization_config"] = BitsAndBytesConfig(load_in_8bit=bits == "8", load_in_4bit=bits == "4")
+        device_map = device_map or device or "auto"
+    with working(err, f"loading {model or 'the pocket model'}"):
+        return load(
+            model,
+            dtype=dtype,
+            device=device,
+            device_map=device_map,
+            revision=revision,
+            trust_remote_code=trust_remote_code,
+            decoder=decoder,
+            **options,
+        )
+
+
+def loads_model(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command the options of `_load`; the command itself gets `load`, which loads the model that they name."""
+    own, options = (
+        inspect.signature(function, eval_str=True, locals={"VLM": object}).parameters for function in (command, _load)
+    )
+
+    @functools.wraps(command)
+    def with_options(**given: Any) -> None:
+        command(load=functools.partial(_load, **{name: given.pop(name) for name in options}), **given)
+
+    parameters = [parameter for name, parameter in own.items() if name != "load"] + list(options.values())
+    parameters = [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in parameters]
+    with_options.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    setattr(with_options, "__signature__", inspect.Signature(parameters))  # noqa: B010 - functions have no such field
+    return with_options
+
+
+def images_or_sample(images: list[str] | None) -> list[str]:
+    """The images given, or a sample, saying so."""
+    if images:
+        return list(images)
+    from mmneurons import pocket
+
+    sample = pocket.samples()[0]
+    err.print(f"no image given: this is the sample {sample.name}, see mmneurons samples", style="dim")
+    return [str(sample.path)]
+
+
+def check_outputs(json_path: str | None, report: Path | None) -> None:
+    """Refuse files that could not be written, before anything is loaded."""
+    for path in (None if json_path == "-" else json_path, report):
+        if path is None:
+            continue
+        if not (folder := Path(path).parent).is_dir():
+            raise SettingError(
+                f"Cannot write {path}.", seen=f"There is no folder {folder}.", fix=f"Make it first: mkdir -p {folder}"
+            )
+        if Path(path).is_dir():
+            raise SettingError(
+                f"Cannot write {path}.", seen="It is a folder.", fix=f"Name a file in it: {path}/find.out"
+            )

@@ -1,0 +1,281 @@
+"""Rivals of `edit`: other ways to make a model say TARGET where it says SOURCE, all asked and judged alike.
+
+    rival = baseline(vlm, "rome", images, source="dog", target="cat", reference=reference, settings=None)
+    with rival.applied(vlm): ...
+
+| name | what changes | source |
+| --- | --- | --- |
+| `finetune` | all of one block's `w_out`, by Adam | |
+| `lora` | every `w_out`, by a product of rank 8 | Hu et al., ICLR 2022 |
+| `rome` | one block's `w_out`, by rank one | Meng et al., NeurIPS 2022 |
+| `memit` | the `w_out` of a few blocks | Meng et al., ICLR 2023 |
+| `random` | matched random columns, by the closed form of `edit` | |
+| `logit_bias` | two logits, by a constant: an output-layer reference | |
+| `head_rows` | two rows of the head, which change places: likewise | |
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal, get_args
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from mmneurons.editing.columns import Columns, writers
+from mmneurons.editing.edit import EditSettings, edit
+from mmneurons.editing.goals import Asked, Goal, goals_of
+from mmneurons.editing.lessons import Task
+from mmneurons.editing.patch import Patch
+from mmneurons.editing.reference import Reference
+from mmneurons.editing.steps import Steps, answer_steps, occurrences
+from mmneurons.editing.strength import find_strength
+from mmneurons.editing.trained import Adapter, Facts, finetune, lora, memit, rome
+from mmneurons.errors import SettingError, WordError
+from mmneurons.inspection.matching import column_norms, loudness, matched
+from mmneurons.neurons import Neuron
+from mmneurons.vlm import provenance
+from mmneurons.vlm.prompts import tokens_of
+from mmneurons.vlm.replay import Replay
+from mmneurons.vlm.vlm import VLM, Picture
+from mmneurons.words import inflected, singular
+
+Name = Literal["finetune", "lora", "rome", "memit", "random", "logit_bias", "head_rows"]
+NAMES: tuple[Name, ...] = get_args(Name)
+
+
+@dataclass(frozen=True, eq=False)
+class HeadChange:
+    """What is done to the logits of some tokens, by a hook on the head's output; its weights, tied or not, stay."""
+
+    pairs: tuple[tuple[int, int], ...]
+    """SOURCE's token and TARGET's, for each form."""
+    bias: float | None
+    """Taken from the first and added to the second of each pair; None: they change places."""
+
+    def __rmul__(self, factor: float) -> HeadChange:
+        """A bias `factor` times as large."""
+        return HeadChange(self.pairs, None if self.bias is None else factor * self.bias)
+
+    def __call__(self, module: nn.Module, args: tuple, output: Tensor) -> Tensor:
+        """The head's output, changed."""
+        new, sources = output.clone(), sorted({said for said, _ in self.pairs})
+        for target in sorted({wanted for _, wanted in self.pairs}):
+            mine = [said for said, wanted in self.pairs if wanted == target]
+            if (
+                self.bias is None
+            ):  # forms of SOURCE that share one of TARGET (cow and cows, sheep): the likeliest of them
+                new[..., target] = output[..., mine].max(-1).values
+                new[..., mine] = output[..., target, None].expand(*output.shape[:-1], len(mine))
+            else:
+                new[..., target] += self.bias
+        if self.bias is not None:
+            new[..., sources] -= self.bias
+        return new
+
+    @contextmanager
+    def applied(self, vlm: VLM) -> Iterator[HeadChange]:
+        """Set the hook, and remove it whatever happens."""
+        hook = vlm.anatomy.head.register_forward_hook(self)
+        try:
+            yield self
+        finally:
+            hook.remove()
+
+
+@dataclass(frozen=True, eq=False)
+class Rival:
+    """An edit made another way."""
+
+    name: Name
+    change: Patch | Adapter | HeadChange
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+    """Plain data: settings, `seconds` to make it, `steps` of Adam, `changed` numbers of the model, `stored` numbers."""
+
+    @contextmanager
+    def applied(self, vlm: VLM) -> Iterator[Rival]:
+        """Apply, and take back whatever happens; errors as of `Patch.apply`."""
+        with self.change.applied(vlm):
+            yield self
+
+
+def baseline(
+    vlm: VLM,
+    name: Name,
+    images: Sequence[Picture],
+    *,
+    source: str,
+    target: str,
+    reference: Reference | None = None,
+    settings: EditSettings | None = None,
+    block: int | None = None,
+    seed: int = 0,
+    progress: Callable[[str], None] | None = None,
+) -> Rival:
+    """Make the model say `target` where it says `source`, not by `edit`. The model is left as it was.
+
+    Args:
+        vlm: The model, from `load`.
+        name: Which of `NAMES`.
+        images: Paths, PIL images or arrays; the model must say `source` of one of them at least.
+        source: The word that is to go, singular.
+        target: The word that is to come, singular.
+        reference: What is to stay as it is. Without one, the other words of the same captions.
+        settings: Prompts, answer prefix and batches for all; how columns are chosen and moved for "random" alone.
+        block: Whose `w_out` "finetune" and "rome" change, the last of those that "memit" changes; None: the last.
+        seed: Of the random columns, of LoRA's first weights and of the order of reference images.
+        progress: Told what is being done.
+
+    Raises:
+        WordError: the model says `source` of none of the images, or a word cannot be written in its tokens.
+        SettingError: source and target are one word; there is no such baseline or block; no strength turns any answer
+            ("random", "logit_bias"); PEFT is missing ("lora").
+        ModelError: columns that cannot be written, experts ("finetune", "lora", "rome", "memit"), adapters ("lora").
+    """
+    if name not in NAMES:
+        raise SettingError(f"There is no baseline '{name}'.", fix=f"Choose one of: {', '.join(NAMES)}.")
+    if singular(source) == singular(target):
+        raise SettingError(f"'{source}' is to become '{target}': the same word.", fix="Choose another target.")
+    settings, tell = settings or EditSettings(), progress or (lambda what: None)
+    began = time.perf_counter()
+    tell("answering about the images")
+    limits: dict[str, int] = {"max_new_tokens": settings.max_new_tokens, "batch_size": settings.batch_size}
+    asked = []
+    for prompt in settings.prompts:
+        said = answer_steps(vlm, images, prompt, settings.answer_prefix, **limits)  # pyright: ignore[reportArgumentType]
+        asked.append(Asked(images, prompt, settings.answer_prefix, said, occurrences(vlm, said, source)))
+    if not any(one.found for one in asked):
+        raise WordError(
+            f"The model says '{source}' of none of the images.",
+            seen="\n".join(text for one in asked for text in one.said.texts[:5]),
+            fix="Give images of which it does, or a word that it says.",
+        )
+    task = Task(vlm, asked, source, target, reference, settings, seed, tell)
+    change, facts = _MAKERS[name](task, block)
+    made_by = {
+        "baseline": name,
+        "source": source,
+        "target": target,
+        "seed": seed,
+        "settings": asdict(settings),
+        **facts,
+        "seconds": time.perf_counter() - began,
+        **_sizes(vlm, change),
+        "images": len(images),
+        "reference": None if reference is None else reference.facts,
+        "model": dict(vlm.facts),
+        "packages": provenance.versions(),
+    }
+    return Rival(name, change, made_by)
+
+
+def matched_neurons(vlm: VLM, goals: Sequence[Goal], chosen: Columns, seed: int) -> list[Neuron]:
+    """Random neurons for others: for each one of the same FFN, as loud where SOURCE is said, in the mean."""
+    n = sum(len(goal.steps) for goal in goals)
+    mean = [
+        sum((goal.steps.activations[i].float().abs().sum(0) for goal in goals), torch.zeros(ffn.size)) / n
+        for i, ffn in enumerate(vlm.anatomy.ffns)
+    ]
+    # One step that stands for all; every expert's neurons have slots, in order.
+    step = Replay(vlm.anatomy, goals[0].said, torch.empty(0), mean, [None] * len(mean), [])
+    slots = torch.cat([mine + int(step.slot_starts[i]) for i, mine in chosen.indices.items()])
+    (drawn,) = matched(step, loudness(step, column_norms(vlm.anatomy)), slots, 1, seed)
+    return [step.neuron(slot) for slot in drawn.unique().tolist()]
+
+
+def _random(task: Task, block: int | None) -> tuple[Patch, Facts]:
+    goals = goals_of(task.vlm, task.asked, task.target)
+    chosen = writers(task.vlm, goals, task.settings.top, task.settings.blocks)
+    patch = edit(
+        task.vlm,
+        task.asked[0].images,
+        source=task.source,
+        target=task.target,
+        reference=task.reference,
+        neurons=matched_neurons(task.vlm, goals, chosen, task.seed),
+        settings=task.settings,
+        progress=task.tell,
+    )
+    return patch, {"steps": 0, "search": patch.provenance["search"]}
+
+
+def _head_rows(task: Task, block: int | None) -> tuple[HeadChange, Facts]:
+    return HeadChange(_pairs(task), None), {"steps": 0}
+
+
+def _logit_bias(task: Task, block: int | None) -> tuple[HeadChange, Facts]:
+    """TARGET up and SOURCE down, as far as the reference bears: found as `edit` finds the strength of its patch."""
+    unit, reference = HeadChange(_pairs(task), 1.0), task.reference
+    needed, harm = [], []
+    for one in task.asked:
+        rows = one.said.steps.at(torch.tensor([one.said.row(answer, word.steps[0]) for answer, word in one.found]))
+        needed.append(_behind(task, rows, unit) / 2)  # as much is taken from SOURCE
+    if reference is not None and reference.said is not None:
+        steps = reference.said.steps
+        near = -_behind(task, steps, unit)
+        near[reference.says(task.vlm, task.source)[: len(steps)]] = -torch.inf
+        worst = torch.full((len(reference.images),), -torch.inf)
+        harm = worst.scatter_reduce(0, steps.answers, near, "amax").tolist()
+    unit_as_patch: Any = unit  # all that the search does with a patch is to scale and to apply it
+    search = find_strength(
+        task.vlm,
+        unit_as_patch,
+        task.asked,
+        task.source,
+        task.target,
+        start=max(0.1, max(float(each.max()) for each in needed)),
+        reference=reference,
+        harm=harm,
+        tell=task.tell,
+        max_new_tokens=task.settings.max_new_tokens,
+        batch_size=task.settings.batch_size,
+    )
+    return search.strength * unit, {"steps": 0, "search": asdict(search)}
+
+
+def _pairs(task: Task) -> tuple[tuple[int, int], ...]:
+    """First tokens of SOURCE and of TARGET, for each form in which SOURCE was said."""
+    tokenizer, found = task.vlm.tokenizer, set()
+    for one in task.asked:
+        for answer, word in one.found:
+            said = one.said.token_ids[answer][word.steps[0]]
+            found.add((said, tokens_of(tokenizer, inflected(task.target, word.text))[0]))
+    pairs = tuple(sorted(pair for pair in found if pair[0] != pair[1]))
+    if not pairs:
+        raise SettingError(f"'{task.source}' and '{task.target}' begin with the same token.")
+    return pairs
+
+
+def _behind(task: Task, steps: Steps, change: HeadChange) -> Float[Tensor, "steps"]:
+    """How far the likeliest token of TARGET is behind what was said."""
+    wanted = sorted({target for _, target in change.pairs})
+    logits = [task.vlm.anatomy.logits(rows)[:, wanted].max(-1).values.cpu() for rows in steps.residual.split(256)]
+    return steps.logits - torch.cat(logits)
+
+
+def _sizes(vlm: VLM, change: Patch | Adapter | HeadChange) -> dict[str, int]:
+    """`changed`: numbers of the model that are others; `stored`: numbers that say how."""
+    if isinstance(change, HeadChange):
+        return {"changed": 0, "stored": len(change.pairs) * 2 + (change.bias is not None)}
+    if isinstance(change, Adapter):
+        ffns = [ffn for ffn in vlm.anatomy.ffns if ffn.name in change.names]
+        changed = sum(ffn.size for ffn in ffns) * vlm.anatomy.hidden
+        return {"changed": changed, "stored": sum(each.numel() for each in change.weights.values())}
+    tensors = [change.directions, *(each for part in change.parts for each in (part.deltas, part.coefficients))]
+    stored = sum(each.numel() for each in tensors if each is not None)
+    return {"changed": len(change.neurons) * vlm.anatomy.hidden, "stored": stored}
+
+
+_MAKERS: dict[str, Callable[[Task, int | None], tuple[Patch | Adapter | HeadChange, Facts]]] = {
+    "finetune": finetune,
+    "lora": lora,
+    "rome": rome,
+    "memit": memit,
+    "random": _random,
+    "logit_bias": _logit_bias,
+    "head_rows": _head_rows,
+}

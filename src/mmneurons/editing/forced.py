@@ -1,0 +1,170 @@
+"""Answers that are given to the model, to be read again and again from one block upwards.
+
+    reader = Reader(vlm, lowest=30)
+    batches = reader.read(images, prompt, answer_prefix, given)
+    reader.final(batches[0])    # what enters the final norm now, differentiable
+
+What enters the lowest block is kept from one pass over the whole model, with what else the blocks are called with.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from itertools import islice
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from torch.utils.hooks import RemovableHandle
+
+from mmneurons.editing.reference import Reference
+from mmneurons.editing.steps import text_inputs
+from mmneurons.vlm.calls import Catcher, repeated
+from mmneurons.vlm.doctor import tolerance
+from mmneurons.vlm.vlm import VLM, Inputs, Picture, batches, open_row
+
+
+@dataclass(frozen=True, eq=False)
+class Given:
+    """An answer that the model is given, and what its steps are to do."""
+
+    token_ids: list[int]
+    turn: dict[int, int]
+    """Step -> the token that is wanted there; without a target, the one that is not."""
+    kept: dict[int, int]
+    """Step to be left as it is -> the token that is not to be repeated there, or -1."""
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """What is read at once, and the steps of it that count."""
+
+    inputs: Inputs
+    """Of the whole model."""
+    entering: Float[Tensor, "batch positions hidden"] | None
+    """The residual stream as it enters the lowest edited block; None: the whole model is to run."""
+    calls: Sequence[tuple[tuple, dict[str, Any]]]
+    """What else each block from there on is called with."""
+    places: tuple[Int[Tensor, "n"], Int[Tensor, "n"]]
+    """Row and position of each step."""
+    tokens: Int[Tensor, "n 1"]
+    """See `Given`."""
+    turn: Bool[Tensor, "n"]
+    base: Float[Tensor, "n hidden"]
+    """What entered the final norm, unedited: narrower than the logits."""
+
+    @property
+    def kinds(self) -> tuple[Bool[Tensor, "n"], Bool[Tensor, "n"], Bool[Tensor, "n"]]:
+        """Steps that are to turn, that are to stay, and that are not to repeat TARGET."""
+        return self.turn, ~self.turn, ~self.turn & (self.tokens[:, 0] >= 0)
+
+
+@dataclass(frozen=True, eq=False)
+class Reader:
+    """How answers are read: from block `lowest` up if `cache`, else by the whole model each time."""
+
+    vlm: VLM
+    lowest: int
+    cache: bool
+    batch_size: int
+    """Answers in one batch."""
+
+    def read_reference(self, reference: Reference, source: str) -> list[Batch]:
+        """All steps that do not say SOURCE."""
+        stay, made, start = (~reference.says(self.vlm, source)).tolist(), [], 0
+        if reference.said is not None:
+            given = []
+            for ids in reference.said.token_ids:
+                kept = {step: -1 for step in range(len(ids)) if stay[start + step]}
+                given.append(Given(list(ids), {}, kept))
+                start += len(ids)
+            made = self.read(reference.images, reference.prompt, reference.answer_prefix, given)
+        for text in reference.texts:
+            inputs = text_inputs(self.vlm, text)
+            made.append(self.batch(inputs, 0, [Given([], {}, dict.fromkeys(range(inputs["input_ids"].shape[1]), -1))]))
+        return made
+
+    def read(self, images: Sequence[Picture], prompt: str, prefix: str, given: Sequence[Given]) -> list[Batch]:
+        """Prompts and answers, these without their last tokens, behind which nothing counts."""
+        made, answers = [], iter(given)
+        for rows in batches([open_row(image) for image in images], self.batch_size):
+            now = list(islice(answers, len(rows)))
+            if not any(one.turn or one.kept for one in now):
+                continue
+            inputs = self.vlm.encode([[o.image for o in row] for row in rows], prompt, prefix)
+            begun = self.vlm.generate(inputs, 1)  # how the prompt stands in the language model's own sequence
+            width = max(len(one.token_ids) for one in now) - 1
+            # What fills up stands behind all that counts; a token of the answer does no harm there.
+            filled = [[*one.token_ids, *[one.token_ids[0]] * width][:width] for one in now]
+            prompts = begun.sequences[:, : begun.n_prompt]
+            fed = torch.tensor(filled, dtype=prompts.dtype, device=prompts.device).view(len(now), width)
+            extended = self.vlm.extended(inputs, replace(begun, sequences=torch.cat([prompts, fed], dim=1)))
+            made.append(self.batch(extended, begun.n_prompt - 1, now))
+        return made
+
+    def batch(self, inputs: Inputs, first: int, given: Sequence[Given]) -> Batch:
+        """Answers, whose steps begin at position `first`; read once, and again from the lowest edited block up."""
+        kinds = [(row, kind) for row, one in enumerate(given) for kind in ((1, one.turn), (0, one.kept))]
+        steps = [(row, first + step, token, turn) for row, (turn, kind) in kinds for step, token in kind.items()]
+        rows, positions, tokens, turn = torch.tensor(steps).view(-1, 4).unbind(1)
+        made = Batch(inputs, None, (), (rows, positions), tokens[:, None], turn.bool(), torch.empty(0))
+        blocks, catcher = self.vlm.anatomy.blocks[self.lowest :], Catcher({0})
+        with torch.no_grad():
+            catching = enumerate(block.module for block in blocks)
+            with hooked(m.register_forward_pre_hook(catcher.hook(k), with_kwargs=True) for k, m in catching):
+                whole = replace(made, base=self.final(made))
+            if not self.cache:
+                return whole
+            entering, calls = _apart(catcher.caught[0])
+            upper = replace(made, inputs={}, entering=entering, calls=calls)
+            upper = replace(upper, base=self.final(upper))
+            known, again = self.vlm.anatomy.logits(whole.base), self.vlm.anatomy.logits(upper.base)
+        bound = known[known > torch.finfo(torch.float32).min / 2].abs().max()
+        # A model that does more between its blocks than it tells them runs as a whole each time.
+        return upper if bool((known - again).abs().max() <= tolerance(self.vlm) * bound) else whole
+
+    def final(self, batch: Batch) -> Float[Tensor, "n hidden"]:
+        """What enters the final norm at the steps of a batch."""
+        # The norm before the head can be the last one of the last block (post-LN): then it runs on the way.
+        entered, norm, hidden = list[Tensor](), self.vlm.anatomy.norm_module, batch.entering
+        with hooked([norm.register_forward_pre_hook(lambda _, args: entered.append(args[0]))]):
+            if hidden is None:
+                takes = inspect.signature(self.vlm.model.forward).parameters
+                # As `VLM.read`: a number of logits to keep would let Gemma 4 skip positions in its last blocks.
+                last = torch.tensor([-1], device=self.vlm.device)
+                options = {"use_cache": False, "logits_to_keep": last}
+                self.vlm.model(**batch.inputs, **{name: options[name] for name in options if name in takes})
+            else:
+                hidden, shared = hidden.clone(), dict[int, Any]()
+                for block, (args, kwargs) in zip(self.vlm.anatomy.blocks[self.lowest :], batch.calls, strict=True):
+                    args, kwargs = repeated(args, 1, shared), repeated(kwargs, 1, shared)
+                    if args:
+                        args = (hidden, *args[1:])
+                    else:
+                        kwargs["hidden_states"] = hidden
+                    output = block.module(*args, **kwargs)
+                    hidden = output if isinstance(output, Tensor) else output[0]
+        return [hidden, *entered][-1][batch.places]
+
+
+def _apart(calls: Sequence[tuple[tuple, dict[str, Any]]]) -> tuple[Tensor, list[tuple[tuple, dict[str, Any]]]]:
+    """What enters the first of the blocks, and what else each is called with."""
+    args, kwargs = calls[0]
+    entering = args[0] if args else kwargs["hidden_states"]
+    return entering, [((None, *a[1:]), k) if a else (a, {**k, "hidden_states": None}) for a, k in calls]
+
+
+@contextmanager
+def hooked(handles: Iterable[RemovableHandle]) -> Iterator[None]:
+    """Hooks set one by one, all removed whatever happens."""
+    held: list[RemovableHandle] = []
+    try:
+        held.extend(handles)
+        yield
+    finally:
+        for handle in held:
+            handle.remove()

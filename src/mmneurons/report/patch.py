@@ -1,0 +1,75 @@
+"""What a patch changes, as plain text."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from mmneurons.report.text import percent, printable
+
+if TYPE_CHECKING:
+    from mmneurons.editing.show import ColumnChange, PatchDescription
+
+LISTED = 20
+"""Columns listed unless asked otherwise."""
+WIDTH = 38
+"""Characters that the tokens of a column take at most."""
+
+
+def patch_text(description: PatchDescription, listed: int | None = LISTED) -> str:
+    """Totals, what made it, and its columns, largest change first.
+
+    Args:
+        description: From `describe_patch`.
+        listed: How many columns; None for all.
+
+    Returns:
+        Lines without colour and without anything that cannot be seen; the last one ends without a line break.
+    """
+    n, blocks = len(description.changes), ", ".join(map(str, description.blocks))
+    lines = [
+        f"{_count(n, 'column')} of {_count(len(description.blocks), 'block')}{f' ({blocks})' if blocks else ''}, "
+        f"rank {description.rank}, {description.n_bytes:,} bytes",
+        *_aligned([("hash", description.hash[:16]), *description.facts]),
+    ]
+    shown = description.changes[:listed]
+    if shown:
+        lines += ["", *_table(shown)]
+    if len(shown) < n:
+        lines.append(f"... and {n - len(shown)} more")
+    return "\n".join(lines)
+
+
+def _table(changes: Sequence[ColumnChange]) -> list[str]:
+    """One line for each column; without a model there are no shares and no tokens."""
+    compared = any(change.before or change.share is not None for change in changes)
+    rows = [["neuron", "|change|", *(["of column", "said before", "says after"] if compared else [])]]
+    for change in changes:
+        row = [str(change.neuron), f"{change.size:.3g}"]
+        if compared:
+            row += ["-" if change.share is None else percent(change.share), *map(_words, (change.before, change.after))]
+        rows.append(row)
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    to_right = (1, 2)
+    return [
+        "  ".join(
+            cell.rjust(width) if i in to_right else cell.ljust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    ]
+
+
+def _aligned(facts: Sequence[tuple[str, str]]) -> list[str]:
+    width = max(len(name) for name, _ in facts)
+    return [f"{printable(name).ljust(width)}  {printable(text)}" for name, text in facts]
+
+
+def _words(tokens: Sequence[str]) -> str:
+    """As many tokens as fit, the space before a word left out."""
+    text = " ".join(printable(token.removeprefix(" ")) for token in tokens)
+    return text if len(text) <= WIDTH else f"{text[: WIDTH - 1].rstrip()}…"
+
+
+def _count(n: int, noun: str) -> str:
+    return f"{n} {noun}" if n == 1 else f"{n} {noun}s"

@@ -1,0 +1,585 @@
+"""Edits: the closed forms by hand, what they promise against the bare model, and what they do to what is generated."""
+
+from __future__ import annotations
+
+import copy
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+import transformers as hf
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from zoo import randomise
+
+import mmneurons as mmn
+from mmneurons import pocket
+from mmneurons.editing.columns import Columns, moves_for, patch_of, writers
+from mmneurons.editing.edit import EditSettings, edit
+from mmneurons.editing.file import load_patch, save_patch
+from mmneurons.editing.goals import Asked, Goal, goals_of
+from mmneurons.editing.ledger import ledger_of
+from mmneurons.editing.patch import HASH_BYTES, Patch, PatchPart, column_hashes
+from mmneurons.editing.reference import make_reference
+from mmneurons.editing.steps import Said, answer_steps, forced_steps, occurrences
+from mmneurons.errors import MmneuronsError, SettingError, WordError
+from mmneurons.maths.edits import selective, smallest
+from mmneurons.neurons import Neuron
+from mmneurons.vlm.prompts import ANSWER_PREFIX, PROMPT, WORDINGS, tokens_of
+from mmneurons.vlm.provenance import weights_hash
+from mmneurons.vlm.vlm import VLM
+from mmneurons.words import says
+
+IMAGE = pocket.scene(3, ["dog", "car"]).image
+QUICK: dict[str, Any] = {"source": "dog", "target": "cat"}
+
+
+@cache
+def edit_images(noun: str) -> list:
+    return [scene.image for scene in pocket.edit_set(noun).edit]
+
+
+@cache
+def held_out(noun: str) -> list:
+    return [scene.image for scene in pocket.edit_set(noun).held_out[:16]]
+
+
+@cache
+def unrelated() -> list:
+    """Others than the reference, without dogs and cars."""
+    scenes = (pocket.scene(660_000_000 + i) for i in range(60))
+    return [scene.image for scene in scenes if not {"dog", "car"} & set(scene.objects)][:30]
+
+
+@pytest.fixture(scope="module")
+def reference(vlm):
+    return make_reference(vlm, [pocket.scene(650_000_000 + i).image for i in range(60)])
+
+
+@pytest.fixture(scope="module")
+def to_cat(vlm, reference):
+    """Dog -> cat with a reference."""
+    return edit(vlm, edit_images("dog"), reference=reference, **QUICK)
+
+
+@pytest.fixture(scope="module")
+def to_bus(vlm):
+    return edit(vlm, edit_images("car")[:4], source="car", target="bus")
+
+
+@pytest.fixture(autouse=True)
+def unchanged(vlm):
+    """No test leaves a patch behind."""
+    yield
+    assert ledger_of(vlm).active == ()
+
+
+def share(texts: list[str], said: str | None, gone: str) -> float:
+    return sum(not says(text, gone) and (said is None or says(text, said)) for text in texts) / len(texts)
+
+
+# The closed forms
+
+
+def test_the_closed_forms_by_hand():
+    wanted = torch.tensor([1.0, 1.0])
+    torch.testing.assert_close(smallest(wanted), torch.tensor([0.5, 0.5]))
+    # M = diag(1, 0), r = 0.2 * 0.5: (M + r)^-1 wanted = (1 / 1.1, 10), and wanted . c = 1.
+    told = selective(wanted, torch.tensor([[1.0, 0.0]]), 0.2)
+    torch.testing.assert_close(told, torch.tensor([1 / 12, 11 / 12]))
+    # The mean over steps counts, not the sum: the same step twice says the same.
+    torch.testing.assert_close(selective(wanted, torch.tensor([[1.0, 0.0]] * 2), 0.2), told)
+
+
+NUMBERS = st.floats(-3, 3, width=16)
+
+
+@st.composite
+def problems(draw):
+    n, m = draw(st.integers(1, 5)), draw(st.integers(1, 7))
+    wanted = torch.tensor(draw(st.lists(NUMBERS, min_size=n, max_size=n)))
+    rows = draw(st.lists(st.lists(NUMBERS, min_size=n, max_size=n), min_size=m, max_size=m))
+    if wanted.abs().max() < 0.1:
+        wanted[0] = 1.0
+    return wanted, torch.tensor(rows)
+
+
+@given(problems(), st.floats(0.01, 10), st.integers(0, 2**31))
+def test_selective_does_one_where_it_should_and_least_elsewhere(problem, ridge, seed):
+    wanted, rows = problem
+    c = selective(wanted, rows, ridge)
+    assert float(wanted @ c) == pytest.approx(1, abs=1e-4)
+    assert float(wanted @ smallest(wanted)) == pytest.approx(1, abs=1e-4)
+    r = ridge * float(rows.pow(2).mean(0).mean())
+
+    def cost(c: Tensor) -> float:
+        return float((rows @ c).pow(2).mean() + r * c.pow(2).sum())
+
+    other = torch.randn(len(wanted), generator=torch.Generator().manual_seed(seed))
+    other += smallest(wanted) * (1 - wanted @ other)  # does 1 too
+    for nearby in (other, c + 0.1 * (other - c), smallest(wanted)):
+        assert cost(c) <= cost(nearby) * (1 + 1e-4) + 1e-7
+
+
+@given(problems())
+def test_a_huge_ridge_gives_the_smallest_change_and_a_tiny_one_minds_the_reference(problem):
+    wanted, rows = problem
+    if bool(rows.any()):
+        torch.testing.assert_close(selective(wanted, rows, 1e7), smallest(wanted), rtol=1e-3, atol=1e-4)
+    tiny, small = (
+        float((rows @ c).pow(2).mean()) for c in (selective(wanted, rows, 1e-3), selective(wanted, rows, 1.0))
+    )
+    assert tiny <= small * (1 + 1e-4) + 1e-6
+
+
+# What was recorded, against bare hooks
+
+
+def test_steps_are_what_bare_hooks_see(vlm):
+    images = [*edit_images("dog")[:4], IMAGE]
+    said = answer_steps(vlm, images, batch_size=3)
+    assert len({len(ids) for ids in said.token_ids}) > 1  # rows end at different steps
+    assert said.steps.token_ids.tolist() == [token for ids in said.token_ids for token in ids]
+    assert said.steps.answers.tolist() == [i for i, ids in enumerate(said.token_ids) for _ in ids]
+    torch.testing.assert_close(vlm.anatomy.logits(said.steps.residual).max(-1).values, said.steps.logits)
+    for start in (0, 3):
+        rows = images[start : start + 3]
+        seen = [[] for _ in vlm.anatomy.ffns]
+        hooks = [
+            layer.mlp.down_proj.register_forward_pre_hook(lambda m, args, mine=mine: mine.append(args[0][:, -1]))
+            for layer, mine in zip(vlm.model.model.language_model.layers, seen, strict=True)
+        ]
+        try:
+            made = vlm.model.generate(**vlm.encode(rows, PROMPT, ANSWER_PREFIX), do_sample=False, max_new_tokens=32)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        for i in range(len(rows)):
+            ids = said.token_ids[start + i]
+            answer = made[i, made.shape[1] - len(seen[0]) :]
+            assert answer[: len(ids)].tolist() == list(ids)
+            for step in range(len(ids)):
+                row = said.row(start + i, step)
+                for mine, ours in zip(seen, said.steps.activations, strict=True):
+                    torch.testing.assert_close(ours[row], mine[step][i], rtol=1e-4, atol=1e-5)
+
+
+def continued(vlm: VLM, image: Any, ids: tuple[int, ...] | list[int]) -> Tensor:
+    """The bare model's logits behind a prompt and the beginning of an answer."""
+    with torch.no_grad():
+        return vlm.model(**appended(vlm, image, ids)).logits[0, -1]
+
+
+def appended(vlm: VLM, image: Any, ids: tuple[int, ...] | list[int]) -> dict[str, Tensor]:
+    """The bare model's inputs for that."""
+    inputs = dict(vlm.encode([image], PROMPT, ANSWER_PREFIX))
+    added = torch.tensor([list(ids)], dtype=torch.long)
+    inputs["input_ids"] = torch.cat([inputs["input_ids"], added], 1)
+    inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+    return inputs
+
+
+def test_forced_steps_are_those_of_the_bare_model(vlm):
+    ids = tokens_of(vlm.tokenizer, "trumpet")
+    forced = forced_steps(vlm, IMAGE, ids)
+    assert len(forced) == len(ids) + 1
+    for step in range(len(ids) + 1):
+        expected = continued(vlm, IMAGE, ids[:step])
+        torch.testing.assert_close(forced.logits[step], expected.max(), rtol=1e-4, atol=1e-4)
+        assert int(forced.token_ids[step]) == int(expected.argmax())
+
+
+# The effect that a move promises, against the bare model with the patch applied
+
+
+@contextmanager
+def norms_held(*norms: nn.Module):
+    """From the second pass on, norms divide by what they divided by in the first: what is to first order, is exact."""
+    before: dict[nn.Module, Tensor] = {}
+
+    def divisor(module: nn.Module, x: Tensor) -> Tensor:
+        centred = x - x.mean(-1, keepdim=True) if isinstance(module, nn.LayerNorm) else x
+        eps = next(float(getattr(module, name)) for name in ("variance_epsilon", "eps") if hasattr(module, name))
+        return (centred.pow(2).mean(-1, keepdim=True) + eps).sqrt()
+
+    def hook(module: nn.Module, args: tuple[Tensor], output: Tensor) -> Tensor:
+        now = divisor(module, args[0])
+        then = before.setdefault(module, now.detach())
+        bias = getattr(module, "bias", None)
+        bias = torch.zeros(()) if bias is None else bias
+        return (output - bias) * (now / then) + bias
+
+    hooks = [norm.register_forward_hook(hook) for norm in norms]
+    try:
+        yield
+    finally:
+        for one in hooks:
+            one.remove()
+
+
+def true_effect(vlm: VLM, patch: Patch, goal: Goal, image: Any, begun: tuple[int, ...]) -> float:
+    """What a patch does to logit(wanted) - logit(said), the norms behind the last block held."""
+    held = [vlm.anatomy.norm_module, *(site.module for site in vlm.anatomy.norms if f".{last(vlm)}." in site.name)]
+
+    def difference() -> float:
+        logits = continued(vlm, image, begun)
+        return float(logits[goal.wanted] - logits[goal.said])
+
+    with norms_held(*held):
+        before = difference()
+        with patch.applied(vlm):
+            return difference() - before
+
+
+def gradient(vlm: VLM, goal: Goal, image: Any, begun: tuple[int, ...]) -> Tensor:
+    """Of logit(wanted) - logit(said) by the last block's `w_out`, norms held; by autograd."""
+    held = [vlm.anatomy.norm_module, *(site.module for site in vlm.anatomy.norms if f".{last(vlm)}." in site.name)]
+    weight: Any = vlm.anatomy.ffns[-1].module.weight
+    inputs = appended(vlm, image, begun)
+    with norms_held(*held):
+        logits = vlm.model(**inputs).logits[0, -1]
+    return torch.autograd.grad(logits[goal.wanted] - logits[goal.said], weight)[0]
+
+
+def last(vlm: VLM) -> int:
+    return len(vlm.anatomy.blocks) - 1
+
+
+@pytest.mark.parametrize("method", ["selective", "closed_form"])
+def test_the_effect_is_that_on_the_logits_and_one_in_the_mean(vlm, method):
+    images = edit_images("dog")[:4]
+    said = answer_steps(vlm, images)
+    found = occurrences(vlm, said, "dog")
+    asked = Asked(images, PROMPT, ANSWER_PREFIX, said, found)
+    (goal,) = goals_of(vlm, [asked], "cat")
+    columns = writers(vlm, [goal], 50, blocks=1)
+    rest = torch.ones(len(said.steps), dtype=torch.bool)
+    rest[[said.row(answer, word.steps[0]) for answer, word in found]] = False
+    (move,) = moves_for(vlm, columns, [goal], [said.steps.at(rest)], 0.1 if method == "selective" else None)
+    effect = move.effect(goal.steps)
+    assert float(effect.mean()) == pytest.approx(1, abs=1e-4)
+    assert len(columns.neurons) == 50
+    patch = 3 * patch_of(vlm, columns, [move])
+    for (answer, word), promised in zip(found, effect.tolist(), strict=True):
+        begun = said.token_ids[answer][: word.steps[0]]
+        assert true_effect(vlm, patch, goal, images[answer], begun) == pytest.approx(3 * promised, rel=1e-3, abs=1e-3)
+
+
+SIZES = {"hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 2, "num_attention_heads": 4, "head_dim": 12}
+EXPERTS = {"moe_intermediate_size": 40, "num_experts": 4, "num_experts_per_tok": 2}
+
+
+@pytest.mark.parametrize(
+    ("config", "more"),
+    [(hf.Gemma2Config, {}), (hf.PhiConfig, {}), (hf.Qwen3MoeConfig, EXPERTS)],
+    ids=["norm after the FFN", "LayerNorm", "fused experts"],
+)
+def test_the_effect_in_other_families(vlm, config, more):
+    tokens = {"vocab_size": len(vlm.tokenizer), "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": None}
+    llava = hf.LlavaConfig(
+        vision_config=copy.deepcopy(vlm.model.config.vision_config),
+        text_config=config(**SIZES, **tokens, **more),
+        image_token_id=vlm.model.config.image_token_id,  # pyright: ignore[reportCallIssue]
+        vision_feature_layer=-1,
+        vision_feature_select_strategy="default",
+    )
+    other = mmn.load(randomise(hf.LlavaForConditionalGeneration(llava).eval()), processor=vlm.processor)
+    before = weights_hash(other.model)
+    said = answer_steps(other, [IMAGE, edit_images("dog")[0]], max_new_tokens=4)
+    goal = Goal(said.token_ids[0][2], 99, said.steps.at(torch.tensor([2])))
+    columns = writers(other, [goal], 20, blocks=1)
+    (move,) = moves_for(other, columns, [goal], [said.steps.at(torch.tensor([0, 1, 4, 5]))], 0.1)
+    assert float(move.effect(goal.steps).mean()) == pytest.approx(1, abs=1e-4)
+    if more:
+        assert {neuron.expert for neuron in columns.neurons} <= set(range(4))
+        assert len({neuron.expert for neuron in columns.neurons}) == 2  # those that the router asked
+    else:  # columns move along the steepest direction: that of the gradient
+        slope = gradient(other, goal, IMAGE, said.token_ids[0][:2])[:, columns.indices[1]].T
+        unit = patch_of(other, columns, [move])
+        cosine = torch.cosine_similarity(slope, unit.deltas(unit.parts[0])).abs()
+        assert cosine[slope.norm(dim=1) > 0].min() > 0.999
+    patch = 0.01 * patch_of(other, columns, [move])
+    for step in (2, 3):
+        promised = 0.01 * float(move.effect(said.steps.at(torch.tensor([step]))))
+        told = true_effect(other, patch, goal, IMAGE, said.token_ids[0][:step])
+        assert told == pytest.approx(promised, rel=2e-2, abs=2e-4)
+    assert weights_hash(other.model) == before
+
+
+# Which columns
+
+
+def test_the_writers_are_those_that_find_names(vlm):
+    """Top columns by mean contribution of the one answer are those of `find` for that word."""
+    image = edit_images("dog")[0]
+    said = answer_steps(vlm, [image])
+    ((answer, word),) = occurrences(vlm, said, "dog")
+    goal = Goal(said.token_ids[answer][word.steps[0]], None, said.steps.at(torch.tensor([said.row(0, word.steps[0])])))
+    found: Any = mmn.find(vlm, image, words="dog", top=30)
+    assert set(writers(vlm, [goal], 30, None).neurons) == {n.neuron for n in found.nouns[0].neurons}
+    assert {neuron.layer for neuron in writers(vlm, [goal], 30, 2).neurons} <= {last(vlm) - 1, last(vlm)}
+
+
+def test_a_patch_is_the_moves_together(vlm):
+    """Two goals on the same columns: what is added is the sum of both, each along its own direction."""
+    said = answer_steps(vlm, [IMAGE])
+    goals = [
+        Goal(int(said.steps.token_ids[i]), wanted, said.steps.at(torch.tensor([i]))) for i, wanted in ((0, 9), (1, 8))
+    ]
+    columns = Columns.of(vlm.anatomy, [Neuron(1, 5), Neuron(4, 7), Neuron(4, 2), Neuron(4, 7)])
+    assert columns.neurons == [Neuron(1, 5), Neuron(4, 2), Neuron(4, 7)]
+    moves = moves_for(vlm, columns, goals, [], None)
+    both = patch_of(vlm, columns, moves)
+    alone = [patch_of(vlm, columns, [move]) for move in moves]
+    for i, part in enumerate(both.parts):
+        torch.testing.assert_close(both.deltas(part), sum(one.deltas(one.parts[i]) for one in alone))
+        assert torch.equal(part.hashes, column_hashes(vlm.anatomy.ffns[part.layer].module.weight[:, part.indices].T))
+
+
+def test_a_patch_of_experts_beside_a_dense_ffn_is_the_same_from_a_file(tmp_path):
+    """Whatever the order of its parts: a patch that was applied is taken back by the one that is read."""
+    one = torch.tensor([0]), torch.zeros(1, HASH_BYTES, dtype=torch.uint8), torch.ones(1, 4)
+    patch = Patch(4, tuple(PatchPart(2, expert, *one) for expert in (1, 0, None)))
+    save_patch(patch, tmp_path / "p.safetensors")
+    assert load_patch(tmp_path / "p.safetensors").hash == patch.hash
+
+
+# Where what shall be said
+
+
+def written(vlm: VLM, image: Any, text: str) -> Said:
+    """As if the model had answered with this text."""
+    ids = vlm.tokenizer(text, add_special_tokens=False).input_ids
+    steps = forced_steps(vlm, image, ids).at(torch.arange(len(ids)))
+    return Said((text,), (tuple(ids),), replace(steps, token_ids=torch.tensor(ids)))
+
+
+def test_each_form_has_its_own_goal(vlm):
+    said = written(vlm, IMAGE, "Foxes and a fox and a Fox")
+    found = occurrences(vlm, said, "fox")
+    assert [word.text for _, word in found] == ["Foxes", "fox", "Fox"]
+    goals = goals_of(vlm, [Asked([IMAGE], PROMPT, ANSWER_PREFIX, said, found)], "wolf")
+    wanted: dict[tuple[int, int], int] = {}
+    for (_, word), form in zip(found, ("Wolves", "wolf", "Wolf"), strict=True):
+        pair = (said.token_ids[0][word.steps[0]], tokens_of(vlm.tokenizer, form)[0])
+        wanted[pair] = wanted.get(pair, 0) + 1
+    first = {(goal.said, goal.wanted): goal for goal in goals}
+    assert wanted.keys() <= first.keys()
+    for pair, n in wanted.items():
+        assert len(first[pair].steps) >= n
+    for goal in goals:
+        torch.testing.assert_close(
+            goal.row(vlm.anatomy.unembed), vlm.anatomy.unembed[goal.wanted] - vlm.anatomy.unembed[goal.said]
+        )
+
+
+def test_further_tokens_of_the_target_are_wanted_behind_those_before(vlm):
+    said = answer_steps(vlm, edit_images("dog")[:1])
+    found = occurrences(vlm, said, "dog")
+    goals = goals_of(vlm, [Asked(edit_images("dog")[:1], PROMPT, ANSWER_PREFIX, said, found)], "kiwi")
+    target = tokens_of(vlm.tokenizer, "kiwi")
+    assert len(target) > 1
+    begun = list(said.token_ids[0][: found[0][1].steps[0]])
+    expected = []
+    for i, token in enumerate(target):
+        told = int(continued(vlm, edit_images("dog")[0], [*begun, *target[:i]]).argmax())
+        if told != token:
+            expected.append((told, token))
+    assert [(goal.said, goal.wanted) for goal in goals] == expected
+
+
+def test_a_removal_wants_anything_else(vlm):
+    said = answer_steps(vlm, edit_images("dog")[:2])
+    found = occurrences(vlm, said, "dog")
+    (goal,) = goals_of(vlm, [Asked(edit_images("dog")[:2], PROMPT, ANSWER_PREFIX, said, found)], None)
+    assert goal.wanted is None
+    torch.testing.assert_close(goal.row(vlm.anatomy.unembed), -vlm.anatomy.unembed[goal.said])
+
+
+# End to end
+
+
+def test_dogs_become_cats_and_nothing_else_changes(vlm, to_cat):
+    usual = vlm.caption(held_out("dog"))
+    shown = [image for image, text in zip(held_out("dog"), usual, strict=True) if says(text, "dog")]
+    assert len(shown) >= 12
+    others = vlm.caption(unrelated())
+    with to_cat.applied(vlm):
+        assert share(vlm.caption(shown), "cat", "dog") >= 0.9
+        same = sum(a == b for a, b in zip(vlm.caption(unrelated()), others, strict=True))
+    assert same >= len(others) - 1
+    assert vlm.caption(held_out("dog")[:4]) == usual[:4]
+
+
+def test_what_the_reference_holds_is_spared(vlm, to_cat, reference):
+    """Against what the edit does to its own words, it does less there than one that knows no reference."""
+    alone = edit(vlm, edit_images("dog"), **QUICK)
+    said = answer_steps(vlm, edit_images("dog"))
+    dogs = said.steps.at(torch.tensor([said.row(i, word.steps[0]) for i, word in occurrences(vlm, said, "dog")]))
+    cat, dog = (vlm.anatomy.unembed[tokens_of(vlm.tokenizer, word)[0]].detach() for word in ("cat", "dog"))
+    rest = reference.steps.at(~reference.says(vlm, "dog"))
+
+    def effect(patch: Patch, steps: Any) -> Tensor:
+        ways = steps.directions((cat - dog).expand(len(steps), -1))
+        (part,) = patch.parts
+        return (steps.activations[part.layer][:, part.indices] @ patch.deltas(part) * ways.at(None)).sum(1)
+
+    harm = [float(effect(p, rest).pow(2).mean().sqrt() / effect(p, dogs).mean()) for p in (to_cat, alone)]
+    assert harm[0] < 0.95 * harm[1]
+
+
+def test_the_patch_says_what_made_it(vlm, to_cat, reference):
+    made_by = to_cat.provenance
+    assert (made_by["source"], made_by["target"], made_by["images"]) == ("dog", "cat", 8)
+    assert made_by["model"]["weights_hash"] == weights_hash(vlm.model)
+    assert made_by["reference"] == reference.facts
+    assert made_by["search"]["turned"] == 1
+    assert len(to_cat.neurons) == EditSettings().top
+    assert {neuron.layer for neuron in to_cat.neurons} == {last(vlm)}
+
+
+def test_a_word_is_removed(vlm):
+    patch = edit(vlm, edit_images("dog")[:4], source="dog", settings=EditSettings(max_new_tokens=12))
+    with patch.applied(vlm):
+        assert share(vlm.caption(edit_images("dog")[:4], max_new_tokens=12), None, "dog") >= 0.75
+        assert share(vlm.caption(held_out("dog")[:8], max_new_tokens=12), None, "dog") >= 0.6
+
+
+def test_a_target_of_several_tokens_is_said(vlm):
+    assert len(tokens_of(vlm.tokenizer, "kiwi")) > 1
+    patch = edit(vlm, edit_images("dog")[:3], source="dog", target="kiwi", settings=EditSettings(max_new_tokens=16))
+    with patch.applied(vlm):
+        assert share(vlm.caption(edit_images("dog")[:3], max_new_tokens=16), "kiwi", "dog") >= 0.6
+
+
+def test_several_prompts_are_each_asked_with_one_image(vlm):
+    prompts = (PROMPT, WORDINGS[0])
+    image = edit_images("dog")[:1]
+    patch = edit(vlm, image, settings=EditSettings(prompts=prompts), **QUICK)
+    assert patch.provenance["said_source"] == [1, 1]
+    with patch.applied(vlm):
+        for prompt in prompts:
+            assert share(vlm.caption(image, prompt), "cat", "dog") == 1
+
+
+def test_images_that_show_no_dog_do_not_keep_the_others_from_being_edited(vlm):
+    mixed = [unrelated()[0], *edit_images("dog")[:3]]
+    before = vlm.caption(mixed[:1])
+    patch = edit(vlm, mixed, **QUICK)
+    assert patch.provenance["said_source"] == [3]
+    with patch.applied(vlm):
+        assert share(vlm.caption(mixed[1:]), "cat", "dog") == 1
+        assert vlm.caption(mixed[:1]) == before
+
+
+def test_given_neurons_are_those_that_move(vlm, to_cat):
+    patch = edit(vlm, edit_images("dog")[:2], neurons=to_cat.neurons[:40], **QUICK)
+    assert patch.neurons == to_cat.neurons[:40]
+
+
+def test_an_edit_beside_another_is_of_the_unedited_columns_and_both_work(vlm, to_bus):
+    with to_bus.applied(vlm):
+        patch = edit(vlm, edit_images("dog")[:3], **QUICK)
+        assert ledger_of(vlm).active == (to_bus,)
+    for part in patch.parts:
+        pristine = vlm.anatomy.ffns[part.layer].module.weight.detach()[:, part.indices].T
+        assert torch.equal(part.hashes, column_hashes(pristine))
+    assert set(patch.neurons) & set(to_bus.neurons)
+    with patch.applied(vlm), to_bus.applied(vlm):
+        assert share(vlm.caption(edit_images("dog")[:3]), "cat", "dog") == 1
+        assert share(vlm.caption(edit_images("car")[:4]), "bus", "car") >= 0.75
+
+
+# The strength
+
+
+def test_a_reference_is_asked_again_as_it_was_asked(vlm):
+    """Answers cut short are compared with answers cut short: the edit is no weaker for it."""
+    images = [pocket.scene(650_000_000 + i).image for i in range(6)]
+    short = make_reference(vlm, images, max_new_tokens=2)
+    patch = edit(vlm, edit_images("dog")[:2], reference=short, **QUICK)
+    assert patch.provenance["search"]["changed"] <= 1
+
+
+def test_the_model_is_as_it_was_whatever_happens(vlm, monkeypatch):
+    before, calls, caption = weights_hash(vlm.model), [], vlm.caption
+
+    def interrupted(*args, **options):
+        calls.append(ledger_of(vlm).active)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return caption(*args, **options)
+
+    monkeypatch.setattr(vlm, "caption", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        edit(vlm, edit_images("dog")[:2], **QUICK)
+    assert [len(active) for active in calls] == [1, 1]  # it was being tried
+    assert ledger_of(vlm).active == ()
+    assert weights_hash(vlm.model) == before
+
+
+def test_an_edit_leaves_the_model_as_it_was(vlm, to_cat):
+    assert weights_hash(vlm.model) == to_cat.provenance["model"]["weights_hash"] == weights_hash(mmn.load().model)
+
+
+def test_no_strength_is_told(vlm, monkeypatch):
+    monkeypatch.setattr(vlm, "caption", lambda images, *_, **__: ["a dog and a cat"] * len(images))
+    with pytest.raises(SettingError, match=r"(?s)No strength makes the model say 'cat' for 'dog'.*Tried up to"):
+        edit(vlm, edit_images("dog")[:1], **QUICK)
+    with pytest.raises(SettingError, match="say something else for 'dog'"):
+        edit(vlm, edit_images("dog")[:1], source="dog")
+
+
+# What is refused
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"source": "elephant"}, WordError, r"(?s)says 'elephant' of none.*It said:.*dog"),
+        ({"source": ""}, WordError, "says '' of none"),
+        ({"target": "dog"}, SettingError, "the same word"),
+        ({"target": "Dogs"}, SettingError, "the same word"),
+        ({"target": "猫"}, WordError, "no token of its own"),
+        ({"target": ""}, WordError, "no token of its own"),
+        ({"images": []}, SettingError, "no image"),
+        ({"neurons": [Neuron(0, 99_999)]}, SettingError, r"no neuron L0\.u99999"),
+        ({"neurons": [Neuron(0, 1, 2)]}, SettingError, r"no neuron L0\.e2\.u1"),
+        ({"neurons": []}, SettingError, "No neuron is given"),
+        ({"settings": EditSettings(blocks=0)}, SettingError, r"(?s)blocks.*blocks=0"),
+        ({"settings": EditSettings(blocks=99)}, SettingError, r"(?s)blocks.*blocks=99"),
+        ({"settings": EditSettings(top=0)}, SettingError, "top=0"),
+        ({"settings": EditSettings(ridge=-1)}, SettingError, "ridge=-1"),
+        ({"settings": EditSettings(prompts=())}, SettingError, r"prompts=\(\)"),
+        ({"settings": EditSettings(method="best")}, SettingError, "(?s)no method 'best'.*selective, closed_form"),  # pyright: ignore[reportArgumentType]
+    ],
+    ids=str,
+)
+def test_what_is_refused(vlm, change, error, message):
+    given: dict[str, Any] = {"images": edit_images("dog")[:1], "source": "dog", "target": "cat"} | change
+    with pytest.raises(error, match=message) as told:
+        edit(vlm, given.pop("images"), **given)
+    assert isinstance(told.value, MmneuronsError)
+
+
+def test_a_target_that_begins_the_source_is_refused(vlm):
+    """Nothing can be said instead of the first token: it is the same."""
+    said = written(vlm, IMAGE, "an eggplant")
+    (target,) = tokens_of(vlm.tokenizer, "e")
+    assert tokens_of(vlm.tokenizer, "eggplant")[0] == target
+    asked = Asked([IMAGE], PROMPT, ANSWER_PREFIX, said, occurrences(vlm, said, "eggplant"))
+    with pytest.raises(WordError, match="begins with all tokens of 'e'"):
+        goals_of(vlm, [asked], "e")
+
+
+def test_neurons_that_are_silent_where_source_is_said_are_refused(vlm):
+    said = answer_steps(vlm, [IMAGE])
+    goal = Goal(5, 6, said.steps.at(torch.tensor([0])))
+    fired = tuple(torch.zeros_like(part) for part in goal.steps.activations)
+    dead = replace(goal, steps=replace(goal.steps, activations=fired))
+    with pytest.raises(SettingError, match="None of these columns is active"):
+        moves_for(vlm, Columns.of(vlm.anatomy, [Neuron(0, 0)]), [dead], [], None)

@@ -1,0 +1,204 @@
+"""Edits judged: every figure against the same worked out otherwise, on the pocket model."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+
+import pytest
+import torch
+
+import mmneurons as mmn
+from mmneurons import pocket
+from mmneurons.editing import judging
+from mmneurons.editing.edit import EditSettings, edit
+from mmneurons.editing.evaluation import Before, Bench, Judged, evaluate, forced, ngram_entropy, relative_size
+from mmneurons.editing.judging import judge_patches
+from mmneurons.editing.patch import Patch
+from mmneurons.editing.reference import make_reference
+from mmneurons.errors import SettingError
+from mmneurons.inspection.items import read_items
+from mmneurons.report.edit import figures, render_edits, write_edits
+from mmneurons.words import says
+
+TEXTS = ("A dog is a kind of animal.", "A dog can bark.", "A car has wheels.", "An apple is red.")
+
+
+@pytest.fixture(scope="module")
+def images() -> dict[str, list]:
+    scenes = pocket.edit_set("dog")
+    return {
+        "edit": [scene.image for scene in scenes.edit[:4]],
+        "held_out": [scene.image for scene in scenes.held_out[:6]],
+        "unrelated": [pocket.scene(660_000_000 + i).image for i in range(8)]
+        + [pocket.scene(661_000_000, ["dog"]).image],
+    }
+
+
+@pytest.fixture(scope="module")
+def bench(images: dict[str, list]) -> Bench:
+    return Bench(**images, texts=TEXTS)
+
+
+@pytest.fixture(scope="module")
+def patch(vlm: mmn.VLM, images: dict[str, list]) -> Patch:
+    reference = make_reference(vlm, [pocket.scene(650_000_000 + i).image for i in range(24)])
+    return edit(vlm, images["edit"], source="dog", target="cat", reference=reference, settings=EditSettings(top=100))
+
+
+@pytest.fixture(scope="module")
+def judged(vlm: mmn.VLM, bench: Bench, patch: Patch) -> Judged:
+    return evaluate(vlm, patch, Before(vlm, bench), source="dog", target="cat")
+
+
+class Nothing:
+    """An edit that edits nothing."""
+
+    @contextmanager
+    def applied(self, vlm: mmn.VLM) -> Iterator[None]:
+        yield
+
+
+def means(judged: Judged, *names: str) -> list[float]:
+    return [getattr(judged, name).mean for name in names]
+
+
+def test_what_edits_nothing_keeps_everything_and_turns_nothing(vlm, bench):
+    found = evaluate(vlm, Nothing(), Before(vlm, bench), source="dog", target="cat")
+    kept = ("locality", "m_locality", "m_locality_ranked", "t_locality", "t_locality_source", "rest_unchanged")
+    assert means(found, *kept) == [1.0] * 6
+    assert means(found, "efficacy", "generality", "wordings", "bleed") == [0.0] * 4
+    assert found.entropy is not None
+    assert found.entropy[0] == found.entropy[1]
+    assert found.perplexity is not None
+    assert found.perplexity[0] == pytest.approx(found.perplexity[1])
+    assert found.n_columns is found.relative_size is None
+    assert found.changed == ()
+
+
+def test_shares_are_those_of_the_answers_themselves(vlm, bench, patch, judged):
+    before = {name: vlm.caption(list(getattr(bench, name))) for name in ("edit", "held_out", "unrelated")}
+    with patch.applied(vlm):
+        after = {name: vlm.caption(list(getattr(bench, name))) for name in before}
+
+    def turned(name: str) -> list[bool]:
+        pairs = zip(before[name], after[name], strict=True)
+        return [says(b, "cat") and not says(b, "dog") for a, b in pairs if says(a, "dog") or name == "edit"]
+
+    assert judged.efficacy.mean == pytest.approx(sum(turned("edit")) / len(turned("edit")))
+    assert judged.generality.mean == pytest.approx(sum(turned("held_out")) / len(turned("held_out")))
+    others = [(a, b) for a, b in zip(before["unrelated"], after["unrelated"], strict=True) if not says(a, "dog")]
+    assert judged.locality.n == len(others) < len(bench.unrelated)
+    assert judged.locality.mean == pytest.approx(sum(a == b for a, b in others) / len(others))
+    assert [(pair.before, pair.after) for pair in judged.changed] == [(a, b) for a, b in others if a != b]
+    assert [before["held_out"][pair.image] for pair in judged.held_out] == [pair.before for pair in judged.held_out]
+
+
+def test_forced_logits_are_those_of_the_raw_model(vlm, bench):
+    [image] = bench.unrelated[:1]
+    inputs = vlm.encode([image], bench.prompt, bench.answer_prefix)
+    answers = vlm.generate(inputs)
+    ids = answers.token_ids[0]
+    [logits] = forced(vlm, [image], [ids], bench)
+    sequence = answers.sequences[:, : answers.n_prompt + len(ids)]
+    given = dict(inputs) | {"input_ids": sequence, "attention_mask": torch.ones_like(sequence)}
+    with torch.inference_mode():
+        raw = vlm.model(**given).logits[0, answers.n_prompt - 1 : -1].float()
+    torch.testing.assert_close(logits, raw, atol=2e-2, rtol=1e-2)
+    assert logits.argmax(-1).tolist() == list(ids)
+
+
+def test_answers_of_different_lengths_are_forced_each_as_if_alone(vlm, bench):
+    ids = [vlm.generate(vlm.encode([image], bench.prompt, bench.answer_prefix)).token_ids[0] for image in bench.unrelated]
+    assert len(set(map(len, ids))) > 1
+    together = list(forced(vlm, bench.unrelated, ids, bench))
+    alone = [next(iter(forced(vlm, [image], [one], bench))) for image, one in zip(bench.unrelated, ids, strict=True)]
+    for a, b in zip(together, alone, strict=True):
+        torch.testing.assert_close(a, b, atol=5e-2, rtol=2e-2)
+
+
+def test_the_texts_that_name_the_source_are_judged_apart(judged):
+    assert judged.t_locality_source.n == sum("dog" in text for text in TEXTS)
+    assert judged.t_locality.n == len(TEXTS) - judged.t_locality_source.n
+
+
+def test_a_removal_has_no_target_to_bleed(vlm, bench):
+    found = evaluate(vlm, Nothing(), Before(vlm, bench), source="dog", target=None)
+    assert found.bleed is None
+    assert found.efficacy.mean == 0
+    assert "rest of the answer unchanged" in dict(figures(found))
+
+
+def test_entropy_by_hand():
+    # Pairs: a b (twice), b a; triples: a b a, once.
+    pairs = -(2 / 3 * math.log2(2 / 3) + 1 / 3 * math.log2(1 / 3))
+    assert ngram_entropy(["a b a", "a b"]) == pytest.approx(pairs / 2)
+    assert ngram_entropy([]) == 0
+
+
+def test_relative_size_by_hand(vlm, patch):
+    [part] = patch.parts
+    columns = vlm.anatomy.ffns[-1].module.weight.detach().float()[:, part.indices]
+    assert relative_size(vlm, patch) == pytest.approx(
+        float((patch.deltas(part).norm(dim=1) / columns.norm(dim=0)).mean()), rel=1e-5
+    )
+
+
+def sources(vlm: mmn.VLM, folder, patches: dict[str, Patch], **other) -> dict[str, Judged]:
+    return judge_patches(
+        vlm,
+        patches,
+        folder,
+        edit=lambda source: read_items(f"pocket:edit/{source}")[:2],
+        held_out=lambda source: read_items(f"pocket:held-out/{source}")[:2],
+        unrelated=read_items("pocket:locality-500")[:4],
+        **other,
+    )
+
+
+def test_patches_judged_before_are_not_judged_again(vlm, patch, tmp_path, monkeypatch):
+    first = sources(vlm, tmp_path, {"a": patch})
+    calls = []
+
+    def counted(*arguments, **options):
+        calls.append(options["source"])
+        return evaluate(*arguments, **options)
+
+    monkeypatch.setattr(judging, "evaluate", counted)
+    other = replace(2 * patch, provenance=patch.provenance)
+    again = sources(vlm, tmp_path, {"a": patch, "b": other})
+    assert calls == ["dog"]
+    assert again["a"] == first["a"]
+    # Another patch of the same name is another one.
+    sources(vlm, tmp_path, {"a": other})
+    assert calls == ["dog", "dog"]
+
+
+def test_a_patch_that_does_not_say_what_it_edits_is_refused(vlm, patch, tmp_path):
+    with pytest.raises(SettingError, match="does not say which word"):
+        sources(vlm, tmp_path, {"a": replace(patch, provenance={})})
+
+
+def test_the_page_shows_what_was_said_before_and_after(vlm, patch, bench, judged, tmp_path):
+    class Opened:
+        def __init__(self, picture) -> None:
+            self.picture = picture
+
+        def image(self):
+            return self.picture
+
+    def held_out(source: str) -> list[Opened]:
+        return [Opened(image) for image in bench.held_out]
+
+    unrelated = [Opened(image) for image in bench.unrelated]
+    page = render_edits({"x/<dog>.safetensors": judged}, held_out, unrelated)
+    assert "dog → cat (&lt;dog&gt;.safetensors)" in page
+    assert page.count("data:image/webp;base64,") == len(judged.held_out) + len(judged.changed)
+    for pair in judged.held_out:
+        assert pair.after in page
+    write_edits({"a": judged}, tmp_path, held_out, unrelated)
+    document = json.loads((tmp_path / "edits.json").read_text())
+    assert document["edits"]["a"]["efficacy"]["mean"] == judged.efficacy.mean

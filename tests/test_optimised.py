@@ -1,0 +1,234 @@
+"""The optimised edit: what it turns, what it leaves alone, and that its gradient is the loss's."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pytest
+import torch
+
+from mmneurons import pocket
+from mmneurons.editing import forced, optimised
+from mmneurons.editing.columns import Columns, writers
+from mmneurons.editing.forced import Reader
+from mmneurons.editing.goals import Asked, goals_of
+from mmneurons.editing.ledger import ledger_of
+from mmneurons.editing.optimised import optimise
+from mmneurons.editing.patch import Patch
+from mmneurons.editing.reference import Reference, make_reference
+from mmneurons.editing.steps import answer_steps, occurrences
+from mmneurons.errors import ModelError, SettingError
+from mmneurons.neurons import Neuron
+from mmneurons.vlm.prompts import ANSWER_PREFIX, PROMPT
+from mmneurons.vlm.vlm import VLM
+from mmneurons.words import says
+
+
+@dataclass(frozen=True)
+class Case:
+    """An edit that is ready to be made."""
+
+    asked: list[Asked]
+    columns: Columns
+    reference: Reference
+    patch: Patch
+
+    def optimise(self, vlm: VLM, target: str | None = "cat", **options: Any) -> Patch:
+        columns = options.pop("columns", self.columns)
+        usual: dict[str, Any] = {"max_new_tokens": 32, "batch_size": 8, "tell": lambda what: None}
+        return optimise(vlm, columns, self.asked, "dog", target, self.reference, **(usual | options))
+
+
+def hooks_of(vlm: VLM) -> list[tuple[dict, dict]]:
+    return [(dict(m._forward_hooks), dict(m._forward_pre_hooks)) for m in vlm.model.modules()]
+
+
+@pytest.fixture(scope="module")
+def case(vlm: VLM) -> Case:
+    images = [scene.image for scene in pocket.edit_set("dog").edit]
+    said = answer_steps(vlm, images)
+    asked = [Asked(images, PROMPT, ANSWER_PREFIX, said, occurrences(vlm, said, "dog"))]
+    reference = make_reference(vlm, [pocket.scene(650_000_000 + i).image for i in range(20)], ["a house on a table"])
+    columns = writers(vlm, goals_of(vlm, asked, "cat"), 100, 1)
+    made = Case(asked, columns, reference, Patch(vlm.anatomy.hidden, ()))
+    return Case(asked, columns, reference, made.optimise(vlm))
+
+
+@pytest.fixture(autouse=True)
+def untouched(vlm: VLM):
+    """Whatever a test does: the model's weights, modes, gradients and hooks are what they were."""
+    weights = {name: value.clone() for name, value in vlm.model.state_dict().items()}
+    modes = [parameter.requires_grad for parameter in vlm.model.parameters()]
+    hooks = hooks_of(vlm)
+    yield
+    assert all(torch.equal(weights[name], value) for name, value in vlm.model.state_dict().items())
+    assert [parameter.requires_grad for parameter in vlm.model.parameters()] == modes
+    assert all(parameter.grad is None for parameter in vlm.model.parameters())
+    assert hooks_of(vlm) == hooks  # transformers has some of its own
+    assert ledger_of(vlm).active == ()
+
+
+def test_dogs_become_cats_and_the_reference_stays(vlm, case):
+    facts = case.patch.provenance
+    assert facts["turned"] == 1
+    assert facts["generated"] == len({answer for answer, _ in case.asked[0].found})
+    assert facts["margin"] >= optimised.MARGIN
+    with case.patch.applied(vlm):
+        texts = vlm.caption(list(case.asked[0].images))
+        after = vlm.caption(list(case.reference.images))
+    assert all(says(text, "cat") and not says(text, "dog") for text in texts)
+    kept = [(a, b) for a, b in zip(after, case.reference.said.texts, strict=True) if not says(b, "dog")]
+    assert sum(a == b for a, b in kept) >= len(kept) - 1
+
+
+def test_only_the_chosen_columns_change(vlm, case):
+    assert case.patch.neurons == case.columns.neurons
+    assert all(part.deltas.dtype == torch.float32 for part in case.patch.parts)
+    before = [ffn.module.weight.detach().clone() for ffn in vlm.anatomy.ffns]
+    with case.patch.applied(vlm):
+        changed = [(ffn.module.weight != old).any(0) for ffn, old in zip(vlm.anatomy.ffns, before, strict=True)]
+    for i, columns in enumerate(changed):
+        assert columns.nonzero()[:, 0].tolist() == case.columns.indices.get(i, torch.tensor([])).tolist()
+
+
+def read(vlm: VLM, case: Case, reader: Reader, target: str | None = "cat"):
+    one = case.asked[0]
+    own = reader.read(one.images, PROMPT, ANSWER_PREFIX, optimised.given(vlm, one, target))
+    return own, reader.read_reference(case.reference, "dog")
+
+
+@pytest.mark.parametrize("blocks", [1, 2])
+def test_the_cache_changes_nothing(vlm, case, blocks, monkeypatch):
+    monkeypatch.setattr(optimised, "STEPS", 2)
+    monkeypatch.setattr(optimised, "SAMPLE", 8)
+    columns = writers(vlm, goals_of(vlm, case.asked, "cat"), 60, blocks)
+    assert len(columns.indices) == blocks
+    patches = []
+    for cache in (True, False):
+        reader = Reader(vlm, 5 - blocks, cache, 8)
+        with optimised.still(vlm.model):
+            own, others = read(vlm, case, reader)
+            assert all((batch.entering is not None) == cache for batch in (*own, *others))
+            study = optimised.Study(reader, columns, None, to_target=True)
+            study.run(own, others, lambda what: None)
+        patches.append(study.patch())
+    for a, b in zip(patches[0].parts, patches[1].parts, strict=True):
+        assert a.deltas is not None
+        assert bool(a.deltas.any())
+        torch.testing.assert_close(a.deltas, b.deltas, rtol=1e-3, atol=1e-5)
+
+
+def test_blocks_that_give_something_else_when_called_again_are_not_used(vlm, case, monkeypatch):
+    monkeypatch.setattr(forced, "tolerance", lambda vlm: -1.0)
+    own, _ = read(vlm, case, Reader(vlm, 4, True, 8))
+    assert own[0].entering is None
+    assert "pixel_values" in own[0].inputs
+
+
+def test_lower_blocks_run_once(vlm, case, monkeypatch):
+    monkeypatch.setattr(optimised, "STEPS", 10)
+    seen: list[int] = []
+    counts: list[tuple[int, int]] = []
+
+    def tell(what: str) -> None:
+        counts.append((seen.count(0), seen.count(4)))
+
+    blocks = vlm.anatomy.blocks
+    handles = [
+        blocks[k].module.register_forward_pre_hook(lambda m, a, k=k: seen.append(k), prepend=True) for k in (0, 4)
+    ]
+    try:
+        case.optimise(vlm, tell=tell)
+    finally:
+        for handle in handles:
+            handle.remove()
+    steps = counts[1:]
+    assert len({low for low, _ in steps}) == 1
+    assert steps[-1][1] > steps[0][1]
+
+
+@pytest.mark.parametrize("to_target", [True, False])
+def test_the_gradient_is_that_of_the_loss(vlm, case, to_target):
+    columns = writers(vlm, goals_of(vlm, case.asked, "cat"), 40, 2)
+    reader = Reader(vlm, 3, True, 8)
+    with optimised.still(vlm.model):
+        own, others = read(vlm, case, reader, "cat" if to_target else None)
+        sample = others[:1]
+        study = optimised.Study(reader, columns, None, to_target=to_target)
+        torch.manual_seed(0)
+        for i, delta in study.deltas.items():
+            delta.add_(0.3 * study.pristine[i].std() * torch.randn_like(delta)).requires_grad_()
+        with study.hooked():
+            study.descend(own, sample)
+            for delta in study.deltas.values():
+                assert delta.grad is not None
+                slope, step = delta.grad.norm(), 1e-2
+                along = delta.grad / slope
+                losses = []
+                for sign in (1, -1):
+                    with torch.no_grad():
+                        delta.add_(sign * step * along)
+                    losses.append(study.descend(own, sample)[0])
+                    with torch.no_grad():
+                        delta.sub_(sign * step * along)
+                study.descend(own, sample)
+                assert (losses[0] - losses[1]) / (2 * step) == pytest.approx(float(slope), rel=0.02)
+
+
+def test_without_a_target_source_goes(vlm, case):
+    patch = case.optimise(vlm, target=None)
+    with patch.applied(vlm):
+        assert not any(says(text, "dog") for text in vlm.caption(list(case.asked[0].images)))
+
+
+def test_answers_are_given_with_target_for_source(vlm, case):
+    one = case.asked[0]
+    for given, text in zip(optimised.given(vlm, one, "cat"), one.said.texts, strict=True):
+        assert vlm.tokenizer.decode(given.token_ids, skip_special_tokens=True).strip() == text.replace("dog", "cat")
+        assert sorted([*given.turn, *given.kept]) == list(range(len(given.token_ids)))
+        assert all(given.token_ids[step] == token for step, token in given.turn.items())
+        assert all((token >= 0) == (step > min(given.turn)) for step, token in given.kept.items())
+    for given, ids in zip(optimised.given(vlm, one, None), one.said.token_ids, strict=True):
+        assert given.token_ids == list(ids)
+        assert set(given.kept.values()) <= {-1}
+
+
+def test_it_can_go_on_from_a_patch(vlm, case):
+    again = case.optimise(vlm, start=case.patch)
+    assert again.provenance["steps"] == 0
+    assert torch.equal(again.parts[0].deltas, case.patch.parts[0].deltas)
+    fewer = Columns.of(vlm.anatomy, case.columns.neurons[1:])
+    with pytest.raises(SettingError, match="other columns"):
+        case.optimise(vlm, columns=fewer, start=case.patch)
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+@pytest.mark.parametrize("at", [0, 3])
+def test_nothing_is_left_behind_by_an_exception(vlm, case, error: type[BaseException], at: int):
+    told: list[str] = []
+
+    def tell(what: str) -> None:
+        told.append(what)
+        if len(told) > at:
+            raise error
+
+    with pytest.raises(error):
+        case.optimise(vlm, tell=tell)
+
+
+def test_what_cannot_be_done_is_said(vlm, case, monkeypatch):
+    silent = [Asked(one.images, one.prompt, one.answer_prefix, one.said, []) for one in case.asked]
+    with pytest.raises(SettingError, match="None of these answers says 'dog'"):
+        optimise(vlm, case.columns, silent, "dog", "cat", None, max_new_tokens=8, batch_size=8, tell=lambda what: None)
+    monkeypatch.setattr(optimised, "STEPS", 0)
+    with pytest.raises(SettingError, match="No change makes the model say 'cat'"):
+        case.optimise(vlm)
+
+
+def test_experts_are_refused(vlm, case):
+    ffns = tuple(replace(ffn, n_experts=2) if ffn.layer == 4 else ffn for ffn in vlm.anatomy.ffns)
+    anatomy = replace(vlm.anatomy, ffns=ffns)
+    routed = VLM(vlm.model, vlm.processor, anatomy, "routed")
+    with pytest.raises(ModelError, match="dense FFNs only"):
+        case.optimise(routed, columns=Columns.of(anatomy, [Neuron(4, 0, 1)]))
