@@ -1,6 +1,6 @@
 """Edits of the pocket model, judged: every figure of docs/results.md, Editing.
 
-    python benchmarks/edits.py pairs DIR   # the 30 pairs of pocket.EDIT_PAIRS; also: closed, rivals, removal, many, cost
+    python benchmarks/edits.py pairs DIR   # the 30 of pocket.EDIT_PAIRS; also: closed, rivals, removal, many, cost
     python benchmarks/edits.py table DIR   # what DIR holds, as Markdown
 
 Each edit's figures are kept as they come: a run that was stopped goes on.
@@ -23,13 +23,11 @@ import mmneurons as mmn
 from mmneurons import pocket
 from mmneurons.editing.baselines import NAMES, baseline
 from mmneurons.editing.edit import EditSettings, edit
-from mmneurons.editing.evaluation import Judged
 from mmneurons.editing.file import load_patch, save_patch
 from mmneurons.editing.judging import Asked, judge
 from mmneurons.editing.patch import Patch, stack
 from mmneurons.editing.reference import Reference, make_reference
 from mmneurons.inspection.items import read_items
-from mmneurons.maths.statistics import Estimate
 from mmneurons.vlm.vlm import VLM
 from mmneurons.words import says
 
@@ -204,26 +202,18 @@ def main() -> None:
     elif what.startswith("peak-"):
         peak(vlm, what)
     else:
-        unrelated = read_items("pocket:locality-500")
-        for name, asked in jobs(vlm, what, folder):
-            start = time.perf_counter()
-            found = judge(
-                vlm,
-                {name: asked},
-                folder,
-                edit=lambda source: read_items(f"pocket:edit/{source}"),
-                held_out=lambda source: read_items(f"pocket:held-out/{source}"),
-                unrelated=unrelated,
-                texts=pocket.facts()[1::4],
-                batch_size=50,
-            )
-            print(name, short(found[name]), f"{time.perf_counter() - start:.0f} s", flush=True)
-
-
-def short(judged: Judged) -> str:
-    """The figures, on one line."""
-    values: list[tuple[str, Estimate | None]] = [(label, getattr(judged, field)) for field, label in FIGURES]
-    return "; ".join(f"{label} {value.mean:.3f}" for label, value in values if value is not None)
+        judge(
+            vlm,
+            jobs(vlm, what, folder),
+            folder,
+            total=0,
+            edit=lambda source: read_items(f"pocket:edit/{source}"),
+            held_out=lambda source: read_items(f"pocket:held-out/{source}"),
+            unrelated=read_items("pocket:locality-500"),
+            texts=pocket.facts()[1::4],
+            batch_size=50,
+            progress=lambda name, done, total: print(f"{done:g} done", flush=True),
+        )
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ def run(*arguments, **options):
 def call(capsys, monkeypatch, *arguments):
     """The command line in this process: exit code, stdout, stderr."""
     monkeypatch.setattr(sys, "argv", ["mmneurons", *map(str, arguments)])
-    monkeypatch.setattr(cli.out, "_file", None)
+    monkeypatch.setattr(options.out, "_file", None)
     with pytest.raises(SystemExit) as stop:
         cli.main()
     captured = capsys.readouterr()

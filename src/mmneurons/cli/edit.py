@@ -51,7 +51,9 @@ def edit(
     more: Annotated[list[str] | None, typer.Argument(metavar="IMAGE...", help="More of them.")] = None,
     reference: Annotated[list[str] | None, typer.Option(help="Images of which nothing is to change.")] = None,
     texts: Texts = None,
-    method: Annotated[Literal["selective", "closed_form", "optimised"], typer.Option(help="See docs/edit.md.")] = "selective",
+    method: Annotated[
+        Literal["selective", "closed_form", "optimised"], typer.Option(help="See docs/edit.md.")
+    ] = "selective",
     top: Annotated[int, typer.Option(min=1, help="Columns that move.")] = 400,
     blocks: Annotated[int, typer.Option(min=0, help="Of so many of the last blocks; 0: of all.")] = 1,
     prompt: Annotated[list[str] | None, typer.Option(help="What the model is asked; repeatable.")] = None,

@@ -65,14 +65,13 @@ class HeadChange:
         """The head's output, changed."""
         new, sources = output.clone(), sorted({said for said, _ in self.pairs})
         for target in sorted({wanted for _, wanted in self.pairs}):
-            mine = [said for said, wanted in self.pairs if wanted == target]
-            if (
-                self.bias is None
-            ):  # forms of SOURCE that share one of TARGET (cow and cows, sheep): the likeliest of them
-                new[..., target] = output[..., mine].max(-1).values
-                new[..., mine] = output[..., target, None].expand(*output.shape[:-1], len(mine))
-            else:
+            if self.bias is not None:
                 new[..., target] += self.bias
+                continue
+            # Forms of SOURCE can share one of TARGET (cow, cows: sheep); the likeliest of them changes place with it.
+            mine = [said for said, wanted in self.pairs if wanted == target]
+            new[..., target] = output[..., mine].max(-1).values
+            new[..., mine] = output[..., [target]].expand(*output.shape[:-1], len(mine))
         if self.bias is not None:
             new[..., sources] -= self.bias
         return new
@@ -126,7 +125,8 @@ def baseline(
         target: The word that is to come, singular.
         reference: What is to stay as it is. Without one, the other words of the same captions.
         settings: Prompts, answer prefix and batches for all; how columns are chosen and moved for "random" alone.
-        block: Whose `w_out` "finetune" and "rome" change, the last of those that "memit" changes; None: the last.
+        block: Whose `w_out` "finetune" and "rome" change, the last of those that "memit" changes. None: the model's
+            last; for "rome" the last but one, where it does better.
         seed: Of the random columns, of LoRA's first weights and of the order of reference images.
         progress: Told what is being done.
 
@@ -192,7 +192,7 @@ def _random(task: Task, block: int | None) -> tuple[Patch, Facts]:
     chosen = writers(task.vlm, goals, task.settings.top, task.settings.blocks)
     patch = edit(
         task.vlm,
-        task.asked[0].images,
+        list(task.asked[0].images),
         source=task.source,
         target=task.target,
         reference=task.reference,
@@ -210,16 +210,20 @@ def _head_rows(task: Task, block: int | None) -> tuple[HeadChange, Facts]:
 def _logit_bias(task: Task, block: int | None) -> tuple[HeadChange, Facts]:
     """TARGET up and SOURCE down, as far as the reference bears: found as `edit` finds the strength of its patch."""
     unit, reference = HeadChange(_pairs(task), 1.0), task.reference
-    needed, harm = [], []
+    needed: list[Tensor] = []
+    harm: list[float] = []
     for one in task.asked:
+        if not one.found:
+            continue
         rows = one.said.steps.at(torch.tensor([one.said.row(answer, word.steps[0]) for answer, word in one.found]))
         needed.append(_behind(task, rows, unit) / 2)  # as much is taken from SOURCE
     if reference is not None and reference.said is not None:
         steps = reference.said.steps
         near = -_behind(task, steps, unit)
-        near[reference.says(task.vlm, task.source)[: len(steps)]] = -torch.inf
-        worst = torch.full((len(reference.images),), -torch.inf)
-        harm = worst.scatter_reduce(0, steps.answers, near, "amax").tolist()
+        near[reference.says(task.vlm, task.source)[: len(steps)]] = torch.inf
+        worst = torch.full((len(reference.images),), -torch.inf).scatter_reduce(0, steps.answers, near, "amax")
+        # Those that say SOURCE shall change.
+        harm = [-torch.inf if value == torch.inf else value for value in worst.tolist()]
     unit_as_patch: Any = unit  # all that the search does with a patch is to scale and to apply it
     search = find_strength(
         task.vlm,

@@ -8,11 +8,14 @@ The closed forms need no gradients. The model is left as it was: strengths are t
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, get_args
 
+import numpy as np
 import torch
+from PIL import Image
 
 from mmneurons.editing.columns import Columns, Move, moves_for, patch_of, writers
 from mmneurons.editing.goals import Asked, goals_of
@@ -25,7 +28,7 @@ from mmneurons.errors import SettingError, WordError
 from mmneurons.neurons import Neuron
 from mmneurons.vlm import provenance
 from mmneurons.vlm.prompts import ANSWER_PREFIX, MAX_NEW_TOKENS, PROMPT
-from mmneurons.vlm.vlm import VLM, Picture, Pictures, as_list
+from mmneurons.vlm.vlm import VLM, Picture
 from mmneurons.words import singular
 
 Method = Literal["selective", "closed_form", "optimised"]
@@ -53,7 +56,7 @@ class EditSettings:
 
 def edit(
     vlm: VLM,
-    images: Picture | Pictures,
+    images: Picture | Sequence[Picture],
     *,
     source: str,
     target: str | None = None,
@@ -84,7 +87,7 @@ def edit(
     """
     settings, tell = settings or EditSettings(), progress or (lambda what: None)
     _check(vlm, source, target, settings)
-    images = as_list(images)
+    images = [images] if isinstance(images, str | os.PathLike | Image.Image | np.ndarray) else list(images)
     tell("answering about the images")
     limits: dict[str, Any] = {"max_new_tokens": settings.max_new_tokens, "batch_size": settings.batch_size}
     asked = []

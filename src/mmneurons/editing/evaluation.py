@@ -21,7 +21,7 @@ from torch import Tensor
 
 from mmneurons.editing.ledger import ledger_of
 from mmneurons.editing.patch import Patch
-from mmneurons.editing.steps import text_inputs
+from mmneurons.editing.steps import text_batches
 from mmneurons.inspection.causal import rest_unchanged
 from mmneurons.maths.statistics import Estimate, estimate
 from mmneurons.vlm.prompts import ANSWER_PREFIX, MAX_NEW_TOKENS, PROMPT, WORDINGS
@@ -146,7 +146,7 @@ class Before:
     @cached_property
     def texts(self) -> list[Int[Tensor, "positions"]]:
         """The likeliest token behind each position of each text."""
-        return [_likeliest(self.vlm, text) for text in self.bench.texts]
+        return _likeliest(self.vlm, self.bench.texts)
 
 
 def evaluate(
@@ -203,7 +203,7 @@ def evaluate(
         ]
         tell("next tokens after")
         tops = [logits.topk(TOP).indices for logits in forced(vlm, unrelated[: len(topped)], ids, bench)]
-        texts = [_likeliest(vlm, text) for text in bench.texts]
+        texts = _likeliest(vlm, bench.texts)
     tell("fluency")
     same_text = [float((a == b).float().mean()) for a, b in zip(texts_before, texts, strict=True)]
     naming = [says(text, source) for text in bench.texts]
@@ -297,10 +297,15 @@ def _answers(vlm: VLM, images: Sequence[Picture], bench: Bench) -> _Answers:
     return _Answers(texts, token_ids)
 
 
-def _likeliest(vlm: VLM, text: str) -> Int[Tensor, "positions"]:
-    with record(vlm.anatomy, lambda values: values, neurons=_none(vlm)) as recording:
-        vlm.read(text_inputs(vlm, text))
-    return vlm.anatomy.logits(recording.residual[0][0])[:, : vlm.n_tokens].argmax(-1).cpu()
+def _likeliest(vlm: VLM, texts: Sequence[str]) -> list[Int[Tensor, "positions"]]:
+    """The likeliest token behind each position of each text."""
+    found: dict[int, Tensor] = {}
+    for numbers, inputs in text_batches(vlm, texts):
+        with record(vlm.anatomy, lambda values: values, neurons=_none(vlm)) as recording:
+            vlm.read(inputs)
+        for i, residual in zip(numbers, recording.residual[0], strict=True):
+            found[i] = vlm.anatomy.logits(residual)[:, : vlm.n_tokens].argmax(-1).cpu()
+    return [found[i] for i in range(len(texts))]
 
 
 def _none(vlm: VLM) -> list[Tensor]:

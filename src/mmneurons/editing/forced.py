@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from mmneurons.editing.reference import Reference
-from mmneurons.editing.steps import text_inputs
+from mmneurons.editing.steps import text_batches
 from mmneurons.vlm.calls import Catcher, repeated
 from mmneurons.vlm.doctor import tolerance
 from mmneurons.vlm.vlm import VLM, Inputs, Picture, batches, open_row
@@ -83,9 +83,9 @@ class Reader:
                 given.append(Given(list(ids), {}, kept))
                 start += len(ids)
             made = self.read(reference.images, reference.prompt, reference.answer_prefix, given)
-        for text in reference.texts:
-            inputs = text_inputs(self.vlm, text)
-            made.append(self.batch(inputs, 0, [Given([], {}, dict.fromkeys(range(inputs["input_ids"].shape[1]), -1))]))
+        for numbers, inputs in text_batches(self.vlm, reference.texts, self.batch_size):
+            every = dict.fromkeys(range(inputs["input_ids"].shape[1]), -1)
+            made.append(self.batch(inputs, 0, [Given([], {}, every) for _ in numbers]))
         return made
 
     def read(self, images: Sequence[Picture], prompt: str, prefix: str, given: Sequence[Given]) -> list[Batch]:
@@ -96,7 +96,7 @@ class Reader:
             if not any(one.turn or one.kept for one in now):
                 continue
             inputs = self.vlm.encode([[o.image for o in row] for row in rows], prompt, prefix)
-            begun = self.vlm.generate(inputs, 1)  # how the prompt stands in the language model's own sequence
+            begun = self.vlm.begun(inputs)
             width = max(len(one.token_ids) for one in now) - 1
             # What fills up stands behind all that counts; a token of the answer does no harm there.
             filled = [[*one.token_ids, *[one.token_ids[0]] * width][:width] for one in now]

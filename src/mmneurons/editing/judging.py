@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -74,16 +74,25 @@ def judge_patches(
             patch, source, patch.provenance.get("target"), settings["prompts"][0], key=patch.hash, **limits
         )
     return judge(
-        vlm, asked, folder, edit=edit, held_out=held_out, unrelated=unrelated, texts=texts, batch_size=batch_size,
+        vlm,
+        asked.items(),
+        folder,
+        total=len(asked),
+        edit=edit,
+        held_out=held_out,
+        unrelated=unrelated,
+        texts=texts,
+        batch_size=batch_size,
         progress=progress,
-    )  # fmt: skip
+    )
 
 
 def judge(
     vlm: VLM,
-    asked: Mapping[str, Asked],
+    asked: Iterable[tuple[str, Asked]],
     folder: str | os.PathLike[str],
     *,
+    total: int,
     edit: Callable[[str], Sequence[Item]],
     held_out: Callable[[str], Sequence[Item]],
     unrelated: Sequence[Item],
@@ -91,7 +100,7 @@ def judge(
     batch_size: int = 8,
     progress: Callable[[str, float, int], None] | None = None,
 ) -> dict[str, Judged]:
-    """The same for anything that edits."""
+    """The same for anything that edits, made one by one as they are asked for; `total` of them."""
     made_by = {
         "model": dict(vlm.facts),
         "packages": provenance.versions(),
@@ -102,11 +111,11 @@ def judge(
     images = [item.image() for item in unrelated]
     befores: dict[tuple[str, str, int], Before] = {}
     found = {}
-    for done, (name, one) in enumerate(asked.items()):
+    for done, (name, one) in enumerate(asked):
         kept = f"{name} {one.key}"
         if kept not in shelf.found:
             if progress is not None:
-                progress("patches", done, len(asked))
+                progress("patches", done, total)
             bench = Bench(
                 [item.image() for item in edit(one.source)],
                 [item.image() for item in held_out(one.source)],
@@ -122,5 +131,5 @@ def judge(
             shelf.add(kept, judged)
         found[name] = shelf.found[kept]
         if progress is not None:
-            progress("patches", done + 1, len(asked))
+            progress("patches", done + 1, total)
     return found

@@ -6,7 +6,7 @@ for answer, word in occurrences(vlm, said, "dog"): said.steps.at([said.row(answe
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -136,7 +136,7 @@ def forced_steps(
     sequences = torch.cat([begun.sequences[:, : begun.n_prompt], given], dim=1)
     with record(vlm.anatomy, lambda values: values[:, begun.n_prompt - 1 :]) as recording:
         vlm.read(inputs, replace(begun, token_ids=(tuple(ids),), sequences=sequences))
-    return _read_steps(vlm, recording, 0)
+    return _read_steps(vlm, recording, [0])
 
 
 def text_steps(vlm: VLM, texts: Sequence[str]) -> Steps:
@@ -151,18 +151,30 @@ def text_steps(vlm: VLM, texts: Sequence[str]) -> Steps:
             "The texts of an encoder-decoder are read in its encoder, where no neuron of ours is.",
             fix="Give reference images only.",
         )
-    parts = []
-    for i, text in enumerate(texts):
+    parts: dict[int, Steps] = {}
+    for numbers, inputs in text_batches(vlm, texts):
         with record(vlm.anatomy, lambda values: values) as recording:
-            vlm.read(text_inputs(vlm, text))
-        parts.append(_read_steps(vlm, recording, i))
-    return join(parts)
+            vlm.read(inputs)
+        read = _read_steps(vlm, recording, numbers)
+        parts |= {i: read.at(read.answers == i) for i in numbers}
+    return join([parts[i] for i in range(len(texts))])
 
 
-def text_inputs(vlm: VLM, text: str) -> Inputs:
-    """A text as the language model reads it, with its opening token, without prompt template and image."""
-    encoded = vlm.tokenizer(text, return_tensors="pt")
-    return vlm.placed({name: encoded[name] for name in ("input_ids", "attention_mask")})
+def text_batches(vlm: VLM, texts: Sequence[str], batch_size: int = 64) -> Iterator[tuple[list[int], Inputs]]:
+    """Texts as the language model reads them, with its opening token, without prompt template and image.
+
+    Texts of one length together, so that none is padded: which of `texts` they are, and the inputs.
+    """
+    by_length: dict[int, list[int]] = {}
+    ids = [vlm.tokenizer(text).input_ids for text in texts]
+    for i, mine in enumerate(ids):
+        by_length.setdefault(len(mine), []).append(i)
+    size = 1 if vlm.family.one_at_a_time else batch_size
+    for numbers in by_length.values():
+        for start in range(0, len(numbers), size):
+            part = numbers[start : start + size]
+            tokens = torch.tensor([ids[i] for i in part])
+            yield part, vlm.placed({"input_ids": tokens, "attention_mask": torch.ones_like(tokens)})
 
 
 def join(parts: Sequence[Steps]) -> Steps:
@@ -200,12 +212,13 @@ def occurrences(vlm: VLM, said: Said, phrase: str) -> list[tuple[int, Word]]:
     ]
 
 
-def _read_steps(vlm: VLM, recording: Recording, answer: int) -> Steps:
-    """Every position that was recorded of one row; the token of each is the likeliest one."""
-    places = torch.tensor([(0, step) for step in range(recording.residual[0].shape[1])])
+def _read_steps(vlm: VLM, recording: Recording, answers: Sequence[int]) -> Steps:
+    """Every position that was recorded, row after row; the token of each is the likeliest one."""
+    n_steps = recording.residual[0].shape[1]
+    places = torch.tensor([(row, step) for row in range(len(answers)) for step in range(n_steps)])
     moments = pick_moments(recording, places)
     logits = vlm.anatomy.logits(moments.residual)[:, : vlm.n_tokens].max(-1)
-    return _steps(vlm, moments, logits.indices, logits.values, [answer] * len(places))
+    return _steps(vlm, moments, logits.indices, logits.values, [i for i in answers for _ in range(n_steps)])
 
 
 def _steps(vlm: VLM, moments: Moments, token_ids: Tensor, logits: Tensor, answers: list[int]) -> Steps:

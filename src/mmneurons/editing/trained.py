@@ -25,8 +25,10 @@ from mmneurons.vlm.weights.stored import is_adapter
 
 CHECK = 2
 """Steps of Adam between two looks at the captions."""
-FINETUNE = Schedule(rate=5e-3, steps=60, keep=30.0)
-LORA = Schedule(rate=1e-3, steps=100, keep=30.0)
+TURNED = 0.1
+"""Fine-tuning and LoRA go on until -log p of the target is below this too: a few steps that turn more other images."""
+FINETUNE = Schedule(rate=5e-3, steps=60, keep=100.0)
+LORA = Schedule(rate=1e-3, steps=100, keep=3000.0)
 RANK = 8
 """Of LoRA."""
 ADAPTER = "rival"
@@ -161,7 +163,7 @@ def rome(task: Task, block: int | None) -> tuple[Patch, Facts]:
 
     Args:
         task: What is to be said where.
-        block: Which; None: the last.
+        block: Which; None: the last but one.
 
     Returns:
         The patch: coefficients of one direction for each form.
@@ -174,7 +176,7 @@ def rome(task: Task, block: int | None) -> tuple[Patch, Facts]:
         caption has none: ours is the step that writes the word. Their C is of 100,000 tokens of text.
     """
     vlm = task.vlm
-    layer = len(vlm.anatomy.blocks) - 1 if block is None else block
+    layer = max(0, len(vlm.anatomy.blocks) - 2) if block is None else block
     i, ffn = dense_ffn(vlm, layer)
     change, of, steps = _learn_writes(task, ffn.module, layer)
     fired = _at_places(task, ffn.module, inputs=True)
@@ -306,13 +308,13 @@ def whole(vlm: VLM, layer: int, **change: Tensor) -> PatchPart:
 
 
 def all_turn(task: Task) -> Callable[[float], bool]:
-    """For `learn`, to stop when all images of the edit turn: captions are generated every few steps."""
+    """For `learn`, to stop when TARGET is likely and all images of the edit turn; captions are generated for that."""
     taken = 0
 
     def done(missing: float) -> bool:
         nonlocal taken
         taken += 1
-        return taken % CHECK == 0 and task.turned() == 1
+        return taken % CHECK == 0 and missing < TURNED and task.turned() == 1
 
     return done
 

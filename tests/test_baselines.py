@@ -1,0 +1,316 @@
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import mmneurons as mmn
+from mmneurons import pocket
+from mmneurons.editing import lessons, trained
+from mmneurons.editing.baselines import NAMES, HeadChange, Name, Rival, baseline, matched_neurons
+from mmneurons.editing.columns import writers
+from mmneurons.editing.edit import EditSettings
+from mmneurons.editing.goals import Asked, goals_of
+from mmneurons.editing.lessons import Schedule, Task
+from mmneurons.editing.patch import Patch
+from mmneurons.editing.reference import Reference, make_reference
+from mmneurons.editing.steps import answer_steps, occurrences
+from mmneurons.editing.trained import carried, spread
+from mmneurons.errors import ModelError, SettingError, WordError
+from mmneurons.vlm.recording import record
+from mmneurons.vlm.vlm import VLM
+from mmneurons.words import says
+
+pytestmark = pytest.mark.filterwarnings("ignore:builtin type Swig:DeprecationWarning")  # of what PEFT imports
+
+IMAGES = [scene.image for scene in pocket.edit_set("dog").edit]
+SETTINGS = EditSettings(batch_size=20)
+LEAST = {"random": 0.5, "rome": 0.75}
+"""Share of the edit's images that turn at least; of the others, all."""
+
+
+@pytest.fixture(scope="module")
+def model() -> VLM:
+    """One of its own: should a baseline leave something behind, other test files shall not suffer."""
+    return mmn.load(device="cpu")
+
+
+@pytest.fixture(scope="module")
+def reference(model: VLM) -> Reference:
+    return make_reference(model, [pocket.scene(650_000_000 + i).image for i in range(20)], batch_size=20)
+
+
+@pytest.fixture(scope="module")
+def task(model: VLM, reference: Reference) -> Task:
+    said = answer_steps(model, IMAGES, batch_size=20)
+    asked = Asked(IMAGES, mmn.vlm.prompts.PROMPT, mmn.vlm.prompts.ANSWER_PREFIX, said, occurrences(model, said, "dog"))
+    return Task(model, [asked], "dog", "cat", reference, SETTINGS, 0, lambda what: None)
+
+
+def state(vlm: VLM) -> dict[str, Any]:
+    """All that a baseline could leave behind."""
+    found: dict[str, Any] = {}
+    for name, module in vlm.model.named_modules():
+        hooks = [value for key, value in vars(module).items() if key.endswith("_hooks")]
+        kept = {key for key in vars(module) if not key.startswith("_")}
+        found[name] = (id(module), type(module), module.training, kept, [len(each) for each in hooks if each])
+    for name, parameter in vlm.model.named_parameters():
+        assert parameter.grad is None
+        found[f"{name}?"] = (id(parameter), parameter.requires_grad)
+    return found
+
+
+def weights_of(vlm: VLM) -> dict[str, torch.Tensor]:
+    return {name: tensor.clone() for name, tensor in vlm.model.state_dict().items()}
+
+
+def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.fixture(scope="module")
+def rivals(model: VLM, reference: Reference) -> dict[str, Rival]:
+    """Made when first asked for."""
+
+    class Made(dict):
+        def __missing__(self, name: Name) -> Rival:
+            options: Any = {"source": "dog", "target": "cat", "reference": reference, "settings": SETTINGS}
+            with pytest.MonkeyPatch.context() as patch:  # coarser than what is measured, to be quick
+                patch.setattr(lessons, "REFERENCES", 4)
+                patch.setattr(trained, "FINETUNE", Schedule(rate=1e-2, steps=40, keep=1.0))
+                patch.setattr(trained, "LORA", Schedule(rate=3e-3, steps=40, keep=1.0))
+                self[name] = baseline(model, name, IMAGES, **options)
+            return self[name]
+
+    return Made()
+
+
+@pytest.fixture
+def unchanged(model: VLM) -> Iterator[None]:
+    model.model.lm_head.weight.requires_grad_(False)  # pyright: ignore[reportAttributeAccessIssue]
+    usual, numbers, drawn = state(model), weights_of(model), torch.random.get_rng_state()
+    yield
+    assert state(model) == usual
+    assert same(numbers, weights_of(model))
+    assert torch.equal(drawn, torch.random.get_rng_state())
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.usefixtures("unchanged")
+def test_the_model_says_target_and_is_then_what_it_was(model, rivals, name):
+    rival, usual = rivals[name], model.caption(IMAGES)
+    with rival.applied(model) as applied:
+        assert applied is rival
+        edited = model.caption(IMAGES)
+    turned = [says(text, "cat") and not says(text, "dog") for text in edited]
+    assert sum(turned) / len(turned) >= LEAST.get(name, 1)
+    assert model.caption(IMAGES) == usual
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.usefixtures("unchanged")
+def test_an_exception_inside_takes_the_edit_back(model, rivals, name):
+    def fail() -> None:
+        with rivals[name].applied(model):
+            assert model.caption(IMAGES[0]) != usual or name in LEAST
+            raise KeyError("inside")
+
+    usual = model.caption(IMAGES[0])
+    with pytest.raises(KeyError, match="inside"):
+        fail()
+    assert model.caption(IMAGES[0]) == usual
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_provenance_says_what_it_took(rivals, name):
+    said = rivals[name].provenance
+    assert (said["baseline"], said["source"], said["target"]) == (name, "dog", "cat")
+    assert said["seconds"] > 0
+    assert said["settings"]["batch_size"] == 20
+    assert (said["steps"] > 0) == (name in ("finetune", "lora", "rome", "memit"))
+    changed = {"finetune": 1, "rome": 1, "memit": 3, "lora": 5, "head_rows": 0, "logit_bias": 0}
+    if name in changed:
+        assert said["changed"] == changed[name] * 1024 * 192
+    stored = {"finetune": 1024 * 192, "rome": 1024 + 192, "lora": 5 * 8 * (1024 + 192), "head_rows": 2, "logit_bias": 3}
+    if name in stored:
+        assert said["stored"] == stored[name]
+
+
+def test_rome_maps_the_key_to_the_value_and_is_rank_one():
+    torch.manual_seed(0)
+    weight, key, value = torch.randn(4, 6), torch.randn(6), torch.randn(4)
+    others = torch.randn(50, 6)
+    moment = (others.T @ others / 50).double()
+    c = carried(key[None], moment).float()
+    change = value - weight @ key
+    new = weight + (c @ change[None]).T
+    torch.testing.assert_close(new @ key, value)
+    inverse = torch.linalg.inv(moment).float()
+    torch.testing.assert_close(new - weight, torch.outer(change, inverse @ key) / (key @ inverse @ key))
+    assert torch.linalg.matrix_rank(new - weight) == 1
+    two = torch.stack([key, others[0]])
+    torch.testing.assert_close(two @ carried(two, moment).float(), torch.eye(2), atol=1e-5, rtol=0)
+
+
+def test_memit_is_rome_where_the_reference_weighs_nothing_and_nothing_where_it_weighs_all():
+    torch.manual_seed(0)
+    keys, others = torch.randn(2, 6), torch.randn(50, 6)
+    moment = (others.T @ others / 50).double()
+    torch.testing.assert_close(spread(keys, moment, 1e-9), carried(keys, moment), atol=1e-6, rtol=0)
+    assert spread(keys, moment, 1e9).abs().max() < 1e-7
+    # What the formula minimises: w n C on everything else, and what the keys miss.
+    c, w = spread(keys, moment, 0.5)[:, 0].requires_grad_(), 0.5
+    missed = keys.double() @ c - torch.tensor([1.0, 0.0]).double()
+    (w * 2 * c @ moment @ c + missed.pow(2).sum()).backward()
+    assert c.grad is not None
+    assert c.grad.abs().max() < 1e-7
+
+
+def test_rome_moves_the_block_from_the_key_to_what_was_learned(model, rivals, task):
+    """In the model: at the mean key its block writes what was found by gradient, and that is TARGET."""
+    patch = rivals["rome"].change
+    assert isinstance(patch, Patch)
+    assert patch.directions is not None
+    (part,) = patch.parts
+    fired = trained._at_places(task, model.anatomy.ffns[part.layer].module, inputs=True)
+    torch.testing.assert_close(fired.mean(0) @ patch.deltas(part), patch.directions[0], rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.usefixtures("unchanged")
+def test_random_columns_are_others_of_the_same_block_and_as_loud(model, task):
+    goals = goals_of(model, task.asked, "cat")
+    top = writers(model, goals, 100, 2)
+    drawn = matched_neurons(model, goals, top, 0)
+    assert len(drawn) == 100
+    assert not set(drawn) & set(top.neurons)
+    for layer in (3, 4):
+        assert sum(n.layer == layer for n in drawn) == sum(n.layer == layer for n in top.neurons) > 0
+    assert matched_neurons(model, goals, top, 0) == drawn != matched_neurons(model, goals, top, 1)
+    steps = goals[0].steps
+    loud = [
+        steps.activations[i].abs().mean(0) * f.module.weight.detach().norm(dim=0)
+        for i, f in enumerate(model.anatomy.ffns)
+    ]
+    usual = loud[4].mean()
+    mean = torch.stack([loud[n.layer][n.index] for n in drawn]).mean()
+    assert mean > 1.5 * usual  # far from as quiet as most
+
+
+def test_random_takes_other_columns_than_edit(model, rivals, task):
+    chosen = writers(model, goals_of(model, task.asked, "cat"), SETTINGS.top, SETTINGS.blocks)
+    assert not set(rivals["random"].change.neurons) & set(chosen.neurons)
+
+
+def test_captions_are_rewritten_and_all_else_is_kept(model, task):
+    (lesson,) = task.lessons
+    words = [model.tokenizer.decode([token]).strip() for token in lesson.wanted[:, 2].tolist()]
+    assert words == ["cat"] * 8
+    for row, step, token in lesson.wanted.tolist():
+        assert task.asked[0].said.token_ids[row][step] != token  # where it said dog
+    assert len(lesson.wanted) + len(lesson.kept) == sum(map(len, task.asked[0].said.token_ids))
+    # The first step of each caption predicts its first token.
+    first = lesson.kept[:, 1] == 0
+    begun = torch.tensor([task.asked[0].said.token_ids[row][0] for row in lesson.kept[first, 0].tolist()])
+    assert torch.equal(lesson.unedited[first].argmax(1), begun)
+    # In the reference nothing is wanted, and SOURCE is not kept.
+    reference = task.reference
+    kept = sum(len(lesson.kept) for lesson in task.reminders)
+    assert kept == int((~reference.says(model, "dog")).sum())
+    assert not any(len(lesson.wanted) for lesson in task.reminders)
+
+
+def test_a_word_of_several_tokens_is_wanted_token_by_token(model, monkeypatch):
+    monkeypatch.setattr(lessons, "tokens_of", lambda tokenizer, word: [7, 8, 9])
+    words: Any = [SimpleNamespace(text="dog", steps=(1, 2)), SimpleNamespace(text="dog", steps=(4,))]
+    ids, places = lessons._rewritten(model, [50, 51, 52, 53, 54, 55], words, "cat")
+    assert ids == [50, 7, 8, 9, 53, 7, 8, 9, 55]
+    assert places == [(1, 7), (2, 8), (3, 9), (5, 7), (6, 8), (7, 9)]
+
+
+@pytest.mark.usefixtures("unchanged")
+def test_learning_without_a_reference_and_what_is_learned_does_not_depend_on_the_batch_size(model, monkeypatch):
+    monkeypatch.setattr(trained, "FINETUNE", Schedule(rate=1e-3, steps=3, keep=1.0))
+    made = []
+    for size in (8, 4):
+        settings = EditSettings(batch_size=size)
+        made.append(baseline(model, "finetune", IMAGES, source="dog", target="cat", settings=settings, block=3).change)
+    assert made[0].parts[0].layer == 3
+    a, b = (change.parts[0].deltas for change in made)
+    # Adam's first steps are of one size whatever the gradient: compare where it is clear.
+    assert ((a - b).abs() < 1e-4).float().mean() > 0.95
+
+
+@pytest.mark.usefixtures("unchanged")
+def test_lora_inside_is_seen_by_hooks_of_the_anatomy_and_its_weights_are_loaded(model, rivals):
+    adapter = rivals["lora"].change
+    inside = model.anatomy.ffns[-1].module
+    inputs = model.encode([IMAGES[0]])
+    with torch.no_grad():
+        usual = model.model(**inputs).logits
+        with rivals["lora"].applied(model), record(model.anatomy) as recording:
+            edited = model.model(**inputs).logits
+            assert model.model.get_submodule(model.anatomy.ffns[-1].name) is not inside
+            assert recording.raw[-1][0].shape[-1] == 1024
+        again = model.model(**inputs).logits
+        # By hand: each w_out and its product of two matrices.
+        change = {}
+        for ffn in model.anatomy.ffns:
+            name = next(n for n in adapter.weights if n.startswith(ffn.name) and "lora_A" in n)
+            change[ffn.module] = 2 * adapter.weights[name.replace("lora_A", "lora_B")] @ adapter.weights[name]
+        hooks = [m.register_forward_hook(lambda m, args, out: out + args[0] @ change[m].T) for m in change]
+        by_hand = model.model(**inputs).logits
+        for hook in hooks:
+            hook.remove()
+    torch.testing.assert_close(edited, by_hand, rtol=1e-3, atol=1e-3)
+    assert not torch.allclose(edited, usual, atol=1e-2)
+    assert torch.equal(again, usual)
+
+
+@pytest.mark.usefixtures("unchanged")
+@pytest.mark.parametrize("name", ["finetune", "lora", "rome", "memit"])
+def test_a_failure_while_learning_leaves_nothing_behind(model, name):
+    def stop(what: str) -> None:
+        if what.startswith("step"):
+            raise RuntimeError("stopped")
+
+    with pytest.raises(RuntimeError, match="stopped"):
+        baseline(model, name, IMAGES, source="dog", target="cat", progress=stop)
+
+
+def test_heads_change_two_logits_only():
+    logits = torch.tensor([[[1.0, 2.0, 3.0, 4.0]]])
+    module = nn.Identity()
+    assert HeadChange(((0, 3),), None)(module, (), logits).tolist() == [[[4, 2, 3, 1]]]
+    assert (0.5 * HeadChange(((0, 3),), 1.0))(module, (), logits).tolist() == [[[0.5, 2, 3, 4.5]]]
+    # Two forms of SOURCE for one of TARGET (cow, cows: sheep): the likelier takes its place, both lose theirs.
+    assert HeadChange(((0, 3), (1, 3)), None)(module, (), logits).tolist() == [[[4, 4, 3, 2]]]
+    assert HeadChange(((0, 3), (1, 3)), 1.0)(module, (), logits).tolist() == [[[0, 1, 3, 5]]]
+    assert logits.tolist() == [[[1, 2, 3, 4]]]
+
+
+@pytest.mark.usefixtures("unchanged")
+def test_mistakes_are_refused_in_words(model, monkeypatch):
+    def make(name: Any = "rome", source: str = "dog", target: str = "cat", **options: Any) -> Rival:
+        return baseline(model, name, IMAGES[:1], source=source, target=target, **options)
+
+    with pytest.raises(SettingError, match="no baseline 'grace'"):
+        make("grace")
+    with pytest.raises(SettingError, match="the same word"):
+        make(target="dogs")
+    with pytest.raises(WordError, match="says 'umbrella' of none"):
+        make(source="umbrella")
+    for name in ("finetune", "rome", "memit"):
+        with pytest.raises(SettingError, match="5 blocks"):
+            make(name, block=5)
+    monkeypatch.setattr(model.model, "peft_config", {}, raising=False)
+    with pytest.raises(ModelError, match="has adapters already"):
+        make("lora")
+    monkeypatch.undo()
+    monkeypatch.setitem(sys.modules, "peft", None)
+    with pytest.raises(SettingError, match="needs PEFT"):
+        make("lora")

@@ -1,0 +1,105 @@
+"""`edit`, `evaluate-edit`, `patch show`, `export`: from images in files to a checkpoint that says the other word."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+import mmneurons as mmn
+from mmneurons import cli, pocket
+from mmneurons.cli import options
+from mmneurons.words import says
+
+
+def call(capsys, monkeypatch, *arguments) -> tuple[object, str, str]:
+    """The command line in this process: exit code, stdout, stderr."""
+    monkeypatch.setattr(sys, "argv", ["mmneurons", *map(str, arguments)])
+    monkeypatch.setattr(options.out, "_file", None)
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    captured = capsys.readouterr()
+    return stop.value.code, captured.out, captured.err
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Images of dogs, a folder of others, texts."""
+    for i, scene in enumerate(pocket.edit_set("dog").edit[:3]):
+        scene.image.save(tmp_path / f"dog{i}.png")
+    (tmp_path / "others").mkdir()
+    for i in range(10):
+        pocket.scene(662_000_000 + i).image.save(tmp_path / "others" / f"{i}.png")
+    (tmp_path / "texts.txt").write_text("A dog can bark.\n\nA car has wheels.\n", encoding="utf-8")
+    return tmp_path
+
+
+def test_from_images_to_an_edited_checkpoint(capsys, monkeypatch, folder):
+    monkeypatch.chdir(folder)
+    code, out, err = call(
+        capsys, monkeypatch, "edit", "--images", "dog0.png", "dog1.png", "dog2.png", "--from", "dog", "--to", "cat",
+        "--reference", "others", "--texts", "texts.txt", "--out", "p.safetensors",
+    )  # fmt: skip
+    assert code == 0, err
+    assert "dog -> cat: 400 columns, strength" in out
+    assert "turned 100% of the answers that said dog" in out
+    patch = mmn.load_patch("p.safetensors")
+    assert patch.provenance["images"] == 3
+    assert patch.provenance["reference"]["images"] == 10
+    assert patch.provenance["reference"]["texts"] == 2
+
+    code, out, err = call(
+        capsys, monkeypatch, "evaluate-edit", "p.safetensors", "--images", "dog0.png", "--held-out", "dog1.png",
+        "--unrelated", "others", "--texts", "texts.txt", "--limit", 2, "--out", "judged",
+    )  # fmt: skip
+    assert code == 0, err
+    assert "efficacy                           1.000 [1.000, 1.000] of 1" in out
+    assert "of 2" in next(line for line in out.splitlines() if line.strip().startswith("locality"))
+    assert json.loads(Path("judged/edits.json").read_text())["edits"]["p.safetensors"]["source"] == "dog"
+    assert "dog → cat" in Path("judged/edits.html").read_text(encoding="utf-8")
+
+    code, out, err = call(capsys, monkeypatch, "patch", "show", "p.safetensors", "--top", 3)
+    assert code == 0, err
+    assert str(patch.neurons[0])[:2] in out
+    assert "cat" in out
+
+    code, out, err = call(capsys, monkeypatch, "export", "p.safetensors", "--out", "edited")
+    assert code == 0, err
+    said = mmn.load("edited").caption("dog2.png")
+    assert says(said, "cat")
+    assert not says(said, "dog")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((), "Say which word"),
+        (("--from", "dog"), "Say which word"),
+        (("--from", "dog", "--to", "cat", "--remove", "dog"), "Say which word"),
+        (("--from", "dog", "--to", "Dogs"), "the same word"),
+        (("--from", "dog", "--to", "cat", "--out", "p.bin"), "--out p.safetensors"),
+        (("--from", "dog", "--to", "cat", "--out", "nowhere/p.safetensors"), "mkdir -p nowhere"),
+        (("--from", "rocket", "--to", "cat", "--images", "dog0.png"), "says 'rocket' of none"),
+        (("--from", "dog", "--to", "cat", "--images", "gone.png"), "gone.png"),
+        (("--from", "dog", "--to", "cat", "--images", "dog0.png", "--texts", "gone.txt"), "Cannot read gone.txt"),
+    ],
+)
+def test_what_cannot_be_done_is_told_and_leaves_nothing(capsys, monkeypatch, folder, arguments, message):
+    monkeypatch.chdir(folder)
+    given = arguments if "--reference" in arguments else (*arguments, "--reference", "others")
+    code, _, err = call(capsys, monkeypatch, "edit", *given)
+    assert code == 2
+    assert message in err
+    assert not list(folder.rglob("*.safetensors"))
+
+
+@pytest.mark.parametrize("command", [("patch", "show"), ("export",), ("evaluate-edit",)])
+def test_a_file_that_is_no_patch_is_refused(capsys, monkeypatch, folder, command):
+    monkeypatch.chdir(folder)
+    extra = () if command[0] == "patch" else ("--out", "made")
+    code, _, err = call(capsys, monkeypatch, *command, "dog0.png", *extra)
+    assert code == 2
+    assert "dog0.png is no patch" in err
+    assert not Path("made").exists()
