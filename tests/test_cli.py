@@ -163,7 +163,7 @@ def test_ctrl_c_stops_without_a_traceback(tmp_path, sample):
 
 def test_a_neuron_is_shown_and_its_json_says_the_same(capsys, monkeypatch):
     code, out, _ = call(capsys, monkeypatch, "neuron", "L0.u945", "--tokens", 3, "--neighbours", 2)
-    assert (code, "shark" in out, len(re.findall(r"L\d.u\d+", out)) >= 3) == (0, True, True)
+    assert (code, "whale" in out, len(re.findall(r"L\d.u\d+", out)) >= 3) == (0, True, True)
     code, out, _ = call(capsys, monkeypatch, "neuron", "L0.u945", "--json")
     assert (code, json.loads(out)["neuron"], len(json.loads(out)["tokens"])) == (0, "L0.u945", 10)
 

@@ -9,14 +9,14 @@ from mmneurons import pocket
 from mmneurons.errors import MmneuronsError, SettingError
 from mmneurons.pocket import sets, world
 
-NAMES = ("find-500", "locality-500", "pope-500", "hallucination-500")
+NAMES = ("find-500", "locality-500", "pope-500", "hallucination-500", "reference-400")
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_set_is_500_scenes_and_comes_out_as_it_was_defined(name):
+def test_a_set_has_as_many_scenes_as_it_says_and_comes_out_as_it_was_defined(name):
     scenes = pocket.evaluation_set(name)
-    assert len(scenes) == len(scenes.groups) == 500
-    assert len({scene.image.tobytes() for scene in scenes}) == 500
+    assert len(scenes) == len(scenes.groups) == int(name.split("-")[1])
+    assert len({scene.image.tobytes() for scene in scenes}) == len(scenes)
 
 
 def test_find_shows_every_noun_as_often_as_the_others():
