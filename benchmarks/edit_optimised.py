@@ -22,6 +22,7 @@ from mmneurons.editing.forced import Reader
 from mmneurons.editing.goals import Asked, goals_of
 from mmneurons.editing.reference import make_reference
 from mmneurons.editing.steps import answer_steps, occurrences
+from mmneurons.vlm.modes import evaluating, frozen
 from mmneurons.vlm.prompts import ANSWER_PREFIX, PROMPT
 
 SOURCE, TARGET, TOP = "dog", "cat", 100
@@ -42,7 +43,7 @@ def main() -> None:
     for blocks in (1, 2):
         columns = writers(vlm, goals, TOP, blocks)
         arms, studies = {}, []
-        with optimised.still(vlm.model):
+        with frozen(vlm.model), evaluating(vlm.model):
             for name, cache in (("cached", True), ("whole", False)):
                 reader = Reader(vlm, len(vlm.anatomy.blocks) - blocks, cache, 8)
                 own = reader.read(images, PROMPT, ANSWER_PREFIX, optimised.given(vlm, asked, TARGET))

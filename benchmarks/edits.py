@@ -1,6 +1,6 @@
 """Edits of the pocket model, judged: every figure of docs/results.md, Editing.
 
-    python benchmarks/edits.py pairs DIR   # the 30 of pocket.EDIT_PAIRS; also: closed, rivals, removal, many, cost
+    python benchmarks/edits.py pairs DIR   # the 30 pairs; or closed, optimised, rivals, removal, many, cost
     python benchmarks/edits.py table DIR   # what DIR holds, as Markdown
 
 Each edit's figures are kept as they come: a run that was stopped goes on.
@@ -14,22 +14,23 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
 
 import mmneurons as mmn
 from mmneurons import pocket
-from mmneurons.editing.baselines import NAMES, baseline
-from mmneurons.editing.edit import EditSettings, edit
+from mmneurons.editing.baselines import NAMES, Name, Rival, baseline
+from mmneurons.editing.edit import EditSettings, Method, edit
 from mmneurons.editing.file import load_patch, save_patch
-from mmneurons.editing.judging import Asked, judge
+from mmneurons.editing.judging import Question, judge
 from mmneurons.editing.patch import Patch, stack
 from mmneurons.editing.reference import Reference, make_reference
 from mmneurons.inspection.items import read_items
 from mmneurons.vlm.vlm import VLM
-from mmneurons.words import says
+from mmneurons.words import says, turned
 
 RIVAL_PAIRS = [pocket.EDIT_PAIRS[i] for i in (0, 2, 4, 12, 15, 18, 22, 26)]
 """Four near, four far."""
@@ -68,38 +69,45 @@ def made(folder: Path, name: str, make: Callable[[], Patch]) -> Patch:
     return load_patch(path)
 
 
-def jobs(vlm: VLM, what: str, folder: Path) -> Iterator[tuple[str, Asked]]:
-    """What is judged, one at a time, so that nothing is made before it is needed."""
-    reference = reference_for(vlm)
+def jobs(vlm: VLM, what: str, folder: Path) -> dict[str, Question]:
+    """What is judged; each edit is made when its turn comes."""
+    known: list[Reference] = []
 
-    def patch(source: str, target: str | None, method: str = "selective") -> Patch:
-        settings = EditSettings(method=method)  # pyright: ignore[reportArgumentType]
-        held = None if method == "closed_form" else reference
-        return made(
-            folder,
-            f"{method}-{source}-{target}",
-            lambda: edit(vlm, images_of(source), source=source, target=target, reference=held, settings=settings),
-        )
+    def reference() -> Reference:
+        if not known:
+            known.append(reference_for(vlm))
+        return known[0]
 
-    if what == "pairs":
-        for pair in pocket.EDIT_PAIRS:
-            yield f"selective {pair.source}", Asked(patch(pair.source, pair.target), pair.source, pair.target)
-    if what == "closed":
-        for pair in RIVAL_PAIRS:
-            yield (
-                f"closed_form {pair.source}",
-                Asked(patch(pair.source, pair.target, "closed_form"), pair.source, pair.target),
-            )
-    if what == "rivals":
-        for pair in RIVAL_PAIRS:
-            for name in NAMES:
-                rival = baseline(
-                    vlm, name, images_of(pair.source), source=pair.source, target=pair.target, reference=reference
-                )
-                yield f"{name} {pair.source}", Asked(rival, pair.source, pair.target)
+    def patch(source: str, target: str | None, method: Method = "selective") -> Patch:
+        def make() -> Patch:
+            held = None if method == "closed_form" else reference()
+            settings = EditSettings(method=method)
+            return edit(vlm, images_of(source), source=source, target=target, reference=held, settings=settings)
+
+        return made(folder, f"{method}-{source}-{target}", make)
+
+    def rival(name: Name, pair: pocket.EditPair) -> Rival:
+        images = images_of(pair.source)
+        return baseline(vlm, name, images, source=pair.source, target=pair.target, reference=reference())
+
     if what == "removal":
-        for source in REMOVED:
-            yield f"removal {source}", Asked(patch(source, None), source, None)
+        return {f"removal {source}": Question(partial(patch, source, None), source, None) for source in REMOVED}
+    if what == "rivals":
+        return {
+            f"{name} {pair.source}": Question(partial(rival, name, pair), pair.source, pair.target)
+            for pair in RIVAL_PAIRS
+            for name in NAMES
+        }
+    methods: dict[str, tuple[Method, Sequence[pocket.EditPair]]] = {
+        "pairs": ("selective", pocket.EDIT_PAIRS),
+        "closed": ("closed_form", RIVAL_PAIRS),
+        "optimised": ("optimised", RIVAL_PAIRS),
+    }
+    method, pairs = methods[what]
+    return {
+        f"{method} {pair.source}": Question(partial(patch, pair.source, pair.target, method), pair.source, pair.target)
+        for pair in pairs
+    }
 
 
 def many(vlm: VLM, folder: Path) -> None:
@@ -123,15 +131,15 @@ def many(vlm: VLM, folder: Path) -> None:
         with stack(patches).applied(vlm):
             after = vlm.caption([scenes[i].image for i in others], batch_size=50)
             edited = [vlm.caption(images, batch_size=50) for images in held]
-        turned = [
-            says(b, p.target) and not says(b, p.source)
+        done = [
+            turned(b, p.source, p.target)
             for p, first, second in zip(pairs, usual, edited, strict=True)
             for a, b in zip(first, second, strict=True)
             if says(a, p.source)
         ]
         same = [before[i] == text for i, text in zip(others, after, strict=True)]
         print(
-            f"| {size} | {statistics.mean(turned):.3f} of {len(turned)} | {statistics.mean(same):.3f} of {len(same)} |",
+            f"| {size} | {statistics.mean(done):.3f} of {len(done)} | {statistics.mean(same):.3f} of {len(same)} |",
             flush=True,
         )
 
@@ -206,13 +214,12 @@ def main() -> None:
             vlm,
             jobs(vlm, what, folder),
             folder,
-            total=0,
             edit=lambda source: read_items(f"pocket:edit/{source}"),
             held_out=lambda source: read_items(f"pocket:held-out/{source}"),
             unrelated=read_items("pocket:locality-500"),
             texts=pocket.facts()[1::4],
             batch_size=50,
-            progress=lambda name, done, total: print(f"{done:g} done", flush=True),
+            progress=lambda name, done, total: print(f"{done:.1f} of {total}", flush=True),
         )
 
 

@@ -11,7 +11,7 @@ from torch import nn
 
 import mmneurons as mmn
 from mmneurons import pocket
-from mmneurons.editing import lessons, trained
+from mmneurons.editing import goals, lessons, trained
 from mmneurons.editing.baselines import NAMES, HeadChange, Name, Rival, baseline, matched_neurons
 from mmneurons.editing.columns import writers
 from mmneurons.editing.edit import EditSettings
@@ -225,11 +225,11 @@ def test_captions_are_rewritten_and_all_else_is_kept(model, task):
 
 
 def test_a_word_of_several_tokens_is_wanted_token_by_token(model, monkeypatch):
-    monkeypatch.setattr(lessons, "tokens_of", lambda tokenizer, word: [7, 8, 9])
+    monkeypatch.setattr(goals, "tokens_of", lambda tokenizer, word: [7, 8, 9])
     words: Any = [SimpleNamespace(text="dog", steps=(1, 2)), SimpleNamespace(text="dog", steps=(4,))]
-    ids, places = lessons._rewritten(model, [50, 51, 52, 53, 54, 55], words, "cat")
+    ids, written = goals.rewritten(model, [50, 51, 52, 53, 54, 55], words, "cat")
     assert ids == [50, 7, 8, 9, 53, 7, 8, 9, 55]
-    assert places == [(1, 7), (2, 8), (3, 9), (5, 7), (6, 8), (7, 9)]
+    assert written == [(1, [7, 8, 9]), (5, [7, 8, 9])]
 
 
 @pytest.mark.usefixtures("unchanged")

@@ -16,7 +16,7 @@ from mmneurons import pocket
 from mmneurons.editing import judging
 from mmneurons.editing.edit import EditSettings, edit
 from mmneurons.editing.evaluation import Before, Bench, Judged, evaluate, forced, ngram_entropy, relative_size
-from mmneurons.editing.judging import judge_patches
+from mmneurons.editing.judging import judge, questions
 from mmneurons.editing.patch import Patch
 from mmneurons.editing.reference import make_reference
 from mmneurons.errors import SettingError
@@ -150,9 +150,9 @@ def test_relative_size_by_hand(vlm, patch):
 
 
 def sources(vlm: mmn.VLM, folder, patches: dict[str, Patch], **other) -> dict[str, Judged]:
-    return judge_patches(
+    return judge(
         vlm,
-        patches,
+        questions(patches),
         folder,
         edit=lambda source: read_items(f"pocket:edit/{source}")[:2],
         held_out=lambda source: read_items(f"pocket:held-out/{source}")[:2],

@@ -20,6 +20,7 @@ from mmneurons.editing.reference import Reference, make_reference
 from mmneurons.editing.steps import answer_steps, occurrences
 from mmneurons.errors import ModelError, SettingError
 from mmneurons.neurons import Neuron
+from mmneurons.vlm.modes import evaluating, frozen
 from mmneurons.vlm.prompts import ANSWER_PREFIX, PROMPT
 from mmneurons.vlm.vlm import VLM
 from mmneurons.words import says
@@ -107,7 +108,7 @@ def test_the_cache_changes_nothing(vlm, case, blocks, monkeypatch):
     patches = []
     for cache in (True, False):
         reader = Reader(vlm, 5 - blocks, cache, 8)
-        with optimised.still(vlm.model):
+        with frozen(vlm.model), evaluating(vlm.model):
             own, others = read(vlm, case, reader)
             assert all((batch.entering is not None) == cache for batch in (*own, *others))
             study = optimised.Study(reader, columns, None, to_target=True)
@@ -152,7 +153,7 @@ def test_lower_blocks_run_once(vlm, case, monkeypatch):
 def test_the_gradient_is_that_of_the_loss(vlm, case, to_target):
     columns = writers(vlm, goals_of(vlm, case.asked, "cat"), 40, 2)
     reader = Reader(vlm, 3, True, 8)
-    with optimised.still(vlm.model):
+    with frozen(vlm.model), evaluating(vlm.model):
         own, others = read(vlm, case, reader, "cat" if to_target else None)
         sample = others[:1]
         study = optimised.Study(reader, columns, None, to_target=to_target)

@@ -31,11 +31,15 @@ def bar(console: Console, total: int, what: str) -> Iterator[Any]:
 
 
 @contextmanager
-def bars(console: Console) -> Iterator[Any]:
-    """A bar for each experiment, with an estimate; plain lines where nobody watches."""
+def bars(console: Console, unit: str) -> Iterator[Any]:
+    """A bar for each experiment, with an estimate; plain lines where nobody watches. Counted are `unit`s."""
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed:.1f}/{task.total} images"))
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn(f"{{task.completed:.1f}}/{{task.total}} {unit}"),
+    )
     with Progress(*columns, TimeRemainingColumn(), console=console, disable=not console.is_terminal) as shown:
         tasks: dict[str, Any] = {}
         told: dict[str, int] = {}
@@ -46,6 +50,6 @@ def bars(console: Console) -> Iterator[Any]:
             shown.update(tasks[name], completed=done)
             if not console.is_terminal and int(done) > told.get(name, 0):
                 told[name] = int(done)
-                console.print(f"{name}: {int(done)} of {total} images")
+                console.print(f"{name}: {int(done)} of {total} {unit}")
 
         yield tell

@@ -148,6 +148,11 @@ def says(caption: str, phrase: str) -> bool:
     return bool(_occurrences(phrase, caption))
 
 
+def turned(caption: str, source: str, target: str | None) -> bool:
+    """Whether a caption does what an edit wants: says `target`, if there is one, and not `source`."""
+    return not says(caption, source) and (target is None or says(caption, target))
+
+
 def token_spans(token_ids: Sequence[int], decode: Decode) -> list[Span]:
     """The characters of the decoded text that each token wrote, or wrote bytes of.
 

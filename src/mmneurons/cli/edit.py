@@ -180,7 +180,7 @@ def _judge(
     batch_size: int,
 ) -> None:
     """Judge patches and show the figures."""
-    from mmneurons.editing.judging import judge_patches
+    from mmneurons.editing.judging import judge, questions
     from mmneurons.report.edit import figures, write_edits
 
     beyond = _items(held_out) if held_out else None
@@ -194,10 +194,11 @@ def _judge(
         return _or_pocket(vlm, beyond, f"held-out/{source}", "--held-out")
 
     texts = texts or _pocket_texts(vlm, 1)
-    with bars(err) as progress:
-        judged = judge_patches(
+    asked = questions({str(path): patch for path, patch in loaded})
+    with bars(err, "edits") as progress:
+        judged = judge(
             vlm,
-            {str(path): patch for path, patch in loaded},
+            asked,
             folder,
             edit=of_edit,
             held_out=of_held_out,

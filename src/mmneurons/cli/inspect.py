@@ -56,7 +56,7 @@ def inspect_(
     vlm = load()
     settings = Settings(score, top, prompt, answer_prefix, max_new_tokens, seed)
     experiments = EXPERIMENTS if what == "all" else (what,)
-    with bars(err) as progress:
+    with bars(err, "images") as progress:
         found = inspect(
             vlm,
             items,

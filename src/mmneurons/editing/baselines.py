@@ -28,21 +28,21 @@ from torch import Tensor, nn
 
 from mmneurons.editing.columns import Columns, writers
 from mmneurons.editing.edit import EditSettings, edit
-from mmneurons.editing.goals import Asked, Goal, goals_of
+from mmneurons.editing.goals import Goal, ask, goals_of
 from mmneurons.editing.lessons import Task
 from mmneurons.editing.patch import Patch
 from mmneurons.editing.reference import Reference
-from mmneurons.editing.steps import Steps, answer_steps, occurrences
+from mmneurons.editing.steps import Steps
 from mmneurons.editing.strength import find_strength
 from mmneurons.editing.trained import Adapter, Facts, finetune, lora, memit, rome
-from mmneurons.errors import SettingError, WordError
+from mmneurons.errors import SettingError
 from mmneurons.inspection.matching import column_norms, loudness, matched
 from mmneurons.neurons import Neuron
 from mmneurons.vlm import provenance
 from mmneurons.vlm.prompts import tokens_of
 from mmneurons.vlm.replay import Replay
 from mmneurons.vlm.vlm import VLM, Picture
-from mmneurons.words import inflected, singular
+from mmneurons.words import inflected
 
 Name = Literal["finetune", "lora", "rome", "memit", "random", "logit_bias", "head_rows"]
 NAMES: tuple[Name, ...] = get_args(Name)
@@ -138,22 +138,11 @@ def baseline(
     """
     if name not in NAMES:
         raise SettingError(f"There is no baseline '{name}'.", fix=f"Choose one of: {', '.join(NAMES)}.")
-    if singular(source) == singular(target):
-        raise SettingError(f"'{source}' is to become '{target}': the same word.", fix="Choose another target.")
     settings, tell = settings or EditSettings(), progress or (lambda what: None)
     began = time.perf_counter()
     tell("answering about the images")
     limits: dict[str, int] = {"max_new_tokens": settings.max_new_tokens, "batch_size": settings.batch_size}
-    asked = []
-    for prompt in settings.prompts:
-        said = answer_steps(vlm, images, prompt, settings.answer_prefix, **limits)  # pyright: ignore[reportArgumentType]
-        asked.append(Asked(images, prompt, settings.answer_prefix, said, occurrences(vlm, said, source)))
-    if not any(one.found for one in asked):
-        raise WordError(
-            f"The model says '{source}' of none of the images.",
-            seen="\n".join(text for one in asked for text in one.said.texts[:5]),
-            fix="Give images of which it does, or a word that it says.",
-        )
+    asked = ask(vlm, images, settings.prompts, settings.answer_prefix, source, target, **limits)
     task = Task(vlm, asked, source, target, reference, settings, seed, tell)
     change, facts = _MAKERS[name](task, block)
     made_by = {
@@ -219,15 +208,10 @@ def _logit_bias(task: Task, block: int | None) -> tuple[HeadChange, Facts]:
         needed.append(_behind(task, rows, unit) / 2)  # as much is taken from SOURCE
     if reference is not None and reference.said is not None:
         steps = reference.said.steps
-        near = -_behind(task, steps, unit)
-        near[reference.says(task.vlm, task.source)[: len(steps)]] = torch.inf
-        worst = torch.full((len(reference.images),), -torch.inf).scatter_reduce(0, steps.answers, near, "amax")
-        # Those that say SOURCE shall change.
-        harm = [-torch.inf if value == torch.inf else value for value in worst.tolist()]
-    unit_as_patch: Any = unit  # all that the search does with a patch is to scale and to apply it
+        harm = reference.by_image(task.vlm, task.source, -_behind(task, steps, unit))
     search = find_strength(
         task.vlm,
-        unit_as_patch,
+        unit,
         task.asked,
         task.source,
         task.target,

@@ -8,28 +8,23 @@ The closed forms need no gradients. The model is left as it was: strengths are t
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, get_args
 
-import numpy as np
 import torch
-from PIL import Image
 
 from mmneurons.editing.columns import Columns, Move, moves_for, patch_of, writers
-from mmneurons.editing.goals import Asked, goals_of
+from mmneurons.editing.goals import ask, goals_of
 from mmneurons.editing.optimised import optimise
 from mmneurons.editing.patch import Patch
 from mmneurons.editing.reference import Reference
-from mmneurons.editing.steps import Steps, answer_steps, occurrences
 from mmneurons.editing.strength import find_strength
-from mmneurons.errors import SettingError, WordError
+from mmneurons.errors import SettingError
 from mmneurons.neurons import Neuron
 from mmneurons.vlm import provenance
 from mmneurons.vlm.prompts import ANSWER_PREFIX, MAX_NEW_TOKENS, PROMPT
-from mmneurons.vlm.vlm import VLM, Picture
-from mmneurons.words import singular
+from mmneurons.vlm.vlm import VLM, Picture, Pictures, as_list
 
 Method = Literal["selective", "closed_form", "optimised"]
 METHODS: tuple[Method, ...] = get_args(Method)
@@ -56,7 +51,7 @@ class EditSettings:
 
 def edit(
     vlm: VLM,
-    images: Picture | Sequence[Picture],
+    images: Picture | Pictures,
     *,
     source: str,
     target: str | None = None,
@@ -86,21 +81,11 @@ def edit(
         ModelError: columns that cannot be written.
     """
     settings, tell = settings or EditSettings(), progress or (lambda what: None)
-    _check(vlm, source, target, settings)
-    images = [images] if isinstance(images, str | os.PathLike | Image.Image | np.ndarray) else list(images)
+    _check(vlm, settings)
     tell("answering about the images")
     limits: dict[str, Any] = {"max_new_tokens": settings.max_new_tokens, "batch_size": settings.batch_size}
-    asked = []
-    for prompt in settings.prompts:
-        said = answer_steps(vlm, images, prompt, settings.answer_prefix, **limits)
-        asked.append(Asked(images, prompt, settings.answer_prefix, said, occurrences(vlm, said, source)))
-    if not any(one.found for one in asked):
-        answers = "\n".join(f"  {one.answer_prefix} {text}" for one in asked for text in one.said.texts[:5])
-        raise WordError(
-            f"The model says '{source}' of none of the images.",
-            seen=f"It said:\n{answers}",
-            fix="Give images of which it does, or a word that it says.",
-        )
+    images = as_list(images)
+    asked = ask(vlm, images, settings.prompts, settings.answer_prefix, source, target, **limits)
     goals = goals_of(vlm, asked, target)
     tell("choosing columns")
     columns = (
@@ -110,9 +95,9 @@ def edit(
         patch = optimise(vlm, columns, asked, source, target, reference, tell=tell, **limits)
         search = dict(patch.provenance)
     else:
-        kept = [_other_steps(one) for one in asked]
+        kept = [one.others for one in asked]
         if reference is not None:
-            kept.append(reference.steps.at(~reference.says(vlm, source)))
+            kept.append(reference.without(vlm, source))
         moves = moves_for(vlm, columns, goals, kept, settings.ridge if settings.method == "selective" else None)
         unit = patch_of(vlm, columns, moves)
         start = max(_needed(vlm, move) for move in moves)
@@ -127,7 +112,7 @@ def edit(
         "settings": asdict(settings),
         "search": search,
         "images": len(images),
-        "said_source": [len({answer for answer, _ in one.found}) for one in asked],
+        "said_source": [len(one.saying) for one in asked],
         "reference": None if reference is None else reference.facts,
         "model": dict(vlm.facts),
         "packages": provenance.versions(),
@@ -135,17 +120,9 @@ def edit(
     return replace(patch, provenance=made_by)
 
 
-def _check(vlm: VLM, source: str, target: str | None, settings: EditSettings) -> None:
+def _check(vlm: VLM, settings: EditSettings) -> None:
     if settings.method not in METHODS:
         raise SettingError(f"There is no method '{settings.method}'.", fix=f"Choose one of: {', '.join(METHODS)}.")
-    if target is not None and singular(source) == singular(target):
-        raise SettingError(f"'{source}' is to become '{target}': the same word.", fix="Choose another target.")
-    if target is not None and singular(target) != target.lower():
-        raise SettingError(
-            f"'{target}' is a plural.",
-            seen="Plurals are made where the answers have one.",
-            fix=f"target={singular(target)!r}",
-        )
     n_blocks = len(vlm.anatomy.blocks)
     if settings.blocks is not None and not 1 <= settings.blocks <= n_blocks:
         raise SettingError(f"The model has {n_blocks} blocks.", seen=f"blocks={settings.blocks}")
@@ -154,14 +131,6 @@ def _check(vlm: VLM, source: str, target: str | None, settings: EditSettings) ->
             "An edit moves one column at least, has a ridge of 0 or more and one prompt at least.",
             seen=f"top={settings.top}, ridge={settings.ridge}, prompts={settings.prompts}",
         )
-
-
-def _other_steps(one: Asked) -> Steps:
-    """The steps of the edit's own answers that do not write SOURCE."""
-    rows = torch.ones(len(one.said.steps), dtype=torch.bool)
-    for answer, word in one.found:
-        rows[[one.said.row(answer, step) for step in word.steps]] = False
-    return one.said.steps.at(rows)
 
 
 def _needed(vlm: VLM, move: Move) -> float:
@@ -188,6 +157,4 @@ def _harm(vlm: VLM, reference: Reference, source: str, moves: Sequence[Move]) ->
             wanted = (steps.directions(row.expand(len(steps), -1)).at(None) * steps.residual).sum(-1)
             effect = effect / (steps.logits - wanted).clamp_min(0.1)
         harm = torch.maximum(harm, effect)
-    harm[reference.says(vlm, source)[: len(steps)]] = torch.inf
-    worst = torch.full((len(reference.images),), -torch.inf).scatter_reduce(0, steps.answers, harm, "amax")
-    return [-torch.inf if value == torch.inf else value for value in worst.tolist()]
+    return reference.by_image(vlm, source, harm)

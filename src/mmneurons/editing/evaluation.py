@@ -9,38 +9,28 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
-from typing import Any, Protocol
+from functools import cached_property, partial
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from mmneurons.editing.ledger import ledger_of
-from mmneurons.editing.patch import Patch
+from mmneurons.editing.patch import Edit, Patch
 from mmneurons.editing.steps import text_batches
 from mmneurons.inspection.causal import rest_unchanged
 from mmneurons.maths.statistics import Estimate, estimate
 from mmneurons.vlm.prompts import ANSWER_PREFIX, MAX_NEW_TOKENS, PROMPT, WORDINGS
 from mmneurons.vlm.recording import record
 from mmneurons.vlm.vlm import VLM, Picture, batches, open_row
-from mmneurons.words import says
+from mmneurons.words import says, turned
 
 TOP = 10
 """Of M-locality."""
 TOPS_ON = 200
 """M-locality is measured on at most so many of the unrelated images: the first ones."""
-
-
-class Edit(Protocol):
-    """Anything that edits a model and takes it back: a `Patch`, or a rival."""
-
-    def applied(self, vlm: VLM) -> AbstractContextManager[Any]:
-        """Edited inside the `with`."""
-        ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -137,11 +127,13 @@ class Before:
 
     @cached_property
     def unrelated_tops(self) -> list[Int[Tensor, "steps 10"]]:
-        """The likeliest tokens at each step of them."""
-        return [
-            logits.topk(TOP).indices
-            for logits in forced(self.vlm, self.bench.unrelated[:TOPS_ON], self.unrelated.token_ids, self.bench)
-        ]
+        """The likeliest tokens at each step of the first of them."""
+        return self.tops(range(min(TOPS_ON, len(self.bench.unrelated))))
+
+    def tops(self, numbers: Sequence[int]) -> list[Int[Tensor, "steps 10"]]:
+        """The likeliest tokens now, edited or not, at each step of some of the unedited answers."""
+        images, ids = [self.bench.unrelated[i] for i in numbers], [self.unrelated.token_ids[i] for i in numbers]
+        return [logits.topk(TOP).indices for logits in forced(self.vlm, images, ids, self.bench)]
 
     @cached_property
     def texts(self) -> list[Int[Tensor, "positions"]]:
@@ -156,7 +148,7 @@ def evaluate(
     *,
     source: str,
     target: str | None,
-    progress: Callable[[str], None] | None = None,
+    progress: Callable[[float], None] | None = None,
 ) -> Judged:
     """Judge one edit; the model is left as it was.
 
@@ -166,7 +158,7 @@ def evaluate(
         before: What the model did unedited, on the images and texts to judge on.
         source: The word that is to go.
         target: The word that is to come; None for a removal.
-        progress: Told what is being done.
+        progress: Told which share is done.
 
     Returns:
         Means over images or texts, each with its 95 % bootstrap interval and number.
@@ -174,66 +166,59 @@ def evaluate(
     Source: METRICS; locality of texts and of images after Cheng et al., EMNLP 2023 (MMEdit), fluency after Meng et al.,
         NeurIPS 2022 (ROME).
     """
-    bench, tell = before.bench, progress or (lambda what: None)
+    bench, tell = before.bench, progress or (lambda share: None)
     kept = [i for i, text in enumerate(before.unrelated.texts) if not says(text, source)]
-    unrelated, ids = [bench.unrelated[i] for i in kept], [before.unrelated.token_ids[i] for i in kept]
-    tell("answers before")
     held = _answers(vlm, bench.held_out, bench)
     shown = [i for i, text in enumerate(held.texts) if says(text, source)]
-    held_images, said = [bench.held_out[i] for i in shown], [held.texts[i] for i in shown]
-    asked = [(w, _answers(vlm, held_images, replace_prompt(bench, w)).texts) for w in bench.wordings]
-    topped = [i for i in kept if i < TOPS_ON]
-    tops_before, texts_before = [before.unrelated_tops[i] for i in topped], before.texts
-
-    def done(text: str) -> bool:
-        return not says(text, source) and (target is None or says(text, target))
-
+    images, usual = [bench.held_out[i] for i in shown], [held.texts[i] for i in shown]
+    reworded_before = [_answers(vlm, images, replace(bench, prompt=prompt)).texts for prompt in bench.wordings]
+    tell(0.2)
     with edit.applied(vlm):
-        tell("answers after")
         edited = _answers(vlm, bench.edit, bench)
-        held_after = _answers(vlm, held_images, bench)
-        after = _answers(vlm, unrelated, bench).texts
-        reworded = [
-            done(text)
-            for wording, texts in asked
-            for said_before, text in zip(
-                texts, _answers(vlm, held_images, replace_prompt(bench, wording)).texts, strict=True
-            )
-            if says(said_before, source)
-        ]
-        tell("next tokens after")
-        tops = [logits.topk(TOP).indices for logits in forced(vlm, unrelated[: len(topped)], ids, bench)]
-        texts = _likeliest(vlm, bench.texts)
-    tell("fluency")
-    same_text = [float((a == b).float().mean()) for a, b in zip(texts_before, texts, strict=True)]
-    naming = [says(text, source) for text in bench.texts]
-    usual = [before.unrelated.texts[i] for i in kept]
-    bleeds = (
-        [] if target is None else [says(a, target) and not says(b, target) for a, b in zip(after, usual, strict=True)]
-    )
-    perplexities = [
-        _perplexity(vlm, held_images, token_ids, bench)
-        for token_ids in ([held.token_ids[i] for i in shown], held_after.token_ids)
+        held_after = _answers(vlm, images, bench)
+        reworded = [_answers(vlm, images, replace(bench, prompt=prompt)).texts for prompt in bench.wordings]
+        tell(0.4)
+        after = _answers(vlm, [bench.unrelated[i] for i in kept], bench).texts
+        tell(0.7)
+        tops = before.tops([i for i in kept if i < TOPS_ON])
+        likeliest = _likeliest(vlm, bench.texts)
+        tell(0.9)
+    done = partial(turned, source=source, target=target)
+    others = [(before.unrelated.texts[i], text) for i, text in zip(kept, after, strict=True)]
+    pairs = list(zip(usual, held_after.texts, strict=True))
+    asked_otherwise = [
+        done(now)
+        for first, second in zip(reworded_before, reworded, strict=True)
+        for was, now in zip(first, second, strict=True)
+        if says(was, source)
     ]
+    top_pairs = [(before.unrelated_tops[i], now) for i, now in zip(kept, tops, strict=False)]
+    same = [float((a == b).float().mean()) for a, b in zip(before.texts, likeliest, strict=True)]
+    naming = [says(text, source) for text in bench.texts]
     return Judged(
         source,
         target,
-        efficacy=_share([done(text) for text in edited.texts]),
-        generality=_share([done(text) for text in held_after.texts]),
-        locality=_share([a == b for a, b in zip(after, usual, strict=True)]),
-        m_locality=estimate([_shared(a, b) for a, b in zip(tops_before, tops, strict=True)]),
-        m_locality_ranked=estimate([float((a == b).float().mean()) for a, b in zip(tops_before, tops, strict=True)]),
-        t_locality=estimate([same for same, names in zip(same_text, naming, strict=True) if not names]),
-        t_locality_source=estimate([same for same, names in zip(same_text, naming, strict=True) if names]),
-        wordings=_share(reworded),
-        bleed=_share(bleeds),
-        rest_unchanged=_share([rest_unchanged(a, b, source) for a, b in zip(said, held_after.texts, strict=True)]),
-        entropy=(ngram_entropy(said), ngram_entropy(held_after.texts)) if said else None,
-        perplexity=(perplexities[0], perplexities[1]) if said else None,
+        efficacy=_share(map(done, edited.texts)),
+        generality=_share(map(done, held_after.texts)),
+        locality=_share(a == b for a, b in others),
+        m_locality=estimate([_shared(a, b) for a, b in top_pairs]),
+        m_locality_ranked=estimate([float((a == b).float().mean()) for a, b in top_pairs]),
+        t_locality=estimate([share for share, names in zip(same, naming, strict=True) if not names]),
+        t_locality_source=estimate([share for share, names in zip(same, naming, strict=True) if names]),
+        wordings=_share(asked_otherwise),
+        bleed=None if target is None else _share(says(b, target) and not says(a, target) for a, b in others),
+        rest_unchanged=_share(rest_unchanged(a, b, source) for a, b in pairs),
+        entropy=(ngram_entropy(usual), ngram_entropy(held_after.texts)) if usual else None,
+        perplexity=(
+            _perplexity(vlm, images, [held.token_ids[i] for i in shown], bench),
+            _perplexity(vlm, images, held_after.token_ids, bench),
+        )
+        if usual
+        else None,
         n_columns=len(edit.neurons) if isinstance(edit, Patch) else None,
         relative_size=relative_size(vlm, edit) if isinstance(edit, Patch) else None,
-        held_out=tuple(Pair(*pair) for pair in zip(said, held_after.texts, shown, strict=True)),
-        changed=tuple(Pair(b, a, i) for b, a, i in zip(usual, after, kept, strict=True) if a != b),
+        held_out=tuple(Pair(a, b, i) for (a, b), i in zip(pairs, shown, strict=True)),
+        changed=tuple(Pair(a, b, i) for (a, b), i in zip(others, kept, strict=True) if a != b),
     )
 
 
@@ -246,14 +231,10 @@ def forced(
         inputs = vlm.encode([[o.image for o in row] for row in batch], bench.prompt, bench.answer_prefix)
         ids = token_ids[start : start + len(batch)]
         start += len(batch)
-        begun = vlm.begun(inputs)
-        padded = torch.zeros(len(batch), max(map(len, ids)), dtype=begun.sequences.dtype)
-        for row, mine in enumerate(ids):
-            padded[row, : len(mine)] = torch.tensor(mine)
-        sequences = torch.cat([begun.sequences[:, : begun.n_prompt], padded.to(begun.sequences.device)], dim=1)
-        n_prompt = begun.n_prompt
-        with record(vlm.anatomy, lambda values, n=n_prompt: values[:, n - 1 :], neurons=_none(vlm)) as recording:
-            vlm.read(inputs, replace(begun, sequences=sequences))
+        given = vlm.given(inputs, ids)
+        first = given.n_prompt - 1
+        with record(vlm.anatomy, lambda values, first=first: values[:, first:], neurons=_none(vlm)) as recording:
+            vlm.read(inputs, given)
         residual = recording.stacked(recording.residual)
         for row, mine in enumerate(ids):
             yield vlm.anatomy.logits(residual[row, : len(mine)])[:, : vlm.n_tokens].float().cpu()
@@ -279,11 +260,6 @@ def relative_size(vlm: VLM, patch: Patch) -> float:
         for part in patch.parts
     ]
     return float(torch.cat(shares).mean())
-
-
-def replace_prompt(bench: Bench, prompt: str) -> Bench:
-    """The same, asked otherwise."""
-    return replace(bench, prompt=prompt)
 
 
 def _answers(vlm: VLM, images: Sequence[Picture], bench: Bench) -> _Answers:
@@ -325,5 +301,5 @@ def _shared(a: Int[Tensor, "steps 10"], b: Int[Tensor, "steps 10"]) -> float:
     return float((a[:, :, None] == b[:, None, :]).any(-1).float().mean())
 
 
-def _share(hits: Sequence[bool]) -> Estimate | None:
+def _share(hits: Iterable[bool]) -> Estimate | None:
     return estimate([float(hit) for hit in hits])

@@ -9,7 +9,6 @@ What enters the lowest block is kept from one pass over the whole model, with wh
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -96,14 +95,8 @@ class Reader:
             if not any(one.turn or one.kept for one in now):
                 continue
             inputs = self.vlm.encode([[o.image for o in row] for row in rows], prompt, prefix)
-            begun = self.vlm.begun(inputs)
-            width = max(len(one.token_ids) for one in now) - 1
-            # What fills up stands behind all that counts; a token of the answer does no harm there.
-            filled = [[*one.token_ids, *[one.token_ids[0]] * width][:width] for one in now]
-            prompts = begun.sequences[:, : begun.n_prompt]
-            fed = torch.tensor(filled, dtype=prompts.dtype, device=prompts.device).view(len(now), width)
-            extended = self.vlm.extended(inputs, replace(begun, sequences=torch.cat([prompts, fed], dim=1)))
-            made.append(self.batch(extended, begun.n_prompt - 1, now))
+            answers_given = self.vlm.given(inputs, [one.token_ids[:-1] for one in now])
+            made.append(self.batch(self.vlm.extended(inputs, answers_given), answers_given.n_prompt - 1, now))
         return made
 
     def batch(self, inputs: Inputs, first: int, given: Sequence[Given]) -> Batch:
@@ -133,11 +126,7 @@ class Reader:
         entered, norm, hidden = list[Tensor](), self.vlm.anatomy.norm_module, batch.entering
         with hooked([norm.register_forward_pre_hook(lambda _, args: entered.append(args[0]))]):
             if hidden is None:
-                takes = inspect.signature(self.vlm.model.forward).parameters
-                # As `VLM.read`: a number of logits to keep would let Gemma 4 skip positions in its last blocks.
-                last = torch.tensor([-1], device=self.vlm.device)
-                options = {"use_cache": False, "logits_to_keep": last}
-                self.vlm.model(**batch.inputs, **{name: options[name] for name in options if name in takes})
+                self.vlm.model(**batch.inputs, **self.vlm.once())
             else:
                 hidden, shared = hidden.clone(), dict[int, Any]()
                 for block, (args, kwargs) in zip(self.vlm.anatomy.blocks[self.lowest :], batch.calls, strict=True):

@@ -9,11 +9,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mmneurons.editing.steps import Said, Steps, forced_steps, join
-from mmneurons.errors import WordError
+from mmneurons.editing.steps import Said, Steps, answer_steps, forced_steps, join, occurrences
+from mmneurons.errors import SettingError, WordError
 from mmneurons.vlm.prompts import tokens_of
 from mmneurons.vlm.vlm import VLM, Picture
-from mmneurons.words import Word, inflected
+from mmneurons.words import Word, inflected, singular, turned
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,6 +47,85 @@ class Asked:
     said: Said
     found: Sequence[tuple[int, Word]]
     """Where SOURCE is: which answer, and the word there."""
+
+    @property
+    def saying(self) -> list[int]:
+        """The answers that say SOURCE."""
+        return sorted({answer for answer, _ in self.found})
+
+    @property
+    def others(self) -> Steps:
+        """The steps that do not write SOURCE."""
+        rows = torch.ones(len(self.said.steps), dtype=torch.bool)
+        for answer, word in self.found:
+            rows[[self.said.row(answer, step) for step in word.steps]] = False
+        return self.said.steps.at(rows)
+
+
+def ask(
+    vlm: VLM,
+    images: Sequence[Picture],
+    prompts: Sequence[str],
+    answer_prefix: str,
+    source: str,
+    target: str | None,
+    **limits: int,
+) -> list[Asked]:
+    """Ask about the images of an edit, with each prompt.
+
+    Raises:
+        SettingError: source and target are one word, or the target is a plural.
+        WordError: the model says `source` of none of the images.
+    """
+    if target is not None and singular(source) == singular(target):
+        raise SettingError(f"'{source}' is to become '{target}': the same word.", fix="Choose another target.")
+    if target is not None and singular(target) != target.lower():
+        raise SettingError(
+            f"'{target}' is a plural.",
+            seen="Plurals are made where the answers have one.",
+            fix=f"target={singular(target)!r}",
+        )
+    asked = []
+    for prompt in prompts:
+        said = answer_steps(vlm, images, prompt, answer_prefix, **limits)  # pyright: ignore[reportArgumentType]
+        asked.append(Asked(images, prompt, answer_prefix, said, occurrences(vlm, said, source)))
+    if not any(one.found for one in asked):
+        answers = "\n".join(f"  {one.answer_prefix} {text}" for one in asked for text in one.said.texts[:5])
+        raise WordError(
+            f"The model says '{source}' of none of the images.",
+            seen=f"It said:\n{answers}",
+            fix="Give images of which it does, or a word that it says.",
+        )
+    return asked
+
+
+def share_turned(vlm: VLM, asked: Sequence[Asked], source: str, target: str | None, **limits: int) -> float:
+    """Share of the answers that said SOURCE which, generated now, no longer do, and say TARGET if there is one."""
+    done = []
+    for one in asked:
+        texts = vlm.caption([one.images[i] for i in one.saying], one.prompt, one.answer_prefix, **limits)
+        done += [turned(text, source, target) for text in texts]
+    return sum(done) / len(done)
+
+
+def rewritten(
+    vlm: VLM, ids: Sequence[int], words: Sequence[Word], target: str
+) -> tuple[list[int], list[tuple[int, list[int]]]]:
+    """An answer with TARGET where the words were, in their forms; for each, its first step and its tokens.
+
+    Raises:
+        WordError: a form of the target has no token.
+    """
+    new: list[int] = []
+    written = []
+    read = 0
+    for word in words:
+        new += ids[read : word.steps[0]]
+        wanted = tokens_of(vlm.tokenizer, inflected(target, word.text))
+        written.append((len(new), wanted))
+        new += wanted
+        read = word.steps[-1] + 1
+    return [*new, *ids[read:]], written
 
 
 def goals_of(vlm: VLM, asked: Sequence[Asked], target: str | None) -> list[Goal]:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from mmneurons.editing.evaluation import Before, Bench, Edit, Judged, evaluate
-from mmneurons.editing.patch import Patch
+from mmneurons.editing.evaluation import Before, Bench, Judged, evaluate
+from mmneurons.editing.patch import Edit, Patch
 from mmneurons.errors import SettingError
 from mmneurons.inspection.items import Item
 from mmneurons.inspection.shelf import Shelf
@@ -18,10 +18,11 @@ from mmneurons.vlm.vlm import VLM
 
 
 @dataclass(frozen=True, eq=False)
-class Asked:
+class Question:
     """One edit to judge."""
 
-    edit: Edit
+    make: Callable[[], Edit]
+    """Called when the edit is judged; not where its figures are known from an earlier run."""
     source: str
     target: str | None
     prompt: str = PROMPT
@@ -31,38 +32,13 @@ class Asked:
     """What tells it from another of the same name: a patch's hash."""
 
 
-def judge_patches(
-    vlm: VLM,
-    patches: Mapping[str, Patch],
-    folder: str | os.PathLike[str],
-    *,
-    edit: Callable[[str], Sequence[Item]],
-    held_out: Callable[[str], Sequence[Item]],
-    unrelated: Sequence[Item],
-    texts: Sequence[str] = (),
-    batch_size: int = 8,
-    progress: Callable[[str, float, int], None] | None = None,
-) -> dict[str, Judged]:
-    """Judge patches that `edit` made, each by itself.
-
-    Args:
-        vlm: The model, unedited.
-        patches: By name; their provenance says what they were made for.
-        folder: Where results are kept.
-        edit: The images that an edit of a word was made with.
-        held_out: Others that show it.
-        unrelated: Images of which nothing is to change.
-        texts: Texts of which nothing is to change.
-        batch_size: Images in one batch.
-        progress: Called with a name, patches done and patches to do.
-
-    Returns:
-        By name.
+def questions(patches: Mapping[str, Patch]) -> dict[str, Question]:
+    """What to judge patches for that `edit` made: their provenance says it.
 
     Raises:
-        SettingError: a patch does not say what it was made for, or the folder holds other results.
+        SettingError: a patch does not say what it was made for.
     """
-    asked = {}
+    found = {}
     for name, patch in patches.items():
         source, settings = patch.provenance.get("source"), patch.provenance.get("settings")
         if not isinstance(source, str) or not isinstance(settings, Mapping):
@@ -70,29 +46,22 @@ def judge_patches(
                 f"{name} does not say which word it edits.", fix="Judge patches that `mmneurons edit` made, one by one."
             )
         limits = {name: settings[name] for name in ("answer_prefix", "max_new_tokens")}
-        asked[name] = Asked(
-            patch, source, patch.provenance.get("target"), settings["prompts"][0], key=patch.hash, **limits
+        found[name] = Question(
+            lambda patch=patch: patch,
+            source,
+            patch.provenance.get("target"),
+            settings["prompts"][0],
+            key=patch.hash,
+            **limits,
         )
-    return judge(
-        vlm,
-        asked.items(),
-        folder,
-        total=len(asked),
-        edit=edit,
-        held_out=held_out,
-        unrelated=unrelated,
-        texts=texts,
-        batch_size=batch_size,
-        progress=progress,
-    )
+    return found
 
 
 def judge(
     vlm: VLM,
-    asked: Iterable[tuple[str, Asked]],
+    asked: Mapping[str, Question],
     folder: str | os.PathLike[str],
     *,
-    total: int,
     edit: Callable[[str], Sequence[Item]],
     held_out: Callable[[str], Sequence[Item]],
     unrelated: Sequence[Item],
@@ -100,7 +69,25 @@ def judge(
     batch_size: int = 8,
     progress: Callable[[str, float, int], None] | None = None,
 ) -> dict[str, Judged]:
-    """The same for anything that edits, made one by one as they are asked for; `total` of them."""
+    """Judge edits, each by itself.
+
+    Args:
+        vlm: The model, unedited.
+        asked: By name; of patches, from `questions`.
+        folder: Where results are kept.
+        edit: The images that an edit of a word was made with.
+        held_out: Others that show it.
+        unrelated: Images of which nothing is to change.
+        texts: Texts of which nothing is to change.
+        batch_size: Images in one batch.
+        progress: Called with "judging", how many are done (a share of one counts) and how many there are.
+
+    Returns:
+        By name.
+
+    Raises:
+        SettingError: the folder holds other results.
+    """
     made_by = {
         "model": dict(vlm.facts),
         "packages": provenance.versions(),
@@ -111,11 +98,14 @@ def judge(
     images = [item.image() for item in unrelated]
     befores: dict[tuple[str, str, int], Before] = {}
     found = {}
-    for done, (name, one) in enumerate(asked):
+
+    def tell(done: float) -> None:
+        if progress is not None:
+            progress("judging", done, len(asked))
+
+    for done, (name, one) in enumerate(asked.items()):
         kept = f"{name} {one.key}"
         if kept not in shelf.found:
-            if progress is not None:
-                progress("patches", done, total)
             bench = Bench(
                 [item.image() for item in edit(one.source)],
                 [item.image() for item in held_out(one.source)],
@@ -127,9 +117,15 @@ def judge(
                 batch_size=batch_size,
             )
             before = befores.setdefault((one.prompt, one.answer_prefix, one.max_new_tokens), Before(vlm, bench))
-            judged = evaluate(vlm, one.edit, before.on(bench), source=one.source, target=one.target)
+            judged = evaluate(
+                vlm,
+                one.make(),
+                before.on(bench),
+                source=one.source,
+                target=one.target,
+                progress=lambda share, done=done: tell(done + share),
+            )
             shelf.add(kept, judged)
         found[name] = shelf.found[kept]
-        if progress is not None:
-            progress("patches", done + 1, total)
+        tell(done + 1)
     return found

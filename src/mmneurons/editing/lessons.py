@@ -7,9 +7,8 @@ The weights are never touched while learning: what is learned is float32, whatev
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -17,16 +16,14 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 
 from mmneurons.editing.edit import EditSettings
-from mmneurons.editing.goals import Asked
+from mmneurons.editing.goals import Asked, rewritten, share_turned
 from mmneurons.editing.reference import Reference
 from mmneurons.editing.steps import Steps
 from mmneurons.vlm.modes import evaluating
-from mmneurons.vlm.prompts import tokens_of
 from mmneurons.vlm.vlm import VLM, Picture, open_row
-from mmneurons.words import Word, inflected, says
 
 REFERENCES = 128
 """Reference images that are learned from, drawn by seed."""
@@ -91,24 +88,12 @@ class Task:
     @cached_property
     def kept(self) -> list[Steps]:
         """Steps that write anything but SOURCE: of the edit's own captions, and of the reference."""
-        found = []
-        for one in self.asked:
-            rows = torch.ones(len(one.said.steps), dtype=torch.bool)
-            for answer, word in one.found:
-                rows[[one.said.row(answer, step) for step in word.steps]] = False
-            found.append(one.said.steps.at(rows))
-        if self.reference is not None:
-            found.append(self.reference.steps.at(~self.reference.says(self.vlm, self.source)))
-        return found
+        found = [one.others for one in self.asked]
+        return found if self.reference is None else [*found, self.reference.without(self.vlm, self.source)]
 
     def turned(self) -> float:
         """Share of the answers that said SOURCE which now say TARGET in its place."""
-        done = []
-        for one in self.asked:
-            images = [one.images[i] for i in sorted({answer for answer, _ in one.found})]
-            said = self.vlm.caption(images, one.prompt, one.answer_prefix, **self.limits)
-            done += [says(text, self.target) and not says(text, self.source) for text in said]
-        return sum(done) / len(done)
+        return share_turned(self.vlm, self.asked, self.source, self.target, **self.limits)
 
     @cached_property
     def lessons(self) -> list[Lesson]:
@@ -118,9 +103,9 @@ class Task:
             ids, places = [], []
             for answer, said in enumerate(one.said.token_ids):
                 words = [word for of, word in one.found if of == answer]
-                new, at = _rewritten(self.vlm, said, words, self.target)
+                new, written = rewritten(self.vlm, said, words, self.target)
                 ids.append(new)
-                places.append(at)
+                places.append([(start + k, token) for start, wanted in written for k, token in enumerate(wanted)])
             made += self._lessons(one.images, one.prompt, one.answer_prefix, ids, places, [set() for _ in ids])
         return made
 
@@ -155,9 +140,11 @@ class Task:
             places = [(row, *place) for row, i in enumerate(mine) for place in wanted[i]]
             taken = {place[:2] for place in places} | {(row, s) for row, i in enumerate(mine) for s in left_out[i]}
             kept = [(row, s) for row, i in enumerate(mine) for s in range(len(ids[i])) if (row, s) not in taken]
-            batch, n_steps = _forced(self.vlm, [images[i] for i in mine], prompt, answer_prefix, [ids[i] for i in mine])
+            batch = [[o.image for o in open_row(images[i])] for i in mine]
+            inputs, n_steps = self.vlm.encode(batch, prompt, answer_prefix), max(len(ids[i]) for i in mine)
+            given = self.vlm.given(inputs, [ids[i][:-1] for i in mine])
             lesson = Lesson(
-                batch,
+                self.vlm.extended(inputs, given) | self.vlm.once(n_steps),
                 len(mine),
                 n_steps,
                 torch.tensor(places, dtype=torch.long).view(-1, 3),
@@ -243,48 +230,3 @@ def learn(
         if done(missing):
             return step + 1
     return schedule.steps
-
-
-@contextmanager
-def frozen(model: nn.Module) -> Iterator[None]:
-    """No parameter of the model asks for gradients: nothing is kept for them below the first change."""
-    asking = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    for parameter in asking:
-        parameter.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for parameter in asking:
-            parameter.requires_grad_(True)
-
-
-def _rewritten(
-    vlm: VLM, ids: Sequence[int], words: Sequence[Word], target: str
-) -> tuple[list[int], list[tuple[int, int]]]:
-    """A caption with TARGET where the words were, in their forms; step and token of each of TARGET's tokens."""
-    new: list[int] = []
-    places: list[tuple[int, int]] = []
-    read = 0
-    for word in words:
-        new += ids[read : word.steps[0]]
-        wanted = tokens_of(vlm.tokenizer, inflected(target, word.text))
-        places += [(len(new) + i, token) for i, token in enumerate(wanted)]
-        new += wanted
-        read = word.steps[-1] + 1
-    return [*new, *ids[read:]], places
-
-
-def _forced(
-    vlm: VLM, images: Sequence[Picture], prompt: str, answer_prefix: str, ids: Sequence[Sequence[int]]
-) -> tuple[dict[str, Any], int]:
-    """Inputs of prompts and captions, and the steps of the longest; shorter ones are filled up behind their ends."""
-    inputs = vlm.encode([[o.image for o in open_row(image)] for image in images], prompt, answer_prefix)
-    begun = vlm.generate(inputs, 1)  # how the prompt stands in the language model's own sequence
-    longest = max(map(len, ids))
-    filled = [[*row, *[row[-1]] * (longest - len(row))][:-1] for row in ids]
-    given = torch.tensor(filled, dtype=begun.sequences.dtype, device=begun.sequences.device).view(len(ids), -1)
-    sequences = torch.cat([begun.sequences[:, : begun.n_prompt], given], dim=1)
-    takes = inspect.signature(vlm.model.forward).parameters
-    options = {"use_cache": False, "logits_to_keep": torch.arange(-longest, 0, device=vlm.device)}
-    batch = vlm.extended(inputs, replace(begun, sequences=sequences))
-    return batch | {name: value for name, value in options.items() if name in takes}, longest

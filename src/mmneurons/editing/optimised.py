@@ -18,15 +18,13 @@ from torch.utils.hooks import RemovableHandle
 
 from mmneurons.editing.columns import Columns
 from mmneurons.editing.forced import Batch, Given, Reader, hooked
-from mmneurons.editing.goals import Asked
+from mmneurons.editing.goals import Asked, rewritten, share_turned
 from mmneurons.editing.ledger import ledger_of
 from mmneurons.editing.patch import Patch, PatchPart, column_hashes
 from mmneurons.editing.reference import Reference
 from mmneurons.errors import ModelError, SettingError
-from mmneurons.vlm.modes import evaluating
-from mmneurons.vlm.prompts import tokens_of
+from mmneurons.vlm.modes import evaluating, frozen
 from mmneurons.vlm.vlm import VLM
-from mmneurons.words import inflected, says
 
 STEPS = 100
 """Of Adam, at most."""
@@ -109,10 +107,9 @@ def optimise(
             "The optimised edit works on dense FFNs only; some of these columns are an expert's.",
             fix='Choose a closed form: EditSettings(method="selective")',
         )
-    saying = [(one, sorted({answer for answer, _ in one.found})) for one in asked if one.found]
-    if not saying:
+    if not any(one.found for one in asked):
         raise SettingError(f"None of these answers says '{source}'.", fix="Give images of which the model says it.")
-    with torch.inference_mode(False), still(vlm.model):
+    with torch.inference_mode(False), frozen(vlm.model), evaluating(vlm.model):
         lowest = min(vlm.anatomy.ffns[i].layer for i in columns.indices)
         reader = Reader(vlm, lowest, cache, 1 if vlm.family.one_at_a_time else batch_size)
         study = Study(reader, columns, start, to_target=target is not None)
@@ -121,40 +118,38 @@ def optimise(
         for one in asked:
             own += reader.read(one.images, one.prompt, one.answer_prefix, given(vlm, one, target))
         found = study.run(own, [] if reference is None else reader.read_reference(reference, source), tell)
-    patch, turned = study.patch(), []
+    patch = study.patch()
     with patch.applied(vlm):
-        for one, answers in saying:
-            images, limits = [one.images[i] for i in answers], {"max_new_tokens": max_new_tokens}
-            texts = vlm.caption(images, one.prompt, one.answer_prefix, batch_size=batch_size, **limits)
-            turned += [not says(text, source) and (target is None or says(text, target)) for text in texts]
-    if not any(turned):
+        share = share_turned(vlm, asked, source, target, max_new_tokens=max_new_tokens, batch_size=batch_size)
+    if share == 0:
         raise SettingError(
             f"No change makes the model say {'something else' if target is None else repr(target)} for '{source}'.",
             seen=f"After {found.steps} steps what is wanted leads by {found.margin:.2g} logits.",
             fix="Take more columns (top=2000), or of more blocks (blocks=None), or more images.",
         )
-    return replace(patch, provenance=asdict(replace(found, turned=sum(turned) / len(turned), generated=len(turned))))
+    found = replace(found, turned=share, generated=sum(len(one.saying) for one in asked))
+    return replace(patch, provenance=asdict(found))
 
 
 def given(vlm: VLM, one: Asked, target: str | None) -> list[Given]:
     """Answers with TARGET in the place of SOURCE; without a target, as they are."""
     made = []
     for i, said in enumerate(one.said.token_ids):
-        answer, behind, at = Given([], {}, {}), -1, 0
-        words = [(word.steps[0], word.steps[-1] + 1, word.text) for answer, word in one.found if answer == i]
-        for start, end, text in [*sorted(words), (len(said), len(said), "")]:
-            now = len(answer.token_ids)
-            answer.kept.update(dict.fromkeys(range(now, now + start - at), behind))
-            answer.token_ids.extend(said[at:start])
-            now, at, wanted = len(answer.token_ids), end, said[start:end]
-            if target is None:
-                answer.turn.update(enumerate(wanted[:1], now))
-            elif text:
-                wanted = tokens_of(vlm.tokenizer, inflected(target, text))
-                answer.turn.update(enumerate(wanted, now))
-                behind = wanted[0]
-            answer.token_ids.extend(wanted)
-        made.append(answer)
+        words = sorted((word for answer, word in one.found if answer == i), key=lambda word: word.steps[0])
+        if target is None:
+            writing = {step for word in words for step in word.steps}
+            kept = {step: -1 for step in range(len(said)) if step not in writing}
+            made.append(Given(list(said), {word.steps[0]: said[word.steps[0]] for word in words}, kept))
+            continue
+        ids, written = rewritten(vlm, said, words, target)
+        turn = {start + k: token for start, wanted in written for k, token in enumerate(wanted)}
+        firsts = {start: wanted[0] for start, wanted in written}
+        kept, behind = dict[int, int](), -1
+        for step in range(len(ids)):
+            behind = firsts.get(step, behind)
+            if step not in turn:
+                kept[step] = behind
+        made.append(Given(ids, turn, kept))
     return made
 
 
@@ -257,17 +252,3 @@ class Study:
 
         with hooked(hook(i) for i in self.deltas):
             yield
-
-
-@contextmanager
-def still(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode, and no gradient by the model's own parameters: lower blocks then leave no graph behind."""
-    learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    try:
-        for parameter in learning:
-            parameter.requires_grad_(False)
-        with evaluating(model):
-            yield
-    finally:
-        for parameter in learning:
-            parameter.requires_grad_(True)

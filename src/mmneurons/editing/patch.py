@@ -11,10 +11,10 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from jaxtyping import Float, Int, UInt8
@@ -26,6 +26,14 @@ from mmneurons.vlm.vlm import VLM
 
 HASH_BYTES = 16
 """Of the SHA-256 of each column."""
+
+
+class Edit(Protocol):
+    """Anything that edits a model and takes it back: a `Patch`, or a rival."""
+
+    def applied(self, vlm: VLM) -> AbstractContextManager[Any]:
+        """Edited inside the `with`."""
+        ...
 
 
 @dataclass(frozen=True, eq=False)

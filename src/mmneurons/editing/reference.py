@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import torch
-from jaxtyping import Bool
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from mmneurons.editing.steps import Said, Steps, answer_steps, join, occurrences, text_steps
@@ -47,6 +47,19 @@ class Reference:
             for answer, found in occurrences(vlm, self.said, word):
                 rows[[self.said.row(answer, step) for step in found.steps]] = True
         return rows
+
+    def without(self, vlm: VLM, word: str) -> Steps:
+        """The steps that do not write a word."""
+        return self.steps.at(~self.says(vlm, word))
+
+    def by_image(self, vlm: VLM, word: str, values: Float[Tensor, "steps"]) -> list[float]:
+        """For each image the largest of the values of its answer's steps; minus infinity where it says a word."""
+        assert self.said is not None
+        values = values.clone()
+        values[self.says(vlm, word)[: len(values)]] = torch.inf
+        worst = torch.full((len(self.images),), -torch.inf)
+        worst = worst.scatter_reduce(0, self.said.steps.answers, values, "amax")
+        return [-torch.inf if value == torch.inf else value for value in worst.tolist()]
 
 
 def make_reference(

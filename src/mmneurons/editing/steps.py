@@ -7,7 +7,7 @@ for answer, word in occurrences(vlm, said, "dog"): said.steps.at([said.row(answe
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float, Int
@@ -105,11 +105,12 @@ def answer_steps(
         SettingError: no image is given.
         ImageError: something is not an image.
     """
+    if not images:
+        raise SettingError("There is no image.", fix="Give at least one.")
     parts: list[Steps] = []
     texts: list[str] = []
     token_ids: list[tuple[int, ...]] = []
-    rows = [open_row(image) for image in images]
-    for batch in batches(rows, 1 if vlm.family.one_at_a_time else batch_size):
+    for batch in batches([open_row(image) for image in images], 1 if vlm.family.one_at_a_time else batch_size):
         inputs = vlm.encode([[o.image for o in row] for row in batch], prompt, answer_prefix)
         with record(vlm.anatomy) as recording:
             answers = vlm.generate(inputs, max_new_tokens)
@@ -131,20 +132,17 @@ def forced_steps(
 ) -> Steps:
     """What the model would say at each step of an answer that it is given: n tokens give n + 1 steps."""
     inputs = vlm.encode([[o.image for o in open_row(image)]], prompt, answer_prefix)
-    begun = vlm.begun(inputs)
-    given = torch.tensor([list(ids)], dtype=begun.sequences.dtype, device=begun.sequences.device)
-    sequences = torch.cat([begun.sequences[:, : begun.n_prompt], given], dim=1)
-    with record(vlm.anatomy, lambda values: values[:, begun.n_prompt - 1 :]) as recording:
-        vlm.read(inputs, replace(begun, token_ids=(tuple(ids),), sequences=sequences))
+    given = vlm.given(inputs, [ids])
+    with record(vlm.anatomy, lambda values: values[:, given.n_prompt - 1 :]) as recording:
+        vlm.read(inputs, given)
     return _read_steps(vlm, recording, [0])
 
 
 def text_steps(vlm: VLM, texts: Sequence[str]) -> Steps:
-    """What the model would say at every position of texts that it reads without any image.
+    """What the model would say at every position of texts, one at least, that it reads without any image.
 
     Raises:
         ModelError: the language model reads no text by itself (encoder-decoders).
-        SettingError: there is no text.
     """
     if vlm.is_encoder_decoder:
         raise ModelError(
@@ -178,13 +176,7 @@ def text_batches(vlm: VLM, texts: Sequence[str], batch_size: int = 64) -> Iterat
 
 
 def join(parts: Sequence[Steps]) -> Steps:
-    """All of them, one after the other.
-
-    Raises:
-        SettingError: there are none.
-    """
-    if not parts:
-        raise SettingError("There is no image.", fix="Give at least one.")
+    """All of them, one after the other; at least one."""
     if len(parts) == 1:
         return parts[0]
     return Steps(

@@ -16,10 +16,11 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from mmneurons.editing.ledger import ledger_of
-from mmneurons.editing.lessons import Lesson, Schedule, Task, frozen, learn, logits_of
+from mmneurons.editing.lessons import Lesson, Schedule, Task, learn, logits_of
 from mmneurons.editing.patch import Patch, PatchPart, column_hashes
 from mmneurons.errors import ModelError, SettingError
 from mmneurons.vlm.anatomy.parts import Ffn
+from mmneurons.vlm.modes import frozen
 from mmneurons.vlm.vlm import VLM
 from mmneurons.vlm.weights.stored import is_adapter
 

@@ -17,7 +17,7 @@ from PIL import Image
 from mmneurons.files import write_whole
 from mmneurons.maths.statistics import Estimate
 from mmneurons.report.page import asset, environment, policy_hash
-from mmneurons.words import says
+from mmneurons.words import turned
 
 if TYPE_CHECKING:
     from mmneurons.editing.evaluation import Judged, Pair
@@ -122,14 +122,14 @@ def render_edits(
 
 
 def _section(name: str, one: Judged, held_out: Sequence[Shown], unrelated: Sequence[Shown]) -> _Section:
-    def turned(pair: Pair) -> bool:
-        return not says(pair.after, one.source) and (one.target is None or says(pair.after, one.target))
+    def done(pair: Pair) -> bool:
+        return turned(pair.after, one.source, one.target)
 
-    worst_first = sorted(one.held_out, key=turned)
+    worst_first = sorted(one.held_out, key=done)
     return _Section(
         f"{one.source} → {one.target or 'anything else'} ({Path(name).name})",
         figures(one),
-        [_Row(_uri(held_out[p.image]), p.before, p.after, turned(p)) for p in worst_first[:SHOWN]],
+        [_Row(_uri(held_out[p.image]), p.before, p.after, done(p)) for p in worst_first[:SHOWN]],
         [_Row(_uri(unrelated[p.image]), p.before, p.after, False) for p in one.changed[:SHOWN]],
         len(one.held_out),
         len(one.changed),

@@ -24,6 +24,19 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """No parameter asks for gradients: below the first change that does, a pass leaves no graph behind."""
+    asking = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    try:
+        for parameter in asking:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        for parameter in asking:
+            parameter.requires_grad_(True)
+
+
+@contextmanager
 def greedy(model: PreTrainedModel, tokenizer: Any, max_new_tokens: int) -> Iterator[None]:
     """Greedy generation by our settings alone; the checkpoint's are put back afterwards.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, cast, overload
 
@@ -203,27 +203,32 @@ class VLM:
         logits, totals = torch.stack(watch.logits, dim=1), torch.stack(watch.log_totals, dim=1)
         return Answers(rows, texts, made, logits, totals, n_prompt)
 
-    def begun(self, inputs: Inputs) -> Answers:
-        """Answers of no token: how the prompts stand in the language model's own sequence, for `read`."""
+    def given(self, inputs: Inputs, token_ids: Sequence[Sequence[int]]) -> Answers:
+        """Answers that the model is given and did not choose, for `read`; behind its end a short one is filled up."""
         if self.is_encoder_decoder or "input_ids" not in inputs:
-            first = self.generate(inputs, 1)
-            return replace(
-                first, token_ids=((),) * len(first.sequences), sequences=first.sequences[:, : first.n_prompt]
-            )
-        sequences = inputs["input_ids"]
-        nothing = torch.empty(len(sequences), 0)
-        texts = ("",) * len(sequences)
-        return Answers(((),) * len(sequences), texts, sequences, nothing, nothing, sequences.shape[1])
+            first = self.generate(inputs, 1)  # how the prompt stands in the language model's own sequence
+            prompts = first.sequences[:, : first.n_prompt]
+        else:
+            prompts = inputs["input_ids"]
+        longest = max(token_ids, key=len)
+        filled = [[*row, *longest[len(row) :]] for row in token_ids]
+        fed = torch.tensor(filled, dtype=prompts.dtype, device=prompts.device).view(len(filled), len(longest))
+        nothing, n_prompt = torch.empty(len(filled), 0), prompts.shape[1]
+        rows, texts = tuple(map(tuple, token_ids)), ("",) * len(filled)
+        return Answers(rows, texts, torch.cat([prompts, fed], dim=1), nothing, nothing, n_prompt)
 
     def read(self, inputs: Inputs, answers: Answers | None = None) -> None:
         """Run the model once over a prompt, and an answer if one is given, for what `record` records on the way."""
         batch = dict(inputs) if answers is None else self.extended(inputs, answers)
-        takes = inspect.signature(self.model.forward).parameters
-        # A number of logits to keep would let Gemma 4 skip positions in its last blocks; a list of them does not.
-        last = torch.tensor([-1], device=self.device)
-        options = {name: value for name, value in (("use_cache", False), ("logits_to_keep", last)) if name in takes}
         with torch.inference_mode(), evaluating(self.model):
-            self.model(**batch, **options)
+            self.model(**batch, **self.once())
+
+    def once(self, n_logits: int = 1) -> dict[str, Any]:
+        """Options of a pass that nothing follows, as far as the model takes them: the logits of its last positions."""
+        # A number of logits to keep would let Gemma 4 skip positions in its last blocks; a list of them does not.
+        options = {"use_cache": False, "logits_to_keep": torch.arange(-n_logits, 0, device=self.device)}
+        takes = inspect.signature(self.model.forward).parameters
+        return {name: value for name, value in options.items() if name in takes}
 
     def extended(self, inputs: Inputs, answers: Answers) -> dict[str, Any]:
         """The inputs of a prompt, extended to prompt and answer."""
