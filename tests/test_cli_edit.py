@@ -3,25 +3,14 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
+from commands import call
 
 import mmneurons as mmn
-from mmneurons import cli, pocket
-from mmneurons.cli import options
+from mmneurons import pocket
 from mmneurons.words import says
-
-
-def call(capsys, monkeypatch, *arguments) -> tuple[object, str, str]:
-    """The command line in this process: exit code, stdout, stderr."""
-    monkeypatch.setattr(sys, "argv", ["mmneurons", *map(str, arguments)])
-    monkeypatch.setattr(options.out, "_file", None)
-    with pytest.raises(SystemExit) as stop:
-        cli.main()
-    captured = capsys.readouterr()
-    return stop.value.code, captured.out, captured.err
 
 
 @pytest.fixture

@@ -147,8 +147,9 @@ def test_additivity_on_every_token_of_every_sample(vlm, sample_paths):
 
 
 @pytest.mark.parametrize("spoil", ["no attention", "weight read as 1 + w", "another column", "embedding missed"])
-def test_additivity_notices_what_is_read_wrongly(vlm, images, spoil):
-    moments, answers = recorded(vlm, images[0])
+def test_additivity_notices_what_is_read_wrongly(random_vlm, images, spoil):
+    # Of random weights: every part of them writes enough to be missed.
+    moments, answers = recorded(random_vlm, images[0])
     if spoil == "no attention":
         moments = replace(moments, sources=[torch.zeros_like(wrote) for wrote in moments.sources])
     elif spoil == "embedding missed":
@@ -156,9 +157,9 @@ def test_additivity_notices_what_is_read_wrongly(vlm, images, spoil):
     elif spoil == "another column":
         moments.activations[0] = moments.activations[0].roll(1, -1)
     else:
-        norm = replace(vlm.anatomy.norm, weight=vlm.anatomy.norm.weight + 1)
-        moments = replace(moments, anatomy=replace(vlm.anatomy, norm=norm))
-    assert additivity_error(vlm, moments, answers) > 1e-4
+        norm = replace(random_vlm.anatomy.norm, weight=random_vlm.anatomy.norm.weight + 1)
+        moments = replace(moments, anatomy=replace(random_vlm.anatomy, norm=norm))
+    assert additivity_error(random_vlm, moments, answers) > 1e-3
 
 
 def test_parts_add_up_to_the_logit(vlm, sample_paths):

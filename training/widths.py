@@ -21,10 +21,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from batches import BATCH, STAGES
 from model import GRID, build_processor
 from text import caption
 from torch import Tensor
-from train import BATCH, STAGES, WORK, State, normalised, run_stage, untrained
+from train import WORK, State, normalised, run_stage, untrained
 
 from mmneurons import pocket
 from mmneurons.pocket import world

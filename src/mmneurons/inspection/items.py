@@ -90,6 +90,7 @@ def read_items(source: str | os.PathLike[str], masks: str | os.PathLike[str] | N
     if path.is_dir():
         return _folder_items(path, None if masks is None else Path(masks))
     if path.suffix.lower() in SUFFIXES:
+        open_image(path)  # one that was named is told at once if it is none
         return [Item(text, path)]
     return _manifest_items(path)
 

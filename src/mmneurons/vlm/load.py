@@ -13,7 +13,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_
 
 from mmneurons import pocket
 from mmneurons.errors import ModelError
-from mmneurons.vlm import provenance, weights
+from mmneurons.vlm import provenance
 from mmneurons.vlm.anatomy.find import find_anatomy
 from mmneurons.vlm.processors import load_processor, missing_package
 from mmneurons.vlm.vlm import VLM
@@ -74,7 +74,7 @@ def load(
             revision=revision,
             trust_remote_code=trust_remote_code,
         )
-    quantised = any(weights.is_quantised(module) for module in loaded.modules())
+    quantised = bool(getattr(loaded, "is_quantized", False))
     weights_hash = provenance.weights_hash(loaded) if quantised else None
     return VLM(
         model=loaded,
