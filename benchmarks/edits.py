@@ -1,6 +1,6 @@
 """Edits of the pocket model, judged: every figure of docs/results.md, Editing.
 
-    python benchmarks/edits.py pairs DIR   # the 30 pairs; or closed, optimised, rivals, removal, many, cost
+    python benchmarks/edits.py pairs DIR   # the 30 pairs; or closed, optimised, rivals, removal, many, undo, cost
     python benchmarks/edits.py table DIR   # what DIR holds, as Markdown
 
 Each edit's figures are kept as they come: a run that was stopped goes on.
@@ -18,6 +18,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 
 import mmneurons as mmn
@@ -144,6 +145,30 @@ def many(vlm: VLM, folder: Path) -> None:
         )
 
 
+def undo(vlm: VLM, folder: Path, n_moves: int = 1000) -> None:
+    """Patches of the folder put on and taken off in random order; whenever none is on, every bit is compared."""
+    patches = [load_patch(path) for path in sorted((folder / "patches").glob("*.safetensors"))]
+    random, active = np.random.default_rng(0), set[int]()
+    usual = {name: tensor.clone() for name, tensor in vlm.model.state_dict().items()}
+    looked = 0
+    for move in range(n_moves + len(patches)):
+        # Few at a time, so that none is on every few moves; in the end all are taken off.
+        off = bool(active) and (move >= n_moves or random.random() < 0.3 + 0.1 * len(active))
+        if off:
+            i = int(random.choice(sorted(active)))
+            patches[i].revert(vlm)
+            active.remove(i)
+        elif move < n_moves:
+            i = int(random.choice(sorted(set(range(len(patches))) - active)))
+            patches[i].apply(vlm)
+            active.add(i)
+        if not active:
+            looked += 1
+            for name, tensor in vlm.model.state_dict().items():
+                assert torch.equal(tensor, usual[name]), f"{name} differs after {move} moves"
+    print(f"{n_moves} moves of {len(patches)} patches; {looked} times none was on: all bits as before")
+
+
 def cost(vlm: VLM, repeats: int = 5) -> None:
     """Edit against one batched generate over its images, paired, medians."""
     reference = reference_for(vlm)
@@ -205,6 +230,8 @@ def main() -> None:
     vlm = mmn.load()
     if what == "many":
         many(vlm, folder)
+    elif what == "undo":
+        undo(vlm, folder)
     elif what == "cost":
         cost(vlm)
     elif what.startswith("peak-"):
