@@ -59,11 +59,30 @@ class Case:
 
 def check_baseline(case: Case) -> list[mmn.Finding]:
     """The baseline says what a raw `model.generate` says, and `find` the same; what it found."""
-    answers, found = case.generate(), case.find()
-    raw = generate(case.vlm, case.vlm.encode(case.images, PROMPT, ANSWER_PREFIX), NEW_TOKENS).sequences
-    assert torch.equal(raw, answers.sequences), "our generate is not model.generate"
-    assert tuple(finding.token_ids for finding in found) == answers.token_ids, "find captions otherwise"
+    raw, plain, found = _three_ways(case)
+    assert torch.equal(raw, plain.sequences), "our generate is not model.generate"
+    assert tuple(finding.token_ids for finding in found) == plain.token_ids, "find captions otherwise"
     return found
+
+
+def look_at_baseline(case: Case) -> tuple[list[mmn.Finding], str]:
+    """The same where rounding decides near ties: what it found, and how many captions are those of `model.generate`.
+
+    Beside them: those of a second `model.generate`, which nothing of ours has touched.
+    """
+    raw, plain, found = _three_ways(case)
+    again = generate(case.vlm, case.vlm.encode(case.images, PROMPT, ANSWER_PREFIX), NEW_TOKENS).sequences
+    same = [sum(map(torch.equal, raw, other)) for other in (again, plain.sequences)]
+    usual = [tuple(row.tolist()) for row in raw[:, plain.n_prompt :]]
+    told = sum(row[: len(finding.token_ids)] == finding.token_ids for row, finding in zip(usual, found, strict=True))
+    return found, f"{same[0]} / {same[1]} / {told} of {len(raw)}"
+
+
+def _three_ways(case: Case) -> tuple[torch.Tensor, Answers, list[mmn.Finding]]:
+    """What a raw `model.generate` says, what the baseline, what `find`."""
+    plain, found = case.generate(), case.find()
+    raw = generate(case.vlm, case.vlm.encode(case.images, PROMPT, ANSWER_PREFIX), NEW_TOKENS).sequences
+    return raw, plain, found
 
 
 def check_released(case: Case, projections: list[torch.Tensor]) -> None:

@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from cases import NEW_TOKENS, Case, check_gradients, check_integrated, check_released
+from cases import NEW_TOKENS, Case, check_baseline, check_gradients, check_integrated, check_released
 from measuring import build_projections, measure_extras, measure_growth, measure_pairs, measure_rivals
 from models import TINY, Geometry, pictures, random_vlm
 from tables import PAGE, Tables, report, write
@@ -59,8 +59,10 @@ def measure(geometry: Geometry, title: str, device: str, n: int, tables: Tables)
 def check(device: str) -> None:
     """The rivals say what they should: on a toy in float32, on the same device; bfloat16 rounds too much."""
     vlm = random_vlm(TINY["llava"], torch.float32, device)
-    case = Case(vlm, pictures(1, 3 * TINY["llava"].side), "toy")
+    images = pictures(max(BATCHES), 3 * TINY["llava"].side)
+    case = Case(vlm, images[:1], "toy")
     with nouns_of(vlm):
+        check_baseline(Case(vlm, images, "toy"))
         said = case.said()
         check_gradients(case, said)
         check_integrated(case, said)

@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from cases import NEW_TOKENS, Case, check_baseline, choices_of, target_at
+from cases import NEW_TOKENS, Case, check_baseline, choices_of, look_at_baseline, target_at
 from gradients import STEPS, gradient_cached, gradient_whole, integrated_cached
 from rivals import project_all, released
 from tables import Tables
@@ -41,7 +41,12 @@ GRADIENTS: dict[str, tuple[str, Callable[..., Any]]] = {
 
 def measure_pairs(case: Case, n: int, tables: Tables) -> None:
     """`find` next to `generate`, and where its extra time goes."""
-    found = check_baseline(case)  # runs both once; the first time, the tagger loads and the weights are hashed
+    # Either runs both once; the first time, the tagger loads and the weights are hashed.
+    if case.vlm.model.dtype == torch.float32:
+        found = check_baseline(case)
+    else:
+        found, alike = look_at_baseline(case)
+        tables.cost["captions as `model.generate` gives them: again / plain / `find`"][case.column] = alike
     plain_parts: list[dict[str, float]] = []
     find_parts: list[dict[str, float]] = []
 
