@@ -16,13 +16,15 @@ from pathlib import Path
 
 import torch
 from cases import NEW_TOKENS, Case, check_baseline, check_gradients, check_integrated, check_released
-from measuring import build_projections, measure_extras, measure_growth, measure_pairs, measure_rivals
-from models import TINY, Geometry, pictures, random_vlm
+from measuring import build_projections, measure_edits, measure_extras, measure_growth, measure_pairs, measure_rivals
+from models import TINY, Geometry, pictures, random_vlm, scenes
 from tables import PAGE, Tables, report, write
 from timing import device_peak, say
 from vocabulary import NOUNS_PER_CAPTION, nouns_of
 
 BATCHES = (1, 8)
+N_REFERENCE = 32
+"""Images that an edit is to leave as they are."""
 TOWER = {"tower_hidden": 1024, "tower_layers": 24, "tower_head": 64, "side": 336}
 LLAVA = {
     "7B": Geometry("llava", 4096, 11008, 32, 32064, head=128, **TOWER),
@@ -52,6 +54,7 @@ def measure(geometry: Geometry, title: str, device: str, n: int, tables: Tables)
         projections, built = build_projections(one, _fitting(one) if device == "cuda" else None)
         measure_rivals(one, n, tables, projections, built)
         measure_growth(one, n, tables)
+        measure_edits(Case(vlm, images, title), scenes(N_REFERENCE, 3 * geometry.side), n, tables)
     millions = sum(part.numel() for part in vlm.model.parameters()) / 1e6
     return f"{title}: {millions:.1f} M parameters: {geometry}."
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+from collections import Counter
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -10,11 +11,13 @@ from typing import Any
 import torch
 from cases import NEW_TOKENS, Case, check_baseline, choices_of, look_at_baseline, target_at
 from gradients import STEPS, gradient_cached, gradient_whole, integrated_cached
+from PIL import Image
 from rivals import project_all, released
 from tables import Tables
-from timing import Ratio, rounds, seconds_of, stopwatch
+from timing import Ratio, device_peak, rounds, seconds_of, stopwatch
 
 import mmneurons as mmn
+from mmneurons.editing.edit import EditSettings, Method, edit
 from mmneurons.finding import finder
 from mmneurons.finding.scoring import describe, score_targets
 from mmneurons.vlm import provenance
@@ -32,6 +35,8 @@ PLACES = {
     "versions": (provenance, "versions"),
 }
 """The parts of `find`, each a function it calls."""
+CLOSED: tuple[Method, ...] = ("closed_form", "selective")
+"""The ways to edit that need no gradients."""
 GRADIENTS: dict[str, tuple[str, Callable[..., Any]]] = {
     "gradient": ("gradient x activation, whole prefix", gradient_whole),
     "cached": ("gradient x activation, cached", gradient_cached),
@@ -186,3 +191,44 @@ def measure_growth(case: Case, n: int, tables: Tables) -> None:
     few, many = ([a + b for a, b in zip(seconds[f"score {k}"], seconds[f"tell {k}"], strict=True)] for k in (1, 10))
     further = statistics.median((b - a) / 9 for a, b in zip(few, many, strict=True))
     tables.rivals["- `find`: ms for each further noun"][column] = f"{1000 * further:.1f}"
+
+
+def measure_edits(case: Case, others: list[Image.Image], n: int, tables: Tables) -> None:
+    """An edit of the word that most images say, into one that none says, over one batched `generate` of its images.
+
+    Args:
+        case: The images of the edit.
+        others: What it is to leave as it is.
+        n: Rounds.
+        tables: Where the numbers go.
+    """
+    vlm, column, table = case.vlm, case.column, tables.edits
+    held: list[mmn.Reference] = []
+    made = seconds_of(lambda: held.append(mmn.make_reference(vlm, others, max_new_tokens=NEW_TOKENS)))
+    told = case.generate().texts
+    source = Counter(word for text in told for word in set(text.split())).most_common(1)[0][0]
+    target = next(word[1:] for word in vlm.tokenizer.get_vocab() if len(word) == 4 and word[1:] not in " ".join(told))
+    search: dict[str, dict[str, Any]] = {}
+
+    def run(method: Method) -> None:
+        settings = EditSettings(method=method, max_new_tokens=NEW_TOKENS, batch_size=len(case.images))
+        kept = None if method == "closed_form" else held[0]
+        patch = edit(vlm, [*case.images], source=source, target=target, reference=kept, settings=settings)
+        search[method] = dict(patch.provenance["search"])
+
+    arms: dict[str, Callable[[], object]] = {"generate": case.generate}
+    arms |= {method: partial(run, method) for method in CLOSED}
+    for arm in arms.values():
+        arm()
+    seconds = rounds(arms, n)
+    seconds["optimised"] = [seconds_of(partial(run, "optimised"))] * n  # minutes: once
+    table[f"reference of {len(others)} images, once, seconds"][column] = f"{made:.2f}"
+    table["`generate` over the edit images, seconds"][column] = f"{statistics.median(seconds['generate']):.3f}"
+    plain = device_peak(case.generate) if vlm.device.type == "cuda" else None
+    for method, found in search.items():
+        table[f"`{method}` / `generate`"][column] = str(Ratio.of(seconds[method], seconds["generate"]))
+        did = f"{found['turned']:.0%}, {found['generated']}"
+        table[f"- {method}: answers turned, and generated to know it"][column] = did
+        if plain is not None and method in CLOSED:
+            peak = device_peak(partial(run, method))
+            table[f"- {method}: peak device memory over that of `generate`"][column] = f"{peak / plain:.3f}"

@@ -126,6 +126,11 @@ def pictures(n: int, side: int) -> list[Image.Image]:
     return [Image.open(sample.path).convert("RGB").resize((side, side)) for sample in mmn.pocket.samples()[:n]]
 
 
+def scenes(n: int, side: int) -> list[Image.Image]:
+    """The first n of an evaluation set at that size; none is a sample image."""
+    return [scene.image.resize((side, side)) for scene in [*mmn.pocket.evaluation_set("find-500")][:n]]
+
+
 def side_of(name: str, geometries: Mapping[str, Geometry]) -> int:
     """Pixels of the images given: a random model's processor shrinks them, as photographs are."""
     return mmn.pocket.SIDE if name == "pocket" else 3 * geometries[name].side

@@ -31,6 +31,7 @@ class Tables:
     memory: Table = field(default_factory=lambda: Table(dict))
     rivals: Table = field(default_factory=lambda: Table(dict))
     growth: Table = field(default_factory=lambda: Table(dict))
+    edits: Table = field(default_factory=lambda: Table(dict))
 
     def markdown(self) -> list[str]:
         """Every table that has something."""
@@ -38,6 +39,7 @@ class Tables:
             "`find` and `generate`": Table(dict, self.cost | self.memory),
             "Rivals, one image": self.rivals,
             "Growth, one image": self.growth,
+            "Edits": self.edits,
         }
         return [markdown(title, table) for title, table in named.items() if table]
 
