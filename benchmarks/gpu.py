@@ -2,6 +2,7 @@
 
     python benchmarks/gpu.py                      about ten minutes on a GPU of 80 GB, no download
     python benchmarks/gpu.py --models 7B          about four; needs 40 GB for all projections of the released algorithm
+    python benchmarks/gpu.py --edits              edits instead; between markers of its own
     python benchmarks/gpu.py --quick --out FILE   toy sizes on the CPU: shows that it runs, measures nothing
 
 Writes its tables between its markers in docs/benchmarks.md, which says what each number means.
@@ -21,6 +22,8 @@ from models import TINY, Geometry, pictures, random_vlm, scenes
 from tables import PAGE, Tables, report, write
 from timing import device_peak, say
 from vocabulary import NOUNS_PER_CAPTION, nouns_of
+
+from mmneurons.vlm.vlm import VLM
 
 BATCHES = (1, 8)
 N_REFERENCE = 32
@@ -54,7 +57,18 @@ def measure(geometry: Geometry, title: str, device: str, n: int, tables: Tables)
         projections, built = build_projections(one, _fitting(one) if device == "cuda" else None)
         measure_rivals(one, n, tables, projections, built)
         measure_growth(one, n, tables)
-        measure_edits(Case(vlm, images, title), scenes(N_REFERENCE, 3 * geometry.side), n, tables)
+    return _told(vlm, geometry, title)
+
+
+def measure_editing(geometry: Geometry, title: str, device: str, n: int, tables: Tables) -> str:
+    """What edits of one model cost; how large it is."""
+    vlm = random_vlm(geometry, torch.bfloat16, device)
+    images, others = (make(k, 3 * geometry.side) for make, k in ((pictures, max(BATCHES)), (scenes, N_REFERENCE)))
+    measure_edits(Case(vlm, images, title), others, n, tables)
+    return _told(vlm, geometry, title)
+
+
+def _told(vlm: VLM, geometry: Geometry, title: str) -> str:
     millions = sum(part.numel() for part in vlm.model.parameters()) / 1e6
     return f"{title}: {millions:.1f} M parameters: {geometry}."
 
@@ -84,6 +98,7 @@ def main() -> int:
     """Measure, print, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="toy sizes and two rounds, on the CPU")
+    parser.add_argument("--edits", action="store_true", help="measure edits instead of finding")
     parser.add_argument("--models", nargs="+", choices=list(LLAVA), default=list(LLAVA))
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--out", type=Path, default=PAGE)
@@ -94,12 +109,15 @@ def main() -> int:
     device, n = ("cpu", 2) if asked.quick else ("cuda", asked.rounds)
     geometries: Mapping[str, Geometry] = {"toy": TINY["llava"]} if asked.quick else LLAVA
     tables, facts = Tables(), [f"{NOUNS_PER_CAPTION} nouns a caption; at most {NEW_TOKENS} new tokens."]
-    check(device)
+    place = "gpu.py --edits" if asked.edits else "gpu.py"
+    if not asked.edits:
+        check(device)
     for name in geometries if asked.quick else asked.models:
-        facts.append(measure(geometries[name], f"random LLaVA {name} bfloat16", device, n, tables))
+        run = measure_editing if asked.edits else measure
+        facts.append(run(geometries[name], f"random LLaVA {name} bfloat16", device, n, tables))
         if device == "cuda":
             torch.cuda.empty_cache()
-        write(asked.out, "gpu.py", report("gpu.py", tables, facts, toy=asked.quick))
+        write(asked.out, place, report("gpu.py", tables, facts, toy=asked.quick))
     print(report("gpu.py", tables, facts, toy=asked.quick))
     return 0
 

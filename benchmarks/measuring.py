@@ -205,9 +205,10 @@ def measure_edits(case: Case, others: list[Image.Image], n: int, tables: Tables)
     vlm, column, table = case.vlm, case.column, tables.edits
     held: list[mmn.Reference] = []
     made = seconds_of(lambda: held.append(mmn.make_reference(vlm, others, max_new_tokens=NEW_TOKENS)))
-    told = case.generate().texts
-    source = Counter(word for text in told for word in set(text.split())).most_common(1)[0][0]
-    target = next(word[1:] for word in vlm.tokenizer.get_vocab() if len(word) == 4 and word[1:] not in " ".join(told))
+    told = Counter(word for text in case.generate().texts for word in set(text.split()))
+    source = told.most_common(1)[0][0]
+    unsaid = (word for word in vlm.tokenizer.get_vocab() if word[0] == "Ġ" and len(word) > 3 and word[1:] not in told)
+    target = next(word[1:] for word in unsaid if vlm.tokenizer.tokenize(f" {word[1:]}") == [word])
     search: dict[str, dict[str, Any]] = {}
 
     def run(method: Method) -> None:

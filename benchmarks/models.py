@@ -127,8 +127,8 @@ def pictures(n: int, side: int) -> list[Image.Image]:
 
 
 def scenes(n: int, side: int) -> list[Image.Image]:
-    """The first n of an evaluation set at that size; none is a sample image."""
-    return [scene.image.resize((side, side)) for scene in [*mmn.pocket.evaluation_set("find-500")][:n]]
+    """Scenes of the pocket world at that size."""
+    return [mmn.pocket.scene(seed, natural=True).image.resize((side, side)) for seed in range(n)]
 
 
 def side_of(name: str, geometries: Mapping[str, Geometry]) -> int:
