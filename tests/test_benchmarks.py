@@ -84,6 +84,31 @@ def test_the_gpu_benchmark_says_that_there_is_no_gpu(tmp_path):
     assert not page.exists()
 
 
+@pytest.mark.slow
+def test_the_quick_comparison_of_finders_fills_both_tables(tmp_path):
+    table = filled(tmp_path / "page.md", "finders.py")
+    finders = ["logit", "logprob", "paper", "activation", "random", "true effect"]
+    rivals = ["gradient x activation", "integrated gradients"]
+    rivals += [f"{rival}, cheapest" for rival in rivals]
+    names = [*finders, *rivals, *(f"`find`, {score}" for score in finders[:3])]
+    assert set(names) <= set(table)
+    assert not [(name, cell) for name in names for cell in table[name] if re.search(r"nan|inf", cell)]
+    for name in (*finders, *(f"`find`, {score}" for score in finders[:3])):
+        own, beyond, whole, _ = table[name]
+        assert float(own.split()[0]) > 0
+        assert re.match(r"-?\d", beyond)
+        assert float(whole.split()[0]) > 0
+    assert float(table["logit"][-1].split()[0]) > 0  # its peak, the only one that a quick run measures
+    for rival in rivals:  # the second table has the same rows: what stands there is read last
+        goal, *ratios, met, whole = table[rival]
+        least = float(goal.removeprefix("at least "))
+        medians = [float(ratio.split()[0]) for ratio in ratios]
+        assert len(medians) == 3
+        assert (met == "yes") == all(median >= least for median in medians)
+        assert (met == "no") == all(median < least for median in medians)
+        assert re.match(r"-?\d", whole)
+
+
 def test_results_are_laid_out_between_their_markers(tmp_path):
     (tmp_path / "overlap.csv").write_text("pairs,k,mean,low,high,n\nsame,10,0.5,0.25,0.75,4\nchance,100,0.125,,,\n")
     program = "import results, sys; from pathlib import Path; results.PAGE = Path(sys.argv.pop()); results.main()"
@@ -98,3 +123,16 @@ def test_results_are_laid_out_between_their_markers(tmp_path):
     assert "old" not in made
     assert made.endswith("between\n<!-- causal -->\nkept\n<!-- end -->\n")
     assert made.startswith("before\n<!-- overlap -->\n")
+
+
+@pytest.mark.slow
+def test_everything_followed_is_the_gradient():
+    done = run("following.py", "--limit", "1", "--timed", "1", "--rounds", "1")
+    assert done.returncode == 0, done.stderr  # it asserts that itself
+    apart = re.findall(r"against autograd, (\w+): at most (\S+) of the largest", done.stdout)
+    assert {name for name, _ in apart} == {"logprob", "logit"}
+    assert all(float(value) < 1e-4 for _, value in apart)
+    rows = [line.strip("| ").split(" | ") for line in done.stdout.splitlines() if line.startswith("| ")]
+    agreement = {row[0]: row[1] for row in rows[: rows.index(["followed (effect on the logit)", *rows[0][1:]])]}
+    assert agreement["FFNs + own attention + pattern"] == agreement["gradient x activation"]
+    assert float(agreement["nothing followed"].split()[0]) < float(agreement["FFNs"].split()[0])

@@ -1,14 +1,18 @@
 import csv
 import json
+import math
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
+from commands import call
 
 import mmneurons as mmn
 from mmneurons import cli
 from mmneurons.errors import SettingError
-from mmneurons.inspection import run, tables
+from mmneurons.inspection import run, tables, truth
+from mmneurons.inspection.causal import HOW, causal
 from mmneurons.inspection.items import Item
 from mmneurons.inspection.meaning import Meaning, meaning
 from mmneurons.inspection.run import Settings, inspect
@@ -203,6 +207,53 @@ def test_the_command_writes_its_page_and_goes_on(capsys, monkeypatch, tmp_path, 
         assert not stopped.value.code
         assert (out / "index.html").exists()
     assert "decoded hit@10" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("nouns", [("dog", "dog", "car"), ("dog", "car")], ids=["one noun once", "each noun once"])
+def test_what_needs_two_images_of_a_noun_is_missing_with_a_reason(capsys, monkeypatch, tmp_path, nouns):
+    pytest.importorskip("matplotlib")
+    monkeypatch.setattr(run, "EXAMPLES", 1)
+    monkeypatch.setattr(run, "causal", partial(causal, sizes=(1, 10), ways=HOW[3:5]))
+    for name, value in {"SMALL": 0, "POOL": 50, "POOL_TOP": 5, "DELETED": (1, 5), "DRAWS": 2}.items():
+        monkeypatch.setattr(truth, name, value)
+    images, out = tmp_path / "images", tmp_path / "out"
+    images.mkdir()
+    for i, noun in enumerate(nouns):
+        mmn.pocket.scene(i + 1, [noun]).image.save(images / f"{i}.png")
+    few = ["--max-new-tokens", 3, "--text-model", tmp_path / "none"]
+    code, printed, _ = call(capsys, monkeypatch, "inspect", "all", "--images", images, "--out", out, *few)
+    assert not code
+    document = json.loads((out / "inspection.json").read_text(), parse_constant=pytest.fail)  # NaN, Infinity
+    by_name = {table["name"]: table for table in document["tables"]}
+    assert {"sensitivity", "overlap", "causal", "agreement", "deletion", "meaning"} <= set(by_name)
+    for name, table in by_name.items():
+        rows = list(csv.DictReader((out / f"{name}.csv").read_text().splitlines()))
+        assert len(rows) == len(table["rows"])
+        for row in rows:
+            numbers = [row[column] for column in ("mean", "low", "high", "n")]
+            assert all(math.isfinite(float(number)) for number in numbers if number), (name, row)
+    twice = len(set(nouns)) < len(nouns)
+    found = {(row["pairs"], row["k"]): row for row in by_name["overlap"]["rows"]}
+    for k in ("10", "100"):
+        same, different = (
+            found[f"pairs of images that say {which}", k] for which in ("the same noun", "different nouns")
+        )
+        assert (same["mean"] is not None) == twice
+        assert same["n"] == (1 if twice else None)  # of the noun that was said twice; one has no interval
+        assert (same["low"], same["high"]) == (None, None)
+        assert different["n"] == len(nouns)
+        ratio = found["same noun / different nouns", k]["mean"]
+        assert (ratio is None) == (not twice or different["mean"] == 0)
+        assert ratio is not None or twice <= (
+            "No ratio where different nouns share none." in by_name["overlap"]["note"]
+        )
+    once = 1 if twice else 2
+    assert f"{once} of them said of one image only: no pair of images says the same noun there." in printed
+    assert by_name["overlap"]["note"].startswith(f"2 concepts. {once} of them said of one image only")
+    page = (out / "tables.md").read_text()
+    assert ("| pairs of images that say the same noun | 10 | not measured |" in page) == (not twice)
+    assert by_name["overlap"]["note"] in (out / "index.html").read_text()
 
 
 @pytest.mark.parametrize(

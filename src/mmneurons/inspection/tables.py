@@ -159,16 +159,30 @@ def specificity_tables(found: Specificity) -> list[Table]:
             (("pairs of concepts", k), overlap.concepts),
             (("chance", k), overlap.chance),
         ]
-        if overlap.within is not None and overlap.between is not None and overlap.between.mean > 0:
-            rows.append((("same noun / different nouns", k), overlap.within.mean / overlap.between.mean))
+        within, between = overlap.within, overlap.between
+        share = within.mean / between.mean if within is not None and between is not None and between.mean > 0 else None
+        rows.append((("same noun / different nouns", k), share))
     made = [
-        Table("overlap", "Shared top neurons", ("pairs", "k"), tuple(rows), f"{len(found.concepts)} concepts."),
+        Table("overlap", "Shared top neurons", ("pairs", "k"), tuple(rows), _pairs_note(found)),
         Table("own-share", "Own share", ("measure",), ((("own share of the top 10",), found.own_share),)),
     ]
     layers = tuple(
         ((str(k), str(layer)), float(share)) for k, shares in found.layers.items() for layer, share in enumerate(shares)
     )
     return [*made, Table("layers", "Blocks of the top neurons", ("k", "block"), layers, "Share of the top k.")]
+
+
+def _pairs_note(found: Specificity) -> str:
+    """How many concepts; and what has no pair, with the reason."""
+    n, once = len(found.concepts), found.counts.count(1)
+    note = f"{n} concepts."
+    if once:
+        note += f" {once} of them said of one image only: no pair of images says the same noun there."
+    if n == 1:
+        note += " No pair of different nouns."
+    if any(overlap.between is not None and overlap.between.mean == 0 for overlap in found.overlaps):
+        note += " No ratio where different nouns share none."
+    return note
 
 
 def causal_table(found: Mapping[str, Sequence[NounCausal]], meaning: Meaning) -> Table:
