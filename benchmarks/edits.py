@@ -2,6 +2,7 @@
 
     python benchmarks/edits.py pairs DIR   # the 30 pairs; or closed, optimised, rivals, removal, many, undo, cost
     python benchmarks/edits.py table DIR   # what DIR holds, as Markdown
+    python benchmarks/edits.py against DIR # the rivals' pairs alone, against `selective`
 
 Each edit's figures are kept as they come: a run that was stopped goes on.
 """
@@ -30,6 +31,7 @@ from mmneurons.editing.judging import Question, judge
 from mmneurons.editing.patch import Patch, stack
 from mmneurons.editing.reference import Reference, make_reference
 from mmneurons.inspection.items import read_items
+from mmneurons.maths.statistics import estimate
 from mmneurons.vlm.vlm import VLM
 from mmneurons.words import says, turned
 
@@ -221,11 +223,27 @@ def table(folder: Path) -> None:
         print(f"| {way} | {len(found)} | {' | '.join(cells)} |")
 
 
+def against(folder: Path) -> None:
+    """Means over the rivals' pairs, and by how much generality + locality of `selective` is larger, pair by pair."""
+    lines = (folder / "edits.jsonl").read_text(encoding="utf-8").splitlines()[1:]
+    found = {tuple(name.split()[:2]): judged for name, judged in map(json.loads, lines)}
+    sources = [pair.source for pair in RIVAL_PAIRS]
+    sums = {key: judged["generality"]["mean"] + judged["locality"]["mean"] for key, judged in found.items()}
+    print(f"| way | {' | '.join(label for _, label in FIGURES)} | gen + loc | `selective` better by |")
+    print("| --- " * (len(FIGURES) + 3) + "|")
+    for way in ("selective", "closed_form", *NAMES):
+        mine = [found[way, source] for source in sources]
+        cells = [f"{statistics.mean(one[field]['mean'] for one in mine if one[field]):.3f}" for field, _ in FIGURES]
+        total = statistics.mean(sums[way, source] for source in sources)
+        better = estimate([sums["selective", source] - sums[way, source] for source in sources])
+        print(f"| {' | '.join([way, *cells, f'{total:.3f}', str(better)])} |")
+
+
 def main() -> None:
     """Run one of them."""
     what, folder = sys.argv[1], Path(sys.argv[2])
-    if what == "table":
-        table(folder)
+    if what in ("table", "against"):
+        (table if what == "table" else against)(folder)
         return
     vlm = mmn.load()
     if what == "many":

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from mmneurons.editing.export import export as export
     from mmneurons.editing.file import load_patch as load_patch
     from mmneurons.editing.file import save_patch as save_patch
+    from mmneurons.editing.hallucination import DehallucinateSettings as DehallucinateSettings
+    from mmneurons.editing.hallucination import dehallucinate as dehallucinate
     from mmneurons.editing.patch import Patch as Patch
     from mmneurons.editing.reference import Reference as Reference
     from mmneurons.editing.reference import make_reference as make_reference
@@ -43,6 +45,8 @@ if TYPE_CHECKING:
     from mmneurons.vlm.vlm import VLM as VLM
 
 _HOMES = {
+    "DehallucinateSettings": "mmneurons.editing.hallucination:DehallucinateSettings",
+    "dehallucinate": "mmneurons.editing.hallucination:dehallucinate",
     "EditSettings": "mmneurons.editing.edit:EditSettings",
     "Reference": "mmneurons.editing.reference:Reference",
     "VLM": "mmneurons.vlm.vlm:VLM",

@@ -9,7 +9,8 @@ import sys
 # isort: off
 import mmneurons.cli.find
 import mmneurons.cli.inspect
-import mmneurons.cli.edit  # noqa: F401
+import mmneurons.cli.edit
+import mmneurons.cli.hallucination  # noqa: F401
 
 # isort: on
 from mmneurons.cli.options import app as app

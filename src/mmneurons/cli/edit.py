@@ -73,14 +73,14 @@ def edit(
     from mmneurons.editing.file import save_patch
     from mmneurons.editing.reference import make_reference
 
-    shown = _items([*(images or []), *(more or [])]) if images or more else None
-    kept = _items(reference) if reference else None
-    lines = _lines(texts)
+    shown = items_of([*(images or []), *(more or [])]) if images or more else None
+    kept = items_of(reference) if reference else None
+    lines = lines_of(texts)
     vlm = load()
     shown = _or_pocket(vlm, shown, f"edit/{source}", "--images")
     if kept is None:
         kept = _or_pocket(vlm, None, "reference-400", None)
-        lines = lines or _pocket_texts(vlm, 0)
+        lines = lines or pocket_texts(vlm, 0)
     settings = EditSettings(
         method, top, blocks or None, prompts=tuple(prompt or (PROMPT,)), answer_prefix=answer_prefix,
         max_new_tokens=max_new_tokens, batch_size=batch_size,
@@ -129,7 +129,7 @@ def evaluate_edit(
     from mmneurons.editing.file import load_patch
 
     loaded = [(path, load_patch(path)) for path in files]
-    shown, lines = _items(images) if images else None, _lines(texts)
+    shown, lines = items_of(images) if images else None, lines_of(texts)
     _judge(load(), loaded, folder, shown, held_out, unrelated, lines, limit, batch_size)
 
 
@@ -183,8 +183,8 @@ def _judge(
     from mmneurons.editing.judging import judge, questions
     from mmneurons.report.edit import figures, write_edits
 
-    beyond = _items(held_out) if held_out else None
-    others = _or_pocket(vlm, _items(unrelated) if unrelated else None, "locality-500", "--unrelated")[:limit]
+    beyond = items_of(held_out) if held_out else None
+    others = _or_pocket(vlm, items_of(unrelated) if unrelated else None, "locality-500", "--unrelated")[:limit]
 
     def of_edit(source: str) -> list[Any]:
         return _or_pocket(vlm, shown, f"edit/{source}", "--images")
@@ -193,7 +193,7 @@ def _judge(
     def of_held_out(source: str) -> list[Any]:
         return _or_pocket(vlm, beyond, f"held-out/{source}", "--held-out")
 
-    texts = texts or _pocket_texts(vlm, 1)
+    texts = texts or pocket_texts(vlm, 1)
     asked = questions({str(path): patch for path, patch in loaded})
     with bars(err, "edits") as progress:
         judged = judge(
@@ -227,7 +227,13 @@ def _words(source: str, target: str | None, remove: str | None) -> tuple[str, st
 
 
 def _patch_path(given: Path | None, source: str, target: str | None) -> Path:
-    path = given or Path(f"{source}-to-{target}.safetensors" if target else f"remove-{source}.safetensors")
+    return checked_patch_path(
+        given or Path(f"{source}-to-{target}.safetensors" if target else f"remove-{source}.safetensors")
+    )
+
+
+def checked_patch_path(path: Path) -> Path:
+    """Refuse a file that could not be written as a patch, before anything is loaded."""
     if path.suffix != ".safetensors":
         raise SettingError(
             f"A patch is a .safetensors file, not {path}.", fix=f"--out {path.with_suffix('.safetensors')}"
@@ -237,13 +243,15 @@ def _patch_path(given: Path | None, source: str, target: str | None) -> Path:
     return path
 
 
-def _items(sources: list[str]) -> list[Any]:
+def items_of(sources: list[str]) -> list[Any]:
+    """The images of all sources."""
     from mmneurons.inspection.items import read_items
 
     return [item for source in sources for item in read_items(source)]
 
 
-def _lines(path: Path | None) -> list[str]:
+def lines_of(path: Path | None) -> list[str]:
+    """Of a file, those with something in them."""
     if path is None:
         return []
     try:
@@ -252,7 +260,7 @@ def _lines(path: Path | None) -> list[str]:
         raise SettingError(f"Cannot read {path}.", seen=str(error), fix="Name a file of text, a line each.") from error
 
 
-def _pocket_texts(vlm: VLM, which: int) -> list[str]:
+def pocket_texts(vlm: VLM, which: int) -> list[str]:
     """Every fourth sentence about the pocket world, from the first (to edit with) or the second (to judge on)."""
     if not vlm.is_pocket:
         return []
@@ -267,7 +275,7 @@ def _or_pocket(vlm: VLM, given: list[Any] | None, name: str, option: str | None)
         return given
     if vlm.is_pocket:
         err.print(f"these are pocket:{name}", style="dim")
-        return _items([f"pocket:{name}"])
+        return items_of([f"pocket:{name}"])
     if option is None:
         return []
     raise SettingError("There are no images.", fix=f"Name some: {option} FOLDER")

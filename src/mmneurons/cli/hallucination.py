@@ -1,0 +1,164 @@
+"""`dehallucinate`."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from mmneurons.cli.edit import SOURCES, Texts, checked_patch_path, items_of, lines_of, pocket_texts
+from mmneurons.cli.options import (
+    ANSWER_PREFIX,
+    MAX_NEW_TOKENS,
+    PROMPT,
+    Batch,
+    Length,
+    Load,
+    Prefix,
+    Prompt,
+    app,
+    check_outputs,
+    err,
+    loads_model,
+    out,
+)
+from mmneurons.errors import SettingError
+from mmneurons.files import write_whole
+from mmneurons.progress import bar
+
+if TYPE_CHECKING:
+    from mmneurons.editing.hallucination import Judged
+    from mmneurons.vlm.vlm import VLM
+
+POCKET = "pocket:hallucination-500"
+
+
+@app.command()
+@loads_model
+def dehallucinate(
+    load: Load,
+    images: Annotated[
+        list[str] | None, typer.Option(help="Images with their true objects: a manifest, or pocket:SET.")
+    ] = None,
+    held_out: Annotated[
+        list[str] | None, typer.Option("--held-out", help="Others to judge on. Default: half of the images.")
+    ] = None,
+    out_path: Annotated[Path, typer.Option("--out", metavar="FILE.safetensors", help="The patch.")] = Path(
+        "dehallucinate.safetensors"
+    ),
+    say: Annotated[
+        str | None, typer.Option(metavar="WORD", help="What is said instead; one token. Default: thing.")
+    ] = None,
+    keep: Annotated[float, typer.Option(min=0.5, max=1, help="Share of present objects that is to stay.")] = 0.98,
+    reference: Annotated[list[str] | None, typer.Option(help=f"Images whose answers are to stay. {SOURCES}")] = None,
+    texts: Texts = None,
+    top: Annotated[int, typer.Option(min=1, help="Columns that move.")] = 1000,
+    blocks: Annotated[int, typer.Option(min=0, help="Of so many of the last blocks; 0: of all.")] = 1,
+    prompt: Prompt = PROMPT,
+    answer_prefix: Prefix = ANSWER_PREFIX,
+    max_new_tokens: Length = MAX_NEW_TOKENS,
+    batch_size: Batch = 8,
+    json_path: Annotated[str | None, typer.Option("--json", metavar="FILE", help="Figures as JSON.")] = None,
+) -> None:
+    """Make a patch with which the model names fewer objects that are not there, and judge it on other images."""
+    path = checked_patch_path(out_path)
+    check_outputs(json_path, None)
+    from mmneurons.editing.file import save_patch
+    from mmneurons.editing.hallucination import DehallucinateSettings, judge
+    from mmneurons.editing.hallucination import dehallucinate as make_patch
+    from mmneurons.editing.reference import make_reference
+    from mmneurons.inspection.hallucination import Vocabulary
+
+    shown = items_of(images) if images else None
+    others = items_of(held_out) if held_out else None
+    kept = items_of(reference) if reference else []
+    lines = lines_of(texts)
+    vlm = load()
+    if shown is None:
+        shown = _pocket(vlm)
+        kept, lines = kept or items_of(["pocket:reference-400"]), lines or pocket_texts(vlm, 0)
+    shown, others = _with_objects(shown), None if others is None else _with_objects(others)
+    if others is None:
+        shown, others = _halves(shown)
+        err.print(f"{len(others)} of the images are held out, to judge on", style="dim")
+    settings = DehallucinateSettings(
+        say or ("image" if vlm.is_pocket else "thing"), keep, top, blocks or None, prompt=prompt,
+        answer_prefix=answer_prefix, max_new_tokens=max_new_tokens, batch_size=batch_size,
+    )  # fmt: skip
+    held_back = None
+    if kept or lines:
+        with bar(err, len(kept), "answers to leave as they are") as progress:
+            held_back = make_reference(
+                vlm, [item.image() for item in kept], lines, prompt=prompt, answer_prefix=answer_prefix,
+                max_new_tokens=max_new_tokens, batch_size=batch_size, progress=progress,
+            )  # fmt: skip
+    lists = [item.objects for item in [*shown, *others]]
+    if vlm.is_pocket:
+        from mmneurons import pocket
+
+        lists.append(pocket.nouns())
+    vocabulary = Vocabulary(lists)
+    with err.status("editing") as status:
+        patch = make_patch(
+            vlm, [item.image() for item in shown], [item.objects for item in shown], vocabulary=vocabulary,
+            reference=held_back, settings=settings, progress=status.update,
+        )  # fmt: skip
+        save_patch(patch, path)
+        status.update("judging")
+        judged = judge(vlm, patch, [item.image() for item in others], [item.objects for item in others], vocabulary)
+    _tell(judged)
+    out.print(f"wrote {path} ({path.stat().st_size / 1000:.1f} kB)", soft_wrap=True)
+    if json_path == "-":
+        out.print(json.dumps(asdict(judged)), soft_wrap=True)
+    elif json_path:
+        write_whole(Path(json_path), (json.dumps(asdict(judged), indent=1) + "\n").encode())
+        err.print(f"wrote {json_path}", soft_wrap=True)
+
+
+def _pocket(vlm: VLM) -> list[Any]:
+    if not vlm.is_pocket:
+        raise SettingError(
+            "There are no images.", fix="Name a manifest with what is truly in each image: --images FILE.json"
+        )
+    err.print(f"these are {POCKET}", style="dim")
+    return items_of([POCKET])
+
+
+def _with_objects(items: list[Any]) -> list[Any]:
+    """Refuse images of which nobody said what they show."""
+    unknown = [item.name for item in items if item.objects is None]
+    if unknown:
+        raise SettingError(
+            f"Nobody says what is truly in {unknown[0]}.",
+            seen=f"{len(unknown)} of {len(items)} images without a list of objects",
+            fix='Name a manifest: [{"image": "park.png", "objects": ["dog"]}]',
+        )
+    return items
+
+
+def _halves(items: list[Any]) -> tuple[list[Any], list[Any]]:
+    """At random, always alike."""
+    import numpy as np
+
+    if len(items) < 4:
+        raise SettingError(f"Of {len(items)} images none can be held out.", fix="Give more, or --held-out others.")
+    order = np.random.default_rng(0).permutation(len(items))
+    first, second = sorted(order[: len(items) // 2].tolist()), sorted(order[len(items) // 2 :].tolist())
+    return [items[i] for i in first], [items[i] for i in second]
+
+
+def _tell(judged: Judged) -> None:
+    out.print(f"on {judged.n_images} images that the patch was not made with:")
+    rows = (("before", judged.before), ("with the patch", judged.after), ("least likely nouns deleted", judged.rival))
+    for title, found in rows:
+        out.print(f"  {title}")
+        for name, label in (
+            ("chair_i", "named, but not there (CHAIR-i)"),
+            ("chair_s", "captions with such (CHAIR-s)"),
+            ("recall", "there, and named (recall)"),
+            ("named", "objects named in a caption"),
+        ):
+            out.print(f"    {label:32s} {getattr(found, name)}")
