@@ -6,6 +6,7 @@ from functools import partial
 
 import numpy as np
 import pytest
+import torch
 from commands import call
 
 import mmneurons as mmn
@@ -169,6 +170,35 @@ def test_words_of_like_meaning_are_nearer_than_others():
     assert same == pytest.approx(1, abs=1e-4)
     assert again == same
     assert same > like > unlike
+
+
+def test_clipscore_is_that_of_a_clip_on_disk(tmp_path):
+    from processor_zoo import byte_level
+    from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPProcessor
+
+    tokenizer = byte_level({})
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    clip = CLIPModel(
+        CLIPConfig(
+            text_config=sizes | {"vocab_size": len(tokenizer), "max_position_embeddings": 16, "eos_token_id": 2},
+            vision_config=sizes | {"image_size": 28, "patch_size": 14},
+            projection_dim=16,
+        )
+    ).eval()
+    clip.save_pretrained(tmp_path)
+    tokenizer.model_max_length = 16
+    sight = CLIPImageProcessorPil(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28})
+    CLIPProcessor(sight, tokenizer).save_pretrained(tmp_path)
+    made = meaning(clip_model=str(tmp_path))
+    assert made.clip is not None, made.missing
+    images, texts = [mmn.pocket.scene(seed).image for seed in (1, 2)], ["a dog", "tokens that are many " * 20]
+    with torch.inference_mode():
+        seen = clip.get_image_features(**sight(images, return_tensors="pt"))
+        read = [clip.get_text_features(torch.tensor([tokenizer(text).input_ids[:16]])) for text in texts]
+    pairs = zip((getattr(seen, "pooler_output", seen)), (getattr(r, "pooler_output", r)[0] for r in read), strict=True)
+    wanted = [100 * max(0.0, float(torch.cosine_similarity(a, b, dim=0))) for a, b in pairs]
+    assert made.clip(images, texts) == pytest.approx(wanted, abs=1e-3)
 
 
 def test_a_text_model_that_is_not_there_is_told(tmp_path):

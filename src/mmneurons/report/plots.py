@@ -137,7 +137,7 @@ def _overlap(figure: Figure, table: Table) -> None:
     rows = dict(table.rows)
     for i, name in enumerate(names):
         values = [rows.get((name, str(k))) for k in sizes]
-        means = [v.mean if isinstance(v, Estimate) else v or 0.0 for v in values]
+        means = [v.mean if isinstance(v, Estimate) else np.nan if v is None else v for v in values]  # no bar, not 0
         low, high = (
             [abs(getattr(v, end, m) - m) for v, m in zip(values, means, strict=True)] for end in ("low", "high")
         )
