@@ -1,8 +1,9 @@
 """Edits of the pocket model, judged: every figure of docs/results.md, Editing.
 
-    python benchmarks/edits.py pairs DIR   # the 30 pairs; or closed, optimised, rivals, removal, many, undo, cost
-    python benchmarks/edits.py table DIR   # what DIR holds, as Markdown
-    python benchmarks/edits.py against DIR # the rivals' pairs alone, against `selective`
+    python benchmarks/edits.py pairs DIR     # the 30 pairs; or closed, optimised, rivals, removal, many, cost
+    python benchmarks/edits.py table DIR     # what DIR holds, as Markdown
+    python benchmarks/edits.py against DIR   # the rivals' pairs alone, against `selective`
+    python benchmarks/edits.py undo DIR      # its patches put on and taken off; flips: what they change in texts
 
 Each edit's figures are kept as they come: a run that was stopped goes on.
 """
@@ -15,6 +16,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -25,7 +27,8 @@ import torch
 import mmneurons as mmn
 from mmneurons import pocket
 from mmneurons.editing.baselines import NAMES, Name, Rival, baseline
-from mmneurons.editing.edit import EditSettings, Method, edit
+from mmneurons.editing.edit import METHODS, EditSettings, Method, edit
+from mmneurons.editing.evaluation import Before, Bench
 from mmneurons.editing.file import load_patch, save_patch
 from mmneurons.editing.judging import Question, judge
 from mmneurons.editing.patch import Patch, stack
@@ -171,6 +174,20 @@ def undo(vlm: VLM, folder: Path, n_moves: int = 1000) -> None:
     print(f"{n_moves} moves of {len(patches)} patches; {looked} times none was on: all bits as before")
 
 
+def flips(vlm: VLM, folder: Path) -> None:
+    """For each patch of the folder, behind which words of the texts the likeliest token changes, most often first."""
+    texts = pocket.facts()[1::4]
+    ids = [vlm.tokenizer(text).input_ids for text in texts]
+    read = [vlm.tokenizer.decode(mine[: i + 1]) for mine in ids for i in range(len(mine))]
+    bench = Bench([], [], [], texts)
+    before = torch.cat(Before(vlm, bench).texts)
+    for path in sorted((folder / "patches").glob("*.safetensors")):
+        with load_patch(path).applied(vlm):
+            after = torch.cat(Before(vlm, bench).texts)
+        changed = Counter(text for text, same in zip(read, (before == after).tolist(), strict=True) if not same)
+        print(f"{path.stem}: {sum(changed.values())} of {len(read)}, {changed.most_common(1)}", flush=True)
+
+
 def cost(vlm: VLM, repeats: int = 5) -> None:
     """Edit against one batched generate over its images, paired, medians."""
     reference = reference_for(vlm)
@@ -231,7 +248,7 @@ def against(folder: Path) -> None:
     sums = {key: judged["generality"]["mean"] + judged["locality"]["mean"] for key, judged in found.items()}
     print(f"| way | {' | '.join(label for _, label in FIGURES)} | gen + loc | `selective` better by |")
     print("| --- " * (len(FIGURES) + 3) + "|")
-    for way in ("selective", "closed_form", *NAMES):
+    for way in (*METHODS, *NAMES):
         mine = [found[way, source] for source in sources]
         cells = [f"{statistics.mean(one[field]['mean'] for one in mine if one[field]):.3f}" for field, _ in FIGURES]
         total = statistics.mean(sums[way, source] for source in sources)
@@ -250,6 +267,8 @@ def main() -> None:
         many(vlm, folder)
     elif what == "undo":
         undo(vlm, folder)
+    elif what == "flips":
+        flips(vlm, folder)
     elif what == "cost":
         cost(vlm)
     elif what.startswith("peak-"):

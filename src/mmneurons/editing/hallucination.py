@@ -25,6 +25,7 @@ from mmneurons.errors import SettingError, WordError
 from mmneurons.inspection.hallucination import Chair, Vocabulary, chair, chair_of
 from mmneurons.maths.ranking import top_k
 from mmneurons.vlm import provenance
+from mmneurons.vlm.anatomy.ways import Directions, frozen_rows
 from mmneurons.vlm.prompts import ANSWER_PREFIX, MAX_NEW_TOKENS, PROMPT, tokens_of
 from mmneurons.vlm.vlm import VLM, Picture
 from mmneurons.words import find_words
@@ -99,7 +100,7 @@ def dehallucinate(
 
     Raises:
         SettingError: settings out of range, lists that do not fit the images, or no noun that is absent or present.
-        WordError: the word has no token of its own to begin with.
+        WordError: the word has more than one token, or none of its own to begin with.
     """
     settings, tell = settings or DehallucinateSettings(), progress or (lambda what: None)
     if len(images) != len(objects):
@@ -296,8 +297,9 @@ def sparing(vlm: VLM, steps: Steps, row: Float[Tensor, "hidden"], columns: Colum
 
     Along `row` itself, tokens whose rows are like it would rise as well. The reads are those of a step in the middle.
     """
-    typical = steps.at(torch.full((vlm.n_tokens,), len(steps) // 2))
-    every = typical.directions(vlm.anatomy.unembed[: vlm.n_tokens].float().cpu())
+    tokens, middle = vlm.anatomy.unembed[: vlm.n_tokens].float().cpu(), len(steps) // 2
+    final, *norms = (part[middle].expand(len(tokens), -1) for part in (steps.residual, *steps.norms))
+    every = Directions(vlm.anatomy, frozen_rows(vlm.anatomy, tokens, final), norms)
     wanted = steps.directions(row.expand(len(steps), -1))
     found = {}
     for i in columns.indices:
