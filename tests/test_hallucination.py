@@ -159,7 +159,7 @@ def test_from_a_manifest_to_a_patch_and_its_figures(capsys, monkeypatch, tmp_pat
     Path("list.json").write_text(json.dumps(entries))
     code, out, err = call(
         capsys, monkeypatch, "dehallucinate", "--images", "list.json", "--keep", 0.8, "--top", 200,
-        "--out", "p.safetensors", "--json", "figures.json",
+        "--reference", "0.png", "--out", "p.safetensors", "--json", "figures.json",
     )  # fmt: skip
     assert code == 0, err
     assert "on 24 images that the patch was not made with" in out
@@ -170,6 +170,13 @@ def test_from_a_manifest_to_a_patch_and_its_figures(capsys, monkeypatch, tmp_pat
     code, out, err = call(capsys, monkeypatch, "patch", "show", "p.safetensors", "--top", 2)
     assert code == 0, err
     assert "image" in out
+
+    code, out, err = call(
+        capsys, monkeypatch, "dehallucinate", "--images", "list.json", "--keep", 0.8, "--top", 200,
+        "--reference", "0.png", "--out", "again.safetensors", "--json", "-",
+    )  # fmt: skip
+    assert code == 0, err
+    assert json.loads(out) == figures  # nothing else is on stdout
 
     code, out, err = call(capsys, monkeypatch, "dehallucinate", "--images", "0.png")
     assert code == 2

@@ -77,9 +77,9 @@ def edit(
     kept = items_of(reference) if reference else None
     lines = lines_of(texts)
     vlm = load()
-    shown = _or_pocket(vlm, shown, f"edit/{source}", "--images")
+    shown = or_pocket(vlm, shown, f"edit/{source}", "--images")
     if kept is None:
-        kept = _or_pocket(vlm, None, "reference-400", None)
+        kept = or_pocket(vlm, None, "reference-400", None)
         lines = lines or pocket_texts(vlm, 0)
     settings = EditSettings(
         method, top, blocks or None, prompts=tuple(prompt or (PROMPT,)), answer_prefix=answer_prefix,
@@ -184,14 +184,14 @@ def _judge(
     from mmneurons.report.edit import figures, write_edits
 
     beyond = items_of(held_out) if held_out else None
-    others = _or_pocket(vlm, items_of(unrelated) if unrelated else None, "locality-500", "--unrelated")[:limit]
+    others = or_pocket(vlm, items_of(unrelated) if unrelated else None, "locality-500", "--unrelated")[:limit]
 
     def of_edit(source: str) -> list[Any]:
-        return _or_pocket(vlm, shown, f"edit/{source}", "--images")
+        return or_pocket(vlm, shown, f"edit/{source}", "--images")
 
     @functools.cache
     def of_held_out(source: str) -> list[Any]:
-        return _or_pocket(vlm, beyond, f"held-out/{source}", "--held-out")
+        return or_pocket(vlm, beyond, f"held-out/{source}", "--held-out")
 
     texts = texts or pocket_texts(vlm, 1)
     asked = questions({str(path): patch for path, patch in loaded})
@@ -269,7 +269,7 @@ def pocket_texts(vlm: VLM, which: int) -> list[str]:
     return list(pocket.facts()[which::4])
 
 
-def _or_pocket(vlm: VLM, given: list[Any] | None, name: str, option: str | None) -> list[Any]:
+def or_pocket(vlm: VLM, given: list[Any] | None, name: str, option: str | None) -> list[Any]:
     """What was given, or a set of the pocket world; for another model there is none."""
     if given is not None:
         return given

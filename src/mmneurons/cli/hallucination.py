@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mmneurons.cli.edit import SOURCES, Texts, checked_patch_path, items_of, lines_of, pocket_texts
+from mmneurons.cli.edit import SOURCES, Texts, checked_patch_path, items_of, lines_of, or_pocket, pocket_texts
 from mmneurons.cli.options import (
     ANSWER_PREFIX,
     MAX_NEW_TOKENS,
@@ -31,9 +31,6 @@ from mmneurons.progress import bar
 
 if TYPE_CHECKING:
     from mmneurons.editing.hallucination import Judged
-    from mmneurons.vlm.vlm import VLM
-
-POCKET = "pocket:hallucination-500"
 
 
 @app.command()
@@ -74,12 +71,13 @@ def dehallucinate(
 
     shown = items_of(images) if images else None
     others = items_of(held_out) if held_out else None
-    kept = items_of(reference) if reference else []
+    kept = items_of(reference) if reference else None
     lines = lines_of(texts)
     vlm = load()
-    if shown is None:
-        shown = _pocket(vlm)
-        kept, lines = kept or items_of(["pocket:reference-400"]), lines or pocket_texts(vlm, 0)
+    shown = or_pocket(vlm, shown, "hallucination-500", "--images")
+    if kept is None:
+        kept = or_pocket(vlm, None, "reference-400", None)
+        lines = lines or pocket_texts(vlm, 0)
     shown, others = _with_objects(shown), None if others is None else _with_objects(others)
     if others is None:
         shown, others = _halves(shown)
@@ -109,22 +107,15 @@ def dehallucinate(
         save_patch(patch, path)
         status.update("judging")
         judged = judge(vlm, patch, [item.image() for item in others], [item.objects for item in others], vocabulary)
-    _tell(judged)
-    out.print(f"wrote {path} ({path.stat().st_size / 1000:.1f} kB)", soft_wrap=True)
+    err.print(f"wrote {path} ({path.stat().st_size / 1000:.1f} kB)", soft_wrap=True)
+    figures = json.dumps(asdict(judged), indent=1)
     if json_path == "-":
-        out.print(json.dumps(asdict(judged)), soft_wrap=True)
-    elif json_path:
-        write_whole(Path(json_path), (json.dumps(asdict(judged), indent=1) + "\n").encode())
+        out.print(figures, soft_wrap=True)
+        return
+    _tell(judged)
+    if json_path:
+        write_whole(Path(json_path), f"{figures}\n".encode())
         err.print(f"wrote {json_path}", soft_wrap=True)
-
-
-def _pocket(vlm: VLM) -> list[Any]:
-    if not vlm.is_pocket:
-        raise SettingError(
-            "There are no images.", fix="Name a manifest with what is truly in each image: --images FILE.json"
-        )
-    err.print(f"these are {POCKET}", style="dim")
-    return items_of([POCKET])
 
 
 def _with_objects(items: list[Any]) -> list[Any]:
