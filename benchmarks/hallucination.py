@@ -1,11 +1,17 @@
 """Hallucinations of the pocket model lowered: every figure of docs/results.md, Hallucination.
 
-python benchmarks/hallucination.py
+    python benchmarks/hallucination.py DIR half 8000
+
+Made with the first so many scenes of `hallucination-8000` and judged on `hallucination-500`; or made with half of the
+latter and judged on the other half. Patches are kept in DIR; one that was stopped goes on.
 """
 
 from __future__ import annotations
 
 import statistics
+import sys
+import time
+from pathlib import Path
 from typing import get_args
 
 import numpy as np
@@ -13,77 +19,103 @@ import torch
 
 import mmneurons as mmn
 from mmneurons import pocket
-from mmneurons.editing.hallucination import DehallucinateSettings, Judged, dehallucinate, judge
+from mmneurons.editing.declining import questions
+from mmneurons.editing.evaluation import Before, Bench
+from mmneurons.editing.file import load_patch, save_patch
+from mmneurons.editing.hallucination import DehallucinateSettings, dehallucinate, judge
 from mmneurons.editing.patch import Patch
+from mmneurons.editing.reference import Reference
 from mmneurons.inspection.hallucination import Chair, Pope, Vocabulary, pope
-from mmneurons.inspection.items import read_items
+from mmneurons.inspection.items import Item, read_items
 from mmneurons.pocket.sets import Negatives
 from mmneurons.vlm.vlm import VLM
 
-SPLITS = 5
 FIGURES = ("chair_i", "chair_s", "recall", "named")
+BATCH = 50
 
 
-def halves(n: int, seed: int) -> tuple[list[int], list[int]]:
-    """To make a patch with, and to judge it on."""
-    order = np.random.default_rng(seed).permutation(n).tolist()
-    return sorted(order[: n // 2]), sorted(order[n // 2 :])
+def sets_of(name: str) -> tuple[list[Item], list[Item]]:
+    """What a patch is made with, and what it is judged on."""
+    judged_on = read_items("pocket:hallucination-500")
+    if name != "half":
+        return read_items("pocket:hallucination-8000")[: int(name)], judged_on
+    order = np.random.default_rng(0).permutation(len(judged_on)).tolist()
+    halves = sorted(order[: len(order) // 2]), sorted(order[len(order) // 2 :])
+    return [judged_on[i] for i in halves[0]], [judged_on[i] for i in halves[1]]
+
+
+def references_of(vlm: VLM) -> list[Reference]:
+    """What `mmneurons dehallucinate` takes for the pocket model."""
+    images = [item.image() for item in read_items("pocket:reference-400")]
+    first = mmn.make_reference(vlm, images, pocket.facts()[::4], batch_size=BATCH)
+    return [first, *questions(vlm, first, pocket.nouns(), batch_size=BATCH)]
+
+
+def made(vlm: VLM, name: str, folder: Path, shown: list[Item], vocabulary: Vocabulary) -> Patch:
+    """A patch, made once and kept."""
+    path = folder / f"{name}.safetensors"
+    if not path.exists():
+        start = time.perf_counter()
+
+        def tell(what: str, done: float, total: int) -> None:
+            if what == "learning" and done == int(done):
+                print(f"{name}: {done:.0f} of {total}, {time.perf_counter() - start:.0f} s", flush=True)
+
+        patch = dehallucinate(
+            vlm,
+            [item.source for item in shown],
+            [item.objects or () for item in shown],
+            vocabulary=vocabulary,
+            references=references_of(vlm),
+            settings=DehallucinateSettings(say="image", batch_size=BATCH),
+            checkpoint=folder / f"{name}.part",
+            progress=tell,
+        )
+        save_patch(patch, path)
+    return load_patch(path)
 
 
 def line(name: str, found: Chair, usual: Chair) -> str:
     """One row: figures, and by how much CHAIR-i and recall fell."""
     cells = [str(getattr(found, figure)) for figure in FIGURES]
-    return (
-        f"| {name} | {' | '.join(cells)} | {fall(found, usual, 'chair_i'):.3f} | {fall(found, usual, 'recall'):.3f} |"
-    )
-
-
-def fall(found: Chair, usual: Chair, figure: str) -> float:
-    """Share by which a figure fell."""
-    return 1 - getattr(found, figure).mean / getattr(usual, figure).mean
+    falls = [1 - getattr(found, f).mean / getattr(usual, f).mean for f in ("chair_i", "recall")]
+    return f"| {name} | {' | '.join(cells)} | {falls[0]:.3f} | {falls[1]:.3f} |"
 
 
 def asked(vlm: VLM, negatives: Negatives) -> Pope:
     """POPE on `pope-500`."""
-    questions = pocket.pope(negatives)
-    images = [question.scene.image for question in questions]
-    return pope(vlm, images, [q.text for q in questions], [q.answer for q in questions], batch_size=50)
+    polled = pocket.pope(negatives)
+    images = [question.scene.image for question in polled]
+    return pope(vlm, images, [q.text for q in polled], [q.answer for q in polled], batch_size=BATCH)
 
 
-def main() -> None:
-    """Make and judge patches on halves of the set; POPE and locality of the first."""
-    vlm = mmn.load()
-    items = read_items("pocket:hallucination-500")
-    images, objects = [item.image() for item in items], [item.objects or () for item in items]
-    vocabulary = Vocabulary(objects)
-    kept = [item.image() for item in read_items("pocket:reference-400")]
-    reference = mmn.make_reference(vlm, kept, pocket.facts()[::4], batch_size=50)
-    settings = DehallucinateSettings(say="image", batch_size=50)
-    judged: list[Judged] = []
-    patches: list[Patch] = []
-    for seed in range(SPLITS):
-        made_with, others = halves(len(items), seed)
-        patch = dehallucinate(
-            vlm, [images[i] for i in made_with], [objects[i] for i in made_with], reference=reference, settings=settings
-        )
-        one = judge(vlm, patch, [images[i] for i in others], [objects[i] for i in others], vocabulary)
-        judged.append(one)
-        patches.append(patch)
-        print(line(f"{seed}: before", one.before, one.before))
-        print(line(f"{seed}: with the patch", one.after, one.before))
-        print(line(f"{seed}: rival", one.rival, one.before), flush=True)
-    for name in ("after", "rival"):
-        falls = [[fall(getattr(one, name), one.before, f) for one in judged] for f in ("chair_i", "recall")]
-        print(f"| mean of {SPLITS}, {name} | {statistics.mean(falls[0]):.3f} | {statistics.mean(falls[1]):.3f} |")
-    unrelated = [item.image() for item in read_items("pocket:locality-500")]
-    usual, polled = vlm.caption(unrelated, batch_size=50), {n: asked(vlm, n) for n in get_args(Negatives)}
-    with patches[0].applied(vlm):
-        now, again = vlm.caption(unrelated, batch_size=50), {n: asked(vlm, n) for n in get_args(Negatives)}
-    print(f"locality-500 unchanged: {statistics.mean(a == b for a, b in zip(usual, now, strict=True)):.3f}")
-    for negatives, before in polled.items():
-        print(negatives, before, again[negatives], sep="\n  ")
+def main(folder: Path, names: list[str]) -> None:
+    """Make and judge patches; what else they change."""
+    vlm, vocabulary = mmn.load(), Vocabulary([pocket.nouns()])
+    folder.mkdir(parents=True, exist_ok=True)
+    unrelated, texts = [item.image() for item in read_items("pocket:locality-500")], pocket.facts()[1::4]
+    usual = vlm.caption(unrelated, batch_size=BATCH)
+    read = torch.cat(Before(vlm, Bench([], [], [], texts)).texts)
+    print("before:", *(f"POPE F1, {n} {asked(vlm, n).f1:.3f};" for n in get_args(Negatives)), flush=True)
+    for name in names:
+        shown, others = sets_of(name)
+        patch = made(vlm, name, folder, shown, vocabulary)
+        objects = [item.objects or () for item in others]
+        judged = judge(vlm, patch, [item.source for item in others], objects, vocabulary)
+        for state in ("before", "after", "rival"):
+            print(line(f"{name}: {state}", getattr(judged, state), judged.before), flush=True)
+        with patch.applied(vlm):
+            now = vlm.caption(unrelated, batch_size=BATCH)
+            again = torch.cat(Before(vlm, Bench([], [], [], texts)).texts)
+            polled = {negatives: asked(vlm, negatives) for negatives in get_args(Negatives)}
+        kept = statistics.mean(a == b for a, b in zip(usual, now, strict=True))
+        kilobytes = (folder / f"{name}.safetensors").stat().st_size / 1000
+        print(f"{name}: {len(shown)} images, {len(patch.neurons)} columns, {kilobytes:.0f} kB", end="; ")
+        print({part.layer: len(part.indices) for part in patch.parts}, end="; ")
+        print(f"locality-500 {kept:.3f}, T-locality@1 {(read == again).double().mean():.3f}", end="; ")
+        print(*(f"POPE F1, {n} {found.f1:.3f};" for n, found in polled.items()), flush=True)
 
 
 if __name__ == "__main__":
     torch.set_num_threads(2)
-    main()
+    main(Path(sys.argv[1]), sys.argv[2:])

@@ -140,9 +140,12 @@ def test_ctrl_c_stops_without_a_traceback(tmp_path, sample):
     many = [str(sample)] * 5000  # minutes of work, whatever the machine
     command = [sys.executable, "-m", "mmneurons.cli", "find", *many, "--report", str(tmp_path / "r.html")]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, env=os.environ)
-    time.sleep(5)
-    process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=60)
+    try:
+        time.sleep(8)  # it has to be at work: what is imported may swallow the signal
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=60)
+    finally:
+        process.kill()
     assert process.returncode == 130
     assert "Traceback" not in err
     assert not (tmp_path / "r.html").exists()

@@ -3,18 +3,40 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from commands import call
 
 import mmneurons as mmn
 from mmneurons import pocket
-from mmneurons.editing.hallucination import LEAD, DehallucinateSettings, Study, dehallucinate, judge
+from mmneurons.editing.columns import Columns
+from mmneurons.editing.declining import (
+    FOLLOW,
+    KEEP,
+    Answered,
+    answers,
+    descend,
+    lessons,
+    objects_named,
+    questions,
+    read_lessons,
+    shuffled,
+)
+from mmneurons.editing.forced import Batch, Given, Reader
+from mmneurons.editing.hallucination import DehallucinateSettings, dehallucinate, judge
+from mmneurons.editing.low_rank import LowRank, slopes
+from mmneurons.editing.patch import Patch
+from mmneurons.editing.training import Training
 from mmneurons.errors import SettingError, WordError
 from mmneurons.inspection.hallucination import Vocabulary, chair, pope
 from mmneurons.pocket.scenes import Scene
+from mmneurons.vlm.modes import evaluating, frozen
+from mmneurons.vlm.prompts import ANSWER_PREFIX, PROMPT, tokens_of
 
 
 @pytest.fixture(scope="module")
@@ -75,55 +97,299 @@ def test_pope_by_hand(vlm, monkeypatch):
     assert found.n == 4
 
 
-def study(inputs: torch.Tensor, gap: torch.Tensor, absent: torch.Tensor, ridge: float = 1e-6) -> Study:
-    """Of made-up steps, all of them nouns of these images, answer after answer."""
-    n, nothing = len(gap), torch.empty(0)
-    return Study(nothing, None, {}, inputs, gap, absent, torch.ones(n), torch.arange(n) % 5, n, ridge)  # pyright: ignore[reportArgumentType]
+# What is taught ------------------------------------------------------------------------------------------------------
 
 
-def test_the_regression_lifts_the_word_over_absent_objects_alone():
-    absent = torch.tensor([True, False] * 10)
-    gap = torch.linspace(3, 8, 20)
-    inputs = torch.stack([absent.float(), torch.ones(20)], 1)
-    found = study(inputs, gap, absent)
-    lift = inputs @ found.solve(found.every)
-    assert bool((lift > gap)[absent].all())
-    assert not bool((lift > gap)[~absent].any())
-    # Steps far on their side do not pull: the lift of present ones stays at what the nearest needs, or below.
-    assert float(lift[~absent].max()) <= float(gap[~absent].min()) - LEAD + 1
-    assert found.strength(keep=1.0) is not None
+def answered(vlm: mmn.VLM, text: str) -> Answered:
+    """As if the model had said it."""
+    ids = vlm.tokenizer(f" {text}", add_special_tokens=False).input_ids
+    return Answered([text], [(*ids, vlm.tokenizer.eos_token_id)], [[0.0] * (len(ids) + 1)])
 
 
-def test_where_no_column_tells_them_apart_no_strength_is_good_enough():
-    absent = torch.tensor([True, False] * 10)
-    found = study(torch.ones(20, 1), torch.full((20,), 5.0), absent)
-    assert found.strength(keep=1.0) is None
+def token(vlm: mmn.VLM, word: str) -> int:
+    return tokens_of(vlm.tokenizer, word)[0]
+
+
+def taught(vlm: mmn.VLM, text: str, objects: list[str], seed: int = 0) -> list[Given]:
+    said = answered(vlm, text)
+    named = objects_named(vlm, said, [objects], Vocabulary([pocket.nouns()]))
+    return [given for _, given in lessons(vlm, said, [objects], named, token(vlm, "image"), seed)]
+
+
+def words(vlm: mmn.VLM, given: Given) -> str:
+    return vlm.tokenizer.decode(given.token_ids, skip_special_tokens=True).strip()
+
+
+def test_where_an_object_is_named_any_that_is_there_may_be_or_the_word(vlm):
+    as_it_was, repaired = taught(vlm, "a dog, a bus and a cat on the road", ["cat", "bird", "dogs"])
+    say, bird, bus, cat, dog = (token(vlm, word) for word in ("image", "bird", "bus", "cat", "dog"))
+    at = {given: [given.token_ids.index(t) for t in (dog, bus, cat)] for given in (as_it_was,)}[as_it_was]
+    assert as_it_was.turn == {at[0]: (say, bird, cat, dog), at[1]: (say, bird, cat), at[2]: (say, bird, cat)}
+    assert set(as_it_was.kept) == set(range(len(as_it_was.token_ids))) - set(at)
+    assert words(vlm, as_it_was) == "a dog, a bus and a cat on the road"
+    # The bus is repaired; what was said before is to stay as it is, what follows to be said as it was.
+    assert words(vlm, repaired).replace("image", "?").replace("bird", "?").startswith("a dog, a ?")
+    assert repaired.turn[at[1]] == as_it_was.turn[at[1]]
+    assert max(repaired.kept) < at[1]
+    follows = {step: tokens for step, tokens in repaired.turn.items() if tokens[0] == -1}
+    assert all(tokens == (-1, repaired.token_ids[step]) for step, tokens in follows.items())
+    assert sorted([*repaired.turn, *repaired.kept]) == list(range(len(repaired.token_ids)))
+
+
+def test_a_repair_names_what_is_there_and_was_not_named_or_declines(vlm):
+    seen = {words(vlm, taught(vlm, "a dog and a cat on the road", ["cat", "bird"], seed)[1]) for seed in range(30)}
+    # Once "cat" has taken the dog's place, no cat may be named again.
+    assert seen == {"a image and a cat on the road", "a bird and a cat on the road", "a cat and a cat on the road"}
+    at = taught(vlm, "a dog and a cat on the road", ["cat", "bird"])[0].token_ids.index(token(vlm, "cat"))
+    for seed in range(30):
+        repaired = taught(vlm, "a dog and a cat on the road", ["cat", "bird"], seed)[1]
+        left = {"cat", "bird"} - set(words(vlm, repaired).split(" and ")[0].split())
+        assert set(repaired.turn[at][1:]) == {token(vlm, word) for word in left}
+
+
+def test_words_of_several_tokens_and_plurals_are_taught_whole(vlm):
+    (as_it_was,) = taught(vlm, "three pandas on the road", ["panda", "tulip"])
+    several = tokens_of(vlm.tokenizer, "pandas")
+    assert len(several) > 1
+    at = as_it_was.token_ids.index(several[0])
+    assert as_it_was.turn == {at: (token(vlm, "image"), several[0], tokens_of(vlm.tokenizer, "tulips")[0])}
+    repairs = [taught(vlm, "two dogs on the road", ["panda"], seed)[1] for seed in range(10)]
+    (panda,) = {words(vlm, one) for one in repairs} - {"two image on the road"}
+    assert panda == "two pandas on the road"
+
+
+def test_only_answers_that_name_objects_teach(vlm):
+    assert taught(vlm, "a room at night", ["dog"]) == []
+
+
+def test_what_is_asked_and_of_what(vlm, scenes):
+    reference = mmn.make_reference(vlm, [scene.image for scene in scenes[:12]])
+    assert reference.said is not None
+    asked = questions(vlm, reference, pocket.nouns())
+    prompts = [one.prompt for one in asked]
+    assert prompts == sorted(set(prompts), key=lambda prompt: prompt.split()[3])
+    assert 12 < sum(len(one.images) for one in asked) <= 24
+    assert {text for one in asked if one.said for text in one.said.texts} <= {"yes", "no"}
+    named = {Vocabulary([pocket.nouns()]).named(text)[0] for text in reference.said.texts}
+    assert named <= {prompt.removeprefix("Is there a").removeprefix("n").split()[0] for prompt in prompts}
+    assert [one.prompt for one in questions(vlm, reference, pocket.nouns())] == prompts
+
+
+# The loss, and what it changes ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Case:
+    """Lessons that were read."""
+
+    reader: Reader
+    own: list[Batch]
+    others: list[Batch]
+    taught: list[tuple[int, Given]]
+    images: list[Any]
+
+
+@pytest.fixture(scope="module")
+def case(vlm, scenes) -> Case:
+    images, objects = [scene.image for scene in scenes[:10]], [scene.objects for scene in scenes[:10]]
+    said = answers(vlm, images, PROMPT, ANSWER_PREFIX, max_new_tokens=32, batch_size=4)
+    named = objects_named(vlm, said, objects, Vocabulary([pocket.nouns()]))
+    made = lessons(vlm, said, objects, named, token(vlm, "image"))
+    reader = Reader(vlm, 0, True, 4)
+    reference = mmn.make_reference(vlm, images[:3], ["a dog is an animal"])
+    with frozen(vlm.model), evaluating(vlm.model):
+        own = read_lessons(reader, images, PROMPT, ANSWER_PREFIX, made, lambda done: None)
+        return Case(reader, own, reader.read_reference(reference, None), made, images)
+
+
+def columns(vlm: mmn.VLM) -> Columns:
+    return Columns(vlm.anatomy, {1: torch.arange(0, 40, 2), 4: torch.arange(30)})
+
+
+def moved(vlm: mmn.VLM) -> LowRank:
+    change = LowRank.none(vlm, columns(vlm), 3)
+    random = torch.Generator().manual_seed(0)
+    for share in change.shares.values():
+        share.copy_(0.5 * torch.randn(share.shape, generator=random))
+    return change
+
+
+def test_the_loss_is_that_of_the_raw_model(vlm, case):
+    change, payoff = moved(vlm), 3.0
+    for parameter in change.parameters:
+        parameter.requires_grad_()
+    with torch.inference_mode(False), frozen(vlm.model), change.hooked():
+        found = sum(descend(case.reader, case.own, [], payoff))
+    nouns, follows, kept = [], [], []
+    for image, given in case.taught:
+        inputs = vlm.encode([[case.images[image]]], PROMPT, ANSWER_PREFIX)
+        whole = torch.cat([inputs["input_ids"], torch.tensor([given.token_ids])], 1)
+        start = inputs["input_ids"].shape[1] - 1
+        log_p = []
+        for patch in (Patch(vlm.anatomy.hidden, ()), change.patch()):
+            with patch.applied(vlm), torch.inference_mode():
+                raw = vlm.model(
+                    input_ids=whole, attention_mask=torch.ones_like(whole), pixel_values=inputs["pixel_values"]
+                )
+            log_p.append(raw.logits[0, start:].log_softmax(-1))
+        base, now = log_p
+        for step, tokens in given.turn.items():
+            if tokens[0] < 0:
+                follows.append(float(now[step, tokens[1]]))
+            else:
+                p = now[step].exp()
+                nouns.append(float((p[tokens[0]] / payoff + p[list(tokens[1:])].sum()).log()))
+        kept += [float((base[step].exp() * (base[step] - now[step])).sum()) for step in given.kept]
+    assert follows
+    expected = -np.mean(nouns) - FOLLOW * np.mean(follows) + KEEP * np.mean(kept)
+    assert found == pytest.approx(expected, rel=1e-4)
+
+
+def test_nothing_diverges_before_anything_changes(vlm, case):
+    change = LowRank.none(vlm, columns(vlm), 3)
+    for parameter in change.parameters:
+        parameter.requires_grad_()
+    with torch.inference_mode(False), frozen(vlm.model), change.hooked():
+        assert sum(descend(case.reader, [], case.others, 3.0)) == pytest.approx(0, abs=1e-5)
+
+
+def test_the_gradient_of_the_change_is_the_slope_of_the_loss(vlm, case):
+    training = Training.begun(moved(vlm))
+
+    def loss() -> float:
+        with torch.inference_mode(False), frozen(vlm.model), training.change.hooked():
+            return sum(descend(case.reader, case.own[:1], case.others[:1], 3.0))
+
+    loss()
+    for parameter in training.change.parameters:
+        assert parameter.grad is not None
+        slope = parameter.grad.norm()
+        along, found = parameter.grad / slope, []
+        for sign in (1, -1):
+            with torch.no_grad():
+                parameter.add_(sign * 1e-2 * along)
+            found.append(loss())
+            with torch.no_grad():
+                parameter.sub_(sign * 1e-2 * along)
+        training.adam.zero_grad()
+        loss()
+        assert (found[0] - found[1]) / 2e-2 == pytest.approx(float(slope), rel=0.03)
+
+
+def test_the_steepest_columns_are_those_of_the_weights_gradient(vlm, case):
+    found = slopes(vlm, [2, 4], iter_of(vlm, case))
+    weights = {i: vlm.anatomy.ffns[i].module.weight for i in (2, 4)}
+    with torch.inference_mode(False), evaluating(vlm.model):
+        for weight in weights.values():
+            weight.requires_grad_(True)
+        for _ in descend(case.reader, case.own, [], 3.0):
+            pass
+    assert set(found) == {2, 4}
+    for i, weight in weights.items():
+        assert weight.grad is not None
+        expected = weight.grad.norm(dim=0) * weight.detach().norm(dim=0)
+        torch.testing.assert_close(found[i], expected, rtol=1e-3, atol=1e-6)
+    vlm.model.zero_grad()
+    assert all(parameter.grad is None for parameter in vlm.model.parameters())
+
+
+def iter_of(vlm: mmn.VLM, case: Case):
+    with torch.inference_mode(False), frozen(vlm.model), evaluating(vlm.model):
+        yield from descend(case.reader, case.own, [], 3.0)
+
+
+def test_references_are_read_some_at_a_time(case):
+    groups = shuffled([*case.own, *case.others], 6)
+    assert sorted(id(one) for group in groups for one in group) == sorted(map(id, [*case.own, *case.others]))
+    sizes = [[int(batch.places[0].max()) + 1 for batch in group] for group in groups]
+    assert all(sum(mine) >= 6 > sum(mine[:-1]) for mine in sizes[:-1])
+    assert groups == shuffled([*case.own, *case.others], 6)
+
+
+# Kept, and gone on with ---------------------------------------------------------------------------------------------
+
+
+def test_what_is_kept_goes_on_as_if_nothing_had_happened(vlm, case, tmp_path):
+    def steps(training: Training, n: int) -> None:
+        for _ in range(n):
+            with torch.inference_mode(False), frozen(vlm.model), training.change.hooked():
+                for _ in descend(case.reader, case.own[:1], case.others[:1], 3.0):
+                    pass
+            training.step(0.1)
+
+    whole = Training.begun(moved(vlm))
+    steps(whole, 4)
+    half = Training.begun(moved(vlm))
+    steps(half, 2)
+    half.rounds = 7
+    half.keep(tmp_path / "x.part", "key")
+    again = Training.resumed(tmp_path / "x.part", "key", vlm)
+    assert again is not None
+    assert again.rounds == 7
+    steps(again, 2)
+    for a, b in zip(again.change.parameters, whole.change.parameters, strict=True):
+        assert torch.equal(a, b)
+    with pytest.raises(SettingError, match="of another run"):
+        Training.resumed(tmp_path / "x.part", "other", vlm)
+    (tmp_path / "x.part").write_bytes((tmp_path / "x.part").read_bytes()[:-9])
+    with pytest.raises(SettingError, match="damaged"):
+        Training.resumed(tmp_path / "x.part", "key", vlm)
+    assert Training.resumed(tmp_path / "y.part", "key", vlm) is None
+
+
+def make(vlm: mmn.VLM, scenes: list[Scene], **options: Any) -> Patch:
+    images, objects = [scene.image for scene in scenes], [scene.objects for scene in scenes]
+    reference = mmn.make_reference(vlm, [scene.image for scene in pocket.edit_set("dog").held_out[:16]])
+    settings = DehallucinateSettings(say="image", steps=24, top=300, rank=8, batch_size=16)
+    options = {"vocabulary": Vocabulary([pocket.nouns()]), "references": [reference], "settings": settings} | options
+    return dehallucinate(vlm, images, objects, **options)
 
 
 @pytest.mark.slow
 def test_fewer_absent_objects_are_named_and_the_model_is_left_as_it_was(vlm, scenes):
     images, objects = [scene.image for scene in scenes], [scene.objects for scene in scenes]
     vocabulary = Vocabulary([pocket.nouns()])
+    weights = {name: value.clone() for name, value in vlm.model.state_dict().items()}
     usual = vlm.caption(images, batch_size=16)
     before = chair(usual, objects, vocabulary)
-    reference = mmn.make_reference(vlm, [scene.image for scene in pocket.edit_set("dog").held_out[:16]])
-    settings = DehallucinateSettings(say="image", keep=0.9, top=200, batch_size=16)
-    patch = dehallucinate(vlm, images, objects, vocabulary=vocabulary, reference=reference, settings=settings)
+    patch = make(vlm, scenes)
+    assert all(torch.equal(weights[name], value) for name, value in vlm.model.state_dict().items())
     assert vlm.caption(images, batch_size=16) == usual
     with patch.applied(vlm):
-        after = chair(said := vlm.caption(images, batch_size=16), objects, vocabulary)
-    assert after.n_absent < 0.8 * before.n_absent
-    assert after.n_found >= 0.8 * before.n_found
-    assert any("image" in text for text in said)
-    assert {neuron.layer for neuron in patch.neurons} == {len(vlm.anatomy.blocks) - 1}
-    search = patch.provenance["search"]
-    assert before.chair_i is not None
-    assert after.chair_i is not None
-    assert search["before"]["chair_i"] == pytest.approx(before.chair_i.mean)
-    assert search["after"]["chair_i"] == pytest.approx(after.chair_i.mean)
+        after = chair(vlm.caption(images, batch_size=16), objects, vocabulary)
+    assert after.n_absent < 0.5 * before.n_absent  # of the images that it learned from
+    assert after.n_found >= before.n_found
+    assert len(patch.neurons) == 300
+    assert patch.provenance["absent"] == before.n_absent
     judged = judge(vlm, patch, images, objects, vocabulary)
-    assert judged.after == after
+    assert (judged.before, judged.after) == (before, after)
+    assert sum(len(now) for _, now in judged.absent) == after.n_absent
     assert judged.rival.n_absent + judged.rival.n_found == after.n_absent + after.n_found  # as many are deleted
+    assert judged.rival.n_absent > after.n_absent
+
+
+@pytest.mark.slow
+def test_a_run_that_was_stopped_goes_on_to_the_same_patch(vlm, scenes, tmp_path):
+    path, done = tmp_path / "x.part", list[float]()
+
+    def stop(what: str, share: float, total: int) -> None:
+        if what == "learning":
+            done.append(share)
+            if share > 5.5:
+                raise KeyboardInterrupt
+
+    scenes = scenes[:16]
+    whole = make(vlm, scenes)
+    with pytest.raises(KeyboardInterrupt):
+        make(vlm, scenes, checkpoint=path, progress=stop)
+    assert path.exists()
+    with pytest.raises(SettingError, match="of another run"):
+        make(vlm, scenes, checkpoint=path, settings=DehallucinateSettings(say="image", payoff=2, steps=24))
+    again = list[float]()
+    patch = make(vlm, scenes, checkpoint=path, progress=lambda what, n, total: what == "learning" and again.append(n))
+    assert min(again) > 5  # the first five rounds were not done again
+    assert patch.hash == whole.hash
+    assert not path.exists()
 
 
 @pytest.mark.parametrize(
@@ -131,9 +397,9 @@ def test_fewer_absent_objects_are_named_and_the_model_is_left_as_it_was(vlm, sce
     [
         ([["dog"]], {}, SettingError, "1 lists"),
         (None, {"say": "thing"}, WordError, "3 tokens, and one must do"),
-        (None, {"keep": 0.0}, SettingError, "keep lies in"),
-        ("said", {}, SettingError, "are present"),
-        ("others", {}, SettingError, "none is named"),
+        (None, {"payoff": 1.0}, SettingError, "payoff is above 1"),
+        ("said", {}, SettingError, "are all present"),
+        ("others", {}, SettingError, "or it names none"),
     ],
 )
 def test_what_cannot_be_done_is_refused(vlm, scenes, objects, settings, error, says):
@@ -150,31 +416,35 @@ def test_what_cannot_be_done_is_refused(vlm, scenes, objects, settings, error, s
 
 
 @pytest.mark.slow
-def test_from_a_manifest_to_a_patch_and_its_figures(capsys, monkeypatch, tmp_path: Path, scenes):
+def test_from_a_manifest_to_a_patch_its_figures_and_a_page(capsys, monkeypatch, tmp_path: Path, scenes):
     monkeypatch.chdir(tmp_path)
     entries = []
     for i, scene in enumerate(scenes):
         scene.image.save(tmp_path / f"{i}.png")
         entries.append({"image": f"{i}.png", "objects": list(scene.objects)})
     Path("list.json").write_text(json.dumps(entries))
+    arguments = ("dehallucinate", "--images", "list.json", "--top", 200, "--steps", 24, "--reference", "0.png")
     code, out, err = call(
-        capsys, monkeypatch, "dehallucinate", "--images", "list.json", "--keep", 0.8, "--top", 200,
-        "--reference", "0.png", "--out", "p.safetensors", "--json", "figures.json",
-    )  # fmt: skip
+        capsys, monkeypatch, *arguments, "--out", "p.safetensors", "--json", "figures.json", "--report", "page.html"
+    )
     assert code == 0, err
     assert "on 24 images that the patch was not made with" in out
+    assert "learning: 12 of 12 done" in err
+    assert not Path("p.safetensors.part").exists()
     assert mmn.load_patch("p.safetensors").provenance["settings"]["say"] == "image"
     figures = json.loads(Path("figures.json").read_text())
-    assert figures["n_images"] == 24
-    assert set(figures) == {"before", "after", "rival", "n_images"}
+    assert set(figures) == {"before", "after", "rival", "texts", "absent"}
+    assert len(figures["texts"]) == len(figures["absent"]) == 24
+    page = Path("page.html").read_text(encoding="utf-8")
+    changed = [(before, after) for before, after in figures["texts"] if before != after]
+    assert f"Answers that changed ({len(changed)})" in page
+    assert all(f"<bdi>{after}</bdi>" in page for _, after in changed)
+    assert page.count("<img ") == len(changed)
     code, out, err = call(capsys, monkeypatch, "patch", "show", "p.safetensors", "--top", 2)
     assert code == 0, err
     assert "image" in out
 
-    code, out, err = call(
-        capsys, monkeypatch, "dehallucinate", "--images", "list.json", "--keep", 0.8, "--top", 200,
-        "--reference", "0.png", "--out", "again.safetensors", "--json", "-",
-    )  # fmt: skip
+    code, out, err = call(capsys, monkeypatch, *arguments, "--out", "again.safetensors", "--json", "-")
     assert code == 0, err
     assert json.loads(out) == figures  # nothing else is on stdout
 

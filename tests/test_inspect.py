@@ -17,10 +17,12 @@ from mmneurons.inspection.causal import HOW, causal
 from mmneurons.inspection.items import Item
 from mmneurons.inspection.meaning import Meaning, meaning
 from mmneurons.inspection.run import Settings, inspect
+from mmneurons.inspection.sensitivity import NounSensitivity
 from mmneurons.inspection.specificity import noun_scores
 from mmneurons.inspection.tables import Table, by_image, over_images
 from mmneurons.inspection.truth import mean_activations
 from mmneurons.maths.statistics import Estimate
+from mmneurons.report import plots
 from mmneurons.report.inspection import write_inspection
 from mmneurons.vlm.prompts import ANSWER_PREFIX, PROMPT
 
@@ -122,6 +124,25 @@ def test_a_table_says_the_same_in_every_form():
     assert made.to_dict()["rows"][1] == {"which": "b", "k": "2", "mean": None, "low": None, "high": None, "n": None}
     assert "| b | 2 | not measured |" in made.to_markdown()
     assert made.value("b", "2") is None
+
+
+def test_what_one_image_cannot_tell_is_missing_with_its_reason():
+    one = NounSensitivity("dog", "dog", None, (0.9, 0.2), (), (True,), {}, {})
+    alone = tables.sensitivity_tables({"a": [one]})[0]
+    assert alone.value("top neurons that lose half with a blank image") is not None
+    assert alone.value("top neurons that lose half with another image") is None
+    assert "Of a single image" in alone.note
+    assert "single" not in tables.sensitivity_tables({"a": [one], "b": [one]})[0].note
+
+
+def test_what_is_missing_has_no_bar():
+    figure = pytest.importorskip("matplotlib.figure").Figure()
+    known = Estimate(0.5, 0.4, 0.6, 3)
+    table = Table("o", "O", ("pairs", "k"), ((("within", "10"), known), (("between", "10"), None)))
+    plots._overlap(figure, table)
+    heights = [bar.get_height() for bar in figure.axes[0].patches]
+    assert heights[0] == 0.5
+    assert np.isnan(heights[1])
 
 
 def test_a_folder_has_every_form_and_no_number_that_is_none(vlm, items, found, tmp_path):

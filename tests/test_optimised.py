@@ -188,7 +188,7 @@ def test_answers_are_given_with_target_for_source(vlm, case):
     for given, text in zip(optimised.given(vlm, one, "cat"), one.said.texts, strict=True):
         assert vlm.tokenizer.decode(given.token_ids, skip_special_tokens=True).strip() == text.replace("dog", "cat")
         assert sorted([*given.turn, *given.kept]) == list(range(len(given.token_ids)))
-        assert all(given.token_ids[step] == token for step, token in given.turn.items())
+        assert all((given.token_ids[step],) == tokens for step, tokens in given.turn.items())
         assert all((token >= 0) == (step > min(given.turn)) for step, token in given.kept.items())
     for given, ids in zip(optimised.given(vlm, one, None), one.said.token_ids, strict=True):
         assert given.token_ids == list(ids)

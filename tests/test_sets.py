@@ -9,10 +9,12 @@ from mmneurons import pocket
 from mmneurons.errors import MmneuronsError, SettingError
 from mmneurons.pocket import sets, world
 
-NAMES = ("find-500", "locality-500", "pope-500", "hallucination-500", "reference-400")
+NAMES = ("find-500", "locality-500", "pope-500", "hallucination-500", "hallucination-8000", "reference-400")
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] if name == "hallucination-8000" else []) for name in NAMES]
+)
 def test_a_set_has_as_many_scenes_as_it_says_and_comes_out_as_it_was_defined(name):
     scenes = pocket.evaluation_set(name)
     assert len(scenes) == len(scenes.groups) == int(name.split("-")[1])

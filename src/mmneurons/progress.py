@@ -48,8 +48,9 @@ def bars(console: Console, unit: str) -> Iterator[Any]:
             if name not in tasks:
                 tasks[name] = shown.add_task(name, total=total)
             shown.update(tasks[name], completed=done)
-            if not console.is_terminal and int(done) > told.get(name, 0):
-                told[name] = int(done)
+            # A line for each unit, or for each twentieth where there are more of them.
+            if not console.is_terminal and int(done) >= told.get(name, 1):
+                told[name] = int(done) + max(1, total // 20)
                 console.print(f"{name}: {int(done)} of {total} {unit}")
 
         yield tell

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
@@ -27,10 +25,7 @@ from mmneurons.cli.options import (
 )
 from mmneurons.errors import SettingError
 from mmneurons.files import write_whole
-from mmneurons.progress import bar
-
-if TYPE_CHECKING:
-    from mmneurons.editing.hallucination import Judged
+from mmneurons.progress import bar, bars, working
 
 
 @app.command()
@@ -38,7 +33,7 @@ if TYPE_CHECKING:
 def dehallucinate(
     load: Load,
     images: Annotated[
-        list[str] | None, typer.Option(help="Images with their true objects: a manifest, or pocket:SET.")
+        list[str] | None, typer.Option(help="Images with their true objects, thousands: a manifest, or pocket:SET.")
     ] = None,
     held_out: Annotated[
         list[str] | None, typer.Option("--held-out", help="Others to judge on. Default: half of the images.")
@@ -49,32 +44,41 @@ def dehallucinate(
     say: Annotated[
         str | None, typer.Option(metavar="WORD", help="What is said instead; one token. Default: thing.")
     ] = None,
-    keep: Annotated[float, typer.Option(min=0.5, max=1, help="Share of present objects that is to stay.")] = 0.98,
+    payoff: Annotated[
+        float, typer.Option(min=1.01, help="It is said where the best guess is right with less than 1 / payoff.")
+    ] = 3.0,
     reference: Annotated[list[str] | None, typer.Option(help=f"Images whose answers are to stay. {SOURCES}")] = None,
     texts: Texts = None,
     top: Annotated[int, typer.Option(min=1, help="Columns that move.")] = 1000,
-    blocks: Annotated[int, typer.Option(min=0, help="Of so many of the last blocks; 0: of all.")] = 1,
+    blocks: Annotated[int, typer.Option(min=0, help="Of so many of the last blocks; 0: of all.")] = 0,
+    rank: Annotated[int, typer.Option(min=1, help="Directions that they move along.")] = 32,
+    steps: Annotated[int, typer.Option(min=1, help="Of gradient descent.")] = 1200,
     prompt: Prompt = PROMPT,
     answer_prefix: Prefix = ANSWER_PREFIX,
     max_new_tokens: Length = MAX_NEW_TOKENS,
     batch_size: Batch = 8,
     json_path: Annotated[str | None, typer.Option("--json", metavar="FILE", help="Figures as JSON.")] = None,
+    report: Annotated[Path | None, typer.Option(metavar="FILE.html", help="Write a page to look at.")] = None,
 ) -> None:
-    """Make a patch with which the model names fewer objects that are not there, and judge it on other images."""
+    """Make a patch with which the model names fewer objects that are not there, and judge it. Stopped, it goes on."""
     path = checked_patch_path(out_path)
-    check_outputs(json_path, None)
+    check_outputs(json_path, report)
+    from mmneurons.editing.declining import questions
     from mmneurons.editing.file import save_patch
     from mmneurons.editing.hallucination import DehallucinateSettings, judge
     from mmneurons.editing.hallucination import dehallucinate as make_patch
     from mmneurons.editing.reference import make_reference
     from mmneurons.inspection.hallucination import Vocabulary
+    from mmneurons.report.hallucination import chair_json, chair_text, write_hallucination
 
     shown = items_of(images) if images else None
     others = items_of(held_out) if held_out else None
     kept = items_of(reference) if reference else None
     lines = lines_of(texts)
     vlm = load()
-    shown = or_pocket(vlm, shown, "hallucination-500", "--images")
+    if shown is None and others is None:
+        others = or_pocket(vlm, None, "hallucination-500", "--images")
+    shown = or_pocket(vlm, shown, "hallucination-8000", "--images")
     if kept is None:
         kept = or_pocket(vlm, None, "reference-400", None)
         lines = lines or pocket_texts(vlm, 0)
@@ -83,38 +87,45 @@ def dehallucinate(
         shown, others = _halves(shown)
         err.print(f"{len(others)} of the images are held out, to judge on", style="dim")
     settings = DehallucinateSettings(
-        say or ("image" if vlm.is_pocket else "thing"), keep, top, blocks or None, prompt=prompt,
-        answer_prefix=answer_prefix, max_new_tokens=max_new_tokens, batch_size=batch_size,
+        say or ("image" if vlm.is_pocket else "thing"), payoff, top, blocks or None, rank, steps, prompt,
+        answer_prefix, max_new_tokens, batch_size,
     )  # fmt: skip
-    held_back = None
-    if kept or lines:
-        with bar(err, len(kept), "answers to leave as they are") as progress:
-            held_back = make_reference(
-                vlm, [item.image() for item in kept], lines, prompt=prompt, answer_prefix=answer_prefix,
-                max_new_tokens=max_new_tokens, batch_size=batch_size, progress=progress,
-            )  # fmt: skip
     lists = [item.objects for item in [*shown, *others]]
     if vlm.is_pocket:
         from mmneurons import pocket
 
         lists.append(pocket.nouns())
     vocabulary = Vocabulary(lists)
-    with err.status("editing") as status:
+    references = []
+    if kept or lines:
+        with bar(err, len(kept), "answers to leave as they are") as progress:
+            first = make_reference(
+                vlm, [item.image() for item in kept], lines, prompt=prompt, answer_prefix=answer_prefix,
+                max_new_tokens=max_new_tokens, batch_size=batch_size, progress=progress,
+            )  # fmt: skip
+        with working(err, "asking what is there"):
+            references = [first, *questions(vlm, first, sorted(vocabulary.nouns), batch_size=batch_size)]
+    else:
+        err.print("no --reference: answers to other questions may change", style="yellow")
+    partly = path.with_name(f"{path.name}.part")
+    with bars(err, "done") as tell:
         patch = make_patch(
-            vlm, [item.image() for item in shown], [item.objects for item in shown], vocabulary=vocabulary,
-            reference=held_back, settings=settings, progress=status.update,
+            vlm, [item.source for item in shown], [item.objects for item in shown], vocabulary=vocabulary,
+            references=references, settings=settings, checkpoint=partly, progress=tell,
         )  # fmt: skip
         save_patch(patch, path)
-        status.update("judging")
-        judged = judge(vlm, patch, [item.image() for item in others], [item.objects for item in others], vocabulary)
+        objects = [item.objects for item in others]
+        judged = judge(vlm, patch, [item.source for item in others], objects, vocabulary, progress=tell)
     err.print(f"wrote {path} ({path.stat().st_size / 1000:.1f} kB)", soft_wrap=True)
-    figures = json.dumps(asdict(judged), indent=1)
+    if report is not None:
+        write_hallucination(judged, report, others, objects, patch.provenance)
+        err.print(f"wrote {report}", soft_wrap=True)
     if json_path == "-":
-        out.print(figures, soft_wrap=True)
+        out.print(chair_json(judged), soft_wrap=True, end="")
         return
-    _tell(judged)
+    out.print(chair_text(judged), soft_wrap=True)
     if json_path:
-        write_whole(Path(json_path), f"{figures}\n".encode())
+        write_whole(Path(json_path), chair_json(judged).encode())
         err.print(f"wrote {json_path}", soft_wrap=True)
 
 
@@ -139,17 +150,3 @@ def _halves(items: list[Any]) -> tuple[list[Any], list[Any]]:
     order = np.random.default_rng(0).permutation(len(items))
     first, second = sorted(order[: len(items) // 2].tolist()), sorted(order[len(items) // 2 :].tolist())
     return [items[i] for i in first], [items[i] for i in second]
-
-
-def _tell(judged: Judged) -> None:
-    out.print(f"on {judged.n_images} images that the patch was not made with:")
-    rows = (("before", judged.before), ("with the patch", judged.after), ("least likely nouns deleted", judged.rival))
-    for title, found in rows:
-        out.print(f"  {title}")
-        for name, label in (
-            ("chair_i", "named, but not there (CHAIR-i)"),
-            ("chair_s", "captions with such (CHAIR-s)"),
-            ("recall", "there, and named (recall)"),
-            ("named", "objects named in a caption"),
-        ):
-            out.print(f"    {label:32s} {getattr(found, name)}")

@@ -32,8 +32,9 @@ class Given:
     """An answer that the model is given, and what its steps are to do."""
 
     token_ids: list[int]
-    turn: dict[int, int]
-    """Step -> the token that is wanted there; without a target, the one that is not."""
+    turn: dict[int, tuple[int, ...]]
+    """Step that is to change -> tokens, as the loss takes them: of `optimise`, the one that is wanted there (without a
+    target, the one that is not)."""
     kept: dict[int, int]
     """Step to be left as it is -> the token that is not to be repeated there, or -1."""
 
@@ -50,8 +51,8 @@ class Batch:
     """What else each block from there on is called with."""
     places: tuple[Int[Tensor, "n"], Int[Tensor, "n"]]
     """Row and position of each step."""
-    tokens: Int[Tensor, "n 1"]
-    """See `Given`."""
+    tokens: Int[Tensor, "n tokens"]
+    """See `Given`; filled up with -1."""
     turn: Bool[Tensor, "n"]
     base: Float[Tensor, "n hidden"]
     """What entered the final norm, unedited: narrower than the logits."""
@@ -72,9 +73,10 @@ class Reader:
     batch_size: int
     """Answers in one batch."""
 
-    def read_reference(self, reference: Reference, source: str) -> list[Batch]:
-        """All steps that do not say SOURCE."""
-        stay, made, start = (~reference.says(self.vlm, source)).tolist(), [], 0
+    def read_reference(self, reference: Reference, source: str | None) -> list[Batch]:
+        """All steps that do not say SOURCE, if there is one."""
+        stay = [True] * len(reference.steps) if source is None else (~reference.says(self.vlm, source)).tolist()
+        made, start = list[Batch](), 0
         if reference.said is not None:
             given = []
             for ids in reference.said.token_ids:
@@ -101,10 +103,12 @@ class Reader:
 
     def batch(self, inputs: Inputs, first: int, given: Sequence[Given]) -> Batch:
         """Answers, whose steps begin at position `first`; read once, and again from the lowest edited block up."""
-        kinds = [(row, kind) for row, one in enumerate(given) for kind in ((1, one.turn), (0, one.kept))]
-        steps = [(row, first + step, token, turn) for row, (turn, kind) in kinds for step, token in kind.items()]
-        rows, positions, tokens, turn = torch.tensor(steps).view(-1, 4).unbind(1)
-        made = Batch(inputs, None, (), (rows, positions), tokens[:, None], turn.bool(), torch.empty(0))
+        steps = [(row, first + step, 1, tokens) for row, one in enumerate(given) for step, tokens in one.turn.items()]
+        steps += [(row, first + step, 0, (token,)) for row, one in enumerate(given) for step, token in one.kept.items()]
+        rows, positions, turn = torch.tensor([step[:3] for step in steps]).unbind(1)
+        width = max(len(tokens) for *_, tokens in steps)
+        tokens = torch.tensor([[*tokens, *[-1] * (width - len(tokens))] for *_, tokens in steps])
+        made = Batch(inputs, None, (), (rows, positions), tokens, turn.bool(), torch.empty(0))
         blocks, catcher = self.vlm.anatomy.blocks[self.lowest :], Catcher({0})
         with torch.no_grad():
             catching = enumerate(block.module for block in blocks)

@@ -139,10 +139,10 @@ def given(vlm: VLM, one: Asked, target: str | None) -> list[Given]:
         if target is None:
             writing = {step for word in words for step in word.steps}
             kept = {step: -1 for step in range(len(said)) if step not in writing}
-            made.append(Given(list(said), {word.steps[0]: said[word.steps[0]] for word in words}, kept))
+            made.append(Given(list(said), {word.steps[0]: (said[word.steps[0]],) for word in words}, kept))
             continue
         ids, written = rewritten(vlm, said, words, target)
-        turn = {start + k: token for start, wanted in written for k, token in enumerate(wanted)}
+        turn = {start + k: (token,) for start, wanted in written for k, token in enumerate(wanted)}
         firsts = {start: wanted[0] for start, wanted in written}
         kept, behind = dict[int, int](), -1
         for step in range(len(ids)):

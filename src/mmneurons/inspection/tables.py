@@ -124,7 +124,8 @@ def sensitivity_tables(found: Mapping[str, Sequence[NounSensitivity]]) -> list[T
         ((f"top {k} that stay when patches are shuffled",), over_images(found, lambda one, k=k: one.stays.get(k)))
         for k in sorted({k for ones in found.values() for one in ones for k in one.stays})
     ]
-    made = [Table("sensitivity", "Sensitivity", ("measure",), tuple(rows), "Shares; intervals over images.")]
+    alone = " Of a single image: there is no other one to read its words with." if len(found) == 1 else ""
+    made = [Table("sensitivity", "Sensitivity", ("measure",), tuple(rows), f"Shares; intervals over images.{alone}")]
     sizes = sorted({k for ones in found.values() for one in ones for k in one.regions})
     measures = (
         ("pointing game", lambda r: r.pointing),

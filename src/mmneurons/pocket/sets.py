@@ -11,6 +11,7 @@
 | `pope-500` | 500 scenes as usual in the world, for `pope` |
 | `reference-400` | 200 and 200 like those of `locality-500`, for an edit to be made with |
 | `hallucination-500` | 125 each: objects that hide each other, small ones, ones never seen together, another style |
+| `hallucination-8000` | 2,000 each like those of `hallucination-500`, for a patch to be made with |
 
 None of it depends on what a model says. No torch.
 """
@@ -262,5 +263,6 @@ MAKERS: dict[str, Callable[[], Iterator[tuple[str, Scene]]]] = {
     "pope-500": lambda: _natural(FIRST_SEED + 2_000_000, 500),
     "reference-400": lambda: iter([*_natural(FIRST_SEED + 4_000_000, 200), *_balanced(FIRST_SEED + 4_500_000, 200)]),
     "hallucination-500": lambda: _hard(FIRST_SEED + 3_000_000, 500),
+    "hallucination-8000": lambda: _hard(FIRST_SEED + 5_000_000, 8000),
 }
 """Yields the group and the scene of each element of a set, unchecked."""

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import io
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -17,6 +15,7 @@ from PIL import Image
 from mmneurons.files import write_whole
 from mmneurons.maths.statistics import Estimate
 from mmneurons.report.page import asset, environment, policy_hash
+from mmneurons.report.pictures import small
 from mmneurons.words import turned
 
 if TYPE_CHECKING:
@@ -25,8 +24,6 @@ if TYPE_CHECKING:
 SCHEMA = 1
 SHOWN = 60
 """Answers of each kind on the page, of each edit."""
-THUMBNAIL = 112
-"""Longer side of the pictures beside them, pixels."""
 
 
 class Shown(Protocol):
@@ -129,16 +126,8 @@ def _section(name: str, one: Judged, held_out: Sequence[Shown], unrelated: Seque
     return _Section(
         f"{one.source} → {one.target or 'anything else'} ({Path(name).name})",
         figures(one),
-        [_Row(_uri(held_out[p.image]), p.before, p.after, done(p)) for p in worst_first[:SHOWN]],
-        [_Row(_uri(unrelated[p.image]), p.before, p.after, False) for p in one.changed[:SHOWN]],
+        [_Row(small(held_out[p.image].image()), p.before, p.after, done(p)) for p in worst_first[:SHOWN]],
+        [_Row(small(unrelated[p.image].image()), p.before, p.after, False) for p in one.changed[:SHOWN]],
         len(one.held_out),
         len(one.changed),
     )
-
-
-def _uri(shown: Shown) -> str:
-    picture = shown.image().copy()
-    picture.thumbnail((THUMBNAIL, THUMBNAIL))
-    content = io.BytesIO()
-    picture.convert("RGB").save(content, format="WEBP", quality=80)
-    return f"data:image/webp;base64,{base64.b64encode(content.getvalue()).decode('ascii')}"

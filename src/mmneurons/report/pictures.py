@@ -122,6 +122,11 @@ def _bound(maps: Sequence[np.ndarray]) -> float:
     return max((float(np.abs(values).max(initial=0)) for values in maps), default=0.0)
 
 
+def small(image: Image.Image) -> str:
+    """A picture beside a line of text, its longer side 112 pixels."""
+    return _uri("webp", _encode(_fit(image, _THUMBNAIL_SIDE), "WEBP", quality=80))
+
+
 def colour_scale() -> str:
     """All colours from the strongest negative to the strongest positive, one pixel high."""
     return _uri("png", _encode(Image.fromarray(regions.colours()[None].copy()), "PNG", optimize=True))

@@ -1,0 +1,234 @@
+"""What a model is taught that shall name what is there, or say that it does not know: lessons and loss.
+
+Its answers are given to it again. Where they name an object, any object that is there and was not named may be named,
+or the word that names nothing be said, at a price; everything else stays as it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from mmneurons.editing.forced import Batch, Given, Reader
+from mmneurons.editing.reference import Reference, make_reference
+from mmneurons.inspection.hallucination import Vocabulary
+from mmneurons.vlm.prompts import tokens_of
+from mmneurons.vlm.vlm import VLM, Picture, open_row
+from mmneurons.words import Word, find_words, inflected
+
+FOLLOW, KEEP = 0.3, 1.0
+"""Weights of how a changed answer goes on and of divergence elsewhere, beside 1 for the objects."""
+
+
+@dataclass(frozen=True, eq=False)
+class Answered:
+    """What the model said of images."""
+
+    texts: list[str]
+    token_ids: list[tuple[int, ...]]
+    log_p: list[list[float]]
+    """Of each token."""
+
+
+@dataclass(frozen=True)
+class Named:
+    """An object that an answer names, where it is named first."""
+
+    answer: int
+    noun: str
+    """Singular."""
+    word: Word
+    absent: bool
+
+
+def answers(
+    vlm: VLM,
+    images: Sequence[Picture],
+    prompt: str,
+    answer_prefix: str,
+    *,
+    max_new_tokens: int,
+    batch_size: int,
+    progress: Callable[[int], None] = lambda done: None,
+) -> Answered:
+    """Let the model answer about images."""
+    said = Answered([], [], [])
+    size = 1 if vlm.family.one_at_a_time else batch_size
+    for start in range(0, len(images), size):
+        opened = [[one.image for one in open_row(image)] for image in images[start : start + size]]
+        made = vlm.generate(vlm.encode(opened, prompt, answer_prefix), max_new_tokens)
+        log_p = (made.logits - made.log_totals).tolist()
+        said.texts.extend(made.texts)
+        said.token_ids.extend(made.token_ids)
+        said.log_p.extend(mine[: len(ids)] for mine, ids in zip(log_p, made.token_ids, strict=True))
+        progress(len(said.texts))
+    return said
+
+
+def objects_named(vlm: VLM, said: Answered, objects: Sequence[Collection[str]], vocabulary: Vocabulary) -> list[Named]:
+    """The objects that answers name, each once an answer, in order."""
+
+    def decode(ids: Sequence[int]) -> str:
+        return vlm.tokenizer.decode(ids, skip_special_tokens=True)
+
+    found = []
+    for answer, (text, ids, there) in enumerate(zip(said.texts, said.token_ids, objects, strict=True)):
+        true = Vocabulary([there]).nouns
+        for noun in vocabulary.named(text):
+            found.append(Named(answer, noun, find_words(noun, text, ids, decode)[0], noun not in true))
+    return found
+
+
+def lessons(
+    vlm: VLM,
+    said: Answered,
+    objects: Sequence[Collection[str]],
+    named: Sequence[Named],
+    say: int,
+    seed: int = 0,
+) -> list[tuple[int, Given]]:
+    """Each answer as it was, and each that names what is absent once more, repaired; with the image's number.
+
+    Tokens of a step at which an object is named: `say`, then the first of every object that may be named there. Of
+    a step behind a repair: -1, then the token that follows.
+    """
+    random, of, made = np.random.default_rng(seed), dict[int, list[Named]](), []
+    for one in named:
+        of.setdefault(one.answer, []).append(one)
+    for answer, mine in sorted(of.items()):
+        ids, there = said.token_ids[answer], sorted(Vocabulary([objects[answer]]).nouns)
+        made.append((answer, _lesson(vlm, ids, mine, there, say, None)))
+        if any(one.absent for one in mine):
+            made.append((answer, _lesson(vlm, ids, mine, there, say, random)))
+    return made
+
+
+def _lesson(
+    vlm: VLM,
+    ids: Sequence[int],
+    named: Sequence[Named],
+    there: Sequence[str],
+    say: int,
+    repair: np.random.Generator | None,
+) -> Given:
+    """One answer; with `repair`, half of the absent objects become one that is there, the others the word."""
+    new, turn, kept, left, read = list[int](), dict[int, tuple[int, ...]](), dict[int, int](), [*there], 0
+    changed = False
+
+    def go_on(tokens: Sequence[int]) -> None:
+        for token in tokens:
+            if changed:
+                turn[len(new)] = (-1, token)
+            else:
+                kept[len(new)] = -1
+            new.append(token)
+
+    for one in named:
+        steps = one.word.steps
+        go_on(ids[read : steps[0]])
+        said = list(ids[steps[0] : steps[-1] + 1])
+        ways = {noun: tokens_of(vlm.tokenizer, inflected(noun, one.word.text)) for noun in left}
+        if one.noun in ways:
+            ways[one.noun] = said
+        turn[len(new)] = (say, *(tokens[0] for tokens in ways.values()))
+        if one.absent and repair is not None:
+            noun = str(repair.choice([*ways])) if ways and repair.random() < 0.5 else None
+            said, changed = [say] if noun is None else ways[noun], True
+            left = [other for other in left if other != noun]
+        else:
+            left = [other for other in left if other != one.noun]
+        new.append(said[0])
+        go_on(said[1:])
+        read = steps[-1] + 1
+    go_on(ids[read:])
+    return Given(new, turn, kept)
+
+
+def read_lessons(
+    reader: Reader,
+    images: Sequence[Picture],
+    prompt: str,
+    prefix: str,
+    taught: Sequence[tuple[int, Given]],
+    progress: Callable[[int], None],
+) -> list[Batch]:
+    """As batches, in a random order that is always the same."""
+    order = np.random.default_rng(0).permutation(len(taught)).tolist()
+    made = []
+    for start in range(0, len(order), reader.batch_size):
+        mine = [taught[i] for i in order[start : start + reader.batch_size]]
+        made += reader.read([images[i] for i, _ in mine], prompt, prefix, [given for _, given in mine])
+        progress(min(len(order), start + reader.batch_size))
+    return made
+
+
+def shuffled(batches: Sequence[Batch], rows: int) -> list[list[Batch]]:
+    """Batches in a random order that is always the same, so many together that they hold `rows` answers or more."""
+    groups, room = list[list[Batch]](), 0
+    for i in np.random.default_rng(0).permutation(len(batches)).tolist():
+        if room <= 0:
+            groups.append([])
+            room = rows
+        groups[-1].append(batches[i])
+        room -= int(batches[i].places[0].max()) + 1
+    return groups
+
+
+def questions(vlm: VLM, reference: Reference, nouns: Sequence[str], *, batch_size: int = 8) -> list[Reference]:
+    """What the model answers when it is asked whether something is there: a reference for each noun asked about.
+
+    Asked of each image of another reference are the first noun that its answer names, if any, and one drawn from all.
+    """
+    random, asked = np.random.default_rng(0), dict[str, list[Picture]]()
+    vocabulary, nouns = Vocabulary([nouns]), sorted(nouns)
+    for image, text in zip(reference.images, () if reference.said is None else reference.said.texts, strict=True):
+        for noun in {*vocabulary.named(text)[:1], str(random.choice(nouns))}:
+            asked.setdefault(noun, []).append(image)
+    return [
+        make_reference(
+            vlm,
+            mine,
+            prompt=f"Is there {'an' if noun[0] in 'aeiou' else 'a'} {noun} in the image?",
+            answer_prefix="",
+            batch_size=batch_size,
+        )
+        for noun, mine in sorted(asked.items())
+    ]
+
+
+def descend(reader: Reader, own: Sequence[Batch], others: Sequence[Batch], payoff: float) -> Iterator[float]:
+    """Go backward through the loss, batch by batch; what each adds to it.
+
+    The loss: -log(p(any object that may be named) + p(say) / payoff), mean over the objects; `FOLLOW` times -log p of
+    what follows a repair; `KEEP` times the divergence from the unedited model, mean over the other steps of the
+    answers, and again over those of the references.
+
+    Source: Liu et al., "Deep Gamblers: Learning to Abstain with Portfolio Theory" (NeurIPS 2019): who loses nothing by
+    declining but the payoff declines where the best guess is right with less than 1 / payoff.
+    """
+    for group in (own, others):
+        kinds = [_kinds(batch) for batch in group]
+        n = [max(1, sum(int(kind[k].sum()) for kind in kinds)) for k in range(3)]
+        for batch, (nouns, follows, kept) in zip(group, kinds, strict=True):
+            with torch.enable_grad():
+                logits = reader.vlm.anatomy.logits(reader.final(batch), grad=True)
+                log_p, tokens = logits.log_softmax(1), batch.tokens.to(logits.device)
+                base = reader.vlm.anatomy.logits(batch.base, grad=True)[kept].log_softmax(1)
+                loss = KEEP * F.kl_div(log_p[kept], base, reduction="sum", log_target=True) / n[2]
+                if bool(batch.turn.any()):
+                    good = log_p.gather(1, tokens.clamp_min(0)).masked_fill(tokens < 0, -torch.inf)
+                    paid = good - torch.tensor([payoff]).log().to(good) * (torch.arange(good.shape[1]) == 0).to(good)
+                    loss = loss - paid[nouns].logsumexp(1).sum() / n[0] - FOLLOW * good[follows, 1].sum() / n[1]
+                loss.backward()
+            yield loss.item()
+
+
+def _kinds(batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+    """Steps that name an object, that follow a repair, that are to stay."""
+    says = batch.tokens[:, 0] >= 0
+    return batch.turn & says, batch.turn & ~says, ~batch.turn

@@ -1,0 +1,106 @@
+"""Objects that are not there, before and after a patch: as text, as JSON, and as a page."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Collection, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from markupsafe import Markup
+
+from mmneurons.files import write_whole
+from mmneurons.report.page import asset, environment, policy_hash
+from mmneurons.report.pictures import small
+from mmneurons.report.text import flatten
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from mmneurons.editing.hallucination import Judged
+    from mmneurons.report.edit import Shown
+
+SHOWN = 150
+"""Answers on the page."""
+FIGURES = (
+    ("chair_i", "named, but not there (CHAIR-i)"),
+    ("chair_s", "answers with such (CHAIR-s)"),
+    ("recall", "there, and named (recall)"),
+    ("named", "objects named in an answer"),
+)
+STATES = (
+    ("before", "before"),
+    ("after", "with the patch"),
+    ("rival", "least likely nouns deleted"),
+)
+"""The rival: the answers before, without as many of their least likely nouns as are named less with the patch."""
+
+
+class _Row(NamedTuple):
+    picture: str
+    there: str
+    before: str
+    after: str
+    absent_before: str
+    """What is named and not there."""
+    absent_after: str
+
+
+def chair_text(judged: Judged) -> str:
+    """Every figure, as lines of text."""
+    lines = [f"on {len(judged.texts)} images that the patch was not made with:"]
+    for state, title in STATES:
+        lines.append(f"  {title}")
+        found = getattr(judged, state)
+        lines += [f"    {label:32s} {getattr(found, name)}" for name, label in FIGURES]
+    return "\n".join(lines)
+
+
+def chair_json(judged: Judged) -> str:
+    """Every figure, and what is said of each image."""
+    return json.dumps(asdict(judged), ensure_ascii=False, indent=1, allow_nan=False) + "\n"
+
+
+def write_hallucination(
+    judged: Judged,
+    path: str | os.PathLike[str],
+    images: Sequence[Shown],
+    objects: Sequence[Collection[str]],
+    made_by: Mapping[str, Any],
+) -> None:
+    """Write the page; nothing is loaded from elsewhere.
+
+    Args:
+        judged: The figures.
+        path: Where to.
+        images: Those that were judged on.
+        objects: What is there, image by image.
+        made_by: The patch's provenance.
+    """
+    changed = [i for i, (before, after) in enumerate(judged.texts) if before != after]
+    changed.sort(key=lambda i: len(judged.absent[i][1]) <= len(judged.absent[i][0]))  # what became worse comes first
+    style = asset("inspection.css")
+    rows = [
+        _Row(small(images[i].image()), ", ".join(objects[i]), *judged.texts[i], *map(", ".join, judged.absent[i]))
+        for i in changed[:SHOWN]
+    ]
+    page = (
+        environment()
+        .from_string(asset("hallucination.html.j2"))
+        .render(
+            title="Objects that are not there",
+            figures=[
+                (label, [getattr(getattr(judged, state), name) for state, _ in STATES]) for name, label in FIGURES
+            ],
+            states=[title for _, title in STATES],
+            rows=rows,
+            n_images=len(judged.texts),
+            n_changed=len(changed),
+            facts=flatten({k: v for k, v in made_by.items() if k != "source"}),
+            style=Markup(style),
+            style_hash=policy_hash(style),
+        )
+    )
+    write_whole(Path(path), page.encode("utf-8"))
