@@ -19,24 +19,24 @@ import torch
 
 import mmneurons as mmn
 from mmneurons import pocket
-from mmneurons.editing.declining import questions
 from mmneurons.editing.evaluation import Before, Bench
 from mmneurons.editing.file import load_patch, save_patch
 from mmneurons.editing.hallucination import DehallucinateSettings, dehallucinate, judge
 from mmneurons.editing.patch import Patch
 from mmneurons.editing.reference import Reference
-from mmneurons.inspection.hallucination import Chair, Pope, Vocabulary, pope
+from mmneurons.inspection.hallucination import Chair, Pope, Vocabulary, chair, pope
 from mmneurons.inspection.items import Item, read_items
 from mmneurons.pocket.sets import Negatives
 from mmneurons.vlm.vlm import VLM
 
 FIGURES = ("chair_i", "chair_s", "recall", "named")
 BATCH = 50
+JUDGED_ON = "hallucination-500"
 
 
 def sets_of(name: str) -> tuple[list[Item], list[Item]]:
     """What a patch is made with, and what it is judged on."""
-    judged_on = read_items("pocket:hallucination-500")
+    judged_on = read_items(f"pocket:{JUDGED_ON}")
     if name != "half":
         return read_items("pocket:hallucination-8000")[: int(name)], judged_on
     order = np.random.default_rng(0).permutation(len(judged_on)).tolist()
@@ -44,11 +44,10 @@ def sets_of(name: str) -> tuple[list[Item], list[Item]]:
     return [judged_on[i] for i in halves[0]], [judged_on[i] for i in halves[1]]
 
 
-def references_of(vlm: VLM) -> list[Reference]:
+def reference_for(vlm: VLM) -> Reference:
     """What `mmneurons dehallucinate` takes for the pocket model."""
     images = [item.image() for item in read_items("pocket:reference-400")]
-    first = mmn.make_reference(vlm, images, pocket.facts()[::4], batch_size=BATCH)
-    return [first, *questions(vlm, first, pocket.nouns(), batch_size=BATCH)]
+    return mmn.make_reference(vlm, images, pocket.facts()[::4], batch_size=BATCH)
 
 
 def made(vlm: VLM, name: str, folder: Path, shown: list[Item], vocabulary: Vocabulary) -> Patch:
@@ -66,7 +65,7 @@ def made(vlm: VLM, name: str, folder: Path, shown: list[Item], vocabulary: Vocab
             [item.source for item in shown],
             [item.objects or () for item in shown],
             vocabulary=vocabulary,
-            references=references_of(vlm),
+            reference=reference_for(vlm),
             settings=DehallucinateSettings(say="image", batch_size=BATCH),
             checkpoint=folder / f"{name}.part",
             progress=tell,
@@ -104,6 +103,12 @@ def main(folder: Path, names: list[str]) -> None:
         judged = judge(vlm, patch, [item.source for item in others], objects, vocabulary)
         for state in ("before", "after", "rival"):
             print(line(f"{name}: {state}", getattr(judged, state), judged.before), flush=True)
+        groups = {f"{JUDGED_ON}/{i}": group for i, group in enumerate(pocket.evaluation_set(JUDGED_ON).groups)}
+        for group in dict.fromkeys(groups.values()):
+            mine = [i for i, item in enumerate(others) if groups[item.name] == group]
+            there = [objects[i] for i in mine]
+            first, second = (chair([judged.texts[i][k] for i in mine], there, vocabulary) for k in (0, 1))
+            print(line(f"{name}: {group}", second, first), flush=True)
         with patch.applied(vlm):
             now = vlm.caption(unrelated, batch_size=BATCH)
             again = torch.cat(Before(vlm, Bench([], [], [], texts)).texts)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from collections import Counter
+from collections.abc import Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import cache
@@ -18,14 +20,16 @@ from zoo import randomise
 
 import mmneurons as mmn
 from mmneurons import pocket
+from mmneurons.editing.baselines import HeadChange
 from mmneurons.editing.columns import Columns, moves_for, patch_of, writers
-from mmneurons.editing.edit import EditSettings, edit
+from mmneurons.editing.edit import EditSettings, edit, harm_of
 from mmneurons.editing.file import load_patch, save_patch
 from mmneurons.editing.goals import Asked, Goal, goals_of
 from mmneurons.editing.ledger import ledger_of
 from mmneurons.editing.patch import HASH_BYTES, Patch, PatchPart, column_hashes
 from mmneurons.editing.reference import make_reference
-from mmneurons.editing.steps import Said, answer_steps, forced_steps, occurrences
+from mmneurons.editing.steps import Said, answer_steps, forced_steps, likeliest, occurrences
+from mmneurons.editing.strength import ALLOWED_FLIPS, MARGINS, find_strength
 from mmneurons.errors import MmneuronsError, SettingError, WordError
 from mmneurons.maths.edits import selective, smallest
 from mmneurons.neurons import Neuron
@@ -88,11 +92,14 @@ def share(texts: list[str], said: str | None, gone: str) -> float:
 def test_the_closed_forms_by_hand():
     wanted = torch.tensor([1.0, 1.0])
     torch.testing.assert_close(smallest(wanted), torch.tensor([0.5, 0.5]))
-    # M = diag(1, 0), r = 0.2 * 0.5: (M + r)^-1 wanted = (1 / 1.1, 10), and wanted . c = 1.
-    told = selective(wanted, torch.tensor([[1.0, 0.0]]), 0.2)
+    # M = diag(1, 0), r = 0.1 * 2 / 1 * 0.5: (M + r)^-1 wanted = (1 / 1.1, 10), and wanted . c = 1.
+    told = selective(wanted, torch.tensor([[1.0, 0.0]]), torch.ones(1), 0.1)
     torch.testing.assert_close(told, torch.tensor([1 / 12, 11 / 12]))
-    # The mean over steps counts, not the sum: the same step twice says the same.
-    torch.testing.assert_close(selective(wanted, torch.tensor([[1.0, 0.0]] * 2), 0.2), told)
+    # The mean over steps counts, not the sum; of twice as many, half the ridge for each column.
+    torch.testing.assert_close(selective(wanted, torch.tensor([[1.0, 0.0]] * 2), torch.ones(2), 0.2), told)
+    # M = diag(3/4, 1/4), r = 0.5 * 2 / 2 * 0.5: (1, 2), whatever the weights sum to.
+    told = selective(wanted, torch.eye(2), torch.tensor([6.0, 2.0]), 0.5)
+    torch.testing.assert_close(told, torch.tensor([1 / 3, 2 / 3]))
 
 
 NUMBERS = st.floats(-3, 3, width=16)
@@ -102,22 +109,24 @@ NUMBERS = st.floats(-3, 3, width=16)
 def problems(draw):
     n, m = draw(st.integers(1, 5)), draw(st.integers(1, 7))
     wanted = torch.tensor(draw(st.lists(NUMBERS, min_size=n, max_size=n)))
+    weights = torch.tensor(draw(st.lists(st.floats(0.125, 4, width=16), min_size=m, max_size=m)))
     rows = draw(st.lists(st.lists(NUMBERS, min_size=n, max_size=n), min_size=m, max_size=m))
     if wanted.abs().max() < 0.1:
         wanted[0] = 1.0
-    return wanted, torch.tensor(rows)
+    return wanted, torch.tensor(rows), weights
 
 
 @given(problems(), st.floats(0.01, 10), st.integers(0, 2**31))
 def test_selective_does_one_where_it_should_and_least_elsewhere(problem, ridge, seed):
-    wanted, rows = problem
-    c = selective(wanted, rows, ridge)
+    wanted, rows, weights = problem
+    c = selective(wanted, rows, weights, ridge)
     assert float(wanted @ c) == pytest.approx(1, abs=1e-4)
     assert float(wanted @ smallest(wanted)) == pytest.approx(1, abs=1e-4)
-    r = ridge * float(rows.pow(2).mean(0).mean())
+    shares = weights / weights.sum()
+    r = ridge * len(wanted) / len(rows) * float((shares[:, None] * rows.pow(2)).sum(0).mean())
 
     def cost(c: Tensor) -> float:
-        return float((rows @ c).pow(2).mean() + r * c.pow(2).sum())
+        return float((shares * (rows @ c).pow(2)).sum() + r * c.pow(2).sum())
 
     other = torch.randn(len(wanted), generator=torch.Generator().manual_seed(seed))
     other += smallest(wanted) * (1 - wanted @ other)  # does 1 too
@@ -127,12 +136,11 @@ def test_selective_does_one_where_it_should_and_least_elsewhere(problem, ridge, 
 
 @given(problems())
 def test_a_huge_ridge_gives_the_smallest_change_and_a_tiny_one_minds_the_reference(problem):
-    wanted, rows = problem
+    wanted, rows, _ = problem
+    alike = torch.ones(len(rows))
     if bool(rows.any()):
-        torch.testing.assert_close(selective(wanted, rows, 1e7), smallest(wanted), rtol=1e-3, atol=1e-4)
-    tiny, small = (
-        float((rows @ c).pow(2).mean()) for c in (selective(wanted, rows, 1e-3), selective(wanted, rows, 1.0))
-    )
+        torch.testing.assert_close(selective(wanted, rows, alike, 1e8), smallest(wanted), rtol=1e-3, atol=1e-4)
+    tiny, small = (float((rows @ selective(wanted, rows, alike, ridge)).pow(2).mean()) for ridge in (1e-3, 1.0))
     assert tiny <= small * (1 + 1e-4) + 1e-6
 
 
@@ -292,14 +300,15 @@ def test_the_effect_in_other_families(vlm, config, more):
     said = answer_steps(other, [IMAGE, edit_images("dog")[0]], max_new_tokens=4)
     goal = Goal(said.token_ids[0][2], 99, said.steps.at(torch.tensor([2])))
     columns = writers(other, [goal], 20, blocks=1)
-    (move,) = moves_for(other, columns, [goal], [said.steps.at(torch.tensor([0, 1, 4, 5]))], 0.1)
+    kept = [said.steps.at(torch.tensor([0, 1, 4, 5]))]
+    (move,), (steepest,) = (moves_for(other, columns, [goal], kept, ridge) for ridge in (0.1, None))
     assert float(move.effect(goal.steps).mean()) == pytest.approx(1, abs=1e-4)
     if more:
         assert {neuron.expert for neuron in columns.neurons} <= set(range(4))
         assert len({neuron.expert for neuron in columns.neurons}) == 2  # those that the router asked
-    else:  # columns move along the steepest direction: that of the gradient
+    else:  # columns of the smallest change move along the steepest direction: that of the gradient
         slope = gradient(other, goal, IMAGE, said.token_ids[0][:2])[:, columns.indices[1]].T
-        unit = patch_of(other, columns, [move])
+        unit = patch_of(other, columns, [steepest])
         cosine = torch.cosine_similarity(slope, unit.deltas(unit.parts[0])).abs()
         assert cosine[slope.norm(dim=1) > 0].min() > 0.999
     patch = 0.01 * patch_of(other, columns, [move])
@@ -308,6 +317,23 @@ def test_the_effect_in_other_families(vlm, config, more):
         told = true_effect(other, patch, goal, IMAGE, said.token_ids[0][:step])
         assert told == pytest.approx(promised, rel=2e-2, abs=2e-4)
     assert weights_hash(other.model) == before
+
+
+def test_a_selective_edit_moves_along_what_spares_other_tokens(vlm):
+    """For what it does to what is wanted, it does less to the logits of all tokens than the steepest direction."""
+    said = answer_steps(vlm, edit_images("dog")[:2])
+    found = occurrences(vlm, said, "dog")
+    (goal,) = goals_of(vlm, [Asked(edit_images("dog")[:2], PROMPT, ANSWER_PREFIX, said, found)], "cat")
+    columns, layer = writers(vlm, [goal], 50, blocks=1), last(vlm)
+    row = goal.row(vlm.anatomy.unembed)
+    reads = goal.steps.at(torch.zeros(vlm.n_tokens, dtype=torch.long)).directions(vlm.anatomy.unembed[: vlm.n_tokens])
+    size = []
+    for ridge in (0.1, None):
+        (move,) = moves_for(vlm, columns, [goal], [said.steps], ridge)
+        adds = reads.at(vlm.anatomy.ffns[layer].way) @ move.along[layer]
+        size.append(float(adds.norm() / (adds[goal.wanted] - adds[goal.said])))
+        assert float(goal.steps.directions(row.expand(len(goal.steps), -1)).at(None)[0] @ move.along[layer]) > 0
+    assert size[0] < 0.8 * size[1]
 
 
 # Which columns
@@ -509,6 +535,93 @@ def test_a_reference_is_asked_again_as_it_was_asked(vlm):
     short = make_reference(vlm, images, max_new_tokens=2)
     patch = edit(vlm, edit_images("dog")[:2], reference=short, **QUICK)
     assert patch.provenance["search"]["changed"] <= 1
+
+
+TEXTS = pocket.facts()[::16]
+
+
+@pytest.fixture(scope="module")
+def with_texts(vlm):
+    return make_reference(vlm, [pocket.scene(650_000_000 + i).image for i in range(8)], TEXTS)
+
+
+def flips_of(vlm: VLM, edit: Any, texts: Sequence[str]) -> tuple[list[tuple[int, ...]], Tensor]:
+    """What has been read at each position, and whether another token is likeliest there with an edit."""
+    ids = [vlm.tokenizer(text).input_ids for text in texts]
+    usual = torch.cat(likeliest(vlm, texts))
+    with edit.applied(vlm):
+        changed = torch.cat(likeliest(vlm, texts)) != usual
+    return [tuple(mine[: i + 1]) for mine in ids for i in range(len(mine))], changed
+
+
+def test_text_positions_count_once_and_for_all_that_read_the_same(vlm, with_texts, to_cat):
+    read, changed = flips_of(vlm, 3 * to_cat, TEXTS)
+    counts = with_texts.text_counts
+    assert 0 < int(changed.sum()) < len(read)
+    assert len(counts) == int(counts.sum()) == len(read)
+    assert {read[i]: int(counts[i]) for i in counts.nonzero()[:, 0]} == Counter(read)
+    distinct = with_texts.positions(torch.zeros(len(with_texts.steps)), len(read))
+    assert sorted(distinct) == counts.nonzero()[:, 0].tolist()
+    with (3 * to_cat).applied(vlm):
+        assert with_texts.flipped(vlm, distinct) == pytest.approx(float(changed.float().mean()))
+        first = int(changed.nonzero()[0, 0])
+        assert with_texts.flipped(vlm, [first, 0]) == pytest.approx(
+            (int(counts[first]) + int(counts[0]) * int(changed[0])) / len(read)
+        )
+    assert with_texts.flipped(vlm, distinct) == 0
+
+
+def test_harm_is_one_over_the_strength_at_which_something_else_is_said(vlm, with_texts):
+    said = answer_steps(vlm, edit_images("ball")[:2])
+    found = occurrences(vlm, said, "ball")
+    goals = goals_of(vlm, [Asked(edit_images("ball")[:2], PROMPT, ANSWER_PREFIX, said, found)], "bear")
+    columns = writers(vlm, goals, 50, blocks=1)
+    moves = moves_for(vlm, columns, goals, [with_texts.steps], 0.1)
+    harm = harm_of(vlm, with_texts, moves)[-len(with_texts.text_counts) :]
+    assert with_texts.text_steps is not None
+    balls = with_texts.text_steps.token_ids == goals[0].said
+    assert bool(balls.any())
+    assert bool((harm[balls] == -torch.inf).all())
+    for strength in (20.0, 60.0):
+        _, changed = flips_of(vlm, strength * patch_of(vlm, columns, moves), TEXTS)
+        assert bool(changed[~balls].any())
+        # A third word, neither wanted nor second before, may overtake.
+        assert float((changed == (strength * harm > 1))[~balls].float().mean()) > 0.99
+
+
+def test_texts_of_the_reference_hold_an_edit_back(vlm):
+    """A bias on two logits is as strong as these texts bear: the largest margin at which few of them change."""
+    images = edit_images("dog")[:2]
+    said = answer_steps(vlm, images)
+    asked = [Asked(images, PROMPT, ANSWER_PREFIX, said, occurrences(vlm, said, "dog"))]
+    dog, cat = (tokens_of(vlm.tokenizer, word)[0] for word in ("dog", "cat"))
+    unit, smallest_that_turns = HeadChange(((dog, cat),), 1.0), 5.2
+    _, changed = flips_of(vlm, 1.5 * smallest_that_turns * unit, TEXTS)
+    lengths = [len(vlm.tokenizer(text).input_ids) for text in TEXTS]
+    quiet = [text for text, part in zip(TEXTS, changed.split(lengths), strict=True) if not bool(part.any())]
+    reference = make_reference(vlm, texts=quiet)
+    logits = vlm.anatomy.logits(reference.steps.residual)[:, cat]
+    found = find_strength(
+        vlm,
+        unit,
+        asked,
+        "dog",
+        "cat",
+        start=4.0,
+        reference=reference,
+        harm=logits - reference.steps.logits,
+        max_new_tokens=32,
+        batch_size=8,
+        tell=lambda what: None,
+    )
+    assert found.smallest == smallest_that_turns
+    shares = {
+        margin: float(flips_of(vlm, margin * found.smallest * unit, quiet)[1].float().mean()) for margin in MARGINS
+    }
+    assert shares[max(MARGINS)] > ALLOWED_FLIPS
+    assert found.strength / found.smallest == max(margin for margin in MARGINS if shares[margin] <= ALLOWED_FLIPS) > 1
+    assert found.flipped == pytest.approx(shares[found.strength / found.smallest])
+    assert (found.looked_at, found.turned) == (0, 1)
 
 
 def test_the_model_is_as_it_was_whatever_happens(vlm, monkeypatch):

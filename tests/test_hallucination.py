@@ -23,8 +23,8 @@ from mmneurons.editing.declining import (
     descend,
     lessons,
     objects_named,
-    questions,
     read_lessons,
+    read_questions,
     shuffled,
 )
 from mmneurons.editing.forced import Batch, Given, Reader
@@ -162,17 +162,29 @@ def test_only_answers_that_name_objects_teach(vlm):
     assert taught(vlm, "a room at night", ["dog"]) == []
 
 
-def test_what_is_asked_and_of_what(vlm, scenes):
-    reference = mmn.make_reference(vlm, [scene.image for scene in scenes[:12]])
-    assert reference.said is not None
-    asked = questions(vlm, reference, pocket.nouns())
-    prompts = [one.prompt for one in asked]
-    assert prompts == sorted(set(prompts), key=lambda prompt: prompt.split()[3])
-    assert 12 < sum(len(one.images) for one in asked) <= 24
-    assert {text for one in asked if one.said for text in one.said.texts} <= {"yes", "no"}
-    named = {Vocabulary([pocket.nouns()]).named(text)[0] for text in reference.said.texts}
-    assert named <= {prompt.removeprefix("Is there a").removeprefix("n").split()[0] for prompt in prompts}
-    assert [one.prompt for one in questions(vlm, reference, pocket.nouns())] == prompts
+def test_each_image_is_asked_about_an_object_that_is_there_and_one_that_is_not(vlm, scenes, monkeypatch):
+    images, objects = [scene.image for scene in scenes[:8]], [[*scene.objects, "unknown"] for scene in scenes[:8]]
+    asked: list[tuple[str, int]] = []
+    read = Reader.read
+
+    def watched(reader, pictures, prompt, prefix, given):
+        assert prefix == ""
+        asked.extend((prompt, images.index(picture)) for picture in pictures)
+        assert all(one.turn == {} and set(one.kept) == set(range(len(one.token_ids))) for one in given)
+        assert {vlm.tokenizer.decode(one.token_ids, skip_special_tokens=True).strip() for one in given} <= {"yes", "no"}
+        return read(reader, pictures, prompt, prefix, given)
+
+    monkeypatch.setattr(Reader, "read", watched)
+    done: list[int] = []
+    with frozen(vlm.model), evaluating(vlm.model):
+        batches = read_questions(Reader(vlm, 0, True, 4), images, objects, pocket.nouns(), 8, done.append)
+    assert sum(int(batch.places[0].max()) + 1 for batch in batches) == len(asked) == 16
+    assert done[-1] == 8
+    for i, there in enumerate(objects):
+        nouns = [prompt.split()[3] for prompt, image in asked if image == i]
+        assert sorted(noun in there for noun in nouns) == [False, True]
+        assert set(nouns) <= set(pocket.nouns())
+    assert all(prompt.split()[2] == ("an" if prompt.split()[3][0] in "aeiou" else "a") for prompt, _ in asked)
 
 
 # The loss, and what it changes ---------------------------------------------------------------------------------------
@@ -219,7 +231,7 @@ def test_the_loss_is_that_of_the_raw_model(vlm, case):
     for parameter in change.parameters:
         parameter.requires_grad_()
     with torch.inference_mode(False), frozen(vlm.model), change.hooked():
-        found = sum(descend(case.reader, case.own, [], payoff))
+        found = sum(descend(case.reader, [case.own], payoff))
     nouns, follows, kept = [], [], []
     for image, given in case.taught:
         inputs = vlm.encode([[case.images[image]]], PROMPT, ANSWER_PREFIX)
@@ -250,7 +262,7 @@ def test_nothing_diverges_before_anything_changes(vlm, case):
     for parameter in change.parameters:
         parameter.requires_grad_()
     with torch.inference_mode(False), frozen(vlm.model), change.hooked():
-        assert sum(descend(case.reader, [], case.others, 3.0)) == pytest.approx(0, abs=1e-5)
+        assert sum(descend(case.reader, [case.others], 3.0)) == pytest.approx(0, abs=1e-5)
 
 
 def test_the_gradient_of_the_change_is_the_slope_of_the_loss(vlm, case):
@@ -258,7 +270,7 @@ def test_the_gradient_of_the_change_is_the_slope_of_the_loss(vlm, case):
 
     def loss() -> float:
         with torch.inference_mode(False), frozen(vlm.model), training.change.hooked():
-            return sum(descend(case.reader, case.own[:1], case.others[:1], 3.0))
+            return sum(descend(case.reader, [case.own[:1], case.others[:1]], 3.0))
 
     loss()
     for parameter in training.change.parameters:
@@ -282,7 +294,7 @@ def test_the_steepest_columns_are_those_of_the_weights_gradient(vlm, case):
     with torch.inference_mode(False), evaluating(vlm.model):
         for weight in weights.values():
             weight.requires_grad_(True)
-        for _ in descend(case.reader, case.own, [], 3.0):
+        for _ in descend(case.reader, [case.own], 3.0):
             pass
     assert set(found) == {2, 4}
     for i, weight in weights.items():
@@ -295,7 +307,7 @@ def test_the_steepest_columns_are_those_of_the_weights_gradient(vlm, case):
 
 def iter_of(vlm: mmn.VLM, case: Case):
     with torch.inference_mode(False), frozen(vlm.model), evaluating(vlm.model):
-        yield from descend(case.reader, case.own, [], 3.0)
+        yield from descend(case.reader, [case.own], 3.0)
 
 
 def test_references_are_read_some_at_a_time(case):
@@ -313,7 +325,7 @@ def test_what_is_kept_goes_on_as_if_nothing_had_happened(vlm, case, tmp_path):
     def steps(training: Training, n: int) -> None:
         for _ in range(n):
             with torch.inference_mode(False), frozen(vlm.model), training.change.hooked():
-                for _ in descend(case.reader, case.own[:1], case.others[:1], 3.0):
+                for _ in descend(case.reader, [case.own[:1], case.others[:1]], 3.0):
                     pass
             training.step(0.1)
 
@@ -341,7 +353,7 @@ def make(vlm: mmn.VLM, scenes: list[Scene], **options: Any) -> Patch:
     images, objects = [scene.image for scene in scenes], [scene.objects for scene in scenes]
     reference = mmn.make_reference(vlm, [scene.image for scene in pocket.edit_set("dog").held_out[:16]])
     settings = DehallucinateSettings(say="image", steps=24, top=300, rank=8, batch_size=16)
-    options = {"vocabulary": Vocabulary([pocket.nouns()]), "references": [reference], "settings": settings} | options
+    options = {"vocabulary": Vocabulary([pocket.nouns()]), "reference": reference, "settings": settings} | options
     return dehallucinate(vlm, images, objects, **options)
 
 

@@ -107,6 +107,8 @@ def edit(
     if search["looked_at"]:
         what = "answers likeliest to change" if "strength" in search else "steps that were to stay"
         out.print(f"  of the {search['looked_at']} {what}, {search['changed']} changed")
+    if search.get("flipped"):
+        out.print(f"  at {search['flipped']:.2%} of the positions of texts another token is likeliest")
     out.print(f"wrote {path} ({path.stat().st_size / 1000:.1f} kB)", soft_wrap=True)
     if evaluate is not None:
         _judge(vlm, [(path, patch)], evaluate, shown, held_out, unrelated, [], limit, batch_size)

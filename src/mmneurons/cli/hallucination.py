@@ -25,7 +25,7 @@ from mmneurons.cli.options import (
 )
 from mmneurons.errors import SettingError
 from mmneurons.files import write_whole
-from mmneurons.progress import bar, bars, working
+from mmneurons.progress import bar, bars
 
 
 @app.command()
@@ -46,13 +46,13 @@ def dehallucinate(
     ] = None,
     payoff: Annotated[
         float, typer.Option(min=1.01, help="It is said where the best guess is right with less than 1 / payoff.")
-    ] = 3.0,
+    ] = 4.0,
     reference: Annotated[list[str] | None, typer.Option(help=f"Images whose answers are to stay. {SOURCES}")] = None,
     texts: Texts = None,
     top: Annotated[int, typer.Option(min=1, help="Columns that move.")] = 1000,
     blocks: Annotated[int, typer.Option(min=0, help="Of so many of the last blocks; 0: of all.")] = 0,
     rank: Annotated[int, typer.Option(min=1, help="Directions that they move along.")] = 32,
-    steps: Annotated[int, typer.Option(min=1, help="Of gradient descent.")] = 1200,
+    steps: Annotated[int, typer.Option(min=1, help="Of gradient descent.")] = 900,
     prompt: Prompt = PROMPT,
     answer_prefix: Prefix = ANSWER_PREFIX,
     max_new_tokens: Length = MAX_NEW_TOKENS,
@@ -63,7 +63,6 @@ def dehallucinate(
     """Make a patch with which the model names fewer objects that are not there, and judge it. Stopped, it goes on."""
     path = checked_patch_path(out_path)
     check_outputs(json_path, report)
-    from mmneurons.editing.declining import questions
     from mmneurons.editing.file import save_patch
     from mmneurons.editing.hallucination import DehallucinateSettings, judge
     from mmneurons.editing.hallucination import dehallucinate as make_patch
@@ -87,8 +86,8 @@ def dehallucinate(
         shown, others = _halves(shown)
         err.print(f"{len(others)} of the images are held out, to judge on", style="dim")
     settings = DehallucinateSettings(
-        say or ("image" if vlm.is_pocket else "thing"), payoff, top, blocks or None, rank, steps, prompt,
-        answer_prefix, max_new_tokens, batch_size,
+        say or ("image" if vlm.is_pocket else "thing"), payoff, top, blocks or None, rank, steps, prompt=prompt,
+        answer_prefix=answer_prefix, max_new_tokens=max_new_tokens, batch_size=batch_size,
     )  # fmt: skip
     lists = [item.objects for item in [*shown, *others]]
     if vlm.is_pocket:
@@ -96,22 +95,18 @@ def dehallucinate(
 
         lists.append(pocket.nouns())
     vocabulary = Vocabulary(lists)
-    references = []
+    held_back = None
     if kept or lines:
         with bar(err, len(kept), "answers to leave as they are") as progress:
-            first = make_reference(
+            held_back = make_reference(
                 vlm, [item.image() for item in kept], lines, prompt=prompt, answer_prefix=answer_prefix,
                 max_new_tokens=max_new_tokens, batch_size=batch_size, progress=progress,
             )  # fmt: skip
-        with working(err, "asking what is there"):
-            references = [first, *questions(vlm, first, sorted(vocabulary.nouns), batch_size=batch_size)]
-    else:
-        err.print("no --reference: answers to other questions may change", style="yellow")
     partly = path.with_name(f"{path.name}.part")
     with bars(err, "done") as tell:
         patch = make_patch(
             vlm, [item.source for item in shown], [item.objects for item in shown], vocabulary=vocabulary,
-            references=references, settings=settings, checkpoint=partly, progress=tell,
+            reference=held_back, settings=settings, checkpoint=partly, progress=tell,
         )  # fmt: skip
         save_patch(patch, path)
         objects = [item.objects for item in others]

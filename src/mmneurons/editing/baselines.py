@@ -200,15 +200,15 @@ def _logit_bias(task: Task, block: int | None) -> tuple[HeadChange, Facts]:
     """TARGET up and SOURCE down, as far as the reference bears: found as `edit` finds the strength of its patch."""
     unit, reference = HeadChange(_pairs(task), 1.0), task.reference
     needed: list[Tensor] = []
-    harm: list[float] = []
+    harm = None
     for one in task.asked:
         if not one.found:
             continue
         rows = one.said.steps.at(torch.tensor([one.said.row(answer, word.steps[0]) for answer, word in one.found]))
         needed.append(_behind(task, rows, unit) / 2)  # as much is taken from SOURCE
-    if reference is not None and reference.said is not None:
-        steps = reference.said.steps
-        harm = reference.by_image(task.vlm, task.source, -_behind(task, steps, unit))
+    if reference is not None:
+        harm = -_behind(task, reference.steps, unit)
+        harm[torch.isin(reference.steps.token_ids, torch.tensor([said for said, _ in unit.pairs]))] = -torch.inf
     search = find_strength(
         task.vlm,
         unit,

@@ -19,7 +19,13 @@ from mmneurons.maths.ranking import top_k
 from mmneurons.neurons import Neuron
 from mmneurons.vlm import weights
 from mmneurons.vlm.anatomy.parts import Anatomy
+from mmneurons.vlm.anatomy.ways import Directions, frozen_rows
 from mmneurons.vlm.vlm import VLM
+
+SPARE = 0.001
+"""Of a direction, for all tokens: of the mean diagonal of their second moment."""
+NEAR = 2.0
+"""Logits; steps at which what is wanted is nearer count alike."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,12 +99,21 @@ class Move:
     """What the logit of the token that is wanted, less that of the token that is said, reads."""
     columns: Columns
     along: dict[int, Float[Tensor, "hidden"]]
-    """For each FFN the direction: what `row` reads of its writes, mean over the goal's steps."""
+    """For each FFN the direction."""
     coefficients: Float[Tensor, "columns"]
 
     def effect(self, steps: Steps) -> Float[Tensor, "steps"]:
         """What it does at steps to the difference of the two logits, to first order; mean 1 at the goal's own."""
-        return features(steps, self.row, self.columns, self.along) @ self.coefficients
+        return self.adds(steps, self.row.expand(len(steps), -1))
+
+    def adds(self, steps: Steps, rows: Float[Tensor, "steps hidden"]) -> Float[Tensor, "steps"]:
+        """What it adds at each step to what a row of its own reads of the logits, to first order."""
+        ways, total = steps.directions(rows), torch.zeros(len(steps))
+        parts = self.coefficients.split([len(mine) for mine in self.columns.indices.values()])
+        for (i, mine), part in zip(self.columns.indices.items(), parts, strict=True):
+            reach = ways.at(self.columns.anatomy.ffns[i].way) @ self.along[i] / self.along[i].pow(2).sum()
+            total += (steps.activations[i][:, mine].float() @ part) * reach
+        return total
 
 
 def features(
@@ -113,6 +128,12 @@ def features(
     return torch.cat(found, dim=1)
 
 
+def lead(steps: Steps, rows: Float[Tensor, "steps hidden"]) -> Float[Tensor, "steps"]:
+    """How far what is said at each step is ahead of the token whose unembedding row is given, in logits."""
+    said = steps.anatomy.unembed[steps.token_ids.to(steps.anatomy.unembed.device)].float().cpu()
+    return (steps.directions(said - rows).at(None) * steps.residual).sum(1)
+
+
 def moves_for(
     vlm: VLM, columns: Columns, goals: Sequence[Goal], kept: Sequence[Steps], ridge: float | None
 ) -> list[Move]:
@@ -123,16 +144,15 @@ def moves_for(
         columns: What moves.
         goals: Where what shall be said instead of what.
         kept: Steps that shall stay as they are; so shall those of the other goals.
-        ridge: See `selective`; None: the smallest change, whatever it does elsewhere.
+        ridge: See `selective`; None: the smallest change, whatever it does elsewhere, along what `row` reads.
 
     Raises:
         SettingError: no column is active at a goal's steps.
     """
-    moves = []
+    moves, alike = [], None if ridge is None else _alike(vlm)
     for goal in goals:
         row = goal.row(vlm.anatomy.unembed)
-        ways = goal.steps.directions(row.expand(len(goal.steps), -1))
-        along = {i: ways.at(vlm.anatomy.ffns[i].way).mean(0) for i in columns.indices}
+        along = sparing(goal.steps, row, columns, alike)
         wanted = features(goal.steps, row, columns, along).mean(0)
         if not bool(wanted.any()):
             raise SettingError("None of these columns is active where SOURCE is said.", fix="Choose other neurons.")
@@ -141,9 +161,54 @@ def moves_for(
             coefficients = smallest(wanted)
         else:
             shared = torch.cat([features(steps, row, columns, along) for steps in others])
-            coefficients = selective(wanted, shared, ridge)
+            weights = torch.cat([_endangered(vlm, steps, goal) for steps in others])
+            coefficients = selective(wanted, shared, weights, ridge)
         moves.append(Move(goal, row, columns, along, coefficients))
     return moves
+
+
+def sparing(
+    steps: Steps, row: Float[Tensor, "hidden"], columns: Columns, alike: Float[Tensor, "hidden hidden"] | None
+) -> dict[int, Tensor]:
+    """For each FFN the direction that adds to what `row` reads, and least to the logits of all tokens.
+
+    Along what `row` itself reads, tokens whose rows are like it would rise as well.
+
+    Args:
+        steps: Where; how every token reads a write is taken from the one in the middle.
+        row: What is to rise.
+        columns: Of which FFNs.
+        alike: Second moment of the unembedding rows of all tokens; None: along what `row` itself reads.
+    """
+    anatomy, hidden = steps.anatomy, len(row)
+    wanted = steps.directions(row.expand(len(steps), -1))
+    found = {i: wanted.at(anatomy.ffns[i].way).mean(0) for i in columns.indices}
+    if alike is None:
+        return found
+    residual, *norms = (part[len(steps) // 2].expand(hidden, -1) for part in (steps.residual, *steps.norms))
+    every = Directions(anatomy, frozen_rows(anatomy, torch.eye(hidden), residual), norms)
+    for i, mean in found.items():
+        reads = every.at(anatomy.ffns[i].way)
+        moment = (reads.T @ alike @ reads).double()
+        r = SPARE * moment.diagonal().mean()
+        found[i] = torch.linalg.solve(moment + r * torch.eye(hidden), mean.double()).float()
+    return found
+
+
+def _alike(vlm: VLM) -> Float[Tensor, "hidden hidden"]:
+    tokens = vlm.anatomy.unembed[: vlm.n_tokens]
+    total = torch.zeros(vlm.anatomy.hidden, vlm.anatomy.hidden, device=tokens.device)
+    for part in tokens.split(8192):
+        total += part.float().T @ part.float()
+    return total.cpu() / len(tokens)
+
+
+def _endangered(vlm: VLM, steps: Steps, goal: Goal) -> Float[Tensor, "steps"]:
+    """How much what is said at each step is in danger: 1 / the square of its lead over what is wanted."""
+    wanted = set(goal.runners_up) if goal.wanted is None else {goal.wanted}
+    rows = vlm.anatomy.unembed[sorted(wanted)].float().cpu()
+    leads = torch.stack([lead(steps, each.expand(len(steps), -1)) for each in rows]).amin(0)
+    return leads.clamp_min(NEAR).pow(-2)
 
 
 def patch_of(vlm: VLM, columns: Columns, moves: Sequence[Move]) -> Patch:

@@ -15,7 +15,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mmneurons.editing.forced import Batch, Given, Reader
-from mmneurons.editing.reference import Reference, make_reference
 from mmneurons.inspection.hallucination import Vocabulary
 from mmneurons.vlm.prompts import tokens_of
 from mmneurons.vlm.vlm import VLM, Picture, open_row
@@ -179,39 +178,45 @@ def shuffled(batches: Sequence[Batch], rows: int) -> list[list[Batch]]:
     return groups
 
 
-def questions(vlm: VLM, reference: Reference, nouns: Sequence[str], *, batch_size: int = 8) -> list[Reference]:
-    """What the model answers when it is asked whether something is there: a reference for each noun asked about.
+def read_questions(
+    reader: Reader,
+    images: Sequence[Picture],
+    objects: Sequence[Collection[str]],
+    nouns: Collection[str],
+    max_new_tokens: int,
+    progress: Callable[[int], None],
+) -> list[Batch]:
+    """What the model answers when it is asked whether something is there, all of it to stay.
 
-    Asked of each image of another reference are the first noun that its answer names, if any, and one drawn from all.
+    Asked of each image are one object that is there and one that is not, drawn at random, always the same.
     """
     random, asked = np.random.default_rng(0), dict[str, list[Picture]]()
-    vocabulary, nouns = Vocabulary([nouns]), sorted(nouns)
-    for image, text in zip(reference.images, () if reference.said is None else reference.said.texts, strict=True):
-        for noun in {*vocabulary.named(text)[:1], str(random.choice(nouns))}:
-            asked.setdefault(noun, []).append(image)
-    return [
-        make_reference(
-            vlm,
-            mine,
-            prompt=f"Is there {'an' if noun[0] in 'aeiou' else 'a'} {noun} in the image?",
-            answer_prefix="",
-            batch_size=batch_size,
-        )
-        for noun, mine in sorted(asked.items())
-    ]
+    for image, there in zip(images, objects, strict=True):
+        true = Vocabulary([there]).nouns & set(nouns)
+        for pool in (true, set(nouns) - true):
+            if pool:
+                asked.setdefault(str(random.choice(sorted(pool))), []).append(image)
+    made, done, total = list[Batch](), 0, sum(map(len, asked.values()))
+    for noun, mine in sorted(asked.items()):
+        prompt = f"Is there {'an' if noun[0] in 'aeiou' else 'a'} {noun} in the image?"
+        said = answers(reader.vlm, mine, prompt, "", max_new_tokens=max_new_tokens, batch_size=reader.batch_size)
+        kept = [Given([*ids], {}, dict.fromkeys(range(len(ids)), -1)) for ids in said.token_ids]
+        made += reader.read(mine, prompt, "", kept)
+        done += len(mine)
+        progress(done * len(images) // total)
+    return made
 
 
-def descend(reader: Reader, own: Sequence[Batch], others: Sequence[Batch], payoff: float) -> Iterator[float]:
+def descend(reader: Reader, groups: Sequence[Sequence[Batch]], payoff: float) -> Iterator[float]:
     """Go backward through the loss, batch by batch; what each adds to it.
 
-    The loss: -log(p(any object that may be named) + p(say) / payoff), mean over the objects; `FOLLOW` times -log p of
-    what follows a repair; `KEEP` times the divergence from the unedited model, mean over the other steps of the
-    answers, and again over those of the references.
+    The loss of a group: -log(p(any object that may be named) + p(say) / payoff), mean over the objects; `FOLLOW` times
+    -log p of what follows a repair; `KEEP` times the divergence from the unedited model, mean over the other steps.
 
     Source: Liu et al., "Deep Gamblers: Learning to Abstain with Portfolio Theory" (NeurIPS 2019): who loses nothing by
     declining but the payoff declines where the best guess is right with less than 1 / payoff.
     """
-    for group in (own, others):
+    for group in groups:
         kinds = [_kinds(batch) for batch in group]
         n = [max(1, sum(int(kind[k].sum()) for kind in kinds)) for k in range(3)]
         for batch, (nouns, follows, kept) in zip(group, kinds, strict=True):

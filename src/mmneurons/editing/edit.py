@@ -13,8 +13,10 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, get_args
 
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
-from mmneurons.editing.columns import Columns, Move, moves_for, patch_of, writers
+from mmneurons.editing.columns import Columns, Move, lead, moves_for, patch_of, writers
 from mmneurons.editing.goals import ask, goals_of
 from mmneurons.editing.optimised import optimise
 from mmneurons.editing.patch import Patch
@@ -40,7 +42,7 @@ class EditSettings:
     """Columns that move: those that write most of SOURCE."""
     blocks: int | None = 1
     """They are taken from so many of the last blocks; None: from all."""
-    ridge: float = 0.01
+    ridge: float = 0.005
     """Of "selective"; larger is nearer to "closed_form"."""
     prompts: tuple[str, ...] = (PROMPT,)
     """What the model is asked about each of the images."""
@@ -101,7 +103,7 @@ def edit(
         moves = moves_for(vlm, columns, goals, kept, settings.ridge if settings.method == "selective" else None)
         unit = patch_of(vlm, columns, moves)
         start = max(_needed(vlm, move) for move in moves)
-        harm = [] if reference is None else _harm(vlm, reference, source, moves)
+        harm = None if reference is None else harm_of(vlm, reference, moves)
         found = find_strength(
             vlm, unit, asked, source, target, start=start, reference=reference, harm=harm, tell=tell, **limits
         )
@@ -144,17 +146,19 @@ def _needed(vlm: VLM, move: Move) -> float:
     return float((ahead[reached] / effect[reached]).max().clamp_min(0.1)) if bool(reached.any()) else 1.0
 
 
-def _harm(vlm: VLM, reference: Reference, source: str, moves: Sequence[Move]) -> list[float]:
-    """For each reference image, how near the moves come to changing its answer: least of all where it says SOURCE."""
-    if reference.said is None:
-        return []
-    steps = reference.said.steps
+def harm_of(vlm: VLM, reference: Reference, moves: Sequence[Move]) -> Float[Tensor, "steps"]:
+    """For each reference step 1 / the strength at which, to first order, something else is said there.
+
+    That may be what is wanted, SOURCE, or what is second likeliest. Minus infinity where SOURCE is said.
+    """
+    steps, unembed = reference.steps, vlm.anatomy.unembed
+    tokens = {move.goal.said for move in moves} | {move.goal.wanted for move in moves if move.goal.wanted is not None}
     harm = torch.full((len(steps),), -torch.inf)
+    said = unembed[steps.token_ids.to(unembed.device)].float().cpu()
+    for others in (reference.seconds, *(torch.full_like(reference.seconds, token) for token in sorted(tokens))):
+        rows = unembed[others.to(unembed.device)].float().cpu()
+        adds = torch.stack([move.adds(steps, rows - said) for move in moves]).sum(0)
+        harm = harm.maximum(adds / lead(steps, rows).clamp_min(1e-3))
     for move in moves:
-        effect = move.effect(steps)
-        if move.goal.wanted is not None:
-            row = vlm.anatomy.unembed[move.goal.wanted].float().cpu()
-            wanted = (steps.directions(row.expand(len(steps), -1)).at(None) * steps.residual).sum(-1)
-            effect = effect / (steps.logits - wanted).clamp_min(0.1)
-        harm = torch.maximum(harm, effect)
-    return reference.by_image(vlm, source, harm)
+        harm[steps.token_ids == move.goal.said] = -torch.inf
+    return harm

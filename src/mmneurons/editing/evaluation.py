@@ -19,7 +19,7 @@ from torch import Tensor
 
 from mmneurons.editing.ledger import ledger_of
 from mmneurons.editing.patch import Edit, Patch
-from mmneurons.editing.steps import text_batches
+from mmneurons.editing.steps import likeliest, no_neurons
 from mmneurons.inspection.causal import rest_unchanged
 from mmneurons.maths.statistics import Estimate, estimate
 from mmneurons.vlm.prompts import ANSWER_PREFIX, MAX_NEW_TOKENS, PROMPT, WORDINGS
@@ -138,7 +138,7 @@ class Before:
     @cached_property
     def texts(self) -> list[Int[Tensor, "positions"]]:
         """The likeliest token behind each position of each text."""
-        return _likeliest(self.vlm, self.bench.texts)
+        return likeliest(self.vlm, self.bench.texts)
 
 
 def evaluate(
@@ -181,7 +181,7 @@ def evaluate(
         after = _answers(vlm, [bench.unrelated[i] for i in kept], bench).texts
         tell(0.7)
         tops = before.tops([i for i in kept if i < TOPS_ON])
-        likeliest = _likeliest(vlm, bench.texts)
+        next_tokens = likeliest(vlm, bench.texts)
         tell(0.9)
     done = partial(turned, source=source, target=target)
     others = [(before.unrelated.texts[i], text) for i, text in zip(kept, after, strict=True)]
@@ -193,7 +193,7 @@ def evaluate(
         if says(was, source)
     ]
     top_pairs = [(before.unrelated_tops[i], now) for i, now in zip(kept, tops, strict=False)]
-    same = [float((a == b).float().mean()) for a, b in zip(before.texts, likeliest, strict=True)]
+    same = [float((a == b).float().mean()) for a, b in zip(before.texts, next_tokens, strict=True)]
     naming = [says(text, source) for text in bench.texts]
     return Judged(
         source,
@@ -233,7 +233,8 @@ def forced(
         start += len(batch)
         given = vlm.given(inputs, ids)
         first = given.n_prompt - 1
-        with record(vlm.anatomy, lambda values, first=first: values[:, first:], neurons=_none(vlm)) as recording:
+        none = no_neurons(vlm.anatomy)
+        with record(vlm.anatomy, lambda values, first=first: values[:, first:], neurons=none) as recording:
             vlm.read(inputs, given)
         residual = recording.stacked(recording.residual)
         for row, mine in enumerate(ids):
@@ -271,22 +272,6 @@ def _answers(vlm: VLM, images: Sequence[Picture], bench: Bench) -> _Answers:
         texts += answers.texts
         token_ids += answers.token_ids
     return _Answers(texts, token_ids)
-
-
-def _likeliest(vlm: VLM, texts: Sequence[str]) -> list[Int[Tensor, "positions"]]:
-    """The likeliest token behind each position of each text."""
-    found: dict[int, Tensor] = {}
-    for numbers, inputs in text_batches(vlm, texts):
-        with record(vlm.anatomy, lambda values: values, neurons=_none(vlm)) as recording:
-            vlm.read(inputs)
-        for i, residual in zip(numbers, recording.residual[0], strict=True):
-            found[i] = vlm.anatomy.logits(residual)[:, : vlm.n_tokens].argmax(-1).cpu()
-    return [found[i] for i in range(len(texts))]
-
-
-def _none(vlm: VLM) -> list[Tensor]:
-    """No neuron of any FFN is kept: the residual stream alone."""
-    return [torch.empty(0, dtype=torch.long) for _ in vlm.anatomy.ffns]
 
 
 def _perplexity(vlm: VLM, images: Sequence[Picture], token_ids: Sequence[tuple[int, ...]], bench: Bench) -> float:

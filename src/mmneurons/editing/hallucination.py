@@ -1,6 +1,6 @@
 """Fewer objects named that are not there: images and what they truly show -> lessons -> neurons -> patch.
 
-    patch = dehallucinate(vlm, images, objects, references=[reference, *questions(vlm, reference, nouns)])
+    patch = dehallucinate(vlm, images, objects, reference=make_reference(vlm, others))
 
 Some columns of `w_out` learn, by gradients, to name what is there, or else a word that names nothing: the model
 declines. It repairs what it can.
@@ -21,7 +21,16 @@ import numpy as np
 import torch
 
 from mmneurons.editing.columns import Columns
-from mmneurons.editing.declining import Answered, answers, descend, lessons, objects_named, read_lessons, shuffled
+from mmneurons.editing.declining import (
+    Answered,
+    answers,
+    descend,
+    lessons,
+    objects_named,
+    read_lessons,
+    read_questions,
+    shuffled,
+)
 from mmneurons.editing.forced import Batch, Reader
 from mmneurons.editing.low_rank import LowRank, slopes
 from mmneurons.editing.patch import Patch
@@ -35,11 +44,11 @@ from mmneurons.vlm.modes import evaluating, frozen
 from mmneurons.vlm.prompts import ANSWER_PREFIX, MAX_NEW_TOKENS, PROMPT, tokens_of
 from mmneurons.vlm.vlm import VLM, Picture
 
-RATE = 0.3
+RATE = 0.15
 """Of Adam; shares and directions are of the order of 1. Reached after `WARM` steps, from where it falls to nothing."""
 WARM = 20
 ROWS, REFERENCES = 50, 25
-"""Answers about the images, and answers and texts of the references, read at each step."""
+"""Answers about the images, and as many of the reference as of the questions, read at each step."""
 PASSES = 30
 """Over few images, at most."""
 ROUNDS = 12
@@ -56,7 +65,7 @@ class DehallucinateSettings:
 
     say: str = "thing"
     """The word that comes where the model declines."""
-    payoff: float = 3.0
+    payoff: float = 4.0
     """It comes where the best guess is right with less than 1 / payoff."""
     top: int = 1000
     """Columns that move: those along which the loss falls most steeply."""
@@ -64,8 +73,10 @@ class DehallucinateSettings:
     """They are taken from so many of the last blocks; None: from all."""
     rank: int = 32
     """Directions that they move along."""
-    steps: int = 1200
+    steps: int = 900
     """Of Adam, at most."""
+    questions: int = 2000
+    """Images of which it is asked as well whether something is there; these answers are to stay as they are."""
     prompt: str = PROMPT
     answer_prefix: str = ANSWER_PREFIX
     max_new_tokens: int = MAX_NEW_TOKENS
@@ -83,7 +94,7 @@ def dehallucinate(
     objects: Sequence[Collection[str]],
     *,
     vocabulary: Vocabulary | None = None,
-    references: Sequence[Reference] = (),
+    reference: Reference | None = None,
     settings: DehallucinateSettings | None = None,
     checkpoint: str | os.PathLike[str] | None = None,
     progress: Progress = lambda what, done, total: None,
@@ -95,8 +106,7 @@ def dehallucinate(
         images: Thousands, of which the model names some objects that are there and some that are not.
         objects: What is there, image by image.
         vocabulary: The nouns that count; None: those of any of these lists.
-        references: Answers and texts that are to stay as they are, from `make_reference` and `questions`: what is asked
-            in words that none of them has may be answered otherwise afterwards.
+        reference: Answers and texts that are to stay as they are, from `make_reference`.
         settings: How.
         checkpoint: A file that the run goes on from if it is stopped; deleted in the end.
         progress: Called with what is being done, how much of it is, and how much there is.
@@ -132,7 +142,7 @@ def dehallucinate(
         )
     taught = lessons(vlm, said, objects, named, say)
     path = None if checkpoint is None else Path(checkpoint)
-    key = _key(vlm, settings, objects, said, references)
+    key = _key(vlm, settings, objects, said, reference)
     with torch.inference_mode(False), frozen(vlm.model), evaluating(vlm.model):
         training = None if path is None else Training.resumed(path, key, vlm)
         lowest = 0 if settings.blocks is None else len(vlm.anatomy.blocks) - settings.blocks
@@ -142,9 +152,14 @@ def dehallucinate(
             lambda done: progress("reading", done, len(taught)),
         )  # fmt: skip
         few = replace(reader, batch_size=min(reader.batch_size, REFERENCES))
-        others = shuffled(
-            [batch for reference in references for batch in few.read_reference(reference, None)], REFERENCES
-        )
+        asked = np.random.default_rng(0).permutation(len(images))[: settings.questions].tolist()
+        others = [
+            [] if reference is None else few.read_reference(reference, None),
+            read_questions(
+                few, [images[i] for i in asked], [objects[i] for i in asked], vocabulary.nouns, settings.max_new_tokens,
+                lambda done: progress("asking", done, len(asked)),
+            ),
+        ]  # fmt: skip
         if training is None:
             columns = _steepest(reader, own, lowest, settings)
             training = Training.begun(LowRank.none(vlm, columns, settings.rank))
@@ -152,7 +167,7 @@ def dehallucinate(
             training,
             reader,
             own,
-            others,
+            [shuffled(batches, REFERENCES) for batches in others if batches],
             settings,
             None if path is None else partial(training.keep, path, key),
             progress,
@@ -169,9 +184,7 @@ def dehallucinate(
             "images": len(images),
             "named": len(named),
             "absent": n_absent,
-            "references": {
-                name: sum(len(getattr(reference, name)) for reference in references) for name in ("images", "texts")
-            },
+            "reference": None if reference is None else reference.facts,
             "model": dict(vlm.facts),
             "packages": provenance.versions(),
         },
@@ -194,11 +207,12 @@ def _key(
     settings: DehallucinateSettings,
     objects: Sequence[Collection[str]],
     said: Answered,
-    references: Sequence[Reference],
+    reference: Reference | None,
 ) -> str:
     """What tells a run from others."""
     facts = [asdict(settings), dict(vlm.facts), [sorted(one) for one in objects], said.token_ids]
-    facts.append([[one.facts, one.texts, None if one.said is None else one.said.token_ids] for one in references])
+    if reference is not None:
+        facts += [reference.facts, reference.texts, None if reference.said is None else reference.said.token_ids]
     return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
 
 
@@ -206,7 +220,7 @@ def _steepest(reader: Reader, own: Sequence[Batch], lowest: int, settings: Dehal
     """The columns along which the loss of a sample of the answers falls most steeply."""
     layers = range(lowest, len(reader.vlm.anatomy.blocks))
     sample = own[: -(-SAMPLE // reader.batch_size)]
-    steep = slopes(reader.vlm, layers, descend(reader, sample, [], settings.payoff))
+    steep = slopes(reader.vlm, layers, descend(reader, [sample], settings.payoff))
     whole = torch.cat(list(steep.values()))
     chosen = torch.zeros(len(whole), dtype=torch.bool)
     chosen[top_k(whole, min(settings.top, int((whole > 0).sum())))] = True
@@ -219,7 +233,7 @@ def _train(
     training: Training,
     reader: Reader,
     own: Sequence[Batch],
-    others: Sequence[Sequence[Batch]],
+    others: Sequence[Sequence[Sequence[Batch]]],
     settings: DehallucinateSettings,
     keep: Callable[[], None] | None,
     progress: Progress,
@@ -234,7 +248,7 @@ def _train(
         first = step % per_pass * per_step
         group = [own[i] for i in order[first : first + per_step]]
         with training.change.hooked():
-            for _ in descend(reader, group, others[step % len(others)] if others else [], settings.payoff):
+            for _ in descend(reader, [group, *(part[step % len(part)] for part in others)], settings.payoff):
                 pass
         training.step(RATE * min((step + 1) / WARM, 1 - step / n_steps))
         progress("learning", (step + 1) / per_round, ROUNDS)

@@ -145,7 +145,8 @@ class Ledger:
             for part in active[key].parts:
                 for index, delta in zip(part.indices.tolist(), active[key].deltas(part), strict=True):
                     sums[part.place, index] = sums.get((part.place, index), torch.zeros(self._hidden)) + delta
-        views = {place: weights.writable(self._ffns[place].module, place[1]) for place, _ in sums}
+        places = {place for place, _ in sums}
+        views = {place: weights.writable(self._ffns[place].module, place[1]) for place in places}
         plan = []
         for (place, index), total in sums.items():
             current, known = views[place][:, index], self._columns.get(place, _Columns())

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from mmneurons.editing.steps import Said, Steps, answer_steps, join, occurrences, text_steps
+from mmneurons.editing.steps import Said, Steps, answer_steps, join, likeliest, occurrences, text_steps
 from mmneurons.errors import SettingError
 from mmneurons.vlm.prompts import ANSWER_PREFIX, MAX_NEW_TOKENS, PROMPT
 from mmneurons.vlm.vlm import VLM, Picture
@@ -28,6 +29,10 @@ class Reference:
     max_new_tokens: int
     texts: tuple[str, ...]
     text_steps: Steps | None
+    text_counts: Int[Tensor, "positions"]
+    """For each of `text_steps`, at how many positions of all texts the same has been read; 0 but at the first."""
+    seconds: Int[Tensor, "steps"]
+    """For each of `steps`, what would be said but for what is."""
 
     @cached_property
     def steps(self) -> Steps:
@@ -60,6 +65,24 @@ class Reference:
         worst = torch.full((len(self.images),), -torch.inf)
         worst = worst.scatter_reduce(0, self.said.steps.answers, values, "amax")
         return [-torch.inf if value == torch.inf else value for value in worst.tolist()]
+
+    def positions(self, values: Float[Tensor, "steps"], n: int) -> list[int]:
+        """The `n` of `text_steps` with the largest values, of those alike the first; none of minus infinity."""
+        mine = values[len(self.steps) - len(self.text_counts) :]
+        mine = mine.where(self.text_counts > 0, -torch.inf)
+        return [row for row in mine.argsort(descending=True)[:n].tolist() if mine[row] > -torch.inf]
+
+    def flipped(self, vlm: VLM, positions: Sequence[int]) -> float:
+        """At some of `text_steps` the likeliest token now, edited or not, is another: a share of all positions."""
+        if self.text_steps is None or not positions:
+            return 0.0
+        answers, rows = self.text_steps.answers, torch.tensor(positions)
+        numbers = answers[rows].unique()
+        now = dict(zip(numbers.tolist(), likeliest(vlm, [self.texts[i] for i in numbers]), strict=True))
+        starts = torch.searchsorted(answers, answers[rows])
+        tokens = torch.stack([now[int(answers[row])][row - start] for row, start in zip(rows, starts, strict=True)])
+        flips = tokens != self.text_steps.token_ids[rows]
+        return float(self.text_counts[rows][flips].sum() / self.text_counts.sum())
 
 
 def make_reference(
@@ -94,4 +117,23 @@ def make_reference(
     options = {"max_new_tokens": max_new_tokens, "batch_size": batch_size, "progress": progress}
     said = answer_steps(vlm, images, prompt, answer_prefix, **options) if images else None
     read = text_steps(vlm, texts) if texts else None
-    return Reference(said, tuple(images), prompt, answer_prefix, max_new_tokens, tuple(texts), read)
+    counts = torch.tensor(_counts(vlm, texts), dtype=torch.long)
+    seconds = torch.cat([_seconds(vlm, steps) for steps in (said and said.steps, read) if steps is not None])
+    return Reference(said, tuple(images), prompt, answer_prefix, max_new_tokens, tuple(texts), read, counts, seconds)
+
+
+def _counts(vlm: VLM, texts: Sequence[str]) -> list[int]:
+    """For each position of the texts at how many the same has been read; 0 where an earlier one has read it."""
+    ids = [vlm.tokenizer(text).input_ids for text in texts]
+    read = [tuple(mine[: i + 1]) for mine in ids for i in range(len(mine))]
+    left = Counter(read)
+    return [left.pop(prefix, 0) for prefix in read]
+
+
+def _seconds(vlm: VLM, steps: Steps) -> Int[Tensor, "n"]:
+    """The likeliest token but for the one that is said."""
+    found = []
+    for residual, said in zip(steps.residual.split(256), steps.token_ids.split(256), strict=True):
+        logits = vlm.anatomy.logits(residual)[:, : vlm.n_tokens].float().cpu()
+        found.append(logits.scatter(1, said[:, None], -torch.inf).argmax(-1))
+    return torch.cat(found)

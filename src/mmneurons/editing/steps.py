@@ -175,6 +175,22 @@ def text_batches(vlm: VLM, texts: Sequence[str], batch_size: int = 64) -> Iterat
             yield part, vlm.placed({"input_ids": tokens, "attention_mask": torch.ones_like(tokens)})
 
 
+def likeliest(vlm: VLM, texts: Sequence[str]) -> list[Int[Tensor, "positions"]]:
+    """The likeliest token behind each position of each text, as `text_steps` reads them; no neuron is recorded."""
+    found: dict[int, Tensor] = {}
+    for numbers, inputs in text_batches(vlm, texts):
+        with record(vlm.anatomy, lambda values: values, neurons=no_neurons(vlm.anatomy)) as recording:
+            vlm.read(inputs)
+        for i, residual in zip(numbers, recording.residual[0], strict=True):
+            found[i] = vlm.anatomy.logits(residual)[:, : vlm.n_tokens].argmax(-1).cpu()
+    return [found[i] for i in range(len(texts))]
+
+
+def no_neurons(anatomy: Anatomy) -> list[Int[Tensor, "0"]]:
+    """What `record` is told so that it keeps no neuron of any FFN: the residual stream alone."""
+    return [torch.empty(0, dtype=torch.long) for _ in anatomy.ffns]
+
+
 def join(parts: Sequence[Steps]) -> Steps:
     """All of them, one after the other; at least one."""
     if len(parts) == 1:

@@ -1,14 +1,18 @@
 """How strong an edit must be, by what the model then generates: as strong as the reference bears.
 
 The smallest strength that turns every image of the edit turns few others that are less clear. So it is raised, as long
-as the answers about those reference images that the edit is likeliest to change stay as they are.
+as what the reference holds stays as it is: answers about images, and the likeliest next tokens of texts. Looked at are
+those that the edit is likeliest to change.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
+
+from jaxtyping import Float
+from torch import Tensor
 
 from mmneurons.editing.goals import Asked, share_turned
 from mmneurons.editing.patch import Edit
@@ -19,13 +23,13 @@ from mmneurons.vlm.vlm import VLM
 STEP = 1.3
 """Strengths tried one after the other differ by this factor."""
 TRIES = 10
-"""Upwards, before it is given up."""
-MARGINS = (3.0, 2.5, 2.0, 1.75, 1.5, 1.25, 1.0)
-"""How many times the smallest strength that turns the images of the edit, the largest first."""
-HARDEST = 16
-"""Reference images looked at."""
-ALLOWED = 0.005
-"""Share of all reference images whose answers may change."""
+"""Steps upwards before it is given up, and downwards."""
+MARGINS = (1.0, 1.25, 1.5, 1.75, 2.0, 2.5, 3.0, 3.5, 4.0)
+"""How many times the smallest strength that turns the images of the edit."""
+HARDEST, HARDEST_POSITIONS = 16, 64
+"""Reference images, and positions of its texts, looked at."""
+ALLOWED, ALLOWED_FLIPS = 0.005, 0.01
+"""Share of all reference images whose answers may change, and of all positions of its texts."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +44,8 @@ class Search:
     changed: int
     """Reference answers that changed, of those looked at."""
     looked_at: int
+    flipped: float
+    """Of all positions of reference texts, the share of those looked at whose likeliest token changed."""
     generated: int
     """Answers generated on the way."""
 
@@ -72,36 +78,39 @@ class _Trials:
         with (factor * self.unit).applied(self.vlm):
             return share_turned(self.vlm, self.asked, self.source, self.target, **self.limits)
 
-    def changed(self, factor: float, reference: Reference, numbers: Sequence[int]) -> int:
-        """How many of some of the reference's answers change."""
-        assert reference.said is not None
-        self.generated += len(numbers)
+    def changes(
+        self, factor: float, reference: Reference, images: Sequence[int], positions: Sequence[int]
+    ) -> tuple[int, float]:
+        """How many of some of the reference's answers change, and which share of its text positions, of some."""
         with (factor * self.unit).applied(self.vlm):
+            flipped = reference.flipped(self.vlm, positions)
+            if reference.said is None:
+                return 0, flipped
+            self.generated += len(images)
             said = self.vlm.caption(
-                [reference.images[i] for i in numbers],
+                [reference.images[i] for i in images],
                 reference.prompt,
                 reference.answer_prefix,
                 max_new_tokens=reference.max_new_tokens,
                 batch_size=self.limits["batch_size"],
             )
-        return sum(text != reference.said.texts[i] for i, text in zip(numbers, said, strict=True))
+        return sum(text != reference.said.texts[i] for i, text in zip(images, said, strict=True)), flipped
 
     def smallest(self, start: float) -> tuple[float, float]:
         """The smallest strength tried that turns as many answers as any does, and their share."""
         factor, share = start, self.turned(start)
-        best = factor, share
-        for _ in range(TRIES):
-            if best[1] < 1:  # upwards until all turn
-                factor *= STEP
-                share = self.turned(factor)
-                best = (factor, share) if share > best[1] else best
-                if share == 1:
-                    break
-            else:  # downwards as long as all turn
-                factor /= STEP
-                if self.turned(factor) < 1:
-                    break
-                best = factor, 1.0
+        best, failed = (factor, share), 0.0
+        for _ in range(TRIES // 2):  # upwards until all turn, two steps at a time
+            if best[1] == 1:
+                break
+            failed, factor = factor, factor * STEP**2
+            share = self.turned(factor)
+            best = (factor, share) if share > best[1] else best
+        for _ in range(TRIES):  # downwards as long as all turn
+            below = best[0] / STEP
+            if best[1] < 1 or below < 1.01 * failed or self.turned(below) < 1:
+                break
+            best = below, 1.0
         return best
 
 
@@ -114,7 +123,7 @@ def find_strength(
     *,
     start: float,
     reference: Reference | None,
-    harm: Sequence[float],
+    harm: Float[Tensor, "steps"] | None,
     max_new_tokens: int,
     batch_size: int,
     tell: Callable[[str], None],
@@ -130,8 +139,8 @@ def find_strength(
         start: The strength to begin with, above 0.
         reference: What is to stay. The smallest strength that turns the edit's images is taken even where it changes
             more than is allowed: `Search.changed` tells.
-        harm: For each reference image, how near the edit comes to changing its answer; the most endangered are
-            looked at.
+        harm: For each of the reference's steps, how near the edit comes to changing what is said; the most endangered
+            are looked at, none where it is minus infinity, and no answer that says `source`.
         max_new_tokens: Of each answer about the images of the edit.
         batch_size: Images in one batch.
         tell: Told the strength that is tried.
@@ -148,13 +157,30 @@ def find_strength(
             seen=f"Tried up to {STEP**TRIES:.1f} times what should do.",
             fix="Take more columns (top=2000), or of more blocks (blocks=None), or more images.",
         )
-    if reference is None or reference.said is None:
-        return Search(smallest, smallest, share, 0, 0, trials.generated)
-    hardest = sorted(range(len(harm)), key=lambda i: -harm[i])[:HARDEST]
-    changed = 0
-    for margin in MARGINS:
-        changed = trials.changed(margin * smallest, reference, hardest)
-        few = changed <= int(ALLOWED * len(reference.images))
-        if margin == 1 or (few and trials.turned(margin * smallest) >= share):
-            return Search(margin * smallest, smallest, share, changed, len(hardest), trials.generated)
-    raise AssertionError("a margin of 1 is always taken")
+    if reference is None or harm is None:
+        return Search(smallest, smallest, share, 0, 0, 0.0, trials.generated)
+    images: list[int] = []
+    if reference.said is not None:
+        worst = reference.by_image(vlm, source, harm[: len(reference.said.steps)])
+        images = sorted(range(len(worst)), key=lambda i: -worst[i])[:HARDEST]
+    positions = reference.positions(harm, HARDEST_POSITIONS)
+
+    def tried(margin: float) -> tuple[Search, bool]:
+        changed, flipped = trials.changes(margin * smallest, reference, images, positions)
+        few = changed <= int(ALLOWED * len(reference.images)) and flipped <= ALLOWED_FLIPS
+        bears = few and trials.turned(margin * smallest) >= share
+        return Search(margin * smallest, smallest, share, changed, len(images), flipped, trials.generated), bears
+
+    # Most edits bear the largest; of others it is found by halves, as what a margin bears, a smaller one does.
+    low, high = 0, len(MARGINS) - 1
+    found, bears = tried(MARGINS[high])
+    while not bears and high - low > 1:
+        middle = (low + high) // 2
+        search, fits = tried(MARGINS[middle])
+        if fits:
+            low, found = middle, search
+        else:
+            high = middle
+    if not bears and low == 0:
+        found, _ = tried(MARGINS[0])
+    return replace(found, generated=trials.generated)
