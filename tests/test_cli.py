@@ -1,10 +1,10 @@
 import json
-import os
 import re
 import signal
 import subprocess
 import sys
 import time
+from typing import Any
 
 import numpy as np
 import pytest
@@ -139,13 +139,16 @@ def test_help_is_quick_because_it_needs_no_torch():
 def test_ctrl_c_stops_without_a_traceback(tmp_path, sample):
     many = [str(sample)] * 5000  # minutes of work, whatever the machine
     command = [sys.executable, "-m", "mmneurons.cli", "find", *many, "--report", str(tmp_path / "r.html")]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, env=os.environ)
-    try:
-        time.sleep(8)  # it has to be at work: what is imported may swallow the signal
-        process.send_signal(signal.SIGINT)
-        _, err = process.communicate(timeout=60)
-    finally:
-        process.kill()
+    # Whoever runs the tests in the background has the signal ignored, in all that they start.
+    options: dict[str, Any] = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)}
+    pipes: dict[str, Any] = {"stderr": subprocess.PIPE, "stdout": subprocess.DEVNULL, "text": True}
+    with subprocess.Popen(command, **pipes, **options) as process:
+        try:
+            time.sleep(8)  # it has to be at work: what is imported may swallow the signal
+            process.send_signal(signal.SIGINT)
+            _, err = process.communicate(timeout=60)
+        finally:
+            process.kill()
     assert process.returncode == 130
     assert "Traceback" not in err
     assert not (tmp_path / "r.html").exists()
