@@ -1,6 +1,6 @@
 """Hallucinations of the pocket model lowered: every figure of docs/results.md, Hallucination.
 
-    python benchmarks/hallucination.py DIR half 8000
+    python benchmarks/hallucination.py DIR 8000 half
 
 Made with the first so many scenes of `hallucination-8000` and judged on `hallucination-500`; or made with half of the
 latter and judged on the other half. Patches are kept in DIR; one that was stopped goes on.
@@ -11,19 +11,21 @@ from __future__ import annotations
 import statistics
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import get_args
 
 import numpy as np
 import torch
+from PIL import Image
 
 import mmneurons as mmn
 from mmneurons import pocket
-from mmneurons.editing.evaluation import Before, Bench
 from mmneurons.editing.file import load_patch, save_patch
 from mmneurons.editing.hallucination import DehallucinateSettings, dehallucinate, judge
 from mmneurons.editing.patch import Patch
 from mmneurons.editing.reference import Reference
+from mmneurons.editing.steps import likeliest
 from mmneurons.inspection.hallucination import Chair, Pope, Vocabulary, chair, pope
 from mmneurons.inspection.items import Item, read_items
 from mmneurons.pocket.sets import Negatives
@@ -32,6 +34,8 @@ from mmneurons.vlm.vlm import VLM
 FIGURES = ("chair_i", "chair_s", "recall", "named")
 BATCH = 50
 JUDGED_ON = "hallucination-500"
+SCALES = (1.0, 0.85)
+"""Of each patch: what is given up, and what stays."""
 
 
 def sets_of(name: str) -> tuple[list[Item], list[Item]]:
@@ -88,37 +92,61 @@ def asked(vlm: VLM, negatives: Negatives) -> Pope:
     return pope(vlm, images, [q.text for q in polled], [q.answer for q in polled], batch_size=BATCH)
 
 
+@dataclass(frozen=True)
+class Unedited:
+    """What is to stay: answers about `locality-500`, the likeliest tokens of texts, POPE."""
+
+    images: list[Image.Image]
+    texts: tuple[str, ...]
+    answers: list[str]
+    read: torch.Tensor
+
+    @staticmethod
+    def of(vlm: VLM) -> Unedited:
+        """As the model is now."""
+        images, texts = [item.image() for item in read_items("pocket:locality-500")], tuple(pocket.facts()[1::4])
+        return Unedited(images, texts, vlm.caption([*images], batch_size=BATCH), torch.cat(likeliest(vlm, texts)))
+
+    def line(self, vlm: VLM) -> str:
+        """How much of it stays now."""
+        now = vlm.caption([*self.images], batch_size=BATCH)
+        kept = statistics.mean(a == b for a, b in zip(self.answers, now, strict=True))
+        read = (self.read == torch.cat(likeliest(vlm, self.texts))).double().mean()
+        polled = ", ".join(f"{negatives} {asked(vlm, negatives).f1:.3f}" for negatives in get_args(Negatives))
+        return f"locality-500 {kept:.3f}; T-locality@1 {read:.3f}; POPE F1: {polled}"
+
+
+def report(vlm: VLM, name: str, patch: Patch, others: list[Item], vocabulary: Vocabulary, usual: Unedited) -> None:
+    """Judge one patch, over all images and by what is special about them; and what else it changes."""
+    objects = [item.objects or () for item in others]
+    judged = judge(vlm, patch, [item.source for item in others], objects, vocabulary)
+    for state in ("before", "after", "rival"):
+        print(line(f"{name}: {state}", getattr(judged, state), judged.before), flush=True)
+    groups = {f"{JUDGED_ON}/{i}": group for i, group in enumerate(pocket.evaluation_set(JUDGED_ON).groups)}
+    for group in dict.fromkeys(groups.values()):
+        mine = [i for i, item in enumerate(others) if groups[item.name] == group]
+        there = [objects[i] for i in mine]
+        first, second = (chair([judged.texts[i][k] for i in mine], there, vocabulary) for k in (0, 1))
+        print(line(f"{name}: {group}, before", first, first))
+        print(line(f"{name}: {group}, after", second, first), flush=True)
+    with patch.applied(vlm):
+        print(f"{name}: {usual.line(vlm)}", flush=True)
+
+
 def main(folder: Path, names: list[str]) -> None:
-    """Make and judge patches; what else they change."""
+    """Make and judge patches, whole and scaled."""
     vlm, vocabulary = mmn.load(), Vocabulary([pocket.nouns()])
     folder.mkdir(parents=True, exist_ok=True)
-    unrelated, texts = [item.image() for item in read_items("pocket:locality-500")], pocket.facts()[1::4]
-    usual = vlm.caption(unrelated, batch_size=BATCH)
-    read = torch.cat(Before(vlm, Bench([], [], [], texts)).texts)
-    print("before:", *(f"POPE F1, {n} {asked(vlm, n).f1:.3f};" for n in get_args(Negatives)), flush=True)
+    usual = Unedited.of(vlm)
+    print(f"before: {usual.line(vlm)}", flush=True)
     for name in names:
         shown, others = sets_of(name)
         patch = made(vlm, name, folder, shown, vocabulary)
-        objects = [item.objects or () for item in others]
-        judged = judge(vlm, patch, [item.source for item in others], objects, vocabulary)
-        for state in ("before", "after", "rival"):
-            print(line(f"{name}: {state}", getattr(judged, state), judged.before), flush=True)
-        groups = {f"{JUDGED_ON}/{i}": group for i, group in enumerate(pocket.evaluation_set(JUDGED_ON).groups)}
-        for group in dict.fromkeys(groups.values()):
-            mine = [i for i, item in enumerate(others) if groups[item.name] == group]
-            there = [objects[i] for i in mine]
-            first, second = (chair([judged.texts[i][k] for i in mine], there, vocabulary) for k in (0, 1))
-            print(line(f"{name}: {group}", second, first), flush=True)
-        with patch.applied(vlm):
-            now = vlm.caption(unrelated, batch_size=BATCH)
-            again = torch.cat(Before(vlm, Bench([], [], [], texts)).texts)
-            polled = {negatives: asked(vlm, negatives) for negatives in get_args(Negatives)}
-        kept = statistics.mean(a == b for a, b in zip(usual, now, strict=True))
         kilobytes = (folder / f"{name}.safetensors").stat().st_size / 1000
         print(f"{name}: {len(shown)} images, {len(patch.neurons)} columns, {kilobytes:.0f} kB", end="; ")
-        print({part.layer: len(part.indices) for part in patch.parts}, end="; ")
-        print(f"locality-500 {kept:.3f}, T-locality@1 {(read == again).double().mean():.3f}", end="; ")
-        print(*(f"POPE F1, {n} {found.f1:.3f};" for n, found in polled.items()), flush=True)
+        print({part.layer: len(part.indices) for part in patch.parts}, flush=True)
+        for scale in SCALES:
+            report(vlm, f"{name} x {scale}", scale * patch, others, vocabulary, usual)
 
 
 if __name__ == "__main__":
