@@ -81,8 +81,11 @@ def made(vlm: VLM, name: str, folder: Path, shown: list[Item], vocabulary: Vocab
 def line(name: str, found: Chair, usual: Chair) -> str:
     """One row: figures, and by how much CHAIR-i and recall fell."""
     cells = [str(getattr(found, figure)) for figure in FIGURES]
-    falls = [1 - getattr(found, f).mean / getattr(usual, f).mean for f in ("chair_i", "recall")]
-    return f"| {name} | {' | '.join(cells)} | {falls[0]:.3f} | {falls[1]:.3f} |"
+    falls = []
+    for figure in ("chair_i", "recall"):
+        before = getattr(usual, figure).mean
+        falls.append(f"{1 - getattr(found, figure).mean / before:.3f}" if before else "")
+    return f"| {name} | {' | '.join([*cells, *falls])} |"
 
 
 def asked(vlm: VLM, negatives: Negatives) -> Pope:
