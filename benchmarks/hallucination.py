@@ -75,6 +75,7 @@ def made(vlm: VLM, name: str, folder: Path, shown: list[Item], vocabulary: Vocab
             progress=tell,
         )
         save_patch(patch, path)
+        (folder / f"{name}.part").unlink(missing_ok=True)
     return load_patch(path)
 
 

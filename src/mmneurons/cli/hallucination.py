@@ -109,6 +109,7 @@ def dehallucinate(
             reference=held_back, settings=settings, checkpoint=partly, progress=tell,
         )  # fmt: skip
         save_patch(patch, path)
+        partly.unlink(missing_ok=True)
         objects = [item.objects for item in others]
         judged = judge(vlm, patch, [item.source for item in others], objects, vocabulary, progress=tell)
     err.print(f"wrote {path} ({path.stat().st_size / 1000:.1f} kB)", soft_wrap=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -58,6 +58,15 @@ class Columns:
             found.setdefault(anatomy.ffns.index(ffn), []).append((neuron.expert or 0) * ffn.n_neurons + neuron.index)
         return Columns(anatomy, {i: torch.tensor(sorted(mine)) for i, mine in sorted(found.items())})
 
+    @staticmethod
+    def best(anatomy: Anatomy, scores: Mapping[int, Float[Tensor, "neurons"]], top: int) -> Columns:
+        """Those with the largest scores, above 0, of all these FFNs together."""
+        whole = torch.cat(list(scores.values()))
+        chosen = torch.zeros(len(whole), dtype=torch.bool)
+        chosen[top_k(whole, min(top, int((whole > 0).sum())))] = True
+        parts = zip(scores, chosen.split([len(part) for part in scores.values()]), strict=True)
+        return Columns(anatomy, {i: part.nonzero()[:, 0] for i, part in parts if bool(part.any())})
+
 
 def writers(vlm: VLM, goals: Sequence[Goal], top: int, blocks: int | None) -> Columns:
     """The columns that write most of what is said at the goals' steps: mean contribution, as of `find`.
@@ -80,14 +89,7 @@ def writers(vlm: VLM, goals: Sequence[Goal], top: int, blocks: int | None) -> Co
             experts = [None] if ffn.n_experts is None else range(ffn.n_experts)
             pushed = torch.cat([weights.project(read, ffn.module, expert).cpu() for expert in experts], dim=1)
             scores[i] += (goal.steps.activations[i].float() * pushed).sum(0) / n
-    whole = torch.cat(list(scores.values()))
-    ranked = top_k(whole, min(top, int((whole > 0).sum())))
-    ends = torch.tensor([len(part) for part in scores.values()]).cumsum(0)
-    of = torch.bucketize(ranked, ends, right=True)
-    starts = torch.nn.functional.pad(ends, (1, 0))
-    return Columns(
-        anatomy, {i: (ranked[of == j] - starts[j]).sort().values for j, i in enumerate(scores) if bool((of == j).any())}
-    )
+    return Columns.best(anatomy, scores, top)
 
 
 @dataclass(frozen=True, eq=False)

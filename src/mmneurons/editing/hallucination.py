@@ -38,7 +38,6 @@ from mmneurons.editing.reference import Reference
 from mmneurons.editing.training import Training
 from mmneurons.errors import SettingError, WordError
 from mmneurons.inspection.hallucination import Chair, Vocabulary, chair, chair_of
-from mmneurons.maths.ranking import top_k
 from mmneurons.vlm import provenance
 from mmneurons.vlm.modes import evaluating, frozen
 from mmneurons.vlm.prompts import ANSWER_PREFIX, MAX_NEW_TOKENS, PROMPT, tokens_of
@@ -108,7 +107,7 @@ def dehallucinate(
         vocabulary: The nouns that count; None: those of any of these lists.
         reference: Answers and texts that are to stay as they are, from `make_reference`.
         settings: How.
-        checkpoint: A file that the run goes on from if it is stopped; deleted in the end.
+        checkpoint: A file that the run goes on from if it is stopped; to be deleted once the patch is saved.
         progress: Called with what is being done, how much of it is, and how much there is.
 
     Returns:
@@ -127,6 +126,9 @@ def dehallucinate(
         raise SettingError("Each image needs its list of objects.", seen=f"{len(images)} images, {len(objects)} lists.")
     if settings.payoff <= 1 or min(settings.top, settings.rank, settings.steps) < 1:
         raise SettingError("The payoff is above 1; top, rank and steps are 1 or more.", seen=str(settings))
+    n_blocks = len(vlm.anatomy.blocks)
+    if settings.blocks is not None and not 1 <= settings.blocks <= n_blocks:
+        raise SettingError(f"The model has {n_blocks} blocks.", seen=f"blocks={settings.blocks}")
     vocabulary, say = vocabulary or Vocabulary(objects), _token(vlm, settings.say)
     said = answers(
         vlm, images, settings.prompt, settings.answer_prefix, **settings.limits,
@@ -145,7 +147,7 @@ def dehallucinate(
     key = _key(vlm, settings, objects, said, reference)
     with torch.inference_mode(False), frozen(vlm.model), evaluating(vlm.model):
         training = None if path is None else Training.resumed(path, key, vlm)
-        lowest = 0 if settings.blocks is None else len(vlm.anatomy.blocks) - settings.blocks
+        lowest = n_blocks - (settings.blocks or n_blocks)
         reader = Reader(vlm, lowest, True, 1 if vlm.family.one_at_a_time else settings.batch_size)
         own = read_lessons(
             reader, images, settings.prompt, settings.answer_prefix, taught,
@@ -173,8 +175,6 @@ def dehallucinate(
             progress,
         )
         patch = training.change.patch()
-    if path is not None:
-        path.unlink(missing_ok=True)
     return replace(
         patch,
         provenance={
@@ -221,12 +221,7 @@ def _steepest(reader: Reader, own: Sequence[Batch], lowest: int, settings: Dehal
     layers = range(lowest, len(reader.vlm.anatomy.blocks))
     sample = own[: -(-SAMPLE // reader.batch_size)]
     steep = slopes(reader.vlm, layers, descend(reader, [sample], settings.payoff))
-    whole = torch.cat(list(steep.values()))
-    chosen = torch.zeros(len(whole), dtype=torch.bool)
-    chosen[top_k(whole, min(settings.top, int((whole > 0).sum())))] = True
-    parts = chosen.split([len(part) for part in steep.values()])
-    indices = {i: part.nonzero()[:, 0] for i, part in zip(steep, parts, strict=True) if bool(part.any())}
-    return Columns(reader.vlm.anatomy, indices)
+    return Columns.best(reader.vlm.anatomy, steep, settings.top)
 
 
 def _train(
