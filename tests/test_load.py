@@ -34,6 +34,11 @@ def test_the_pocket_model_is_an_ordinary_folder(vlm):
     assert (pocket.folder() / "model.safetensors").stat().st_size < 16e6
 
 
+def test_the_pocket_model_has_the_same_weights_under_every_version_of_transformers(vlm):
+    """Key names that a version does not know leave random numbers in their place."""
+    assert weights_hash(vlm.model) == "a08c76217174a1b0011c2081c3633c02d54467b0ada7e3049c5ce15cfab5f29c"
+
+
 def test_anatomy_of_a_llava(random_vlm):
     anatomy = random_vlm.anatomy
     language = random_vlm.model.model.language_model
@@ -87,7 +92,7 @@ def test_the_decoder_can_be_named_and_a_wrong_name_is_told(random_vlm):
     [
         ("model.safetensors", "Cannot load the model"),
         ("config.json", "not a vision-language model"),
-        ("processor_config.json", "Cannot load the processor"),
+        ("preprocessor_config.json", "Cannot load the processor"),
     ],
 )
 def test_a_folder_that_lacks_a_file(tmp_path, missing, message):

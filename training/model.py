@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from safetensors.torch import load_file, save_file
 from text import caption, question
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (
@@ -159,6 +163,40 @@ def start_locally(tower: CLIPVisionModel) -> None:
         left, scale, right = torch.linalg.svd(0.4 * torch.randn(width, width) / width**0.5 - 0.4 * identity)
         attention.out_proj.weight.data = left * scale.sqrt()
         attention.v_proj.weight.data = right * scale[:, None].sqrt()
+
+
+def save(model: LlavaForConditionalGeneration, folder: Path) -> None:
+    """Write the model, in half precision, and its processor, as every supported version of transformers reads them.
+
+    That is the layout of LLaVA's first checkpoints; `save_pretrained` writes one that only newer versions read in full.
+    """
+    model.to(torch.float16).save_pretrained(folder)  # pyright: ignore[reportArgumentType]
+    build_processor().save_pretrained(folder)
+
+    def read(name: str) -> dict[str, Any]:
+        return json.loads((folder / name).read_text())
+
+    def write(name: str, content: dict[str, Any]) -> None:
+        (folder / name).write_text(json.dumps(content, indent=2) + "\n")
+
+    weights = load_file(folder / "model.safetensors")
+    weights = {re.sub(r"^vision_tower\.", "vision_tower.vision_model.", name): w for name, w in weights.items()}
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+    config = read("config.json")
+    config["text_config"]["rope_theta"] = config["text_config"].pop("rope_parameters")["rope_theta"]
+    write("config.json", config)
+
+    words = read("processor_config.json")
+    write("preprocessor_config.json", {**words.pop("image_processor"), "processor_class": "LlavaProcessor"})
+    write("processor_config.json", words)
+
+    tokenizer = read("tokenizer_config.json")
+    del tokenizer["backend"]
+    tokenizer["tokenizer_class"] = "PreTrainedTokenizerFast"
+    tokenizer["extra_special_tokens"] = {"image_token": tokenizer.pop("image_token")}
+    tokenizer["model_input_names"] = ["input_ids", "attention_mask"]
+    write("tokenizer_config.json", tokenizer)
 
 
 def prompt_text(processor: LlavaProcessor) -> str:

@@ -31,7 +31,7 @@ import torch
 import torch.nn.functional as F
 from batches import IGNORE, STAGES, Steps
 from collage import Collages
-from model import GRID, IMAGE_MEAN, IMAGE_STD, N_NEURONS, build_model, build_processor, start_locally
+from model import GRID, IMAGE_MEAN, IMAGE_STD, N_NEURONS, build_model, build_processor, save, start_locally
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -282,8 +282,7 @@ def main() -> None:
     while state.stage <= STAGES.index(arguments.until):
         run_stage(state, arguments.steps[state.stage], device)
     folder = WORK / "model"
-    state.model.to(torch.float16).save_pretrained(folder)
-    build_processor().save_pretrained(folder)
+    save(state.model, folder)
     print(f"saved {folder}")
 
 

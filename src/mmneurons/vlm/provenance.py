@@ -25,28 +25,27 @@ def versions() -> dict[str, str]:
 
 
 def weights_hash(model: PreTrainedModel) -> str:
-    """One hash over every parameter and buffer that is saved: name, type, shape, and two checksums of all its bits.
+    """One hash over every parameter and buffer that is saved: type, shape, and two checksums of all its bits.
 
-    A checksum is a sum over 32-bit words (modulo 2^64), plain and weighted by position: any one changed number changes
-    it, and it is as fast as reading the weights, on any device. It tells models apart; it is no protection against
-    someone who wants two models to look alike.
+    In the order in which the model defines them, without their names: versions of transformers name the same weights
+    differently. A checksum is a sum over 32-bit words (modulo 2^64), plain and weighted by position: any one changed
+    number changes it, and it is as fast as reading the weights, on any device. It tells models apart; it is no
+    protection against someone who wants two models to look alike.
     """
     digest = hashlib.sha256()
-    for name, tensor in sorted(_saved(model), key=lambda entry: entry[0]):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} {_checksums(tensor)}".encode())
+    for tensor in _saved(model):
+        digest.update(f"{tensor.dtype} {tuple(tensor.shape)} {_checksums(tensor)}".encode())
     return digest.hexdigest()
 
 
-def _saved(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
+def _saved(model: PreTrainedModel) -> Iterator[Tensor]:
     """Every parameter and buffer that is saved, fetched where it is off-loaded, one at a time.
 
     Not `state_dict()`: where bitsandbytes has repacked 4-bit weights for a CPU, it unpacks them, not always rightly.
     """
-    for path, module in model.named_modules():
+    for module in model.modules():
         buffers = {k: v for k, v in module._buffers.items() if k not in module._non_persistent_buffers_set}
-        for name, tensor in (weights.parameters(module) | buffers).items():
-            if tensor is not None:
-                yield f"{path}.{name}".removeprefix("."), tensor
+        yield from (tensor for tensor in (weights.parameters(module) | buffers).values() if tensor is not None)
 
 
 def _checksums(tensor: Tensor, chunk: int = 1 << 20) -> tuple[int, int]:
