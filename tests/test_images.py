@@ -10,16 +10,17 @@ import warnings
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image, ImageFile
+from PIL import Image, ImageFile, TiffImagePlugin
 
 from mmneurons.errors import ImageError
 from mmneurons.vlm import images
-from mmneurons.vlm.images import open_image
+from mmneurons.vlm.images import check_image, check_scaled, open_image, open_stored
 
 RED, GREEN, BLUE, WHITE, BLACK = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255), (0, 0, 0)
 NOISE = np.random.default_rng(0).integers(0, 256, (24, 32, 3), dtype=np.uint8)
@@ -258,7 +259,7 @@ def test_the_first_frame_is_used_and_noted(tmp_path, kind):
     frames = [Image.new("RGB", (8, 8), colour) for colour in (RED, GREEN, BLUE)]
     data = encoded(frames[0], kind, save_all=True, append_images=frames[1:], **LOSSLESS.get(kind, {}))
     opened = open_image(put(tmp_path / "film", data))
-    what = "3 pictures in one file" if kind in ("TIFF", "MPO") else "animated, 3 frames"
+    what = "several pictures in one file" if kind in ("TIFF", "MPO") else "animated"
     assert opened.notes == (f"{what}: the first is used",)
     assert np.abs(np.asarray(opened.image).astype(int) - RED).max() < 6  # MPO is JPEG
 
@@ -469,7 +470,7 @@ def test_a_bomb_is_refused_from_its_header(tmp_path, side, seen):
     error = refused(put(tmp_path / "bomb.png", png(side, side, 8, 2, b"")))  # no pixels: decoding would say truncated
     assert "too large" in error.what
     assert seen in error.seen
-    assert "100,000,000" in error.fix
+    assert "60,000,000" in error.fix
     assert limit == Image.MAX_IMAGE_PIXELS
 
 
@@ -487,19 +488,120 @@ def test_the_limit_is_the_same_for_every_source_and_inclusive(tmp_path, monkeypa
             assert open_image(source).image.size == (11, 9) if fits else "11 x 10" in refused(source).seen
 
 
+def test_a_format_that_takes_more_memory_has_a_lower_limit(tmp_path, monkeypatch):
+    monkeypatch.setattr(images, "MAX_PIXELS", 100)
+    for kind, side in (("PNG", 10), ("WEBP", 7)):
+        assert open_image(put(tmp_path / "a", encoded(Image.new("RGB", (side, side)), kind))).image.width == side
+    assert "at most 50 pixels" in refused(put(tmp_path / "a", encoded(Image.new("RGB", (8, 8)), "WEBP"))).fix
+
+
+def test_the_bytes_of_a_file_are_bounded(tmp_path, monkeypatch):
+    assert open_image(put(tmp_path / "a.ppm", b"P3 1 1 255 1 2 3")).image.getpixel((0, 0)) == (1, 2, 3)
+    monkeypatch.setattr(images, "_MAX_PLAIN", 15)
+    assert "16 bytes" in refused(tmp_path / "a.ppm").seen
+    data = encoded(Image.fromarray(NOISE), "PPM")
+    monkeypatch.setattr(images, "MAX_BYTES", len(data) - 1)
+    assert "bytes" in refused(put(tmp_path / "a.ppm", data)).seen
+
+
+def test_pages_are_not_counted(tmp_path, monkeypatch):
+    def counted(self):
+        raise AssertionError("every page is read to count them")
+
+    monkeypatch.setattr(TiffImagePlugin.TiffImageFile, "n_frames", property(counted))
+    pages = [Image.new("RGB", (8, 8), colour) for colour in (RED, GREEN)]
+    path = put(tmp_path / "pages.tif", encoded(pages[0], "TIFF", save_all=True, append_images=pages[1:]))
+    assert open_image(path).image.getpixel((0, 0)) == RED
+
+
+def test_a_jpeg_of_a_thousand_scans_is_refused_before_it_is_decoded(tmp_path, monkeypatch):
+    photo = encoded(Image.new("RGB", (2000, 1500), RED), "JPEG", progressive=True)
+    assert open_image(put(tmp_path / "a.jpg", photo)).image.size == (2000, 1500)
+    last = photo.rindex(b"\xff\xda")
+    bomb = put(tmp_path / "bomb.jpg", photo[:last] + photo[last:-2] * 1000 + photo[-2:])
+    monkeypatch.setattr(ImageFile.ImageFile, "load", None)
+    with Image.open(bomb) as image:
+        for source in (bomb, image):
+            assert "scans" in refused(source).seen
+
+
+@pytest.mark.parametrize("orientation", [1, 6])
+def test_transparency_is_the_same_strip_by_strip(tmp_path, monkeypatch, orientation):
+    rgba = Image.fromarray(np.random.default_rng(1).integers(0, 256, (30, 20, 4), dtype=np.uint8))
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    path = put(tmp_path / "a.png", encoded(rgba, "PNG", exif=exif))
+    whole = np.asarray(Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB"))
+    monkeypatch.setattr(images, "_STRIP", 70)  # strips of three rows
+    assert np.array_equal(pixels(path), np.rot90(whole, -1) if orientation == 6 else whole)
+
+
+def test_the_header_alone_is_checked(tmp_path):
+    data = encoded(Image.fromarray(NOISE), "PNG")
+    check_image(put(tmp_path / "half", data[: len(data) // 2]))  # damaged further on: told when it is opened
+    for bad in (b"", b"text", png(12_000, 12_000, 8, 2, b"")):
+        with pytest.raises(ImageError):
+            check_image(put(tmp_path / "bad", bad))
+
+
+def test_stored_values_are_not_touched(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    image = open_stored(put(tmp_path / "a.png", encoded(Image.fromarray(GREY16), "PNG", exif=exif)))
+    assert np.array_equal(np.asarray(image), GREY16.T)
+    with pytest.raises(ImageError, match="several pictures"):
+        open_stored(put(tmp_path / "a.gif", SEEDS[-3]))
+
+
+# A processor that scales the shorter side has no bound on the longer one
+
+
+@pytest.mark.parametrize(
+    ("size", "fits"),
+    [
+        ({"shortest_edge": 112}, False),
+        ({"shortest_edge": 112, "longest_edge": 1024}, True),
+        ({"height": 336, "width": 336}, True),
+        (SimpleNamespace(shortest_edge=112, longest_edge=None), False),  # transformers 5 has a class of its own
+        (None, True),
+    ],
+)
+def test_a_picture_that_would_be_scaled_without_bound_is_refused(size, fits):
+    processor = SimpleNamespace(size=size, do_resize=True)
+    check_scaled([(640, 480), (4000, 1)], processor)  # 112 x 448,000 pixels, the most that pass are 60 million
+    if fits:
+        check_scaled([(60_000, 1)], processor)
+    else:
+        with pytest.raises(ImageError, match="60000 x 1 pixels") as caught:
+            check_scaled([(640, 480), (60_000, 1)], processor)
+        assert "6720000 x 112" in caught.value.seen
+        check_scaled([(60_000, 1)], SimpleNamespace(size=size, do_resize=False))
+
+
+def test_a_model_does_not_scale_a_line_of_pixels(vlm):
+    with pytest.raises(ImageError, match="too long and thin"):
+        vlm.caption(Image.new("RGB", (1, 60_000)))
+
+
+def test_suffixes_are_those_of_pillow():
+    Image.init()
+    assert set(images.SUFFIXES) == {s for s, kind in Image.registered_extensions().items() if kind in images._FORMATS}
+
+
 def test_two_threads_do_not_swap_their_warning_filters(monkeypatch):
     first_is_in, second_is_in, first_is_out = threading.Event(), threading.Event(), threading.Event()
 
-    def slowly(picture):
+    def slowly(picture, *rest):
         if first_is_in.is_set():
             second_is_in.set()
             first_is_out.wait(5)
         else:
             first_is_in.set()
             second_is_in.wait(0.2)  # runs out where the second waits for its turn
-        return picture
+        return really_check(picture, *rest)
 
-    monkeypatch.setattr(images.ImageOps, "exif_transpose", slowly)
+    really_check = images._check_size
+    monkeypatch.setattr(images, "_check_size", slowly)
     before = list(warnings.filters)
     with ThreadPoolExecutor(2) as pool:
         first = pool.submit(open_image, NOISE)

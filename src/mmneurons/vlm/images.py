@@ -13,9 +13,10 @@ import shlex
 import threading
 import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import IO
 
@@ -24,9 +25,24 @@ from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
 
 from mmneurons.errors import ImageError
 
-MAX_PIXELS = 100_000_000
-"""A picture with more pixels is refused from its header, before it is decoded (0.4 GB in memory)."""
+MAX_PIXELS = 60_000_000
+"""A picture with more pixels is refused from its header, before it is decoded (0.5 GB in memory, with its RGB copy)."""
+MAX_BYTES = 400_000_000
+"""A larger file is refused before it is read: no format needs more for so many pixels."""
+SUFFIXES = tuple(
+    ".png .apng .jpg .jpeg .jpe .jfif .mpo .webp .gif .bmp .tif .tiff .ppm .pgm .pbm .pnm .pfm "
+    ".avif .avifs .jp2 .j2k .jpx .jpf .jpc .j2c".split()
+)
+"""How the names of image files end, in small letters; a folder is searched for these."""
 
+_MAX_SCANS = 20
+"""Of a progressive JPEG at the largest size; a smaller picture may have more. Cameras and tools write about ten."""
+_MAX_PLAIN = 10_000_000
+"""Bytes of a PPM that writes its numbers as text: they are read one by one, a second for so many."""
+_COSTLY = ("WEBP", "AVIF", "JPEG2000", "F", "I")
+"""Formats and modes that take twice the memory for each pixel, some of them much time: half as many may come."""
+_STRIP = 2**20
+"""Pixels that are converted at once where a conversion needs several copies."""
 _FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000")
 _GIVE = "Give a PNG, JPEG, WebP, GIF, BMP, TIFF, PPM, AVIF or JPEG 2000 file."
 _AGAIN = "Copy, download or export the file again."
@@ -70,22 +86,76 @@ def open_image(source: str | os.PathLike[str] | Image.Image | np.ndarray) -> Ope
     notes: list[str] = []
     if isinstance(source, (str, os.PathLike)):
         name = os.fsdecode(source)
-        picture = _read(name, notes)
+        with _opened(name) as image:
+            if getattr(image, "is_animated", False):  # not n_frames: counting reads the whole file
+                held = "several pictures in one file" if image.format in ("TIFF", "MPO") else "animated"
+                notes.append(f"{held}: the first is used")
+            picture = _rgb(image, name, notes)
     elif isinstance(source, Image.Image):
         name = "<PIL image>"
         with _pillow(name):
-            picture = _upright_rgb(source, name, notes)
+            picture = _rgb(source, name, notes)
     elif isinstance(source, np.ndarray):
         name = "<array>"
         with _pillow(name):
-            picture = _upright_rgb(_from_array(source, name), name, notes)
+            picture = _rgb(_from_array(source, name), name, notes)
     else:
         raise ImageError(
             "This cannot be used as an image.",
             seen=f"Got an object of type {type(source).__module__}.{type(source).__qualname__}.",
             fix="Give a path, a PIL image, or a NumPy array of uint8, height x width x 3.",
         )
+    ImageOps.exif_transpose(picture, in_place=True)
     return OpenedImage(picture, name, tuple(notes))
+
+
+def check_image(path: str | os.PathLike[str]) -> None:
+    """Read the header of a file alone, so that thousands can be checked before a model is loaded.
+
+    Raises:
+        ImageError: there is no such file, it is no image, or it is too large; not where the pixels are damaged.
+    """
+    with _opened(os.fsdecode(path)):
+        pass
+
+
+def open_stored(path: str | os.PathLike[str]) -> Image.Image:
+    """Read an image upright but otherwise as stored, in its own mode: for files whose numbers have a meaning.
+
+    Raises:
+        ImageError: as `open_image`, and for a file that holds several pictures.
+    """
+    name = os.fsdecode(path)
+    with _opened(name) as image:
+        if getattr(image, "is_animated", False):
+            raise ImageError(f"{_quoted(name)} holds several pictures.", fix="Save the one that is meant by itself.")
+        _load(image, name)
+        return ImageOps.exif_transpose(image)
+
+
+def check_scaled(sizes: Iterable[tuple[int, int]], image_processor: object) -> None:
+    """Refuse a picture that a processor would scale up without bound: one that is far longer than it is wide.
+
+    Args:
+        sizes: Width and height of each picture.
+        image_processor: Only one that scales the shorter side to a fixed length, and no longer side, has no bound.
+
+    Raises:
+        ImageError: with the size that it would have.
+    """
+    size = getattr(image_processor, "size", None)
+    of = size.get if isinstance(size, Mapping) else partial(getattr, size)
+    short, long = (of(name, None) for name in ("shortest_edge", "longest_edge"))
+    if not isinstance(short, int) or long is not None or not getattr(image_processor, "do_resize", True):
+        return
+    for width, height in sizes:
+        scaled = [round(side * short / min(width, height)) for side in (width, height)]
+        if scaled[0] * scaled[1] > MAX_PIXELS:
+            raise ImageError(
+                f"A picture of {width} x {height} pixels is too long and thin for this model.",
+                seen=f"Its processor would make it {scaled[0]} x {scaled[1]} pixels, at most {MAX_PIXELS:,} in all.",
+                fix="Crop it: magick IMAGE -gravity center -extent 1:1 square.png",
+            )
 
 
 @contextmanager
@@ -112,7 +182,9 @@ def _pillow(name: str) -> Iterator[None]:
             ImageFile.LOAD_TRUNCATED_IMAGES = pads_truncated
 
 
-def _read(name: str, notes: list[str]) -> Image.Image:
+@contextmanager
+def _opened(name: str) -> Iterator[Image.Image]:
+    """The image in a file, of which the header is read and found usable; whatever happens, the file is closed."""
     if re.match(r"[a-z][a-z0-9+.-]+:/|data:", name, re.IGNORECASE):
         fix = "Download it, then give the path of the file: curl -L -o image.jpg URL"
         raise ImageError(f"{_quoted(name)} is an address, not a file.", seen="Nothing is fetched here.", fix=fix)
@@ -120,8 +192,11 @@ def _read(name: str, notes: list[str]) -> Image.Image:
     try:
         if not path.is_file():
             raise _no_file(name, path)
-        with path.open("rb") as file:
-            return _decode(file, name, notes)
+        with path.open("rb") as file, _pillow(name), _header(file, name) as image:
+            try:
+                yield image
+            finally:
+                image.close()  # its pixels, too: the copy that is turned upright is the third otherwise
     except PermissionError as error:
         what = f"{_quoted(name)} may not be read by this user."
         raise ImageError(what, seen=str(error), fix=f"chmod u+r {shlex.quote(str(path))}") from error
@@ -133,8 +208,7 @@ def _no_file(name: str, path: Path) -> ImageError:
     if not name.strip():
         return ImageError("The path of the image is empty.", fix=_GIVE)
     if path.is_dir():
-        known = {suffix for suffix, kind in Image.registered_extensions().items() if kind in _FORMATS}
-        found = Counter(file.suffix for file in path.iterdir() if file.suffix.lower() in known).most_common()
+        found = Counter(file.suffix for file in path.iterdir() if file.suffix.lower() in SUFFIXES).most_common()
         seen = f"Images in it: {', '.join(f'{count} {suffix}' for suffix, count in found) or 'none'}."
         fix = f"Give its files: mmneurons find {shlex.quote(str(path))}/*{found[0][0]}" if found else _GIVE
         return ImageError(f"{_quoted(name)} is a folder, not an image.", seen=seen, fix=fix)
@@ -150,25 +224,22 @@ def _no_file(name: str, path: Path) -> ImageError:
     return ImageError(f"There is no file {_quoted(name)}.", seen=seen, fix=fix)
 
 
-def _decode(file: IO[bytes], name: str, notes: list[str]) -> Image.Image:
-    with _pillow(name):
-        head = file.read(512)
-        if not head:
-            raise ImageError(f"{_quoted(name)} is empty.", seen="It has 0 bytes.", fix=_AGAIN)
-        Image.init()
-        try:
-            opened = Image.open(file, formats=[known for known in _FORMATS if known in Image.OPEN])
-        except UnidentifiedImageError as error:
-            seen, fix = _kind(head)
-            what = f"{_quoted(name)} cannot be read as an image."
-            raise ImageError(what, seen=f"It looks like {seen}.", fix=fix) from error
-        with opened as image:
-            if (count := getattr(image, "n_frames", 1)) > 1:
-                held = (
-                    f"{count} pictures in one file" if image.format in ("TIFF", "MPO") else f"animated, {count} frames"
-                )
-                notes.append(f"{held}: the first is used")
-            return _upright_rgb(image, name, notes)
+def _header(file: IO[bytes], name: str) -> Image.Image:
+    n_bytes = os.fstat(file.fileno()).st_size
+    head = file.read(512)
+    if not head:
+        raise ImageError(f"{_quoted(name)} is empty.", seen="It has 0 bytes.", fix=_AGAIN)
+    if n_bytes > (_MAX_PLAIN if re.match(rb"P[123]\s", head) else MAX_BYTES):
+        raise _too_large(name, f"It has {n_bytes:,} bytes.")
+    Image.init()
+    try:
+        image = Image.open(file, formats=[known for known in _FORMATS if known in Image.OPEN])
+    except UnidentifiedImageError as error:
+        seen, fix = _kind(head)
+        what = f"{_quoted(name)} cannot be read as an image."
+        raise ImageError(what, seen=f"It looks like {seen}.", fix=fix) from error
+    _check_size(name, *image.size, MAX_PIXELS // (2 if {image.format, image.mode} & {*_COSTLY} else 1))
+    return image
 
 
 def _kind(head: bytes) -> tuple[str, str]:
@@ -180,9 +251,33 @@ def _kind(head: bytes) -> tuple[str, str]:
     return f"text: {text!r}" if is_text else f"data that begins {head[:8].hex(' ')}", _GIVE
 
 
-def _upright_rgb(image: Image.Image, name: str, notes: list[str]) -> Image.Image:
-    _check_size(name, *image.size)  # before load(): Pillow has read the header alone so far
-    image.load()  # before getexif(): a TIFF turns itself upright here
+def _load(image: Image.Image, name: str) -> None:
+    """Decode; Pillow has read the header alone so far."""
+    _check_size(name, *image.size)
+    file = getattr(image, "fp", None)
+    if image.format in ("JPEG", "MPO") and file is not None:
+        place = file.tell()
+        n_scans = _count(file, b"\xff\xda")
+        file.seek(place)
+        if n_scans * image.width * image.height > _MAX_SCANS * MAX_PIXELS:
+            seen = f"A JPEG of {image.width} x {image.height} pixels in {n_scans} scans; each costs as much as all."
+            raise ImageError(f"{_quoted(name)} would take too long to decode.", seen=seen, fix="Save it again as PNG.")
+    image.load()
+
+
+def _count(file: IO[bytes], marker: bytes) -> int:
+    """How often two bytes stand in a file. In a JPEG, coded pixels never hold those of a marker."""
+    file.seek(0)
+    count, before = 0, b""
+    while part := file.read(2**20):
+        count += (before + part).count(marker)
+        before = part[-1:]
+    return count
+
+
+def _rgb(image: Image.Image, name: str, notes: list[str]) -> Image.Image:
+    """A copy in RGB, not yet upright: it says itself how it is to be turned."""
+    _load(image, name)  # before getexif(): a TIFF turns itself upright here
     try:
         orientation = image.getexif().get(_EXIF_ORIENTATION, 1)
     except Exception:  # noqa: BLE001 - EXIF data can be as hostile, but the picture is still good
@@ -194,38 +289,52 @@ def _upright_rgb(image: Image.Image, name: str, notes: list[str]) -> Image.Image
         image = Image.fromarray(_bytes_from_floats(np.asarray(image), name))
     elif image.mode == "CMYK":
         notes.append("CMYK: converted without its colour profile")
-    if image.has_transparency_data:
-        image = _on_white(image, notes)
-    picture = image.convert("RGB")  # always a copy
+    picture = _on_white(image, notes) if image.has_transparency_data else image.convert("RGB")  # either is a copy
     picture.info.clear()  # old EXIF data would turn it again the next time it is opened
     picture.getexif()[_EXIF_ORIENTATION] = orientation  # that one tag alone: others may be damaged
-    return ImageOps.exif_transpose(picture)
+    return picture
+
+
+def _strips(height: int, width: int) -> Iterator[slice]:
+    """Rows of a picture, a few at a time."""
+    step = max(1, _STRIP // width)
+    return (slice(top, min(top + step, height)) for top in range(0, height, step))
 
 
 def _on_white(image: Image.Image, notes: list[str]) -> Image.Image:
-    # Pillow knows no direct way from La, premultiplied grey, to RGBA.
-    rgba = (image.convert("LA") if image.mode == "La" else image).convert("RGBA")
-    if rgba.getchannel("A").getextrema() == (255, 255):
-        return rgba
-    notes.append("transparent: shown on white")
-    return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba)
+    picture = Image.new("RGB", image.size)
+    is_opaque = True
+    for rows in _strips(image.height, image.width):
+        strip = image.crop((0, rows.start, image.width, rows.stop))
+        # Pillow knows no direct way from La, premultiplied grey, to RGBA.
+        strip = (strip.convert("LA") if strip.mode == "La" else strip).convert("RGBA")
+        is_opaque &= strip.getchannel("A").getextrema() == (255, 255)
+        white = Image.new("RGBA", strip.size, "white")
+        picture.paste(Image.alpha_composite(white, strip).convert("RGB"), (0, rows.start))
+    if not is_opaque:
+        notes.append("transparent: shown on white")
+    return picture
 
 
 def _from_16_bit(image: Image.Image, name: str, notes: list[str]) -> Image.Image:
     # convert("RGB") would clip every value above 255 to white.
-    values = np.asarray(image).astype(np.int32)
+    values = np.asarray(image)
     low, high = values.min(), values.max()
     if low < 0 or high > 65535:
         seen = f"32-bit values from {low} to {high}; up to 65535 they are read as 16-bit grey."
         raise ImageError(f"{_quoted(name)} has no known white.", seen=seen, fix="Save it as 8 or 16 bits per channel.")
     notes.append(f"16-bit grey, values {low} to {high}: divided by 257")
     opaque = values != image.info.get("transparency", -1)
-    if getattr(image, "tag_v2", {}).get(_TIFF_PHOTOMETRIC) == 0:
-        values = 65535 - values  # white is zero; Pillow turns it round at 8 bits, not at 16
-    grey = Image.fromarray(((values + 128) // 257).astype(np.uint8))
+    grey = np.empty(values.shape, np.uint8)
+    for rows in _strips(*values.shape):
+        strip = values[rows].astype(np.int32)
+        if getattr(image, "tag_v2", {}).get(_TIFF_PHOTOMETRIC) == 0:
+            strip = 65535 - strip  # white is zero; Pillow turns it round at 8 bits, not at 16
+        grey[rows] = (strip + 128) // 257
+    made = Image.fromarray(grey)
     if not opaque.all():
-        grey.putalpha(Image.fromarray(np.where(opaque, 255, 0).astype(np.uint8)))
-    return grey
+        made.putalpha(Image.fromarray(np.where(opaque, np.uint8(255), np.uint8(0))))
+    return made
 
 
 def _from_array(array: np.ndarray, name: str) -> Image.Image:
@@ -248,18 +357,21 @@ def _bytes_from_floats(values: np.ndarray, name: str) -> np.ndarray:
         fix = "Scale them first: array / 255" if in_bytes else "Undo the normalisation, then array.clip(0, 1)"
         seen = f"Values from {low:.4g} to {high:.4g}."
         raise ImageError(f"{_quoted(name)} holds floats outside 0..1.", seen=seen, fix=fix)
-    return np.round(values * 255).astype(np.uint8)
+    made = np.empty(values.shape, np.uint8)
+    for rows in _strips(*values.shape[:2]):
+        made[rows] = np.round(values[rows] * 255)
+    return made
 
 
-def _check_size(name: str, width: int, height: int) -> None:
+def _check_size(name: str, width: int, height: int, most: int | None = None) -> None:
     if width * height == 0:
         raise ImageError(f"{_quoted(name)} has no pixels.", seen=f"It is {width} x {height} pixels.", fix=_AGAIN)
-    if width * height > MAX_PIXELS:
-        raise _too_large(name, f"It is {width} x {height} pixels.")
+    if width * height > (most or MAX_PIXELS):
+        raise _too_large(name, f"It is {width} x {height} pixels.", most)
 
 
-def _too_large(name: str, seen: str) -> ImageError:
-    fix = f"Shrink it to at most {MAX_PIXELS:,} pixels, for example: magick IMAGE -resize 2048x2048 small.png"
+def _too_large(name: str, seen: str, most: int | None = None) -> ImageError:
+    fix = f"Shrink it to at most {most or MAX_PIXELS:,} pixels, for example: magick IMAGE -resize 2048x2048 small.png"
     return ImageError(f"{_quoted(name)} is too large.", seen=seen, fix=fix)
 
 

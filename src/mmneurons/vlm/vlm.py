@@ -21,7 +21,7 @@ from mmneurons.pocket import SIDE
 from mmneurons.vlm import provenance
 from mmneurons.vlm.anatomy.parts import Anatomy
 from mmneurons.vlm.families import Family, family_of
-from mmneurons.vlm.images import OpenedImage, open_image
+from mmneurons.vlm.images import OpenedImage, check_scaled, open_image
 from mmneurons.vlm.modes import evaluating, greedy, input_device, stop_ids
 from mmneurons.vlm.prompts import ANSWER_PREFIX, MAX_NEW_TOKENS, PROMPT, encode_prompt
 from mmneurons.vlm.tokens import TokenIds, pieces
@@ -158,15 +158,19 @@ class VLM:
 
         Raises:
             ModelError: if the model came without a processor, or its processor cannot write this prompt.
+            ImageError: a picture that the processor would scale up without bound.
         """
         if self.processor is None:
             raise ModelError(
                 "This model came without a processor: pictures and words cannot be turned into its inputs.",
                 fix="load(model, processor=...), or give tensors: find(vlm, inputs={...}), doctor(vlm, inputs={...})",
             )
+        rows = [[row] if isinstance(row, Image.Image) else list(row) for row in images]
+        image_processor = getattr(self.processor, "image_processor", None)
+        check_scaled((picture.size for row in rows for picture in row), image_processor)
         batch = encode_prompt(
             self.processor,
-            [[row] if isinstance(row, Image.Image) else list(row) for row in images],
+            rows,
             prompt,
             answer_prefix,
             image_token_id=getattr(self.model.config, "image_token_id", None),
