@@ -161,6 +161,7 @@ def test_one_changed_weight_changes_the_hash(random_vlm):
         (ValueError("requires `accelerate`. You can install it"), "package accelerate", "pip install accelerate"),
         (ImportError("`pip install -U bitsandbytes>=0.46.1`"), "package bitsandbytes", "pip install bitsandbytes"),
         (ValueError("Some modules are dispatched on the CPU"), "Cannot load the model", "hub id"),
+        (ValueError("Too old: `pip install --upgrade transformers`"), "Cannot load the model", "hub id"),
         (ValueError("Unrecognized configuration class"), "not a vision-language model", "llava"),
     ],
 )
@@ -168,6 +169,7 @@ def test_why_a_model_cannot_be_loaded_is_told(monkeypatch, error, what, fix):
     def refuse(*_, **__):
         raise error
 
-    monkeypatch.setattr("mmneurons.vlm.load.AutoModelForImageTextToText.from_pretrained", refuse)
+    monkeypatch.setattr("mmneurons.vlm.checkpoint.AutoModelForImageTextToText.from_pretrained", refuse)
+    monkeypatch.setattr("mmneurons.vlm.processors.is_installed", lambda package: package == "transformers")
     with pytest.raises(ModelError, match=f"(?s){what}.*{fix}"):
         mmn.load("some/model", device_map="auto")

@@ -123,7 +123,7 @@ def _find_batch(vlm: VLM, inputs: Inputs, rows: list[list[OpenedImage]], choices
         answers = vlm.generate(inputs, choices.max_new_tokens)
     targets = [t for row in range(len(rows)) for t in targets_of(vlm, answers, row, choices)]
     nouns: list[NounFinding] = []
-    notes: list[str] = []
+    notes = [*vlm.loading.notes] if vlm.loading else []
     n_images = len(rows[0])
     if targets:
         scored = score_targets(vlm, recording, answers, targets, choices)

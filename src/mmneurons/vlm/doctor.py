@@ -96,6 +96,7 @@ def doctor(
         answers = vlm.generate(inputs, max_new_tokens)
     moments = _row(recording, answers)
     checks = [
+        _weights(vlm),
         _structure(vlm),
         _reading(vlm, recording, outputs),
         additivity(vlm, moments, answers),
@@ -175,6 +176,15 @@ def describe_anatomy(vlm: VLM) -> dict[str, Any]:
 def _list(items: Iterable[str]) -> str:
     """Different items, each once."""
     return "; ".join(dict.fromkeys(items)) or "none"
+
+
+def _weights(vlm: VLM) -> Check:
+    """Nothing that runs was filled with random numbers: `load` refuses a checkpoint where something would be."""
+    name, loading = "every weight that runs came from the checkpoint", vlm.loading
+    if loading is None:
+        return Check(name, True, "not known: the model came loaded")
+    idle = f"{len(loading.made_up)} that do not run are missing" if loading.made_up else "none is missing"
+    return Check(name, True, ". ".join([idle, *loading.notes]))
 
 
 def _structure(vlm: VLM) -> Check:

@@ -3,23 +3,26 @@
 from __future__ import annotations
 
 import os
-import re
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import nn
-from transformers import AutoModelForImageTextToText, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
 from mmneurons import pocket
 from mmneurons.errors import ModelError
 from mmneurons.vlm import provenance
 from mmneurons.vlm.anatomy.find import find_anatomy
-from mmneurons.vlm.processors import load_processor, missing_package
+from mmneurons.vlm.checkpoint import first_line, made_up_weights, original, read_checkpoint, refusal, running
+from mmneurons.vlm.processors import load_processor
 from mmneurons.vlm.vlm import VLM
 
 POCKET = "pocket"
 """The name of the model that comes with the package."""
+SPREAD = ("auto", "balanced", "balanced_low_0", "sequential")
+"""Values of `device_map` that are no devices."""
 
 
 def load(
@@ -64,27 +67,45 @@ def load(
     options |= {"dtype": _dtype(dtype), "revision": revision, "trust_remote_code": trust_remote_code}
     if device_map is not None:
         options["device_map"] = device_map
-    loaded = _load_model(source, options)
-    if device_map is None and not getattr(loaded, "is_quantized", False):
-        loaded.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))  # pyright: ignore[reportArgumentType]
-    if processor is None:
-        processor = load_processor(
-            source,
-            model_type=loaded.config.model_type,
-            revision=revision,
-            trust_remote_code=trust_remote_code,
-        )
+    _check_device(device if device_map is None else device_map)
+    loaded, loading = read_checkpoint(source, options)
     quantised = bool(getattr(loaded, "is_quantized", False))
-    weights_hash = provenance.weights_hash(loaded) if quantised else None
-    return VLM(
-        model=loaded,
-        processor=processor,
-        anatomy=find_anatomy(loaded, decoder),
-        model_id=POCKET if is_pocket else source,
-        revision=getattr(loaded.config, "_commit_hash", None) or revision,
-        is_pocket=is_pocket,
-        weights_hash=weights_hash,
-    )
+    if device_map is None and not quantised:
+        _move(loaded, source, device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    for part in loaded.modules():
+        if isinstance(part, PreTrainedModel):
+            part.config.return_dict = True  # results are read by name
+    try:
+        vlm = VLM(
+            model=loaded,
+            processor=_processor(source, loaded.config.model_type, options) if processor is None else processor,
+            anatomy=find_anatomy(loaded, decoder),
+            model_id=POCKET if is_pocket else source,
+            revision=getattr(loaded.config, "_commit_hash", None) or revision,
+            is_pocket=is_pocket,
+            weights_hash=provenance.weights_hash(loaded) if quantised else None,
+            loading=loading,
+        )
+        made_up = loading.made_up and running(vlm, loading.made_up, Image.open(pocket.samples()[0].path))
+    except ModelError as error:
+        if loading.made_up:  # which is the first thing to mend
+            raise made_up_weights(source, loaded, loading, loading.made_up) from error
+        raise
+    if made_up:
+        raise made_up_weights(source, loaded, loading, made_up)
+    return vlm
+
+
+def _processor(source: str, model_type: str, options: dict[str, Any]) -> Any:
+    """The processor beside the weights; of a fine-tuned model without one, that of the model that it was made from."""
+    revision, trusted = options["revision"], options["trust_remote_code"]
+    try:
+        return load_processor(source, model_type=model_type, revision=revision, trust_remote_code=trusted)
+    except ModelError:
+        first = original(source, options)
+        if first is None or first == source:
+            raise
+        return load_processor(first, model_type=model_type, trust_remote_code=trusted)
 
 
 def _adopt(model: nn.Module, processor: Any, decoder: str | None) -> VLM:
@@ -112,35 +133,6 @@ def _not_a_model(given: Any) -> ModelError:
     )
 
 
-def _load_model(source: str, options: dict[str, Any]) -> PreTrainedModel:
-    try:
-        return AutoModelForImageTextToText.from_pretrained(source, **options).eval()
-    except (ValueError, OSError, ImportError, RuntimeError) as error:
-        raise _refusal(source, error) from error
-
-
-def _refusal(source: str, error: Exception) -> ModelError:
-    """What to tell a user whose model cannot be loaded; `error` is what transformers said."""
-    package = missing_package(error)
-    if package is not None:
-        return ModelError(
-            f"Loading '{source}' this way needs the package {package}, which is not installed.",
-            seen=_first_line(error),
-            fix=f"pip install {package}",
-        )
-    if isinstance(error, ValueError) and re.search("[Uu]nrecognized|does not recognize", str(error)):
-        return ModelError(
-            f"'{source}' is not a vision-language model that transformers knows.",
-            seen=_first_line(error),
-            fix="Give a model for image-text-to-text, such as llava-hf/llava-1.5-7b-hf.",
-        )
-    return ModelError(
-        f"Cannot load the model '{source}'.",
-        seen=_first_line(error),
-        fix="Give a hub id, or a folder with config.json and model.safetensors.",
-    )
-
-
 def _check_kind(config: Any) -> None:
     if config.model_type not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
         raise ModelError(
@@ -158,7 +150,21 @@ def _dtype(dtype: str | torch.dtype | None) -> torch.dtype | str:
     return named
 
 
-def _first_line(error: Exception) -> str:
-    """The first line that says something; transformers' messages run to hundreds of lines."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0][:300] if lines else type(error).__name__
+def _check_device(device: Any) -> None:
+    """Refuse a device that is not there, before anything is loaded; ways to spread a model are transformers' matter."""
+    if device is None or not isinstance(device, str | torch.device) or str(device) in SPREAD:
+        return
+    try:
+        torch.zeros(1, device=device).cpu()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        there = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
+        raise ModelError(
+            f"There is no device '{device}' here.", seen=first_line(error), fix=f"Choose one of: {', '.join(there)}."
+        ) from error
+
+
+def _move(model: PreTrainedModel, source: str, device: str | torch.device) -> None:
+    try:
+        model.to(device)  # pyright: ignore[reportArgumentType]
+    except torch.OutOfMemoryError as error:
+        raise refusal(source, error, {}) from error

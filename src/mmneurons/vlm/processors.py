@@ -12,6 +12,7 @@ import re
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from importlib import metadata
 from importlib.util import find_spec
 from textwrap import shorten
 from typing import Any
@@ -124,7 +125,8 @@ def refusal(source: str, error: Exception) -> ModelError:
     return ModelError(
         f"Cannot load the processor of '{source}'.",
         seen=_said(error),
-        fix="Give one: load(model, processor=AutoProcessor.from_pretrained(...))",
+        fix="Give one: load(model, processor=AutoProcessor.from_pretrained(...)), or put that of the model that this "
+        f"one was made from beside the weights: AutoProcessor.from_pretrained(...).save_pretrained('{source}')",
     )
 
 
@@ -236,7 +238,7 @@ def _images_only(kind: Any) -> Any:
 
 
 def missing_package(error: BaseException) -> str | None:
-    """The package that an error says is missing, as pip calls it."""
+    """The package that an error says is missing, as pip calls it; None if what it names is installed."""
     text = str(error)
     if "torchvision" in text.casefold():
         return "torchvision" if find_spec("torchvision") is None else None
@@ -246,9 +248,18 @@ def missing_package(error: BaseException) -> str | None:
         r"pip install (?:-U |--upgrade )?'?([\w-]+)",
         r"requires (?:the )?`?(\w+)`?(?: library|$|\.|,| to be)",
     ):
-        if found := re.search(pattern, text):
+        if (found := re.search(pattern, text)) and not is_installed(found[1]):
             return found[1].lower()
     return None
+
+
+def is_installed(package: str) -> bool:
+    """Whether a package of this name, as pip calls it, is there."""
+    try:
+        metadata.distribution(package)
+    except metadata.PackageNotFoundError:
+        return find_spec(package.replace("-", "_")) is not None
+    return True
 
 
 def _install_torchvision(*, force: bool = False) -> str:

@@ -20,6 +20,7 @@ from mmneurons.errors import ModelError, SettingError
 from mmneurons.pocket import SIDE
 from mmneurons.vlm import provenance
 from mmneurons.vlm.anatomy.parts import Anatomy
+from mmneurons.vlm.checkpoint import Loading
 from mmneurons.vlm.families import Family, family_of
 from mmneurons.vlm.images import OpenedImage, check_scaled, open_image
 from mmneurons.vlm.modes import evaluating, greedy, input_device, stop_ids
@@ -67,6 +68,8 @@ class VLM:
     """The model that comes with the package, which knows only its own scenes."""
     weights_hash: str | None = None
     """Known from the time of loading where running the model changes how its weights are stored (4-bit on CPUs)."""
+    loading: Loading | None = None
+    """How the weights and their checkpoint fit together; None for a model that came loaded."""
     _token_texts: dict[int, str] = field(default_factory=dict, init=False, repr=False)
 
     @cached_property

@@ -1,0 +1,291 @@
+"""Read a checkpoint, and tell which weights of the model were not in it.
+
+transformers fills what a checkpoint lacks with random numbers and only logs it. Here each such weight is accounted for,
+so that `load` can refuse a model that runs one of them.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import transformers
+from PIL import Image
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from transformers import CONFIG_MAPPING, AutoModelForImageTextToText, PreTrainedModel
+from transformers.utils.peft_utils import find_adapter_config_file
+
+from mmneurons.errors import MmneuronsError, ModelError
+from mmneurons.vlm.processors import is_installed, missing_package
+
+if TYPE_CHECKING:
+    from mmneurons.vlm.vlm import VLM
+
+CONVERTED = {
+    "llava": "llava-hf/llava-1.5-7b-hf",
+    "internvl": "OpenGVLab/InternVL3-1B-hf",
+    "florence": "florence-community/Florence-2-base",
+}
+"""By how the type of a checkpoint in its authors' own layout begins: one that transformers reads by itself."""
+PICKLES = ("*.bin", "*.pt", "*.pth")
+
+
+@dataclass(frozen=True)
+class Loading:
+    """How a model's weights and its checkpoint fit together."""
+
+    made_up: Mapping[str, str]
+    """Weights that the checkpoint does not have, with why; transformers drew them at random."""
+    unexpected: tuple[str, ...]
+    """What the checkpoint has and the model has no place for."""
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What a reader of this model's results should be told."""
+        if not self.unexpected:
+            return ()
+        return (f"Not read: {_counted(self.unexpected)} of the checkpoint, for which the model has no place.",)
+
+
+def read_checkpoint(source: str, options: Mapping[str, Any]) -> tuple[PreTrainedModel, Loading]:
+    """Load a model from safetensors, in evaluation mode; nothing is unpickled.
+
+    Args:
+        source: A hub id or a folder; of an adapter (PEFT), its base model is loaded and the adapter put on.
+        options: For transformers' `from_pretrained`.
+
+    Raises:
+        ModelError: if it cannot be loaded.
+    """
+    try:
+        adapter = _adapter(source, options)
+        if adapter is None:
+            model, said = _from_pretrained(source, options)
+            reports = [said]
+        elif not is_installed("peft"):
+            raise ModelError(
+                f"'{source}' is an adapter: loading it needs the package peft, which is not installed.",
+                fix='pip install "mmneurons[peft]"',
+            )
+        else:
+            base = adapter["base_model_name_or_path"]
+            model, said = _from_pretrained(base, {**options, "revision": adapter.get("revision")})
+            more = model.load_adapter(source, adapter_kwargs={"revision": options.get("revision")})
+            reports = [said] if more is None else [said, more.to_dict()]  # transformers 4 says nothing of adapters
+    except MmneuronsError:
+        raise
+    except Exception as error:  # a config or code of somebody's own can raise anything
+        raise refusal(source, error, options) from error
+    made_up = {name: why for report in reports for name, why in _made_up(model, report)}
+    unexpected = sorted({name for report in reports for name in report["unexpected_keys"]})
+    return model.eval(), Loading(made_up, tuple(unexpected))
+
+
+def original(source: str, options: Mapping[str, Any]) -> str | None:
+    """The model whose processor fits this one too: an adapter's base, or what a fine-tuned model says it was."""
+    try:
+        adapter = _adapter(source, options)
+        return adapter["base_model_name_or_path"] if adapter else _config(source, options).get("_name_or_path")
+    except Exception:  # noqa: BLE001 - whatever is wrong with these files, they name nothing
+        return None
+
+
+def running(vlm: VLM, names: Iterable[str], picture: Image.Image) -> set[str]:
+    """Which of these weights matter to an answer about a picture.
+
+    One does not if its module is not entered, nor the same module of another block or expert, and the answer is the
+    same to the bit with NaN in its place. What cannot be filled with NaN (quantised, off-loaded) counts as running.
+    """
+    model, inputs, entered = vlm.model, vlm.encode([picture]), set[nn.Module]()
+    hooks = [module.register_forward_pre_hook(lambda module, args: entered.add(module)) for module in model.modules()]
+    try:
+        before = vlm.generate(inputs, 2)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    ran = {_everywhere(path) for path, module in model.named_modules() if module in entered}
+    tensors = {name: _tensor(model, name) for name in names}
+    idle = {
+        name: tensor
+        for name, tensor in tensors.items()
+        if _everywhere(name.rpartition(".")[0]) not in ran and tensor.is_floating_point() and not tensor.is_meta
+    }
+    kept = {name: tensor.detach().clone() for name, tensor in idle.items()}
+    try:
+        with torch.no_grad():
+            for tensor in idle.values():
+                tensor.fill_(torch.nan)
+        after = vlm.generate(inputs, 2)
+        same = torch.equal(before.logits, after.logits) and torch.equal(before.log_totals, after.log_totals)
+    except ModelError:  # the logits are NaN
+        same = False
+    finally:
+        with torch.no_grad():
+            for name, tensor in idle.items():
+                tensor.copy_(kept[name])
+    return set(tensors) - set(idle) if same else set(tensors)
+
+
+def made_up_weights(source: str, model: PreTrainedModel, loading: Loading, names: Iterable[str]) -> ModelError:
+    """The error for a model that runs weights its checkpoint does not have."""
+    names = sorted(names)
+    shown = [f"  {name}: {loading.made_up[name]}" for name in names[:5]]
+    left = [f"  and {len(names) - 5} more"] if len(names) > 5 else []
+    return ModelError(
+        f"{len(names)} of the {len(model.state_dict())} weights of '{source}' are not in its checkpoint; "
+        "transformers would fill them with random numbers.",
+        seen="\n".join([*shown, *left, *loading.notes]),
+        fix="Give a complete checkpoint, its weights named as transformers names them (such as "
+        f"{_converted(model.config.model_type)}); or load it by the code that "
+        "wrote it, and give the model: load(model).",
+    )
+
+
+def refusal(source: str, error: Exception, options: Mapping[str, Any]) -> ModelError:
+    """What to tell a user whose model cannot be loaded; `error` is what transformers or the model's own code said."""
+    seen, text = first_line(error), str(error)
+    package = missing_package(error)
+    if package is not None:
+        return ModelError(
+            f"Loading '{source}' this way needs the package {package}, which is not installed.",
+            seen=seen,
+            fix=f"pip install {package}",
+        )
+    if isinstance(error, torch.OutOfMemoryError):
+        return ModelError(
+            f"'{source}' does not fit into the memory of the device.",
+            seen=seen,
+            fix='Load it smaller or elsewhere: dtype="bfloat16", device_map="auto" or device="cpu"    '
+            "CLI: --dtype bfloat16, --bits 4, --device-map auto, --device cpu",
+        )
+    if isinstance(error, SafetensorError):
+        return ModelError(
+            f"A weights file of '{source}' is broken or was cut short.", seen=seen, fix="Download or copy it again."
+        )
+    if _has_pickles_only(source, text):
+        return ModelError(
+            f"The weights of '{source}' are pickled, and nothing is unpickled here.",
+            seen=seen,
+            fix='If you trust where they come from, convert them: python -c "from transformers import '
+            f"AutoModelForImageTextToText as M; M.from_pretrained({source!r}).save_pretrained('converted')\"",
+        )
+    config = _config_or_nothing(source, options)
+    kind = str(config.get("model_type") or "")
+    if "auto_map" in config and kind not in CONFIG_MAPPING:
+        return _own_code(source, kind, seen, trusted=bool(options.get("trust_remote_code")))
+    if kind and kind not in CONFIG_MAPPING:
+        return ModelError(
+            f"'{source}' is of type '{kind}', which transformers {transformers.__version__} does not know.",
+            seen=seen,
+            fix=f"Give a checkpoint in transformers' own layout, such as {_converted(kind)}; for a model newer than "
+            "that transformers: pip install --upgrade transformers",
+        )
+    if isinstance(error, ValueError) and re.search("[Uu]nrecognized|does not recognize", text):
+        return ModelError(
+            f"'{source}' is not a vision-language model that transformers knows.",
+            seen=seen,
+            fix=f"Give a model for image-text-to-text, such as {_converted('')}.",
+        )
+    return ModelError(
+        f"Cannot load the model '{source}'.",
+        seen=seen,
+        fix="Give a hub id, or a folder with config.json and model.safetensors.",
+    )
+
+
+def first_line(error: Exception) -> str:
+    """The first line that says something; transformers' messages run to hundreds of lines."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0][:300] if lines else type(error).__name__
+
+
+def _from_pretrained(source: str, options: Mapping[str, Any]) -> tuple[PreTrainedModel, dict[str, Any]]:
+    return AutoModelForImageTextToText.from_pretrained(  # pyright: ignore[reportReturnType]  # with what it reports
+        source,
+        output_loading_info=True,
+        use_safetensors=True,
+        ignore_mismatched_sizes=True,  # they are reported, which says more than the error
+        **options,
+    )
+
+
+def _adapter(source: str, options: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The config of an adapter of PEFT; None where the source is no adapter, or a model as well."""
+    found = find_adapter_config_file(source, revision=options.get("revision"))
+    if found is None or (Path(found).parent / "config.json").exists():
+        return None
+    return json.loads(Path(found).read_text(encoding="utf-8"))
+
+
+def _own_code(source: str, kind: str, seen: str, *, trusted: bool) -> ModelError:
+    """The error for a repository whose model is code of its own."""
+    fix = f"Give the same model in transformers' own layout, such as {_converted(kind)}"
+    if trusted:
+        what = f"The code that comes with '{source}' makes no model for image-text-to-text with this transformers."
+        return ModelError(what, seen=seen, fix=f"{fix}.")
+    return ModelError(
+        f"'{source}' is a model of code of its own, which is not run unasked.",
+        seen=seen,
+        fix=f'{fix}. If you trust the code: load("{source}", trust_remote_code=True)    CLI: --trust-remote-code',
+    )
+
+
+def _made_up(model: PreTrainedModel, report: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
+    """Names of weights that transformers drew at random, each with why, from what it reports."""
+    for name in report["missing_keys"]:
+        if _is_drawn(model, name):
+            yield name, "missing"
+    for name, stored, wanted in report["mismatched_keys"]:
+        yield name, f"of shape {tuple(stored)} there, {tuple(wanted)} in the model"
+
+
+def _is_drawn(model: PreTrainedModel, name: str) -> bool:
+    """Whether a missing tensor is made up: whole numbers (position ids, counts) are set by the model's own code."""
+    try:
+        return _tensor(model, name).is_floating_point()
+    except AttributeError:  # of a quantised layer, which packs it under other names
+        return True
+
+
+def _tensor(model: PreTrainedModel, name: str) -> Tensor:
+    path, _, last = name.rpartition(".")
+    return getattr(model.get_submodule(path), last)
+
+
+def _everywhere(path: str) -> str:
+    """A path without its numbers: the same module of every block, or every expert."""
+    return re.sub(r"(?<=\.)\d+(?=\.|$)", "*", path)
+
+
+def _counted(names: Iterable[str]) -> str:
+    names = sorted(names)
+    return f"{len(names)} weight{'' if len(names) == 1 else 's'} ({names[0]}{' ...' if len(names) > 1 else ''})"
+
+
+def _converted(kind: str) -> str:
+    return next((name for begin, name in CONVERTED.items() if kind.startswith(begin)), CONVERTED["llava"])
+
+
+def _has_pickles_only(source: str, text: str) -> bool:
+    folder = Path(source)
+    if folder.is_dir():
+        return not any(folder.glob("*.safetensors")) and any(any(folder.glob(kind)) for kind in PICKLES)
+    return "use_safetensors=True" in text  # of the hub: other weights are there
+
+
+def _config(source: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """A model's config.json as it is stored."""
+    return transformers.PretrainedConfig.get_config_dict(source, revision=options.get("revision"))[0]
+
+
+def _config_or_nothing(source: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    try:
+        return _config(source, options)
+    except Exception:  # noqa: BLE001 - an unreadable config is what is being reported
+        return {}
