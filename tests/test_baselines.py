@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from float64 import in_float64
 from torch import nn
 
 import mmneurons as mmn
@@ -232,17 +233,18 @@ def test_a_word_of_several_tokens_is_wanted_token_by_token(model, monkeypatch):
     assert written == [(1, [7, 8, 9]), (5, [7, 8, 9])]
 
 
-@pytest.mark.usefixtures("unchanged")
 def test_learning_without_a_reference_and_what_is_learned_does_not_depend_on_the_batch_size(model, monkeypatch):
     monkeypatch.setattr(trained, "FINETUNE", Schedule(rate=1e-3, steps=3, keep=1.0))
     made = []
-    for size in (8, 4):
-        settings = EditSettings(batch_size=size)
-        made.append(baseline(model, "finetune", IMAGES, source="dog", target="cat", settings=settings, block=3).change)
+    with in_float64(model) as double:  # Adam's first steps are of one size: no gradient's sign may be rounding
+        for size in (8, 4):
+            settings = EditSettings(batch_size=size)
+            rival = baseline(double, "finetune", IMAGES, source="dog", target="cat", settings=settings, block=3)
+            made.append(rival.change)
     assert made[0].parts[0].layer == 3
     a, b = (change.parts[0].deltas for change in made)
-    # Adam's first steps are of one size whatever the gradient: compare where it is clear.
-    assert ((a - b).abs() < 1e-4).float().mean() > 0.95
+    assert float(a.abs().max()) > 1e-3
+    torch.testing.assert_close(a, b, rtol=0, atol=1e-4)
 
 
 @pytest.mark.usefixtures("unchanged")

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 import transformers as hf
+from float64 import in_float64
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -295,28 +296,31 @@ def test_the_effect_in_other_families(vlm, config, more):
         vision_feature_layer=-1,
         vision_feature_select_strategy="default",
     )
-    other = mmn.load(randomise(hf.LlavaForConditionalGeneration(llava).eval()), processor=vlm.processor)
-    before = weights_hash(other.model)
-    said = answer_steps(other, [IMAGE, edit_images("dog")[0]], max_new_tokens=4)
-    goal = Goal(said.token_ids[0][2], 99, said.steps.at(torch.tensor([2])))
-    columns = writers(other, [goal], 20, blocks=1)
-    kept = [said.steps.at(torch.tensor([0, 1, 4, 5]))]
-    (move,), (steepest,) = (moves_for(other, columns, [goal], kept, ridge) for ridge in (0.1, None))
-    assert float(move.effect(goal.steps).mean()) == pytest.approx(1, abs=1e-4)
+    raw: Any = randomise(hf.LlavaForConditionalGeneration(llava).eval())
     if more:
-        assert {neuron.expert for neuron in columns.neurons} <= set(range(4))
-        assert len({neuron.expert for neuron in columns.neurons}) == 2  # those that the router asked
-    else:  # columns of the smallest change move along the steepest direction: that of the gradient
-        slope = gradient(other, goal, IMAGE, said.token_ids[0][:2])[:, columns.indices[1]].T
-        unit = patch_of(other, columns, [steepest])
-        cosine = torch.cosine_similarity(slope, unit.deltas(unit.parts[0])).abs()
-        assert cosine[slope.norm(dim=1) > 0].min() > 0.999
-    patch = 0.01 * patch_of(other, columns, [move])
-    for step in (2, 3):
-        promised = 0.01 * float(move.effect(said.steps.at(torch.tensor([step]))))
-        told = true_effect(other, patch, goal, IMAGE, said.token_ids[0][:step])
-        assert told == pytest.approx(promised, rel=2e-2, abs=2e-4)
-    assert weights_hash(other.model) == before
+        raw.set_experts_implementation("eager")  # the grouped kernel knows no float64
+    with in_float64(mmn.load(raw, processor=vlm.processor)) as other:
+        before = weights_hash(other.model)
+        said = answer_steps(other, [IMAGE, edit_images("dog")[0]], max_new_tokens=4)
+        goal = Goal(said.token_ids[0][2], 99, said.steps.at(torch.tensor([2])))
+        columns = writers(other, [goal], 20, blocks=1)
+        kept = [said.steps.at(torch.tensor([0, 1, 4, 5]))]
+        (move,), (steepest,) = (moves_for(other, columns, [goal], kept, ridge) for ridge in (0.1, None))
+        assert float(move.effect(goal.steps).mean()) == pytest.approx(1)
+        if more:
+            assert {neuron.expert for neuron in columns.neurons} <= set(range(4))
+            assert len({neuron.expert for neuron in columns.neurons}) == 2  # those that the router asked
+        else:  # columns of the smallest change move along the steepest direction: that of the gradient
+            slope = gradient(other, goal, IMAGE, said.token_ids[0][:2])[:, columns.indices[1]].T
+            unit = patch_of(other, columns, [steepest])
+            cosine = torch.cosine_similarity(slope, unit.deltas(unit.parts[0])).abs()
+            assert cosine[slope.norm(dim=1) > 0].min() > 0.999
+        patch = 0.01 * patch_of(other, columns, [move])
+        for step in (2, 3):
+            promised = 0.01 * float(move.effect(said.steps.at(torch.tensor([step]))))
+            told = true_effect(other, patch, goal, IMAGE, said.token_ids[0][:step])
+            assert told == pytest.approx(promised, rel=1e-5)
+        assert weights_hash(other.model) == before
 
 
 def test_a_selective_edit_moves_along_what_spares_other_tokens(vlm):
@@ -582,11 +586,17 @@ def test_harm_is_one_over_the_strength_at_which_something_else_is_said(vlm, with
     balls = with_texts.text_steps.token_ids == goals[0].said
     assert bool(balls.any())
     assert bool((harm[balls] == -torch.inf).all())
+    usual = torch.cat(likeliest(vlm, TEXTS))
+    seconds = with_texts.seconds[-len(usual) :]
     for strength in (20.0, 60.0):
-        _, changed = flips_of(vlm, strength * patch_of(vlm, columns, moves), TEXTS)
-        assert bool(changed[~balls].any())
-        # A third word, neither wanted nor second before, may overtake.
-        assert float((changed == (strength * harm > 1))[~balls].float().mean()) > 0.99
+        with (strength * patch_of(vlm, columns, moves)).applied(vlm):
+            now = torch.cat(likeliest(vlm, TEXTS))
+        # A third word, neither wanted nor second before, may overtake; a step at its very limit may fall either way.
+        told = ~balls & torch.stack([now == one for one in (usual, seconds, goals[0].said, goals[0].wanted)]).any(0)
+        told &= (strength * harm - 1).abs() > 1e-3
+        assert int(told.sum()) > 0.9 * int((~balls).sum())
+        assert bool((now != usual)[told].any())
+        assert torch.equal((now != usual)[told], (strength * harm > 1)[told])
 
 
 def test_texts_of_the_reference_hold_an_edit_back(vlm):
@@ -595,25 +605,16 @@ def test_texts_of_the_reference_hold_an_edit_back(vlm):
     said = answer_steps(vlm, images)
     asked = [Asked(images, PROMPT, ANSWER_PREFIX, said, occurrences(vlm, said, "dog"))]
     dog, cat = (tokens_of(vlm.tokenizer, word)[0] for word in ("dog", "cat"))
-    unit, smallest_that_turns = HeadChange(((dog, cat),), 1.0), 5.2
+    unit = HeadChange(((dog, cat),), 1.0)
+    options: dict[str, Any] = {"start": 4.0, "max_new_tokens": 32, "batch_size": 8, "tell": lambda what: None}
+    smallest_that_turns = find_strength(vlm, unit, asked, "dog", "cat", reference=None, harm=None, **options).smallest
     _, changed = flips_of(vlm, 1.5 * smallest_that_turns * unit, TEXTS)
     lengths = [len(vlm.tokenizer(text).input_ids) for text in TEXTS]
     quiet = [text for text, part in zip(TEXTS, changed.split(lengths), strict=True) if not bool(part.any())]
     reference = make_reference(vlm, texts=quiet)
     logits = vlm.anatomy.logits(reference.steps.residual)[:, cat]
-    found = find_strength(
-        vlm,
-        unit,
-        asked,
-        "dog",
-        "cat",
-        start=4.0,
-        reference=reference,
-        harm=logits - reference.steps.logits,
-        max_new_tokens=32,
-        batch_size=8,
-        tell=lambda what: None,
-    )
+    harm = logits - reference.steps.logits
+    found = find_strength(vlm, unit, asked, "dog", "cat", reference=reference, harm=harm, **options)
     assert found.smallest == smallest_that_turns
     shares = {
         margin: float(flips_of(vlm, margin * found.smallest * unit, quiet)[1].float().mean()) for margin in MARGINS

@@ -107,7 +107,7 @@ def test_forced_logits_are_those_of_the_raw_model(vlm, bench):
     given = dict(inputs) | {"input_ids": sequence, "attention_mask": torch.ones_like(sequence)}
     with torch.inference_mode():
         raw = vlm.model(**given).logits[0, answers.n_prompt - 1 : -1].float()
-    torch.testing.assert_close(logits, raw, atol=2e-2, rtol=1e-2)
+    torch.testing.assert_close(logits, raw, atol=1e-4, rtol=1e-4)
     assert logits.argmax(-1).tolist() == list(ids)
 
 
@@ -119,7 +119,7 @@ def test_answers_of_different_lengths_are_forced_each_as_if_alone(vlm, bench):
     together = list(forced(vlm, bench.unrelated, ids, bench))
     alone = [next(iter(forced(vlm, [image], [one], bench))) for image, one in zip(bench.unrelated, ids, strict=True)]
     for a, b in zip(together, alone, strict=True):
-        torch.testing.assert_close(a, b, atol=5e-2, rtol=2e-2)
+        torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
 
 
 def test_the_texts_that_name_the_source_are_judged_apart(judged):

@@ -41,13 +41,25 @@ def test_gradient_finders_agree_with_silence_in_the_last_block(judged):
 
 
 def test_integrated_gradients_of_a_block_add_up_to_its_effect(judged):
-    """Completeness: from nothing to all activations of one block."""
-    replay = judged[0].replay
+    """Completeness: from nothing to all activations of one block, in so many steps that the sum is the integral."""
+    replay, n = judged[0].replay, 400
+    midpoints = (torch.arange(n) + 0.5) / n
     for layer in range(len(replay.anatomy.blocks)):
-        start = int(replay.slot_starts[layer])
-        block = torch.arange(start, start + len(replay.activations[layer]))
+        start, fired = int(replay.slot_starts[layer]), replay.activations[layer]
+        block = torch.arange(start, start + len(fired))
         whole = float(replay.effects([block]).logprob[0])
-        assert float(judged[0].scores["integrated"][block].sum()) == pytest.approx(whole, rel=0.1, abs=0.05)
+        added = float((replay.gradients(layer, midpoints)[block] * fired).sum())
+        assert added == pytest.approx(whole, rel=2e-3, abs=1e-5)
+
+
+def test_integrated_gradients_take_twenty_steps_block_by_block(judged):
+    for one in judged:
+        fired, steps = torch.cat(one.replay.activations), (torch.arange(20) + 0.5) / 20
+        expected = torch.zeros(len(fired))
+        for layer in range(len(one.replay.anatomy.blocks)):
+            for step in steps:
+                expected += one.replay.gradients(layer, step[None]) * fired / 20
+        torch.testing.assert_close(one.scores["integrated"], expected, rtol=1e-3, atol=1e-5)
 
 
 def test_random_scores_depend_on_the_seed(vlm):

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from commands import call
+from float64 import in_float64, slope
 
 import mmneurons as mmn
 from mmneurons import pocket
@@ -31,7 +32,7 @@ from mmneurons.editing.forced import Batch, Given, Reader
 from mmneurons.editing.hallucination import DehallucinateSettings, dehallucinate, judge
 from mmneurons.editing.low_rank import LowRank, slopes
 from mmneurons.editing.patch import Patch
-from mmneurons.editing.training import Training
+from mmneurons.editing.training import MOMENTS, Training
 from mmneurons.errors import SettingError, WordError
 from mmneurons.inspection.hallucination import Vocabulary, chair, pope
 from mmneurons.pocket.scenes import Scene
@@ -203,7 +204,11 @@ class Case:
 
 @pytest.fixture(scope="module")
 def case(vlm, scenes) -> Case:
-    images, objects = [scene.image for scene in scenes[:10]], [scene.objects for scene in scenes[:10]]
+    return case_of(vlm, scenes[:10])
+
+
+def case_of(vlm: mmn.VLM, scenes: list[Scene]) -> Case:
+    images, objects = [scene.image for scene in scenes], [scene.objects for scene in scenes]
     said = answers(vlm, images, PROMPT, ANSWER_PREFIX, max_new_tokens=32, batch_size=4)
     named = objects_named(vlm, said, objects, Vocabulary([pocket.nouns()]))
     made = lessons(vlm, said, objects, named, token(vlm, "image"))
@@ -265,27 +270,21 @@ def test_nothing_diverges_before_anything_changes(vlm, case):
         assert sum(descend(case.reader, [case.others], 3.0)) == pytest.approx(0, abs=1e-5)
 
 
-def test_the_gradient_of_the_change_is_the_slope_of_the_loss(vlm, case):
-    training = Training.begun(moved(vlm))
+def test_the_gradient_of_the_change_is_the_slope_of_the_loss(vlm, scenes):
+    with in_float64(vlm) as double:
+        case, training = case_of(double, scenes[:4]), Training.begun(moved(double))
 
-    def loss() -> float:
-        with torch.inference_mode(False), frozen(vlm.model), training.change.hooked():
-            return sum(descend(case.reader, [case.own[:1], case.others[:1]], 3.0))
+        def loss() -> float:
+            with torch.inference_mode(False), frozen(double.model), training.change.hooked():
+                return sum(descend(case.reader, [case.own[:1], case.others[:1]], 3.0))
 
-    loss()
-    for parameter in training.change.parameters:
-        assert parameter.grad is not None
-        slope = parameter.grad.norm()
-        along, found = parameter.grad / slope, []
-        for sign in (1, -1):
-            with torch.no_grad():
-                parameter.add_(sign * 1e-2 * along)
-            found.append(loss())
-            with torch.no_grad():
-                parameter.sub_(sign * 1e-2 * along)
-        training.adam.zero_grad()
-        loss()
-        assert (found[0] - found[1]) / 2e-2 == pytest.approx(float(slope), rel=0.03)
+        for parameter in training.change.parameters:
+            training.adam.zero_grad()
+            loss()
+            assert parameter.grad is not None
+            steepest = parameter.grad.norm()
+            along = parameter.grad / steepest
+            assert slope(loss, parameter, along, 1e-4) == pytest.approx(float(steepest), rel=1e-4)
 
 
 def test_the_steepest_columns_are_those_of_the_weights_gradient(vlm, case):
@@ -338,9 +337,13 @@ def test_what_is_kept_goes_on_as_if_nothing_had_happened(vlm, case, tmp_path):
     again = Training.resumed(tmp_path / "x.part", "key", vlm)
     assert again is not None
     assert again.rounds == 7
+    for a, b in zip(again.change.parameters, half.change.parameters, strict=True):
+        assert torch.equal(a, b)
+        for name in MOMENTS:
+            assert torch.equal(again.adam.state[a][name], half.adam.state[b][name])
     steps(again, 2)
     for a, b in zip(again.change.parameters, whole.change.parameters, strict=True):
-        assert torch.equal(a, b)
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-3)  # the same sums, which threads may add in another order
     with pytest.raises(SettingError, match="of another run"):
         Training.resumed(tmp_path / "x.part", "other", vlm)
     (tmp_path / "x.part").write_bytes((tmp_path / "x.part").read_bytes()[:-9])
@@ -400,7 +403,10 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_patch(vlm, scenes, tmp_path)
     again = list[float]()
     patch = make(vlm, scenes, checkpoint=path, progress=lambda what, n, total: what == "learning" and again.append(n))
     assert min(again) > 5  # the first five rounds were not done again
-    assert patch.hash == whole.hash
+    assert patch.neurons == whole.neurons
+    for mine, theirs in zip(patch.parts, whole.parts, strict=True):
+        one, other = patch.deltas(mine), whole.deltas(theirs)
+        assert (one - other).norm() < 1e-2 * other.norm()  # the same steps, which threads may add in another order
     assert path.exists()  # until the patch is saved, it may be needed
 
 
