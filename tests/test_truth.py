@@ -27,25 +27,54 @@ def step(random_vlm):
 
 
 def test_loudness_is_the_length_of_what_a_neuron_writes(random_vlm, step):
-    loud = loudness(step, column_norms(random_vlm.anatomy))
+    loud = loudness(step.activations, step.experts, column_norms(random_vlm.anatomy))
     for layer, index in ((0, 3), (2, 79)):
         w = random_vlm.model.model.language_model.layers[layer].mlp.down_proj.weight.detach()
         written = step.activations[layer][index] * w[:, index]
         assert float(loud[int(step.slot_starts[layer]) + index]) == pytest.approx(float(written.norm()), rel=1e-5)
 
 
-def test_stand_ins_are_others_of_the_same_block_and_as_loud(step):
-    loud = torch.arange(step.n_slots).float()
-    chosen = torch.tensor([1, 5, 100, 230, 231])
-    sets = matched(step, loud, chosen, draws=50, seed=0)
-    assert len({tuple(one.tolist()) for one in sets}) > 40
-    blocks = torch.bucketize(chosen, step.slot_starts, right=True)
+def check_stand_ins(step, chosen, sets):
+    """None is one of those that they stand for, none is there twice, each block has some."""
+    blocks = set(torch.bucketize(chosen, step.slot_starts, right=True).tolist())
     for one in sets:
         assert not set(one.tolist()) & set(chosen.tolist())
-        assert len(set(one.tolist())) == len(chosen)
-        assert torch.equal(torch.bucketize(one, step.slot_starts, right=True), blocks)
-        assert ((loud[one] - loud[chosen]).abs() <= NEAREST + len(chosen)).all()
-    assert all(torch.equal(a, b) for a, b in zip(sets, matched(step, loud, chosen, 50, seed=0), strict=True))
+        assert len(set(one.tolist())) == len(one)
+        assert set(torch.bucketize(one, step.slot_starts, right=True).tolist()) == blocks
+
+
+def test_as_many_stand_ins_are_each_about_as_loud(step):
+    loud = torch.arange(step.n_slots).float()
+    chosen = torch.tensor([1, 5, 100, 230, 231])
+    sets = matched(step.slot_starts, loud, chosen, draws=50, seed=0, as_many=True).sets
+    assert len({tuple(one.tolist()) for one in sets}) > 40
+    check_stand_ins(step, chosen, sets)
+    for one in sets:
+        assert len(one) == len(chosen)
+        assert ((loud[one].sort().values - loud[chosen]).abs() <= NEAREST + len(chosen)).all()
+    again = matched(step.slot_starts, loud, chosen, 50, seed=0, as_many=True).sets
+    assert all(torch.equal(a, b) for a, b in zip(sets, again, strict=True))
+
+
+def test_stand_ins_are_together_as_loud_as_the_loudest(step):
+    """The loudest of a block have no equals: more of the others make up for them."""
+    loud = (torch.arange(step.n_slots) % 80 / 80) ** 2
+    chosen = torch.tensor([79, 78, 239, 238])
+    found = matched(step.slot_starts, loud, chosen, draws=20, seed=0)
+    check_stand_ins(step, chosen, found.sets)
+    shares = [float(loud[one].sum() / loud[chosen].sum()) for one in found.sets]
+    assert shares == pytest.approx([1] * 20, abs=0.05)
+    assert found.loudness == pytest.approx(sum(shares) / 20)
+    assert found.n_neurons > len(chosen)
+    assert len({tuple(sorted(one.tolist())) for one in found.sets}) > 15
+
+
+def test_where_all_others_are_too_quiet_they_all_stand_in_and_it_is_told(step):
+    loud = torch.ones(step.n_slots)
+    chosen = torch.arange(60)
+    found = matched(step.slot_starts, loud, chosen, draws=2, seed=0)
+    assert [sorted(one.tolist()) for one in found.sets] == [list(range(60, 80))] * 2
+    assert found.loudness == pytest.approx(20 / 60)
 
 
 def test_deleting_what_truly_does_most_does_most(told):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 
@@ -21,7 +21,7 @@ from mmneurons.editing.ledger import ledger_of
 from mmneurons.editing.patch import Edit, Patch
 from mmneurons.editing.steps import likeliest, no_neurons
 from mmneurons.inspection.causal import rest_unchanged
-from mmneurons.maths.statistics import Estimate, estimate
+from mmneurons.maths.statistics import Estimate, share
 from mmneurons.vlm.prompts import ANSWER_PREFIX, MAX_NEW_TOKENS, PROMPT, WORDINGS
 from mmneurons.vlm.recording import record
 from mmneurons.vlm.vlm import VLM, Picture, batches, open_row
@@ -161,12 +161,12 @@ def evaluate(
         progress: Told which share is done.
 
     Returns:
-        Means over images or texts, each with its 95 % bootstrap interval and number.
+        Means over images or texts, each with its 95 % interval and number.
 
     Source: METRICS; locality of texts and of images after Cheng et al., EMNLP 2023 (MMEdit), fluency after Meng et al.,
         NeurIPS 2022 (ROME).
     """
-    bench, tell = before.bench, progress or (lambda share: None)
+    bench, tell = before.bench, progress or (lambda done: None)
     kept = [i for i, text in enumerate(before.unrelated.texts) if not says(text, source)]
     held = _answers(vlm, bench.held_out, bench)
     shown = [i for i, text in enumerate(held.texts) if says(text, source)]
@@ -198,16 +198,16 @@ def evaluate(
     return Judged(
         source,
         target,
-        efficacy=_share(map(done, edited.texts)),
-        generality=_share(map(done, held_after.texts)),
-        locality=_share(a == b for a, b in others),
-        m_locality=estimate([_shared(a, b) for a, b in top_pairs]),
-        m_locality_ranked=estimate([float((a == b).float().mean()) for a, b in top_pairs]),
-        t_locality=estimate([share for share, names in zip(same, naming, strict=True) if not names]),
-        t_locality_source=estimate([share for share, names in zip(same, naming, strict=True) if names]),
-        wordings=_share(asked_otherwise),
-        bleed=None if target is None else _share(says(b, target) and not says(a, target) for a, b in others),
-        rest_unchanged=_share(rest_unchanged(a, b, source) for a, b in pairs),
+        efficacy=share(map(done, edited.texts)),
+        generality=share(map(done, held_after.texts)),
+        locality=share(a == b for a, b in others),
+        m_locality=share([_shared(a, b) for a, b in top_pairs]),
+        m_locality_ranked=share([float((a == b).float().mean()) for a, b in top_pairs]),
+        t_locality=share([kept for kept, names in zip(same, naming, strict=True) if not names]),
+        t_locality_source=share([kept for kept, names in zip(same, naming, strict=True) if names]),
+        wordings=share(asked_otherwise),
+        bleed=None if target is None else share(says(b, target) and not says(a, target) for a, b in others),
+        rest_unchanged=share(rest_unchanged(a, b, source) for a, b in pairs),
         entropy=(ngram_entropy(usual), ngram_entropy(held_after.texts)) if usual else None,
         perplexity=(
             _perplexity(vlm, images, [held.token_ids[i] for i in shown], bench),
@@ -284,7 +284,3 @@ def _perplexity(vlm: VLM, images: Sequence[Picture], token_ids: Sequence[tuple[i
 
 def _shared(a: Int[Tensor, "steps 10"], b: Int[Tensor, "steps 10"]) -> float:
     return float((a[:, :, None] == b[:, None, :]).any(-1).float().mean())
-
-
-def _share(hits: Iterable[bool]) -> Estimate | None:
-    return estimate([float(hit) for hit in hits])

@@ -31,7 +31,41 @@ def with_maps(vlm: VLM, inputs: Inputs, grids: Grids, scored: Scored, nouns: lis
 
     One prefill; image tokens stand before the answer, which they cannot see, so that it is not read again.
     """
-    places = [scored.places(i, order) for i, order in enumerate(scored.ranked)]
+    mapped = []
+    for i, (noun, values) in enumerate(zip(nouns, _maps(vlm, inputs, grids, scored, list(scored.ranked)), strict=True)):
+        mine = grids[scored.targets[i].row]
+        means = values.cumsum(0) / torch.arange(1, len(values) + 1, device=values.device)[:, None]
+        mapped.append(
+            replace(
+                noun,
+                neurons=tuple(
+                    replace(neuron, maps=_as_grids(value, mine))
+                    for neuron, value in zip(noun.neurons, values, strict=False)
+                ),
+                regions={k: _as_grids(means[k - 1], mine) for k in REGION_SIZES if k <= len(values)},
+            )
+        )
+    return mapped
+
+
+def region_maps(
+    vlm: VLM, inputs: Inputs, grids: Grids, scored: Scored, sets: Sequence[Sequence[Int[Tensor, "_"]]]
+) -> list[list[tuple[Grid, ...]]]:
+    """Mean maps of any sets of neurons, given as slots: for each target one heat map a set. One prefill."""
+    asked = [torch.cat(list(mine)).unique() if mine else torch.tensor([], dtype=torch.long) for mine in sets]
+    return [
+        [_as_grids(values[torch.searchsorted(slots, one)].mean(0), grids[target.row]) for one in mine]
+        for mine, slots, values, target in zip(
+            sets, asked, _maps(vlm, inputs, grids, scored, asked), scored.targets, strict=True
+        )
+    ]
+
+
+def _maps(
+    vlm: VLM, inputs: Inputs, grids: Grids, scored: Scored, slots: Sequence[Int[Tensor, "_"]]
+) -> list[Float[Tensor, "_ patches"]]:
+    """For each target a(position) * sign(a where scored) of some slots at the image tokens; in the paper the gate."""
+    places = [scored.places(i, mine) for i, mine in enumerate(slots)]
     wanted = [sorted({n for row in places for ffn, n in row if ffn == i}) for i in range(len(vlm.anatomy.ffns))]
     gates = scored.choices.score == "paper"
     keep = _keep_positions(_all_positions(grids))
@@ -43,24 +77,13 @@ def with_maps(vlm: VLM, inputs: Inputs, grids: Grids, scored: Scored, nouns: lis
         for i, w in enumerate(wanted)
     ]
     column_of = [{neuron: j for j, neuron in enumerate(w)} for w in wanted]
-    mapped = []
-    for i, noun in enumerate(nouns):
+    found = []
+    for i, mine in enumerate(places):
         row = scored.targets[i].row
-        values = torch.stack([recorded[ffn][row, :, column_of[ffn][n]] for ffn, n in places[i]]).float()
-        if not gates:  # the paper maps the raw gate
-            values = values * scored.activations[i, scored.ranked[i]].sign()[:, None]
-        means = values.cumsum(0) / torch.arange(1, len(values) + 1, device=device)[:, None]
-        mapped.append(
-            replace(
-                noun,
-                neurons=tuple(
-                    replace(neuron, maps=_as_grids(value, grids[row]))
-                    for neuron, value in zip(noun.neurons, values, strict=False)
-                ),
-                regions={k: _as_grids(means[k - 1], grids[row]) for k in REGION_SIZES if k <= len(values)},
-            )
-        )
-    return mapped
+        values = [recorded[ffn][row, :, column_of[ffn][n]] for ffn, n in mine]
+        maps = torch.stack(values).float() if values else torch.empty(0, 0, device=device)
+        found.append(maps if gates else maps * scored.activations[i, slots[i].to(device)].sign()[:, None])
+    return found
 
 
 def with_blank(vlm: VLM, grey: Inputs, answers: Answers, scored: Scored, nouns: list[NounFinding]) -> list[NounFinding]:

@@ -7,13 +7,16 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from itertools import islice
+from typing import NamedTuple
 
 from torch import Tensor
 
 from mmneurons.finding.finders import Finder, judge
 from mmneurons.inspection.items import Item
-from mmneurons.inspection.matching import column_norms, loudness, matched
+from mmneurons.inspection.matching import DRAWS, column_norms, loudness, matched
 from mmneurons.maths.ranking import top_k
 from mmneurons.vlm.interventions import Intervention, intervene
 from mmneurons.vlm.prompts import ANSWER_PREFIX, MAX_NEW_TOKENS, PROMPT
@@ -21,8 +24,10 @@ from mmneurons.vlm.replay import Replay
 from mmneurons.vlm.vlm import VLM
 from mmneurons.words import says
 
-SIZES = (1, 5, 10, 20, 50, 100)
-SIGMAS = (0.5, 1.0, 2.0, 4.0)
+SIZES = (1, 10, 50, 100)
+SIGMAS = (1.0, 2.0, 4.0)
+REPLACED = 3
+"""At most so many words may stand in the place of a noun and its article: 'a fire engine'."""
 
 
 @dataclass(frozen=True)
@@ -43,17 +48,22 @@ HOW: tuple[How, ...] = (*(How(sigma=sigma) for sigma in SIGMAS), How(scale=0.0),
 
 @dataclass(frozen=True)
 class Outcome:
-    """What the model says while some neurons are disturbed."""
+    """What the model says while some neurons are disturbed, over draws: of the noise, and of matched random neurons."""
 
     how: str
     k: int
     is_top: bool
     """The top neurons; else matched random ones."""
-    caption: str
-    gone: bool
-    """It no longer says the noun."""
-    rest_unchanged: bool
-    """Before and after the noun it says what it said."""
+    captions: tuple[str, ...]
+    """One for each draw; a single one where nothing is drawn: top neurons silenced or doubled."""
+    gone: float
+    """Share of them that no longer say the noun."""
+    rest_unchanged: float
+    """Share of them that say before and after the noun what was said."""
+    loudness: float
+    """Of the neurons disturbed, over that of the top k; mean over draws."""
+    n_neurons: float
+    """Disturbed; mean over draws."""
 
 
 @dataclass(frozen=True)
@@ -73,9 +83,11 @@ def causal(
     finder: Finder = "logit",
     sizes: Sequence[int] = SIZES,
     ways: Sequence[How] = HOW,
+    draws: int = DRAWS,
     prompt: str = PROMPT,
     answer_prefix: str = ANSWER_PREFIX,
     max_new_tokens: int = MAX_NEW_TOKENS,
+    batch_size: int = 8,
     seed: int = 0,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[NounCausal]:
@@ -87,9 +99,11 @@ def causal(
         finder: Which neurons are the top ones.
         sizes: How many of them at once; sizes larger than half of the model are left out.
         ways: How.
+        draws: Of noise, and of matched random neurons.
         prompt: What the model is asked.
         answer_prefix: Words that the answer is made to begin with.
         max_new_tokens: Where to stop if the model does not.
+        batch_size: Captions made at once, each with its own neurons disturbed.
         seed: Of noise and of random neurons.
         progress: Called with captions made and captions to make.
 
@@ -100,45 +114,92 @@ def causal(
     norms = column_norms(vlm.anatomy)
     judged = judge(vlm, image, [finder], prompt=prompt, answer_prefix=answer_prefix, max_new_tokens=max_new_tokens)
     usual = vlm.caption(image, prompt, answer_prefix, max_new_tokens=max_new_tokens)
-    found = []
-    n_sets = sum(2 * len(ways) * (k <= one.replay.n_slots // 2) for one in judged for k in sizes)
-    done = 0
-    for one in judged:
-        outcomes = []
-        for k, is_top, slots in _sets(one.replay, one.scores[finder], norms, sizes, seed):
-            neurons = tuple(one.replay.neuron(slot) for slot in slots.tolist())
-            for how in ways:
-                with intervene(vlm, Intervention(neurons, how.scale, None, how.sigma, seed)):
-                    said = vlm.caption(image, prompt, answer_prefix, max_new_tokens=max_new_tokens)
-                gone = not says(said, one.word.text)
-                outcomes.append(Outcome(str(how), k, is_top, said, gone, rest_unchanged(usual, said, one.word.text)))
-                done += 1
-                if progress is not None:
-                    progress(done, n_sets)
-        found.append(NounCausal(one.word.text, one.word.lemma, usual, tuple(outcomes)))
-    return found
+    trials = [_trials(one.replay, one.scores[finder], norms, sizes, ways, draws, seed) for one in judged]
+    changes = [change for mine in trials for trial in mine for change in trial.changes]
+    said: list[str] = []
+    width = 1 if vlm.family.one_at_a_time else batch_size
+    for start in range(0, len(changes), width):
+        batch = changes[start : start + width]
+        with ExitStack() as disturbed:
+            for row, change in enumerate(batch):
+                disturbed.enter_context(intervene(vlm, replace(change, rows=(row,))))
+            images = [image] * len(batch)
+            said += vlm.caption(images, prompt, answer_prefix, max_new_tokens=max_new_tokens, batch_size=width)
+        if progress is not None:
+            progress(len(said), len(changes))
+    captions = iter(said)
+    return [
+        NounCausal(
+            one.word.text,
+            one.word.lemma,
+            usual,
+            tuple(_outcome(trial, tuple(islice(captions, len(trial.changes))), usual, one.word.text) for trial in mine),
+        )
+        for one, mine in zip(judged, trials, strict=True)
+    ]
 
 
-def _sets(
-    replay: Replay, scores: Tensor, norms: list[Tensor], sizes: Sequence[int], seed: int
-) -> list[tuple[int, bool, Tensor]]:
-    """The top neurons of each size, each followed by a set of others that are as loud."""
-    loud = loudness(replay, norms)
-    sets = []
+class _Trial(NamedTuple):
+    """What is done to one set of neurons, or to the sets that stand for it, in one way."""
+
+    how: How
+    k: int
+    is_top: bool
+    loudness: float
+    changes: list[Intervention]
+    """A draw each."""
+
+
+def _trials(
+    replay: Replay,
+    scores: Tensor,
+    norms: list[Tensor],
+    sizes: Sequence[int],
+    ways: Sequence[How],
+    draws: int,
+    seed: int,
+) -> list[_Trial]:
+    loud = loudness(replay.activations, replay.experts, norms)
+    trials = []
     for k in sizes:
-        if k <= replay.n_slots // 2:
-            top = top_k(scores, k)
-            sets += [(k, True, top), (k, False, matched(replay, loud, top, 1, seed)[0])]
-    return sets
+        if k > replay.n_slots // 2:
+            continue
+        top = top_k(scores, k)
+        others = matched(replay.slot_starts, loud, top, draws, seed)
+        for is_top, sets, share in ((True, [top] * draws, 1.0), (False, others.sets, others.loudness)):
+            neurons = [tuple(replay.neuron(slot) for slot in slots.tolist()) for slots in sets]
+            for how in ways:
+                asked = neurons[:1] if is_top and how.sigma is None else neurons
+                changes = [Intervention(ones, how.scale, None, how.sigma, seed + i) for i, ones in enumerate(asked)]
+                trials.append(_Trial(how, k, is_top, share, changes))
+    return trials
+
+
+def _outcome(trial: _Trial, captions: tuple[str, ...], usual: str, noun: str) -> Outcome:
+    n = len(captions)
+    return Outcome(
+        str(trial.how),
+        trial.k,
+        trial.is_top,
+        captions,
+        gone=sum(not says(caption, noun) for caption in captions) / n,
+        rest_unchanged=sum(rest_unchanged(usual, caption, noun) for caption in captions) / n,
+        loudness=trial.loudness,
+        n_neurons=sum(len(change.neurons) for change in trial.changes) / n,
+    )
 
 
 def rest_unchanged(before: str, after: str, noun: str) -> bool:
-    """Whether a caption still says what it said before and after `noun`, whatever now stands in its place.
+    """Whether a caption still says what it said before and after `noun`, with no more than a phrase in its place.
 
-    An article right before the noun belongs to it: 'a dog' may become 'an owl' or 'some bread'.
+    An article right before the noun belongs to it: 'a dog' may become 'an owl' or 'some bread'. What stands there
+    instead is at most `REPLACED` words, without a comma and without an 'and': one thing, not several.
     """
     found = re.search(rf"(\b(?:a|an|the|some)\s+)?\b{re.escape(noun)}\b", before, flags=re.IGNORECASE)
     if found is None:
         return before == after
     start, end = before[: found.start()], before[found.end() :]
-    return len(after) >= len(start) + len(end) and after.startswith(start) and after.endswith(end)
+    if len(after) < len(start) + len(end) or not (after.startswith(start) and after.endswith(end)):
+        return False
+    instead = after[len(start) : len(after) - len(end)].split()
+    return len(instead) <= REPLACED and not any("," in word or word == "and" for word in instead)

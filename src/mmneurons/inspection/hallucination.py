@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from mmneurons.maths.statistics import Estimate, estimate, ratio
+from mmneurons.maths.statistics import Estimate, estimate, share, share_of
 from mmneurons.vlm.prompts import MAX_NEW_TOKENS
 from mmneurons.vlm.vlm import VLM, Picture
 from mmneurons.words import singular
@@ -90,9 +90,9 @@ def chair_of(named: Sequence[Sequence[str]], objects: Sequence[Iterable[str]]) -
     found = [len(mine) - n for mine, n in zip(named, absent, strict=True)]
     n_named, n_there = ([float(len(nouns)) for nouns in lists] for lists in (named, there))
     return Chair(
-        chair_i=ratio([float(n) for n in absent], n_named),
-        chair_s=estimate([float(n > 0) for n in absent]),
-        recall=ratio([float(n) for n in found], n_there),
+        chair_i=share_of([float(n) for n in absent], n_named),
+        chair_s=share([float(n > 0) for n in absent]),
+        recall=share_of([float(n) for n in found], n_there),
         named=estimate(n_named),
         n_absent=sum(absent),
         n_found=sum(found),

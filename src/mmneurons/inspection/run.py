@@ -165,7 +165,8 @@ class _Bench:
 
         def one(item: Item, tell: Callable[[int, int], None]) -> list[NounCausal]:
             s = self.settings
-            return causal(self.vlm, item, finder=s.score, seed=s.seed, progress=tell, **s.answer)
+            how = {"finder": s.score, "seed": s.seed, "batch_size": self.batch_size}
+            return causal(self.vlm, item, progress=tell, **how, **s.answer)
 
         return self._each("causal", list[NounCausal], self._items(SLOW_LIMIT), one)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 import numpy as np
 import torch
@@ -11,20 +12,31 @@ from jaxtyping import Bool
 from PIL import Image
 
 from mmneurons.finding.finder import BLANK, targets_of
-from mmneurons.finding.maps import Reread, reread, with_maps
+from mmneurons.finding.maps import Reread, region_maps, reread, with_maps
 from mmneurons.finding.result import NounFinding, Score
-from mmneurons.finding.scoring import Choices, Scored, describe, score_targets
+from mmneurons.finding.scoring import REGION_SIZES, Choices, Scored, describe, score_targets
 from mmneurons.inspection.items import Item
-from mmneurons.inspection.regions import RegionMatch, match
+from mmneurons.inspection.matching import DRAWS, Matched, column_norms, loudness, matched
+from mmneurons.inspection.regions import RegionMatch, match, mean_match
 from mmneurons.vlm.grid import Grids, find_grids, model_view
 from mmneurons.vlm.interventions import shuffled
 from mmneurons.vlm.prompts import ANSWER_PREFIX, MAX_NEW_TOKENS, PROMPT
 from mmneurons.vlm.recording import record
-from mmneurons.vlm.vlm import VLM, Answers
+from mmneurons.vlm.vlm import VLM, Answers, Inputs
 
 SHARED = (10, 100)
 """Of how many top neurons it is counted how many stay when the image tokens are shuffled."""
 HALF = 0.5
+
+
+@dataclass(frozen=True)
+class MatchedRegion:
+    """What as many random neurons of the same blocks look at, each about as loud as one of the top k; over draws."""
+
+    match: RegionMatch
+    loudness: float
+    """Of the random neurons over that of the top k."""
+    n_neurons: float
 
 
 @dataclass(frozen=True)
@@ -45,6 +57,8 @@ class NounSensitivity:
     """For k = 10, 100: which share of the top k stays when the image tokens are shuffled; none without a grid."""
     regions: Mapping[int, RegionMatch]
     """For k = 1 to 1000: the mean map of the top k against the object's mask; none without a grid or a mask."""
+    matched: Mapping[int, MatchedRegion]
+    """The same of matched random neurons."""
 
     @property
     def dependence(self) -> float | None:
@@ -84,7 +98,7 @@ def sensitivity(
         prompt: What the model is asked.
         answer_prefix: Words that the answer is made to begin with.
         max_new_tokens: Where to stop if the model does not.
-        seed: Of the order of shuffled patches.
+        seed: Of the order of shuffled patches, and of random neurons.
 
     Returns:
         One entry for each noun of the answer.
@@ -104,17 +118,46 @@ def sensitivity(
     nouns = describe(vlm, scored)
     grids = find_grids(vlm.model, inputs, 1)
     seen: dict[str, np.ndarray] = {}
+    random: list[dict[int, MatchedRegion]] = [{} for _ in nouns]
     mixed = None
     if not isinstance(grids, str):
         nouns = with_maps(vlm, inputs, grids, scored, nouns)
         seen = {noun: as_seen(vlm, mask, image, prompt, answer_prefix) for noun, mask in item.masks().items()}
+        seen = {noun: mask for noun, mask in seen.items() if mask.any() and not mask.all()}
+        random = _random_regions(vlm, inputs, grids, scored, [seen.get(noun.lemma) for noun in nouns], seed)
         with shuffled(vlm, _positions(grids), seed):
             mixed = reread(vlm, inputs, answers, targets, choices)
     blank = Image.new("RGB", image.size, BLANK)
     readings = [
         None if picture is None else _read(vlm, picture, answers, scored, choices) for picture in (blank, other)
     ]
-    return [_noun(scored, i, noun, item, readings, mixed, seen) for i, noun in enumerate(nouns)]
+    return [_noun(scored, i, noun, item, readings, mixed, seen, random[i]) for i, noun in enumerate(nouns)]
+
+
+def _random_regions(
+    vlm: VLM, inputs: Inputs, grids: Grids, scored: Scored, masks: list[np.ndarray | None], seed: int
+) -> list[dict[int, MatchedRegion]]:
+    """Of each noun with a mask, what matched random neurons look at."""
+    norms = column_norms(vlm.anatomy)
+    starts = torch.nn.functional.pad(scored.slot_ends, (1, 0))[:-1]
+    moments = scored.moments
+    asked: list[dict[int, Matched]] = []
+    for i, (mask, ranked) in enumerate(zip(masks, scored.ranked.cpu(), strict=True)):
+        fired = [part[i].float().cpu() for part in moments.activations]
+        loud = loudness(fired, [None if of is None else of[i].cpu() for of in moments.experts], norms)
+        sizes = [] if mask is None else [k for k in REGION_SIZES if k <= len(ranked)]
+        asked.append({k: matched(starts, loud, ranked[:k], DRAWS, seed, as_many=True) for k in sizes})
+    sets = [[one for others in mine.values() for one in others.sets if len(one)] for mine in asked]
+    found: list[dict[int, MatchedRegion]] = []
+    for mask, mine, maps in zip(masks, asked, region_maps(vlm, inputs, grids, scored, sets), strict=True):
+        left = iter(maps)
+        found.append({})
+        for k, others in mine.items():
+            drawn = list(islice(left, sum(len(one) > 0 for one in others.sets)))
+            if mask is not None and drawn:
+                region = mean_match([match(mapped[0], mask) for mapped in drawn])
+                found[-1][k] = MatchedRegion(region, others.loudness, others.n_neurons)
+    return found
 
 
 def as_seen(
@@ -143,6 +186,7 @@ def _noun(
     readings: list[Reread | None],
     mixed: Reread | None,
     seen: Mapping[str, np.ndarray],
+    random: Mapping[int, MatchedRegion],
 ) -> NounSensitivity:
     places = scored.places(i, scored.ranked[i][: len(noun.neurons)])
     blank, other = (() if again is None else _lost(noun, again.of(i, places)) for again in readings)
@@ -152,7 +196,6 @@ def _noun(
             if k <= len(scored.ranked[i]):
                 stays[k] = len(set(scored.places(i, scored.ranked[i][:k])) & set(mixed.top(i, k))) / k
     mask = seen.get(noun.lemma)
-    usable = mask is not None and mask.any() and not mask.all()
     return NounSensitivity(
         word=noun.word,
         lemma=noun.lemma,
@@ -161,7 +204,8 @@ def _noun(
         lost_other=other,
         hits=tuple(noun.token in neuron.tokens for neuron in noun.neurons),
         stays=stays,
-        regions={k: match(grids[0], mask) for k, grids in noun.regions.items()} if mask is not None and usable else {},
+        regions={} if mask is None else {k: match(grids[0], mask) for k, grids in noun.regions.items()},
+        matched=random,
     )
 
 

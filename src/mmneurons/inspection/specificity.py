@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import combinations
 
 import numpy as np
 import torch
@@ -15,14 +14,12 @@ from mmneurons.finding.finder import targets_of
 from mmneurons.finding.result import Score
 from mmneurons.finding.scoring import Choices, score_targets
 from mmneurons.inspection.items import Item
-from mmneurons.maths.statistics import Estimate, estimate
+from mmneurons.maths.statistics import Estimate, estimate, over_pairs
 from mmneurons.vlm.prompts import ANSWER_PREFIX, MAX_NEW_TOKENS, PROMPT
 from mmneurons.vlm.recording import record
 from mmneurons.vlm.vlm import VLM
 
 SIZES = (10, 100)
-PAIRS = 20_000
-"""At most so many pairs of images are compared; of more, a random choice."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,13 +34,13 @@ class NounScores:
 
 @dataclass(frozen=True)
 class Overlap:
-    """Share of the top k that two nouns have in common, mean over pairs; with an interval over nouns or images."""
+    """Share of the top k that two nouns have in common, mean over pairs; intervals resample images, or concepts."""
 
     k: int
     within: Estimate | None
     """Pairs of images that say the same noun; None if no noun was said twice."""
     between: Estimate | None
-    """Pairs of images that say different nouns; None if there is but one noun."""
+    """Pairs of images, and of different nouns that they say; None if there is no such pair."""
     concepts: Estimate | None
     """Pairs of nouns, the top k of each by its mean scores."""
     chance: float
@@ -112,7 +109,7 @@ def specificity(
         found: From `noun_scores`, of all images.
         layer_of: The block of each neuron.
         at_least: Nouns said of fewer images are left out.
-        seed: Of the pairs that are compared where there are too many, and of intervals.
+        seed: Of intervals.
 
     Raises:
         SettingError: no noun was said of `at_least` images.
@@ -137,7 +134,7 @@ def specificity(
     if not sizes:
         raise SettingError(f"The model has {n_neurons} neurons: too few for a top {SIZES[0]}.")
     tops = {k: [_top(one.scores, k) for _, one in kept] for k in sizes}
-    names = [lemma for lemma, _ in kept]
+    said = [(lemma, one.image) for lemma, one in kept]
     concept_tops = {k: [_top(row, k) for row in means] for k in sizes}
     own = [_own_share(means, c, concept_tops[sizes[0]][c]) for c in range(len(concepts))]
     shares = [share for share in own if share is not None]
@@ -145,7 +142,7 @@ def specificity(
     return Specificity(
         concepts=concepts,
         counts=tuple(len(by_noun[lemma]) for lemma in concepts),
-        overlaps=tuple(_overlap(k, names, tops[k], concept_tops[k], n_neurons, seed) for k in sizes),
+        overlaps=tuple(_overlap(k, said, tops[k], concept_tops[k], n_neurons, seed) for k in sizes),
         matrix=_matrix(concept_tops[sizes[0]]),
         own_share=estimate(shares, seed),
         own_shares=tuple(shares),
@@ -176,30 +173,39 @@ def _matrix(tops: list[np.ndarray]) -> Float[np.ndarray, "concepts concepts"]:
 
 
 def _overlap(
-    k: int, names: list[str], tops: list[np.ndarray], concept_tops: list[np.ndarray], n_neurons: int, seed: int
+    k: int,
+    said: list[tuple[str, str]],
+    tops: list[np.ndarray],
+    concept_tops: list[np.ndarray],
+    n_neurons: int,
+    seed: int,
 ) -> Overlap:
-    """Pairs share an image or a noun, so intervals are over nouns and images, not over pairs: of each its mean."""
-    random = np.random.default_rng(seed)
-    within: dict[str, list[float]] = {}
-    for lemma in dict.fromkeys(names):
-        mine = [top for name, top in zip(names, tops, strict=True) if name == lemma]
-        within[lemma] = [_share(a, b) for a, b in combinations(mine, 2)]
-    same = [float(np.mean(shares)) for shares in within.values() if shares]
-    pairs = [(i, j) for i in range(len(names)) for j in range(i + 1, len(names)) if names[i] != names[j]]
-    if len(pairs) > PAIRS:
-        pairs = [pairs[p] for p in random.choice(len(pairs), PAIRS, replace=False)]
-    by_image: dict[int, list[float]] = {}
-    for i, j in pairs:
-        share = _share(tops[i], tops[j])
-        by_image.setdefault(i, []).append(share)
-        by_image.setdefault(j, []).append(share)
+    """Of the noun and the image of each of `tops`: every pair of two images, once for each pair of nouns they say."""
+    images = {image: i for i, image in enumerate(dict.fromkeys(image for _, image in said))}
+    everyone = range(len(said))
+    shared, counts = _between(everyone, said, tops, images)
+    same, same_counts = np.zeros_like(shared), np.zeros_like(counts)
+    for lemma in dict.fromkeys(lemma for lemma, _ in said):
+        found = _between([i for i in everyone if said[i][0] == lemma], said, tops, images)
+        same, same_counts = same + found[0], same_counts + found[1]
     matrix = _matrix(concept_tops)
-    n = len(matrix)
-    others = [float((matrix[c].sum() - 1) / (n - 1)) for c in range(n)] if n > 1 else []
     return Overlap(
         k,
-        estimate(same, seed),
-        estimate([float(np.mean(shares)) for shares in by_image.values()], seed),
-        estimate(others, seed),
-        k / n_neurons,
+        within=over_pairs(same / k, same_counts, seed),
+        between=over_pairs((shared - same) / k, counts - same_counts, seed),
+        concepts=over_pairs(matrix, np.ones_like(matrix), seed),
+        chance=k / n_neurons,
     )
+
+
+def _between(
+    chosen: Sequence[int], said: list[tuple[str, str]], tops: list[np.ndarray], images: dict[str, int]
+) -> tuple[Float[np.ndarray, "images images"], Float[np.ndarray, "images images"]]:
+    """Between each two images, over all pairs of the chosen nouns: neurons shared, and how many pairs there are."""
+    from scipy.sparse import csr_array
+
+    rows = np.repeat([images[said[i][1]] for i in chosen], [len(tops[i]) for i in chosen])
+    neurons = np.concatenate([tops[i] for i in chosen])
+    held = csr_array((np.ones(len(rows), dtype=np.float32), (rows, neurons)), shape=(len(images), neurons.max() + 1))
+    n_nouns = np.bincount([images[said[i][1]] for i in chosen], minlength=len(images)).astype(np.float32)
+    return (held @ held.T).toarray(), np.outer(n_nouns, n_nouns)

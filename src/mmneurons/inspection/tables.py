@@ -4,23 +4,25 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
-from mmneurons.maths.statistics import Estimate, estimate, ratio
+from mmneurons.maths.statistics import Estimate, estimate, ratio, share
 
 if TYPE_CHECKING:
-    from mmneurons.inspection.causal import NounCausal
+    from mmneurons.inspection.causal import NounCausal, Outcome
     from mmneurons.inspection.items import Item
     from mmneurons.inspection.meaning import Meaning
+    from mmneurons.inspection.regions import RegionMatch
     from mmneurons.inspection.run import Inspection
     from mmneurons.inspection.sensitivity import NounSensitivity
     from mmneurons.inspection.specificity import Specificity
     from mmneurons.inspection.truth import NounTruth
 
+MATCHED = "matched random"
 T = TypeVar("T")
 Cell = Estimate | float | None
 
@@ -65,7 +67,7 @@ class Table:
 
 def _numbers(value: Cell) -> tuple[float | int | None, ...]:
     if isinstance(value, Estimate):
-        return (value.mean, value.low, value.high, value.n) if value.n > 1 else (value.mean, None, None, 1)
+        return value.mean, value.low, value.high, value.n
     return value, None, None, None
 
 
@@ -73,8 +75,8 @@ def shown(value: Cell) -> tuple[str, str, str]:
     """Mean, interval and n as a reader sees them."""
     if value is None:
         return "not measured", "", ""
-    if isinstance(value, Estimate):  # one image has no spread: an interval of no width would promise too much
-        interval = f"{value.low:.3f} to {value.high:.3f}" if value.n > 1 else ""
+    if isinstance(value, Estimate):
+        interval = "" if value.low is None else f"{value.low:.3f} to {value.high:.3f}"
         return f"{value.mean:.3f}", interval, str(value.n)
     return f"{value:.4g}", "", ""
 
@@ -94,9 +96,18 @@ def tables(found: Inspection, meaning: Meaning, items: Sequence[Item] = ()) -> l
     return made
 
 
-def over_images(found: Mapping[str, Sequence[T]], value: Callable[[T], float | None]) -> Estimate | None:
+def over_images(
+    found: Mapping[str, Sequence[T]],
+    value: Callable[[T], float | None],
+    summary: Callable[[list[float]], Estimate | None] = estimate,
+) -> Estimate | None:
     """The mean over an image's nouns, then over images, with an interval over images; None is left out."""
-    return estimate(list(by_image(found, value).values()))
+    return summary(list(by_image(found, value).values()))
+
+
+def share_of_images(found: Mapping[str, Sequence[T]], value: Callable[[T], float | None]) -> Estimate | None:
+    """The same of shares of yes and no."""
+    return over_images(found, value, share)
 
 
 def by_image(found: Mapping[str, Sequence[T]], value: Callable[[T], float | None]) -> dict[str, float]:
@@ -112,41 +123,66 @@ def by_image(found: Mapping[str, Sequence[T]], value: Callable[[T], float | None
 def sensitivity_tables(found: Mapping[str, Sequence[NounSensitivity]]) -> list[Table]:
     """Image dependence, decoded hits, shuffled patches; and the regions, where masks are known."""
     rows: list[tuple[tuple[str, ...], Cell]] = [
-        (("top neurons that lose half with a blank image",), over_images(found, lambda one: one.dependence)),
+        (("top neurons that lose half with a blank image",), share_of_images(found, lambda one: one.dependence)),
         (
             ("the same, of objects that the image truly shows",),
-            over_images(found, lambda one: one.dependence if one.is_shown else None),
+            share_of_images(found, lambda one: one.dependence if one.is_shown else None),
         ),
-        (("top neurons that lose half with another image",), over_images(found, lambda one: one.dependence_other)),
-        (("decoded hit@10",), over_images(found, lambda one: float(np.mean(one.hits)) if one.hits else None)),
+        (("top neurons that lose half with another image",), share_of_images(found, lambda one: one.dependence_other)),
+        (("decoded hit@10",), share_of_images(found, lambda one: float(np.mean(one.hits)) if one.hits else None)),
     ]
     rows += [
-        ((f"top {k} that stay when patches are shuffled",), over_images(found, lambda one, k=k: one.stays.get(k)))
+        ((f"top {k} that stay when patches are shuffled",), share_of_images(found, lambda one, k=k: one.stays.get(k)))
         for k in sorted({k for ones in found.values() for one in ones for k in one.stays})
     ]
     alone = " Of a single image: there is no other one to read its words with." if len(found) == 1 else ""
     made = [Table("sensitivity", "Sensitivity", ("measure",), tuple(rows), f"Shares; intervals over images.{alone}")]
+    regions = _regions_table(found)
+    return made if regions is None else [*made, regions]
+
+
+def _regions_table(found: Mapping[str, Sequence[NounSensitivity]]) -> Table | None:
     sizes = sorted({k for ones in found.values() for one in ones for k in one.regions})
-    measures = (
-        ("pointing game", lambda r: r.pointing),
-        ("the mask's share of the image", lambda r: r.area),
-        ("pointing game - the mask's share", lambda r: r.pointing - r.area),
-        ("IoU, strongest 5 %", lambda r: r.iou),
-        ("IoU at equal area", lambda r: r.iou_equal_area),
-        ("patch AUROC", lambda r: r.auroc),
+    measures: tuple[
+        tuple[str, Callable[[RegionMatch], float | None], Callable[[list[float]], Estimate | None]], ...
+    ] = (
+        ("pointing game", lambda r: r.pointing, share),
+        ("the mask's share of the image", lambda r: r.area, estimate),
+        ("pointing game - the mask's share", lambda r: r.pointing - r.area, estimate),
+        ("IoU, strongest 5 %", lambda r: r.iou, estimate),
+        ("IoU at equal area", lambda r: r.iou_equal_area, estimate),
+        ("patch AUROC", lambda r: r.auroc, estimate),
     )
-    regions = [
+    rows: list[tuple[tuple[str, ...], Cell]] = []
+    for name, get, summary in measures:
+        for k in sizes:
+
+            def top(one: NounSensitivity, k: int = k, get: Callable[[RegionMatch], float | None] = get) -> float | None:
+                return get(one.regions[k]) if k in one.regions else None
+
+            rows.append(((name, "top", str(k)), over_images(found, top, summary)))
+        if name == "the mask's share of the image":  # the same whatever the map
+            continue
+        for k in sizes:
+
+            def other(
+                one: NounSensitivity, k: int = k, get: Callable[[RegionMatch], float | None] = get
+            ) -> float | None:
+                return get(one.matched[k].match) if k in one.matched else None
+
+            rows.append(((name, MATCHED, str(k)), over_images(found, other, summary)))
+    rows += [
         (
-            (name, str(k)),
-            over_images(found, lambda one, k=k, get=get: get(one.regions[k]) if k in one.regions else None),
+            ("loudness / the top's", MATCHED, str(k)),
+            over_images(found, lambda one, k=k: one.matched[k].loudness if k in one.matched else None),
         )
-        for name, get in measures
         for k in sizes
     ]
-    note = "Mean map of the top k against the object's mask; nouns that the image truly shows."
-    return (
-        [*made, Table("regions", "Where the neurons look", ("measure", "k"), tuple(regions), note)] if sizes else made
+    note = (
+        "Mean map of the top k against the object's mask, next to as many random neurons of the same blocks, the "
+        "nearest in loudness (20 draws); nouns that the image truly shows."
     )
+    return Table("regions", "Where the neurons look", ("measure", "neurons", "k"), tuple(rows), note) if sizes else None
 
 
 def specificity_tables(found: Specificity) -> list[Table]:
@@ -165,7 +201,13 @@ def specificity_tables(found: Specificity) -> list[Table]:
         rows.append((("same noun / different nouns", k), share))
     made = [
         Table("overlap", "Shared top neurons", ("pairs", "k"), tuple(rows), _pairs_note(found)),
-        Table("own-share", "Own share", ("measure",), ((("own share of the top 10",), found.own_share),)),
+        Table(
+            "own-share",
+            "Own share",
+            ("measure",),
+            ((("own share of the top 10",), found.own_share),),
+            "Interval over concepts.",
+        ),
     ]
     layers = tuple(
         ((str(k), str(layer)), float(share)) for k, shares in found.layers.items() for layer, share in enumerate(shares)
@@ -181,6 +223,7 @@ def _pairs_note(found: Specificity) -> str:
         note += f" {once} of them said of one image only: no pair of images says the same noun there."
     if n == 1:
         note += " No pair of different nouns."
+    note += " Means over pairs; intervals resample the images, or the concepts, that the pairs are of."
     if any(overlap.between is not None and overlap.between.mean == 0 for overlap in found.overlaps):
         note += " No ratio where different nouns share none."
     return note
@@ -192,22 +235,36 @@ def causal_table(found: Mapping[str, Sequence[NounCausal]], meaning: Meaning) ->
     keys = dict.fromkeys(
         (outcome.how, outcome.k) for ones in found.values() for one in ones for outcome in one.outcomes
     )
+
+    def like_before(one: NounCausal, outcome: Outcome) -> float | None:
+        return float(np.mean([bert[one.caption, caption] for caption in outcome.captions])) if bert else None
+
+    measures: tuple[tuple[str, Callable[..., float | None], Callable[[list[float]], Estimate | None]], ...] = (
+        ("no longer says the noun", lambda one, o: o.gone, share),
+        ("the rest unchanged", lambda one, o: o.rest_unchanged, share),
+        ("BERTScore to the caption before", like_before, estimate),
+    )
+    controls: tuple[tuple[str, Callable[..., float | None], Callable[[list[float]], Estimate | None]], ...] = (
+        ("loudness / the top's", lambda one, o: o.loudness, estimate),
+        ("neurons", lambda one, o: o.n_neurons, estimate),
+    )
     rows: list[tuple[tuple[str, ...], Cell]] = []
     for how, k in keys:
-        for is_top, which in ((True, "top"), (False, "matched random")):
+        for is_top, which in ((True, "top"), (False, MATCHED)):
+            for name, get, summary in measures if is_top else measures + controls:
 
-            def of(one: NounCausal, get: Callable[[NounCausal, Any], float | None]) -> float | None:
-                mine = [o for o in one.outcomes if (o.how, o.k, o.is_top) == (how, k, is_top)]  # noqa: B023
-                return get(one, mine[0]) if mine else None
+                def value(
+                    one: NounCausal,
+                    key: tuple[str, int, bool] = (how, k, is_top),
+                    get: Callable[..., float | None] = get,
+                ) -> float | None:
+                    return next((get(one, o) for o in one.outcomes if (o.how, o.k, o.is_top) == key), None)
 
-            measures: Iterable[tuple[str, Callable[[NounCausal, Any], float | None]]] = (
-                ("no longer says the noun", lambda _, o: float(o.gone)),
-                ("the rest unchanged", lambda _, o: float(o.rest_unchanged)),
-                ("BERTScore to the caption before", lambda one, o: bert.get((one.caption, o.caption))),
-            )
-            for name, get in measures:
-                rows.append(((how, str(k), which, name), over_images(found, lambda one, g=get, of=of: of(one, g))))
-    note = "Noise in units of a column's root mean square; times 0 silences, times 2 doubles."
+                rows.append(((how, str(k), which, name), over_images(found, value, summary)))
+    note = (
+        "Noise in units of a column's root mean square; times 0 silences, times 2 doubles. Matched random: of the same "
+        "blocks, together as loud, as far as their blocks have it. Means over 20 draws, of noise and of random neurons."
+    )
     return Table(
         "causal", "Causal effect", ("disturbance", "k", "neurons", "measure"), tuple(rows), _note(note, meaning)
     )
@@ -216,10 +273,10 @@ def causal_table(found: Mapping[str, Sequence[NounCausal]], meaning: Meaning) ->
 def _caption_scores(found: Mapping[str, Sequence[NounCausal]], meaning: Meaning) -> dict[tuple[str, str], float]:
     if meaning.bert is None:
         return {}
-    pairs = {(one.caption, o.caption) for ones in found.values() for one in ones for o in one.outcomes}
-    ordered = sorted(pairs)
-    scores = meaning.bert([after for _, after in ordered], [before for before, _ in ordered])
-    return dict(zip(ordered, scores, strict=True))
+    outcomes = [(one.caption, o.captions) for ones in found.values() for one in ones for o in one.outcomes]
+    pairs = sorted({(before, after) for before, captions in outcomes for after in captions})
+    scores = meaning.bert([after for _, after in pairs], [before for before, _ in pairs])
+    return dict(zip(pairs, scores, strict=True))
 
 
 def _note(text: str, meaning: Meaning, metric: str = "BERTScore") -> str:
@@ -267,21 +324,24 @@ def _deletion_table(found: Mapping[str, Sequence[NounTruth]]) -> Table:
         top, stand_in = [fall[image] for image in together], [matched[image] for image in together]
         rows += [
             ((finder, str(k), "top"), estimate(top)),
-            ((finder, str(k), "matched random"), estimate(stand_in)),
-            ((finder, str(k), "top - matched random"), estimate([a - b for a, b in zip(top, stand_in, strict=True)])),
-            ((finder, str(k), "top / matched random"), ratio(top, stand_in) if _is_above_zero(stand_in) else None),
+            ((finder, str(k), MATCHED), estimate(stand_in)),
+            ((finder, str(k), f"top - {MATCHED}"), estimate([a - b for a, b in zip(top, stand_in, strict=True)])),
+            ((finder, str(k), f"top / {MATCHED}"), ratio(top, stand_in) if _is_above_zero(stand_in) else None),
+            ((finder, str(k), "loudness / the top's"), estimate(list(of(lambda d: d.matched_loudness).values()))),
+            ((finder, str(k), "matched neurons"), estimate(list(of(lambda d: d.n_matched).values()))),
             ((finder, str(k), "any random"), estimate(list(of(lambda d: d.unmatched).values()))),
         ]
     note = (
-        "Fall of log p (nats) when the top k are silent together at the scored position; "
-        "no ratio where matched random neurons do not lower it."
+        "Fall of log p (nats) when the top k are silent together at the scored position. Matched random: of the same "
+        "blocks, together as loud, as far as their blocks have it (20 draws); any random: k of any block and loudness. "
+        "No ratio where matched random neurons do not lower log p."
     )
     return Table("deletion", "Deletion", ("finder", "k", "measure"), tuple(rows), note)
 
 
 def _is_above_zero(values: Sequence[float]) -> bool:
     value = estimate(values)
-    return value is not None and value.low > 0
+    return value is not None and value.low is not None and value.low > 0
 
 
 def meaning_table(found: Mapping[str, Sequence[NounTruth]], meaning: Meaning, items: Sequence[Item] = ()) -> Table:
@@ -294,7 +354,7 @@ def meaning_table(found: Mapping[str, Sequence[NounTruth]], meaning: Meaning, it
         def hit(one: NounTruth, finder: str = finder) -> float:
             return float(np.mean([one.token in words for words in one.says[finder]]))
 
-        rows.append(((finder, "decoded hit@10"), over_images(found, hit)))
+        rows.append(((finder, "decoded hit@10"), share_of_images(found, hit)))
         for against, reference in (("noun", lambda one: one.word), ("caption", lambda one: one.caption)):
             scores: dict[tuple[str, str], float] = {}
             if meaning.bert is not None:

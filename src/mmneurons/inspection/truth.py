@@ -7,14 +7,13 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from mmneurons.finding.finders import FINDERS, Finder, Judged, judge
 from mmneurons.finding.scoring import as_read, columns_of, said, texts
-from mmneurons.inspection.matching import column_norms, loudness, matched
+from mmneurons.inspection.matching import DRAWS, column_norms, loudness, matched
 from mmneurons.maths.ranking import top_k
 from mmneurons.maths.statistics import spearman
 from mmneurons.vlm.prompts import ANSWER_PREFIX, MAX_NEW_TOKENS, PROMPT
@@ -24,8 +23,6 @@ from mmneurons.vlm.vlm import VLM, Picture, open_row
 
 DELETED = (1, 2, 5, 10, 20, 50, 100)
 """How many top neurons are silenced together."""
-DRAWS = 20
-"""Matched random sets of each size."""
 SMALL = 20_000
 """Up to this many neurons, every one of them is silenced; of more, a pool."""
 POOL, POOL_TOP = 1000, 100
@@ -57,8 +54,12 @@ class Deletion:
     fall: float
     matched: float
     """Mean over the matched random sets."""
+    matched_loudness: float
+    """Of a matched random set, over that of the top k."""
+    n_matched: float
+    """Neurons in a matched random set, mean."""
     unmatched: float
-    """Of random neurons of any block and loudness."""
+    """Of k random neurons of any block and loudness."""
 
 
 @dataclass(frozen=True)
@@ -244,23 +245,25 @@ def _agreements(
 def _deletions(
     replay: Replay, norms: list[Tensor], orders: Mapping[str, Int[Tensor, "_"]], seed: int, batch_size: int
 ) -> list[Deletion]:
-    loud = loudness(replay, norms)
+    loud = loudness(replay.activations, replay.experts, norms)
     random = torch.Generator().manual_seed(seed)
     sizes = [k for k in DELETED if k <= replay.n_slots // 2]
-    sets: list[Tensor] = []
-    for order in orders.values():
-        for k in sizes:
-            sets += [order[:k], *matched(replay, loud, order[:k], DRAWS, seed)]
+    asked = [(name, k, order[:k]) for name, order in orders.items() for k in sizes]
+    stand_ins = [matched(replay.slot_starts, loud, top, DRAWS, seed) for *_, top in asked]
+    sets = [one for (*_, top), others in zip(asked, stand_ins, strict=True) for one in (top, *others.sets)]
     unmatched = [torch.randperm(replay.n_slots, generator=random)[:k] for k in sizes for _ in range(DRAWS)]
     falls = replay.effects([*sets, *unmatched], batch_size=batch_size).logprob.numpy()
-    plain = _means(falls[len(sets) :], len(sizes))
-    found = falls[: len(sets)].reshape(len(orders), len(sizes), 1 + DRAWS)
+    found = falls[: len(sets)].reshape(len(asked), 1 + DRAWS)
+    plain = dict(zip(sizes, falls[len(sets) :].reshape(len(sizes), DRAWS).mean(1), strict=True))
     return [
-        Deletion(name, k, float(found[i, j, 0]), float(found[i, j, 1:].mean()), float(plain[j]))
-        for i, name in enumerate(orders)
-        for j, k in enumerate(sizes)
+        Deletion(
+            name,
+            k,
+            fall=float(mine[0]),
+            matched=float(mine[1:].mean()),
+            matched_loudness=others.loudness,
+            n_matched=others.n_neurons,
+            unmatched=float(plain[k]),
+        )
+        for (name, k, _), others, mine in zip(asked, stand_ins, found, strict=True)
     ]
-
-
-def _means(values: Float[np.ndarray, "n"], groups: int) -> Float[np.ndarray, "groups"]:
-    return values.reshape(groups, -1).mean(1)

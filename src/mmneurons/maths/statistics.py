@@ -1,8 +1,13 @@
-"""Means with intervals, and how far two rankings agree. Plain numpy."""
+"""Means with intervals, and how far two rankings agree.
+
+Shares of yes and no have Wilson intervals; statistics over pairs resample what the pairs are of; all else is BCa over
+units (Efron, 1987). Where the units tell no spread there is no interval: one of no width would promise too much.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,24 +15,29 @@ from jaxtyping import Float
 
 DRAWS = 2000
 """Bootstrap samples of an interval."""
+ALIKE = 1e-9
+"""An interval narrower than this is rounding."""
+
+Values = Sequence[float] | Float[np.ndarray, "units"]
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean over units (images, nouns) and its 95 % bootstrap interval."""
+    """A mean over units (images, nouns) and its 95 % interval."""
 
     mean: float
-    low: float
-    high: float
+    low: float | None
+    """None, as `high`, of one unit or of units all alike: they tell no spread."""
+    high: float | None
     n: int
     """Units."""
 
     def __str__(self) -> str:
-        return f"{self.mean:.3f} [{self.low:.3f}, {self.high:.3f}]"
+        return f"{self.mean:.3f}" + ("" if self.low is None else f" [{self.low:.3f}, {self.high:.3f}]")
 
 
-def estimate(values: Sequence[float] | Float[np.ndarray, "units"], seed: int = 0) -> Estimate | None:
-    """Mean and percentile bootstrap interval over units; None without any.
+def estimate(values: Values, seed: int = 0) -> Estimate | None:
+    """Mean and BCa interval over units; None without any.
 
     Args:
         values: One number a unit, finite.
@@ -36,25 +46,112 @@ def estimate(values: Sequence[float] | Float[np.ndarray, "units"], seed: int = 0
     units = np.asarray(values, dtype=np.float64)
     if not len(units):
         return None
-    picks = np.random.default_rng(seed).integers(len(units), size=(DRAWS, len(units)))
-    low, high = np.percentile(units[picks].mean(1), [2.5, 97.5])
-    return Estimate(float(units.mean()), float(low), float(high), len(units))
+    return Estimate(float(units.mean()), *_bca(lambda x, axis: x.mean(axis), [units], seed), len(units))
 
 
-def ratio(
-    above: Sequence[float] | Float[np.ndarray, "units"],
-    below: Sequence[float] | Float[np.ndarray, "units"],
-    seed: int = 0,
-) -> Estimate | None:
+def share(values: Iterable[bool | float], seed: int = 0) -> Estimate | None:
+    """Mean of shares, one a unit: a Wilson interval where each is a plain yes or no (1 or 0), else as `estimate`.
+
+    So none of 25 is 0 with an interval up to 0.13, not a certain 0.
+
+    Args:
+        values: 0 to 1, one a unit.
+        seed: Of the bootstrap.
+    """
+    units = np.asarray([float(value) for value in values])
+    if not len(units) or not np.isin(units, (0, 1)).all():
+        return estimate(units, seed)
+    return Estimate(float(units.mean()), *_wilson(int(units.sum()), len(units)), len(units))
+
+
+def ratio(above: Values, below: Values, seed: int = 0) -> Estimate | None:
     """Ratio of the means of two numbers of each unit, resampled together; None if nothing lies below."""
     a, b = (np.asarray(values, dtype=np.float64) for values in (above, below))
     if not len(b) or b.mean() == 0:
         return None
-    picks = np.random.default_rng(seed).integers(len(a), size=(DRAWS, len(a)))
-    means = b[picks].mean(1)
-    shares = a[picks].mean(1)[means != 0] / means[means != 0]
-    low, high = np.percentile(shares, [2.5, 97.5])
-    return Estimate(float(a.mean() / b.mean()), float(low), float(high), len(a))
+    return Estimate(
+        float(a.mean() / b.mean()), *_bca(lambda x, y, axis: x.mean(axis) / y.mean(axis), [a, b], seed), len(a)
+    )
+
+
+def share_of(hits: Values, counts: Values, seed: int = 0) -> Estimate | None:
+    """Share of all things counted that are hits, units resampled with the things in them; None if there are none.
+
+    Where all or none are hits, the interval is Wilson's of as many units as have any: things of one unit are not
+    independent.
+    """
+    a, b = (np.asarray(values, dtype=np.float64) for values in (hits, counts))
+    found = ratio(a, b, seed)
+    if found is None or 0 < found.mean < 1:
+        return found
+    n = int((b > 0).sum())
+    return Estimate(found.mean, *_wilson(n if found.mean else 0, n), found.n)
+
+
+def over_pairs(
+    sums: Float[np.ndarray, "units units"], counts: Float[np.ndarray, "units units"], seed: int = 0
+) -> Estimate | None:
+    """Mean over pairs of different units, with a BCa interval that resamples units; None without any pair.
+
+    Pairs share units, so that there is far less to know than pairs. A unit that is drawn twice makes no pair with
+    itself.
+
+    Args:
+        sums: Of each pair of units, the sum over what is compared between them; symmetric, the diagonal is not read.
+        counts: How many things that is.
+        seed: Of the bootstrap.
+
+    Returns:
+        n is the number of units that are part of a pair.
+    """
+    apart = ~np.eye(len(counts), dtype=bool)
+    used = ((counts > 0) & apart).any(1)
+    total, number = ((matrix * apart)[np.ix_(used, used)] for matrix in (sums, counts))
+    n = int(used.sum())
+    if not n:
+        return None
+
+    def mean(picks: np.ndarray, axis: int) -> np.ndarray:
+        rows = picks.reshape(-1, picks.shape[-1]).astype(int)
+        times = np.zeros((len(rows), n))
+        np.add.at(times, (np.arange(len(rows))[:, None], rows), 1)
+        found = ((times @ total) * times).sum(1) / ((times @ number) * times).sum(1)
+        return found.reshape(picks.shape[:-1])
+
+    return Estimate(float(total.sum() / number.sum()), *_bca(mean, [np.arange(n)], seed), n)
+
+
+def _wilson(hits: int, n: int) -> tuple[float, float] | tuple[None, None]:
+    from scipy.stats import binomtest  # here and below: `import mmneurons` need not wait for it
+
+    if n < 2:
+        return None, None
+    low, high = binomtest(hits, n).proportion_ci(method="wilson")
+    return float(low), float(high)
+
+
+def _bca(
+    statistic: Callable[..., np.ndarray], data: Sequence[np.ndarray], seed: int
+) -> tuple[float, float] | tuple[None, None]:
+    """The interval; none where it cannot be told: one unit, units all alike, resamples of which nothing can be said."""
+    from scipy.stats import bootstrap
+
+    n = len(data[0])
+    if n < 2:
+        return None, None
+    with warnings.catch_warnings(), np.errstate(all="ignore"):
+        warnings.simplefilter("ignore")  # what is degenerate is told by its NaN
+        low, high = bootstrap(
+            data,
+            statistic,
+            paired=True,
+            vectorized=True,
+            n_resamples=DRAWS,
+            batch=max(1, 1_000_000 // n),
+            method="BCa",
+            rng=np.random.default_rng(seed),
+        ).confidence_interval
+    return (float(low), float(high)) if high - low > ALIKE else (None, None)
 
 
 def ranks(values: Float[np.ndarray, "n"]) -> Float[np.ndarray, "n"]:

@@ -10,7 +10,7 @@ import numpy as np
 
 from mmneurons.errors import INSPECT_EXTRA, SettingError
 from mmneurons.finding.result import Finding
-from mmneurons.inspection.tables import Table
+from mmneurons.inspection.tables import MATCHED, Table
 from mmneurons.maths import regions
 from mmneurons.maths.statistics import Estimate
 
@@ -77,6 +77,19 @@ def _tidy(axes: Axes) -> None:
     axes.spines[["top", "right"]].set_visible(False)
 
 
+def _ends(value: Estimate) -> tuple[float, float]:
+    """Of the interval; without one, of none."""
+    if value.low is None or value.high is None:
+        return value.mean, value.mean
+    return value.low, value.high
+
+
+def _bars(values: Sequence[Any]) -> tuple[list[float], list[float]]:
+    """How far the intervals of some values reach down and up; plain numbers have none."""
+    ends = [(value.mean, *_ends(value)) if isinstance(value, Estimate) else (0.0, 0.0, 0.0) for value in values]
+    return [mean - low for mean, low, _ in ends], [high - mean for mean, _, high in ends]
+
+
 def _line(axes: Axes, points: Mapping[int, Any], label: str, **style: Any) -> None:
     """A line over k with its interval as a band."""
     known = {k: value for k, value in sorted(points.items()) if isinstance(value, Estimate)}
@@ -85,8 +98,8 @@ def _line(axes: Axes, points: Mapping[int, Any], label: str, **style: Any) -> No
     (line,) = axes.plot(list(known), [v.mean for v in known.values()], marker="o", markersize=3, label=label, **style)
     axes.fill_between(
         list(known),
-        [v.low for v in known.values()],
-        [v.high for v in known.values()],
+        [_ends(v)[0] for v in known.values()],
+        [_ends(v)[1] for v in known.values()],
         color=line.get_color(),
         alpha=0.15,
     )
@@ -118,11 +131,14 @@ def _regions(figure: Figure, table: Table) -> None:
     left, right = figure.subplots(1, 2)
     rows = dict(table.rows)
     for axes, names in ((left, ("pointing game", "the mask's share of the image")), (right, _IOUS)):
-        for name in names:
-            points = {int(k): value for (measure, k), value in rows.items() if measure == name}
-            style = {"color": _GREY, "linestyle": "--"} if "share" in name else {}
-            _line(axes, points, name, **style)
-        axes.set(xscale="log", xlabel="top k")
+        for i, name in enumerate(names):
+            for which, style in (("top", "-"), (MATCHED, ":")):
+                points = {int(k): v for (measure, of, k), v in rows.items() if (measure, of) == (name, which)}
+                grey = (
+                    {"color": _GREY, "linestyle": "--"} if "share" in name else {"color": f"C{i}", "linestyle": style}
+                )
+                _line(axes, points, name if which == "top" else f"{name}, {which}", **grey)
+        axes.set(xscale="log", xlabel="k neurons")
         axes.legend(fontsize=7, frameon=False)
         _tidy(axes)
 
@@ -138,11 +154,8 @@ def _overlap(figure: Figure, table: Table) -> None:
     for i, name in enumerate(names):
         values = [rows.get((name, str(k))) for k in sizes]
         means = [v.mean if isinstance(v, Estimate) else np.nan if v is None else v for v in values]  # no bar, not 0
-        low, high = (
-            [abs(getattr(v, end, m) - m) for v, m in zip(values, means, strict=True)] for end in ("low", "high")
-        )
         places = np.arange(len(sizes)) + (i - 1.5) * 0.2
-        axes.bar(places, means, 0.18, yerr=(low, high), label=name, error_kw={"lw": 0.8})
+        axes.bar(places, means, 0.18, yerr=_bars(values), label=name, error_kw={"lw": 0.8})
     axes.set(ylabel="share of the top k in common")
     axes.set_xticks(np.arange(len(sizes)), [f"k = {k}" for k in sizes])
     axes.legend(fontsize=7, frameon=False)
@@ -180,14 +193,14 @@ def _causal(figure: Figure, table: Table) -> None:
     ways = list(dict.fromkeys(how for (how, *_), _ in table.rows))
     sizes = sorted({int(k) for (_, k, *_), _ in table.rows})
     for i, how in enumerate(ways):
-        for which, style in (("top", "-"), ("matched random", ":")):
+        for which, style in (("top", "-"), (MATCHED, ":")):
             points = {k: rows.get((how, str(k), which, measure)) for k in sizes}
             _line(left, points, f"{how}, {which}", linestyle=style, color=f"C{i}")
     left.set(xscale="log", xlabel="k neurons", ylabel=f"share of captions: {measure}", ylim=(-0.02, 1.02))
     left.legend(fontsize=6, frameon=False, ncols=2)
     noise = {float(how.split()[1]): how for how in ways if how.startswith("noise")}
     for i, k in enumerate(sizes):
-        for which, style in (("top", "-"), ("matched random", ":")):
+        for which, style in (("top", "-"), (MATCHED, ":")):
             points: dict[Any, Any] = {sigma: rows.get((how, str(k), which, measure)) for sigma, how in noise.items()}
             _line(right, points, f"k = {k}, {which}", linestyle=style, color=f"C{i}")
     right.set(xlabel="noise, in units of the column's root mean square", ylim=(-0.02, 1.02))
@@ -208,7 +221,7 @@ def _agreement(figure: Figure, table: Table) -> None:
             [j + (i - (len(scopes) - 1) / 2) * 0.4 for j, _ in known],
             [v.mean for _, v in known],
             0.38,
-            yerr=([v.mean - v.low for _, v in known], [v.high - v.mean for _, v in known]),
+            yerr=_bars([v for _, v in known]),
             label=scope,
             error_kw={"lw": 0.8},
         )
@@ -227,8 +240,8 @@ def _deletion(figure: Figure, table: Table) -> None:
     for finder in finders:
         style = {"color": "black", "linestyle": "--"} if finder == "true effect" else {}
         _line(axes, {k: rows[finder, str(k), "top"] for k in sizes}, finder, **style)
-    matched = {k: rows["logit" if "logit" in finders else finders[0], str(k), "matched random"] for k in sizes}
-    _line(axes, matched, "matched random", color=_GREY, linestyle=":")
+    matched = {k: rows["logit" if "logit" in finders else finders[0], str(k), MATCHED] for k in sizes}
+    _line(axes, matched, MATCHED, color=_GREY, linestyle=":")
     axes.set(xscale="log", xlabel="top k silent together", ylabel="fall of log p (nats)")
     axes.legend(fontsize=7, frameon=False)
     _tidy(axes)

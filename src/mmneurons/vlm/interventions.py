@@ -41,6 +41,8 @@ class Intervention:
     """Of the noise."""
     positions: tuple[int, ...] | None = None
     """Where in the sequence: counted from 0, padding and answer included; everywhere if None."""
+    rows: tuple[int, ...] | None = None
+    """Which prompts of a batch, counted from 0; all if None. So rows of one batch can be changed each in its way."""
 
 
 @contextmanager
@@ -186,19 +188,26 @@ class _Running:
         """Which positions this pass is about: those before it are in the cache."""
         stream = args[0] if args else kwargs["hidden_states"]
         self._shape = stream.shape[:2]
+        self._here = None
         if self.change.positions is not None:
             cache = next(
                 (kwargs[name] for name in ("past_key_values", "past_key_value") if kwargs.get(name) is not None), None
             )
             before = cache.get_seq_length() if cache is not None else 0
             places = torch.arange(int(before), int(before) + stream.shape[1], device=stream.device)
-            self._here = torch.isin(places, torch.tensor(self.change.positions, device=stream.device))
+            self._here = torch.isin(places, torch.tensor(self.change.positions, device=stream.device)).expand(
+                self._shape
+            )
+        if self.change.rows is not None:
+            rows = torch.arange(stream.shape[0], device=stream.device)
+            mine = torch.isin(rows, torch.tensor(self.change.rows, device=stream.device))[:, None].expand(self._shape)
+            self._here = mine if self._here is None else mine & self._here
 
     def _where(self, fired: Float[Tensor, "*positions n"]) -> Tensor | None:
         """`_here` against activations: some FFNs see batch and positions as one axis."""
         if self._here is None:
             return None
-        here = self._here.to(fired.device).expand(self._shape)
+        here = self._here.to(fired.device)
         return (here if fired.ndim == 3 else here.reshape(-1))[..., None]
 
     def _dense(self, part: Part, module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
