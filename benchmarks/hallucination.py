@@ -36,6 +36,8 @@ BATCH = 50
 JUDGED_ON = "hallucination-500"
 SCALES = (1.0, 0.85)
 """Of each patch: what is given up, and what stays."""
+TAUGHT_STYLE = "other style"
+"""The group whose icons the training scenes show too: figures are given without it as well."""
 
 
 def sets_of(name: str) -> tuple[list[Item], list[Item]]:
@@ -90,7 +92,7 @@ def line(name: str, found: Chair, usual: Chair) -> str:
 
 
 def asked(vlm: VLM, negatives: Negatives) -> Pope:
-    """POPE on `pope-500`."""
+    """POPE on `pope-500`; what is neither yes nor no is counted apart."""
     polled = pocket.pope(negatives)
     images = [question.scene.image for question in polled]
     return pope(vlm, images, [q.text for q in polled], [q.answer for q in polled], batch_size=BATCH)
@@ -116,17 +118,22 @@ class Unedited:
         now = vlm.caption([*self.images], batch_size=BATCH)
         kept = statistics.mean(a == b for a, b in zip(self.answers, now, strict=True))
         read = (self.read == torch.cat(likeliest(vlm, self.texts))).double().mean()
-        polled = ", ".join(f"{negatives} {asked(vlm, negatives).f1:.3f}" for negatives in get_args(Negatives))
-        return f"locality-500 {kept:.3f}; T-locality@1 {read:.3f}; POPE F1: {polled}"
+        polled = [(negatives, asked(vlm, negatives)) for negatives in get_args(Negatives)]
+        f1 = ", ".join(f"{negatives} {found.f1:.3f}" for negatives, found in polled)
+        neither = ", ".join(f"{found.neither:.3f}" for _, found in polled)
+        return f"locality-500 {kept:.3f}; T-locality@1 {read:.3f}; POPE F1: {f1}; neither yes nor no: {neither}"
 
 
 def report(vlm: VLM, name: str, patch: Patch, others: list[Item], vocabulary: Vocabulary, usual: Unedited) -> None:
-    """Judge one patch, over all images and by what is special about them; and what else it changes."""
+    """Judge one patch: without the style it was taught, over all, by group; and what else it changes."""
     objects = [item.objects or () for item in others]
-    judged = judge(vlm, patch, [item.source for item in others], objects, vocabulary)
-    for state in ("before", "after", "rival"):
-        print(line(f"{name}: {state}", getattr(judged, state), judged.before), flush=True)
     groups = {f"{JUDGED_ON}/{i}": group for i, group in enumerate(pocket.evaluation_set(JUDGED_ON).groups)}
+    new = [item for item in others if groups[item.name] != TAUGHT_STYLE]
+    without = judge(vlm, patch, [item.source for item in new], [item.objects or () for item in new], vocabulary)
+    judged = judge(vlm, patch, [item.source for item in others], objects, vocabulary)
+    for title, found in ((f"{name} without {TAUGHT_STYLE}", without), (name, judged)):
+        for state in ("before", "after", "rival"):
+            print(line(f"{title}: {state}", getattr(found, state), found.before), flush=True)
     for group in dict.fromkeys(groups.values()):
         mine = [i for i, item in enumerate(others) if groups[item.name] == group]
         there = [objects[i] for i in mine]

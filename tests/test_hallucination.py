@@ -33,8 +33,15 @@ from mmneurons.editing.hallucination import DehallucinateSettings, dehallucinate
 from mmneurons.editing.low_rank import LowRank, slopes
 from mmneurons.editing.patch import Patch
 from mmneurons.editing.training import MOMENTS, Training
-from mmneurons.errors import SettingError, WordError
-from mmneurons.inspection.hallucination import Vocabulary, chair, pope
+from mmneurons.errors import FormatError, SettingError, WordError
+from mmneurons.inspection.hallucination import (
+    Vocabulary,
+    chair,
+    coco_synonyms,
+    pope,
+    read_synonyms,
+    yes_or_no,
+)
 from mmneurons.pocket.scenes import Scene
 from mmneurons.vlm.modes import evaluating, frozen
 from mmneurons.vlm.prompts import ANSWER_PREFIX, PROMPT, tokens_of
@@ -58,11 +65,59 @@ def scenes() -> list[Scene]:
         ("two dogs, a dog on the grass", ("dog",)),
         ("Hot dogs", ("hot dog",)),
         ("a doghouse", ()),
+        ("a cat on a person's lap", ("cat", "person")),
+        ("the dogs' bowls", ("dog",)),
+        ("a dog\u2019s tail", ("dog",)),
+        ("a sign that says 'dog'", ("dog",)),
+        ("a dog--a cat", ("dog", "cat")),
+        ("a hot, dog day", ("dog",)),
         ("", ()),
     ],
 )
 def test_what_a_caption_names(caption, named):
-    assert Vocabulary([["dog", "cats"], ["hot dog"]]).named(caption) == named
+    assert Vocabulary([["dog", "cats"], ["hot dog", "people", "person"]]).named(caption) == named
+
+
+@pytest.mark.parametrize(
+    ("caption", "named"),
+    [
+        ("Two puppies and a man's iPhone", ("dog", "person", "cell phone")),
+        ("a baby bird next to a baby", ("bird", "person")),
+        ("a baby elephant", ("elephant",)),
+        ("a passenger jet, two teddy bears and a bear", ("airplane", "teddy bear", "bear")),
+        ("a plate on home plate by the train tracks", ()),
+        ("a toilet seat, hot dogs, wine glasses and skis", ("toilet", "hot dog", "wine glass", "ski")),
+    ],
+)
+def test_what_a_caption_names_of_the_objects_of_coco(caption, named):
+    assert Vocabulary([], coco_synonyms()).named(caption) == named
+
+
+def test_synonyms_are_one_object_in_captions_and_in_lists():
+    vocabulary = Vocabulary([["hound"], ["zorblat"]], coco_synonyms())
+    assert vocabulary.nouns - Vocabulary([], coco_synonyms()).nouns == {"zorblat"}
+    assert len(Vocabulary([], coco_synonyms()).nouns) == 80
+    found = chair(["a puppy and a dog", "a man"], [["hounds", "home plate"], ["cat"]], vocabulary)
+    assert (found.n_found, found.n_absent) == (1, 1)
+    assert found.recall is not None
+    assert found.recall.mean == pytest.approx(1 / 2)  # the dog, of dog and cat
+
+
+def test_a_table_of_synonyms_is_read(tmp_path: Path):
+    path = tmp_path / "table.txt"
+    path.write_bytes("\ufeff# mine\n\ndog,  puppy , Hounds\ncat\n, dog days\n".encode())
+    assert read_synonyms(path) == {"dog": ["puppy", "Hounds"], "cat": [], "": ["dog days"]}
+    assert Vocabulary([], read_synonyms(path)).named("dog days of a hound") == ("dog",)
+
+
+@pytest.mark.parametrize(
+    ("text", "says"), [("dog, puppies\ncat, puppy", "'puppy' stands for two"), ("# none\n", "no object")]
+)
+def test_a_table_that_is_none_is_refused(tmp_path: Path, text: str, says: str):
+    path = tmp_path / "table.txt"
+    path.write_text(text)
+    with pytest.raises(FormatError, match=says):
+        read_synonyms(path)
 
 
 def test_chair_by_hand():
@@ -87,7 +142,7 @@ def test_captions_that_name_nothing_have_no_chair():
 
 
 def test_pope_by_hand(vlm, monkeypatch):
-    answers = {"a?": ["yes", "Yes, there is", "no"], "b?": ["nothing"]}
+    answers = {"a?": ["yes", "Answer: Yes, there is", "no"], "b?": ["nothing"]}
     monkeypatch.setattr(vlm, "caption", lambda images, question, *_, **__: answers[question][: len(images)])
     found = pope(vlm, [None] * 4, ["a?", "b?", "a?", "a?"], [True, True, False, False])  # pyright: ignore[reportArgumentType]
     assert found.accuracy == pytest.approx(2 / 4)
@@ -95,7 +150,49 @@ def test_pope_by_hand(vlm, monkeypatch):
     assert found.recall == pytest.approx(1 / 2)
     assert found.f1 == pytest.approx(1 / 2)
     assert found.yes == pytest.approx(2 / 4)
+    assert found.neither == pytest.approx(1 / 4)
     assert found.n == 4
+
+
+def test_an_answer_that_is_neither_is_wrong_whatever_is_true(vlm, monkeypatch):
+    monkeypatch.setattr(vlm, "caption", lambda images, *_, **__: ["a dog"] * len(images))
+    found = pope(vlm, [None] * 2, ["a?", "a?"], [True, False])  # pyright: ignore[reportArgumentType]
+    assert (found.accuracy, found.yes, found.neither) == (0, 0, 1)
+
+
+@pytest.mark.parametrize(
+    ("answer", "read"),
+    [
+        ("yes", True),
+        (" Yes.", True),
+        ("Yes, there is a dog in the image.", True),
+        ("**Yes**", True),
+        ("Answer: Yes", True),
+        ("**Answer:** yes", True),
+        ("A: yes", True),
+        ("The answer is yes", True),
+        ("The correct answer is: Yes.", True),
+        ("The answer to the question is 'yes'.", True),
+        ("NO", False),
+        ("No, there is no dog in the image. Yes, a cat.", False),
+        ("The answer is no.", False),
+        ("There is no dog in the image.", False),
+        ("There isn\u2019t a dog.", False),
+        ("There are not any dogs", False),
+        ("There is a dog in the image.", None),
+        ("a dog", None),
+        ("yes or no", None),
+        ("Yes/No", None),
+        ("No idea.", None),
+        ("none", None),
+        ("nothing", None),
+        ("yesterday", None),
+        ("I cannot tell, yes or no", None),
+        ("", None),
+    ],
+)
+def test_answers_that_are_yes_or_no(answer: str, read: bool | None):
+    assert yes_or_no(answer) is read
 
 
 # What is taught ------------------------------------------------------------------------------------------------------
@@ -135,6 +232,15 @@ def test_where_an_object_is_named_any_that_is_there_may_be_or_the_word(vlm):
     follows = {step: tokens for step, tokens in repaired.turn.items() if tokens[0] == -1}
     assert all(tokens == (-1, repaired.token_ids[step]) for step, tokens in follows.items())
     assert sorted([*repaired.turn, *repaired.kept]) == list(range(len(repaired.token_ids)))
+
+
+def test_an_object_named_by_a_synonym_or_inside_a_longer_name_stands_at_its_own_place(vlm):
+    text = "a hot dog, a puppy and a dog"
+    said = answered(vlm, text)
+    vocabulary = Vocabulary([["hot dog"]], {"dog": ["puppy"]})
+    (hot_dog, dog) = objects_named(vlm, said, [["hound"]], vocabulary)
+    assert (hot_dog.noun, hot_dog.word.text, dog.noun, dog.word.text) == ("hot dog", "hot dog", "dog", "puppy")
+    assert vlm.tokenizer.decode([said.token_ids[0][i] for i in dog.word.steps]).strip() == "puppy"
 
 
 def test_a_repair_names_what_is_there_and_was_not_named_or_declines(vlm):
@@ -432,6 +538,15 @@ def test_what_cannot_be_done_is_refused(vlm, scenes, objects, settings, error, s
         objects = [scene.objects for scene in scenes[:3]]
     with pytest.raises(error, match=says):
         dehallucinate(vlm, images, objects, settings=DehallucinateSettings(**{"say": "image"} | settings))
+
+
+def test_a_table_of_synonyms_that_is_not_there_is_refused_before_anything_is_loaded(
+    capsys, monkeypatch, tmp_path: Path
+):
+    monkeypatch.chdir(tmp_path)
+    code, _, err = call(capsys, monkeypatch, "dehallucinate", "--synonyms", "mine.txt", "--model", "none")
+    assert code == 2
+    assert "Cannot read mine.txt." in err
 
 
 @pytest.mark.slow

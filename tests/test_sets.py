@@ -8,6 +8,7 @@ import pytest
 from mmneurons import pocket
 from mmneurons.errors import MmneuronsError, SettingError
 from mmneurons.pocket import sets, world
+from mmneurons.pocket.scenes import sprites
 
 NAMES = ("find-500", "locality-500", "pope-500", "hallucination-500", "hallucination-8000", "reference-400")
 
@@ -25,6 +26,11 @@ def test_find_shows_every_noun_as_often_as_the_others():
     counts = Counter(noun for scene in pocket.evaluation_set("find-500") for noun in scene.objects)
     assert set(counts) == set(pocket.nouns())
     assert max(counts.values()) - min(counts.values()) <= 1
+
+
+def test_the_other_style_has_as_many_icons_as_the_docs_say():
+    icons = Counter(noun for noun, drawings in sprites().items() for d in drawings if d.split == "style")
+    assert (icons.total(), len(icons), sum(n > 1 for n in icons.values()), max(icons.values())) == (115, 73, 27, 5)
 
 
 def test_hard_scenes_are_hard_for_the_reason_they_give():

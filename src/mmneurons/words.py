@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import re
 import unicodedata
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -17,6 +17,8 @@ from typing import Any, NamedTuple, Protocol
 from mmneurons.errors import WordError
 
 Span = tuple[int, int]
+Place = tuple[int, int, str]
+"""First character of a word in a text, one past its last, and what it stands for: its lemma, or an object's name."""
 Decode = Callable[[Sequence[int]], str]
 
 # As HanTa's corpus splits them: "dog" + "'s", "do" + "n't"; hyphens and other apostrophes stay inside a word.
@@ -111,7 +113,7 @@ def find_nouns(
     before = f"{answer_prefix} " if answer_prefix and not answer_prefix[-1].isspace() else answer_prefix
     nouns = (tagger or HantaTagger()).nouns(before + caption)
     places = ((start - len(before), stop - len(before), lemma) for start, stop, lemma in nouns)
-    return _words(places, caption, token_ids, decode)
+    return words_at(places, caption, token_ids, decode)
 
 
 def find_words(wanted: str | Sequence[str], caption: str, token_ids: Sequence[int], decode: Decode) -> list[Word]:
@@ -132,7 +134,7 @@ def find_words(wanted: str | Sequence[str], caption: str, token_ids: Sequence[in
         WordError: if one of `wanted` is not in the caption, or `caption` is not what the tokens decode to.
     """
     phrases = [wanted] if isinstance(wanted, str) else wanted
-    found = {phrase: _occurrences(phrase, caption) for phrase in phrases}
+    found = {phrase: _phrase(phrase).places(caption) for phrase in phrases}
     missing = [repr(phrase) for phrase, places in found.items() if not places]
     if missing:
         raise WordError(
@@ -140,17 +142,74 @@ def find_words(wanted: str | Sequence[str], caption: str, token_ids: Sequence[in
             seen=f"The caption is {caption!r}.",
             fix="Ask for whole words that it has, spelled as it spells them; or for none, to take its nouns.",
         )
-    return _words({place for places in found.values() for place in places}, caption, token_ids, decode)
+    return words_at({place for places in found.values() for place in places}, caption, token_ids, decode)
 
 
 def says(caption: str, phrase: str) -> bool:
     """Whether `find_words` would find the word or phrase in the caption."""
-    return bool(_occurrences(phrase, caption))
+    return bool(_phrase(phrase).places(caption))
 
 
 def turned(caption: str, source: str, target: str | None) -> bool:
     """Whether a caption does what an edit wants: says `target`, if there is one, and not `source`."""
     return not says(caption, source) and (target is None or says(caption, target))
+
+
+class Phrases:
+    """Words and phrases to look for: the one way in which words asked for, CHAIR and POPE find them in a text.
+
+    Whole words, whatever the case, singular for plural and the reverse; a phrase is found where its words stand in a
+    row with nothing but white space between them.
+
+    Args:
+        meanings: What each word or phrase stands for.
+    """
+
+    def __init__(self, meanings: Mapping[str, str]) -> None:
+        self._meanings = {singular(phrase): meaning for phrase, meaning in meanings.items()}
+        self._longest = max((len(_TOKEN.findall(phrase)) for phrase in meanings), default=0)
+
+    def places(self, text: str) -> list[Place]:
+        """Where they stand, in order; of two that begin together the longer, and none that begins inside another."""
+        tokens = list(_TOKEN.finditer(text))
+        found: list[Place] = []
+        for i, first in enumerate(tokens):
+            if found and first.start() < found[-1][1]:
+                continue
+            for last in reversed(tokens[i : i + self._longest]):
+                meaning = self._meanings.get(singular(text[first.start() : last.end()]))
+                if meaning is not None:
+                    found.append((first.start(), last.end(), meaning))
+                    break
+        return found
+
+
+def words_at(places: Iterable[Place], caption: str, token_ids: Sequence[int], decode: Decode) -> list[Word]:
+    """The words at places of the caption, in order, less those outside it and those that no token wrote.
+
+    Args:
+        places: Such as `Phrases.places` gives; the lemma of each word is what its place stands for.
+        caption: The text generated, `decode(token_ids).strip()`.
+        token_ids: Every token generated, end-of-text and padding included, the prompt's left out.
+        decode: Token ids to text, special tokens skipped.
+
+    Raises:
+        WordError: if `caption` is not what the tokens decode to.
+    """
+    text, spans = _decoded_spans(token_ids, decode)
+    if text.strip() != caption:
+        raise WordError(
+            "The caption is not what its tokens decode to.",
+            seen=f"The caption is {caption!r},\nthe tokens say {text.strip()!r}.",
+            fix="Pass caption=decode(token_ids).strip(), and only the tokens generated, not those of the prompt.",
+        )
+    lead = len(text) - len(text.lstrip())
+    words = []
+    for start, stop, lemma in sorted(places):
+        steps = tuple(i for i, (a, b) in enumerate(spans) if max(a - lead, start) < min(b - lead, stop))
+        if start >= 0 and stop <= len(caption) and steps:
+            words.append(Word(caption[start:stop], lemma, start, stop, steps))
+    return words
 
 
 def token_spans(token_ids: Sequence[int], decode: Decode) -> list[Span]:
@@ -201,26 +260,6 @@ def inflected(noun: str, like: str) -> str:
     return form[0].upper() + form[1:] if like[:1].isupper() else form
 
 
-def _words(
-    places: Iterable[tuple[int, int, str]], caption: str, token_ids: Sequence[int], decode: Decode
-) -> list[Word]:
-    """The words at these (start, stop, lemma) of the caption, in order, less those outside it or with no token."""
-    text, spans = _decoded_spans(token_ids, decode)
-    if text.strip() != caption:
-        raise WordError(
-            "The caption is not what its tokens decode to.",
-            seen=f"The caption is {caption!r},\nthe tokens say {text.strip()!r}.",
-            fix="Pass caption=decode(token_ids).strip(), and only the tokens generated, not those of the prompt.",
-        )
-    lead = len(text) - len(text.lstrip())
-    words = []
-    for start, stop, lemma in sorted(places):
-        steps = tuple(i for i, (a, b) in enumerate(spans) if max(a - lead, start) < min(b - lead, stop))
-        if start >= 0 and stop <= len(caption) and steps:
-            words.append(Word(caption[start:stop], lemma, start, stop, steps))
-    return words
-
-
 def _decoded_spans(token_ids: Sequence[int], decode: Decode) -> tuple[str, list[Span]]:
     """The whole text, and `token_spans`."""
     prefixes = [decode(token_ids[: i + 1]) for i in range(len(token_ids))]
@@ -239,12 +278,9 @@ def _shared(one: str, other: str) -> int:
     return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
 
 
-def _occurrences(phrase: str, caption: str) -> list[tuple[int, int, str]]:
-    """(start, stop, lemma) wherever the caption has these words in a row."""
-    wanted, n_tokens = singular(phrase), len(_TOKEN.findall(phrase))
-    tokens = list(_TOKEN.finditer(caption))
-    spans = [(a.start(), b.end()) for a, b in zip(tokens, tokens[n_tokens - 1 :], strict=False)]
-    return [(start, stop, wanted) for start, stop in spans if singular(caption[start:stop]) == wanted]
+@functools.lru_cache(maxsize=256)
+def _phrase(phrase: str) -> Phrases:
+    return Phrases({phrase: singular(phrase)})
 
 
 def _plain(text: str) -> str:

@@ -49,6 +49,10 @@ def dehallucinate(
     ] = 4.0,
     reference: Annotated[list[str] | None, typer.Option(help=f"Images whose answers are to stay. {SOURCES}")] = None,
     texts: Texts = None,
+    synonyms: Annotated[
+        str | None,
+        typer.Option(metavar="coco|FILE", help="What else objects are called: a line each, 'dog, puppy', or MSCOCO's."),
+    ] = None,
     top: Annotated[int, typer.Option(min=1, help="Columns that move.")] = 1000,
     blocks: Annotated[int, typer.Option(min=0, help="Of so many of the last blocks; 0: of all.")] = 0,
     rank: Annotated[int, typer.Option(min=1, help="Directions that they move along.")] = 32,
@@ -67,13 +71,14 @@ def dehallucinate(
     from mmneurons.editing.hallucination import DehallucinateSettings, judge
     from mmneurons.editing.hallucination import dehallucinate as make_patch
     from mmneurons.editing.reference import make_reference
-    from mmneurons.inspection.hallucination import Vocabulary
+    from mmneurons.inspection.hallucination import Vocabulary, coco_synonyms, read_synonyms
     from mmneurons.report.hallucination import chair_json, chair_text, write_hallucination
 
     shown = items_of(images) if images else None
     others = items_of(held_out) if held_out else None
     kept = items_of(reference) if reference else None
     lines = lines_of(texts)
+    table = None if synonyms is None else coco_synonyms() if synonyms == "coco" else read_synonyms(synonyms)
     vlm = load()
     if shown is None and others is None:
         others = or_pocket(vlm, None, "hallucination-500", "--images")
@@ -94,7 +99,7 @@ def dehallucinate(
         from mmneurons import pocket
 
         lists.append(pocket.nouns())
-    vocabulary = Vocabulary(lists)
+    vocabulary = Vocabulary(lists, table)
     held_back = None
     if kept or lines:
         with bar(err, len(kept), "answers to leave as they are") as progress:

@@ -18,7 +18,7 @@ from mmneurons.editing.forced import Batch, Given, Reader
 from mmneurons.inspection.hallucination import Vocabulary
 from mmneurons.vlm.prompts import tokens_of
 from mmneurons.vlm.vlm import VLM, Picture, open_row
-from mmneurons.words import Word, find_words, inflected
+from mmneurons.words import Word, inflected, words_at
 
 FOLLOW, KEEP = 0.3, 1.0
 """Weights of how a changed answer goes on and of divergence elsewhere, beside 1 for the objects."""
@@ -77,9 +77,9 @@ def objects_named(vlm: VLM, said: Answered, objects: Sequence[Collection[str]], 
 
     found = []
     for answer, (text, ids, there) in enumerate(zip(said.texts, said.token_ids, objects, strict=True)):
-        true = Vocabulary([there]).nouns
-        for noun in vocabulary.named(text):
-            found.append(Named(answer, noun, find_words(noun, text, ids, decode)[0], noun not in true))
+        true = vocabulary.objects(there)
+        for word in words_at(vocabulary.places(text), text, ids, decode):
+            found.append(Named(answer, word.lemma, word, word.lemma not in true))
     return found
 
 

@@ -134,7 +134,8 @@ def dehallucinate(
         vlm, images, settings.prompt, settings.answer_prefix, **settings.limits,
         progress=lambda done: progress("answering", done, len(images)),
     )  # fmt: skip
-    named = objects_named(vlm, said, objects, vocabulary)
+    there = [sorted(vocabulary.objects(one)) for one in objects]
+    named = objects_named(vlm, said, there, vocabulary)
     n_absent = sum(one.absent for one in named)
     if n_absent in (0, len(named)):
         raise SettingError(
@@ -142,9 +143,9 @@ def dehallucinate(
             seen=f"{len(named)} nouns named, {n_absent} of them absent.",
             fix="Give more images, with what is truly in them.",
         )
-    taught = lessons(vlm, said, objects, named, say)
+    taught = lessons(vlm, said, there, named, say)
     path = None if checkpoint is None else Path(checkpoint)
-    key = _key(vlm, settings, objects, said, reference)
+    key = _key(vlm, settings, there, vocabulary, said, reference)
     with torch.inference_mode(False), frozen(vlm.model), evaluating(vlm.model):
         training = None if path is None else Training.resumed(path, key, vlm)
         lowest = n_blocks - (settings.blocks or n_blocks)
@@ -158,7 +159,7 @@ def dehallucinate(
         others = [
             [] if reference is None else few.read_reference(reference, None),
             read_questions(
-                few, [images[i] for i in asked], [objects[i] for i in asked], vocabulary.nouns, settings.max_new_tokens,
+                few, [images[i] for i in asked], [there[i] for i in asked], vocabulary.nouns, settings.max_new_tokens,
                 lambda done: progress("asking", done, len(asked)),
             ),
         ]  # fmt: skip
@@ -205,12 +206,14 @@ def _token(vlm: VLM, say: str) -> int:
 def _key(
     vlm: VLM,
     settings: DehallucinateSettings,
-    objects: Sequence[Collection[str]],
+    there: Sequence[Sequence[str]],
+    vocabulary: Vocabulary,
     said: Answered,
     reference: Reference | None,
 ) -> str:
     """What tells a run from others."""
-    facts = [asdict(settings), dict(vlm.facts), [sorted(one) for one in objects], said.token_ids]
+    facts = [asdict(settings), dict(vlm.facts), there, sorted(vocabulary.nouns), said.token_ids]
+    facts.append([vocabulary.places(text) for text in said.texts])
     if reference is not None:
         facts += [reference.facts, reference.texts, None if reference.said is None else reference.said.token_ids]
     return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
@@ -290,23 +293,23 @@ def judge(
     said = answered(0)
     with patch.applied(vlm):
         after = answered(1)
+    there = [vocabulary.objects(mine) for mine in objects]
     now = [vocabulary.named(text) for text in after.texts]
-    named = objects_named(vlm, said, objects, vocabulary)
+    named = objects_named(vlm, said, there, vocabulary)
     n_fewer = max(0, len(named) - sum(map(len, now)))
     least_likely = sorted(named, key=lambda one: said.log_p[one.answer][one.word.steps[0]])
     kept: list[list[str]] = [[] for _ in images]
     for one in least_likely[n_fewer:]:
         kept[one.answer].append(one.noun)
     texts = tuple(zip(said.texts, after.texts, strict=True))
-    there = [Vocabulary([mine]).nouns for mine in objects]
 
     def absent(text: str, image: int) -> tuple[str, ...]:
         return tuple(noun for noun in vocabulary.named(text) if noun not in there[image])
 
     return Judged(
         chair(said.texts, objects, vocabulary),
-        chair_of(now, objects),
-        chair_of(kept, objects),
+        chair_of(now, there),
+        chair_of(kept, there),
         texts,
         tuple((absent(before, i), absent(after, i)) for i, (before, after) in enumerate(texts)),
     )

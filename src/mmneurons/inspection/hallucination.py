@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import functools
+import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from importlib import resources
 
+from mmneurons.errors import FormatError
+from mmneurons.files import read_text
 from mmneurons.maths.statistics import Estimate, estimate, share, share_of
 from mmneurons.vlm.prompts import MAX_NEW_TOKENS
 from mmneurons.vlm.vlm import VLM, Picture
-from mmneurons.words import singular
+from mmneurons.words import Phrases, Place, singular
+
+Synonyms = Mapping[str, Sequence[str]]
+"""What else each object is called; words under the empty name name no object ("home plate" is no plate)."""
 
 
 @dataclass(frozen=True)
@@ -35,9 +43,10 @@ class Chair:
 
 @dataclass(frozen=True)
 class Pope:
-    """Answers to "Is there a dog in the image?".
+    """Answers to "Is there a dog in the image?", as `yes_or_no` reads them.
 
-    Source: Li et al., EMNLP 2023.
+    Source: Li et al., EMNLP 2023. Their code takes every answer without "no" or "not" for a yes; here one that is
+        neither is counted apart: wrong in the accuracy, missed in the recall, no yes in the precision.
     """
 
     accuracy: float
@@ -45,31 +54,82 @@ class Pope:
     recall: float
     f1: float
     yes: float
-    """Share of answers that are yes; anything else counts as no."""
+    """Share of answers that are yes."""
+    neither: float
+    """Share of answers that are neither yes nor no."""
     n: int
 
 
 class Vocabulary:
-    """The objects that count: those that any image's list names; other nouns of a caption are not judged."""
+    """The objects that count; other nouns of a caption are not judged.
 
-    def __init__(self, lists: Iterable[Iterable[str]]) -> None:
-        self.nouns = frozenset(singular(noun) for nouns in lists for noun in nouns)
-        self._longest = max((len(noun.split()) for noun in self.nouns), default=0)
+    Args:
+        lists: Of what is there, image by image: every object that any of them names counts.
+        synonyms: What else objects are called, `coco_synonyms()` for one; every object of the table counts.
+    """
+
+    def __init__(self, lists: Iterable[Iterable[str]], synonyms: Synonyms | None = None) -> None:
+        table = synonyms or {}
+        self._names = {singular(word): singular(name) for name, words in table.items() for word in (name, *words)}
+        for noun in (singular(noun) for nouns in lists for noun in nouns):
+            self._names.setdefault(noun, noun)
+        self.nouns = frozenset(self._names.values()) - {""}
+        self._phrases = Phrases(self._names)
+
+    def objects(self, nouns: Iterable[str]) -> frozenset[str]:
+        """The objects that count among those of a list, by the names that `named` gives them."""
+        return frozenset(self._names.get(singular(noun), "") for noun in nouns) - {""}
+
+    def places(self, caption: str) -> list[Place]:
+        """Where a caption first names each object, in order; of "hot dog" and "dog" the longer."""
+        first: dict[str, Place] = {}
+        for place in self._phrases.places(caption):
+            first.setdefault(place[2], place)
+        return [place for noun, place in first.items() if noun]
 
     def named(self, caption: str) -> tuple[str, ...]:
-        """The objects that a caption names, singular, each once, in order; of "hot dog" and "dog" the longer."""
-        words = re.findall(r"[\w'-]+", caption)
-        found: dict[str, None] = {}
-        i = 0
-        while i < len(words):
-            for n in range(min(self._longest, len(words) - i), 0, -1):
-                noun = singular(" ".join(words[i : i + n]))
-                if noun in self.nouns:
-                    found[noun] = None
-                    i += n - 1
-                    break
-            i += 1
-        return tuple(found)
+        """The objects that a caption names, singular, each once, in order."""
+        return tuple(noun for _, _, noun in self.places(caption))
+
+
+@functools.cache
+def coco_synonyms() -> Synonyms:
+    """What captions call the 80 objects of MSCOCO, so that CHAIR compares with published figures.
+
+    Source: Rohrbach et al., EMNLP 2018. Left out are their misspellings, and their rule by which no seat is a chair in
+        a caption that says "toilet" anywhere; "toilet seat" is a toilet in both.
+    """
+    table = resources.files("mmneurons.inspection").joinpath("data/coco.txt")
+    return _synonyms(table.read_text(encoding="utf-8"), "coco")
+
+
+def read_synonyms(path: str | os.PathLike[str]) -> Synonyms:
+    """A table of synonyms: an object a line, its name and what else it is called between commas; # begins a comment.
+
+    Raises:
+        FormatError: if it cannot be read, has no object, or gives a word to two.
+    """
+    return _synonyms(read_text(path), os.fspath(path))
+
+
+def _synonyms(text: str, source: str) -> Synonyms:
+    table: dict[str, list[str]] = {}
+    owner: dict[str, str] = {}
+    for line in text.splitlines():
+        if not line.strip() or line.lstrip().startswith("#"):
+            continue
+        name, *words = (word.strip() for word in line.split(","))
+        table.setdefault(name, []).extend(filter(None, words))
+        for word in filter(None, (name, *words)):
+            if owner.setdefault(singular(word), name) != name:
+                raise FormatError(
+                    f"In {source}, '{word}' stands for two objects.",
+                    seen=f"'{owner[singular(word)]}' and '{name}'",
+                    fix="Leave it in one line.",
+                )
+    if not any(table):
+        raise FormatError(f"{source} names no object.", fix="Write one a line, and what else it is called: dog, puppy")
+    return table
 
 
 def chair(captions: Sequence[str], objects: Sequence[Iterable[str]], vocabulary: Vocabulary) -> Chair:
@@ -80,12 +140,11 @@ def chair(captions: Sequence[str], objects: Sequence[Iterable[str]], vocabulary:
         objects: What is there, image by image.
         vocabulary: The objects that count.
     """
-    return chair_of([vocabulary.named(caption) for caption in captions], objects)
+    return chair_of([vocabulary.named(caption) for caption in captions], [vocabulary.objects(one) for one in objects])
 
 
-def chair_of(named: Sequence[Sequence[str]], objects: Sequence[Iterable[str]]) -> Chair:
-    """The same of the objects that captions name."""
-    there = [{singular(noun) for noun in nouns} for nouns in objects]
+def chair_of(named: Sequence[Sequence[str]], there: Sequence[frozenset[str]]) -> Chair:
+    """The same of the objects that captions name, and of those there as `Vocabulary.objects` gives them."""
     absent = [sum(noun not in true for noun in mine) for mine, true in zip(named, there, strict=True)]
     found = [len(mine) - n for mine, n in zip(named, absent, strict=True)]
     n_named, n_there = ([float(len(nouns)) for nouns in lists] for lists in (named, there))
@@ -97,6 +156,28 @@ def chair_of(named: Sequence[Sequence[str]], objects: Sequence[Iterable[str]]) -
         n_absent=sum(absent),
         n_found=sum(found),
     )
+
+
+_ANSWER = re.compile(
+    r"""\W*
+    (?: a: \W* | (?: (?:the|my|final|correct) \W+ )* answer
+        (?: \W+ to \W+ (?:the|this|your) \W+ question )? (?: \W+ is )? \W+ )?
+    (?: (?P<yes> yes ) \b (?! \s* (?: / | \b or \b | \b and \b ) \s* no \b )
+      | no \b (?! \s* (?: / | \b or \b | \b and \b ) \s* yes \b | \s+ (?:idea|clue|way) \b )
+      | there \s+ (?:is|are) (?: \s+ not? | n['\u2019]t ) \b )""",
+    re.IGNORECASE | re.VERBOSE,
+)
+
+
+def yes_or_no(answer: str) -> bool | None:
+    """Whether an answer is yes or no; None if it is neither.
+
+    It is where it begins with the word, whatever the case and the signs around it, alone or after "answer", "the
+    answer is" and the like; "there is no ..." and "there are not ..." are no. All else is neither: "yes or no",
+    "no idea", "I see a dog".
+    """
+    found = _ANSWER.match(answer)
+    return None if found is None else found["yes"] is not None
 
 
 def pope(
@@ -111,21 +192,23 @@ def pope(
         answers: What is true.
         batch_size: Images in one batch of equal questions.
     """
-    said = [False] * len(questions)
+    said: list[bool | None] = [None] * len(questions)
     for question in dict.fromkeys(questions):
         mine = [i for i, one in enumerate(questions) if one == question]
         texts = vlm.caption(
             [images[i] for i in mine], question, "", max_new_tokens=MAX_NEW_TOKENS, batch_size=batch_size
         )
         for i, text in zip(mine, texts, strict=True):
-            said[i] = bool(re.match(r"\W*yes\b", text, flags=re.IGNORECASE))
-    hits = sum(a and b for a, b in zip(said, answers, strict=True))
-    precision, recall = hits / max(1, sum(said)), hits / max(1, sum(answers))
+            said[i] = yes_or_no(text)
+    n, n_yes = max(1, len(said)), said.count(True)
+    hits = sum(a is True and bool(b) for a, b in zip(said, answers, strict=True))
+    precision, recall = hits / max(1, n_yes), hits / max(1, sum(answers))
     return Pope(
-        accuracy=sum(a == b for a, b in zip(said, answers, strict=True)) / max(1, len(said)),
+        accuracy=sum(a == b for a, b in zip(said, answers, strict=True)) / n,
         precision=precision,
         recall=recall,
         f1=2 * precision * recall / max(1e-9, precision + recall),
-        yes=sum(said) / max(1, len(said)),
+        yes=n_yes / n,
+        neither=said.count(None) / n,
         n=len(said),
     )
