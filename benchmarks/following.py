@@ -354,7 +354,7 @@ def main() -> None:
         truth.measure(vlm, blocks, item.name, item.image())
         say(f"  image {i}: {truth.n_nouns} nouns")
     if truth.n_nouns:
-        print(f"{truth.n_nouns} nouns of {arguments.limit} images; means over images, 95 % bootstrap intervals\n")
+        print(f"{truth.n_nouns} nouns of {arguments.limit} images; means over images, 95 % BCa intervals\n")
         truth.show()
         worst = max(max(apart) for apart in truth.apart.values())
         assert worst < EXACT, f"everything followed should be the gradient, and is {worst} off"

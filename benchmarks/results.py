@@ -40,11 +40,17 @@ def _agreement(rows: Rows) -> str:
 
 
 def _deletion(rows: Rows) -> str:
+    """The top of each finder; the controls of the first."""
     kept = [row | {"silent": f"{row['finder']}, top k"} for row in rows if row["measure"] == "top"]
     first = rows[0]["finder"]
-    for measure in ("matched random", "any random"):
-        mine = [row for row in rows if (row["finder"], row["measure"]) == (first, measure)]
-        kept += [row | {"silent": f"{measure}, as many as {first}'s"} for row in mine]
+    names = {
+        "matched random": f"matched random, as loud as {first}'s",
+        "loudness / the top's": "- their loudness / the top's",
+        "matched neurons": "- their number",
+        "any random": "any random, k",
+    }
+    for measure, name in names.items():
+        kept += [row | {"silent": name} for row in rows if (row["finder"], row["measure"]) == (first, measure)]
     return pivot(kept, "silent", "k")
 
 
@@ -53,17 +59,25 @@ def _deletion_differences(rows: Rows) -> str:
 
 
 def _causal(rows: Rows) -> str:
-    kept = [
-        row | {"disturbed": f"{row['disturbance']}, {row['neurons']}: {row['measure']}"}
-        for row in rows
-        if row["measure"] != "BERTScore to the caption before" or row["disturbance"] == "times 0"
-    ]
-    return pivot(kept, "disturbed", "k")
+    """Rows of which every figure is 0, or every one 1, are left out; BERTScore and controls of silence alone."""
+    lines: dict[str, Rows] = {}
+    for row in rows:
+        apart = row["measure"] not in ("no longer says the noun", "the rest unchanged")
+        if apart and row["disturbance"] != "times 0":
+            continue
+        name = f"{row['disturbance']}, {row['neurons']}: {row['measure']}"
+        lines.setdefault(name, []).append(row | {"disturbed": name, "apart": "yes" if apart else ""})
+    told = [mine for mine in lines.values() if mine[0]["apart"] or {float(r["mean"]) for r in mine} not in ({0}, {1})]
+    return pivot([row for mine in told for row in mine], "disturbed", "k")
+
+
+def _regions(rows: Rows) -> str:
+    return pivot([row | {"map": f"{row['neurons']}: {row['measure']}"} for row in rows], "map", "k")
 
 
 TABLES: dict[str, tuple[str, Callable[[Rows], str]]] = {
     "sensitivity": ("sensitivity", lambda rows: pivot([r | {"": "share"} for r in rows], "measure", "")),
-    "regions": ("regions", lambda rows: pivot(rows, "measure", "k")),
+    "regions": ("regions", _regions),
     "overlap": ("overlap", lambda rows: pivot(rows, "pairs", "k")),
     "own-share": ("own-share", lambda rows: pivot([r | {"": "share"} for r in rows], "measure", "")),
     "layers": ("layers", lambda rows: pivot(rows, "k", "block")),

@@ -60,6 +60,20 @@ def test_earlier_positions_do_not_notice(random_vlm, given):
     assert (changed[:, 40] - plain[:, 40]).abs().max() > 1e-4
 
 
+@pytest.mark.parametrize("how", [{"scale": 0.0}, {"noise": 3.0}])
+def test_rows_of_one_batch_are_changed_each_in_its_way(random_vlm, given, how):
+    neurons = tuple(map(Neuron.parse, ("L0.u1", "L2.u3"))), tuple(map(Neuron.parse, ("L0.u1", "L1.u7")))
+    first, second = (Intervention(mine, **how, seed=i, rows=(i,)) for i, mine in enumerate(neurons))
+    with intervene(random_vlm, first), intervene(random_vlm, second):
+        together = stream(random_vlm, given)
+    for i, mine in enumerate(neurons):
+        with intervene(random_vlm, Intervention(mine, **how, seed=i)):
+            torch.testing.assert_close(together[i], stream(random_vlm, given)[i])
+    with intervene(random_vlm, first):
+        alone = stream(random_vlm, given)
+    torch.testing.assert_close(alone[1], stream(random_vlm, given)[1])
+
+
 def test_nested_changes_add_up_and_records_see_them(random_vlm, given):
     twice, thrice = intervene(random_vlm, ["L0.u1"], scale=2), intervene(random_vlm, ["L0.u1", "L1.u1"], scale=3)
     with twice, thrice, mmn.record(random_vlm.anatomy, writes=False) as inside:

@@ -2,8 +2,13 @@ import numpy as np
 import pytest
 
 import mmneurons as mmn
+from mmneurons.finding.finder import targets_of
+from mmneurons.finding.maps import region_maps
+from mmneurons.finding.scoring import Choices, score_targets
 from mmneurons.inspection.items import Item
 from mmneurons.inspection.sensitivity import sensitivity
+from mmneurons.vlm.grid import find_grids
+from mmneurons.vlm.prompts import ANSWER_PREFIX, MAX_NEW_TOKENS, PROMPT
 
 
 @pytest.fixture(scope="module")
@@ -38,6 +43,33 @@ def test_what_is_shown_is_compared_with_its_mask(told, scene):
     for one in shown:
         mask = scene.masks[scene.objects.index(one.lemma)]
         assert one.regions[10].area == pytest.approx(mask.mean(), abs=0.01)
+
+
+def test_as_many_random_neurons_are_beside_each_region(told):
+    for one in told:
+        assert set(one.matched) == set(one.regions)
+        for k, other in one.matched.items():
+            assert other.n_neurons <= k
+            assert 0 < other.loudness < 1.1
+            assert other.match.area == one.regions[k].area
+        if one.matched:
+            assert one.matched[10].n_neurons == 10
+            assert one.matched[10].match != one.regions[10]
+
+
+def test_maps_of_the_top_as_a_set_are_its_region(vlm, scene):
+    """What random neurons are mapped with gives, for the top k, what `find` shows."""
+    finding = mmn.find(vlm, scene.image, maps=True)
+    choices = Choices(PROMPT, ANSWER_PREFIX, 10, "logit", None, None, None, True, False, MAX_NEW_TOKENS)
+    inputs = vlm.encode([[scene.image]], PROMPT, ANSWER_PREFIX)
+    with mmn.record(vlm.anatomy) as recording:
+        answers = vlm.generate(inputs)
+    scored = score_targets(vlm, recording, answers, targets_of(vlm, answers, 0, choices), choices)
+    sets = [[ranked[:10].flip(0), ranked[:50]] for ranked in scored.ranked]
+    found = region_maps(vlm, inputs, find_grids(vlm.model, inputs, 1), scored, sets)
+    for noun, (ten, fifty) in zip(finding.nouns, found, strict=True):
+        np.testing.assert_allclose(ten, noun.regions[10], atol=1e-4)
+        np.testing.assert_allclose(fifty, noun.regions[50], atol=1e-4)
 
 
 def test_the_same_image_in_place_of_another_loses_nothing(vlm, item, scene):

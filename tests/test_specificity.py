@@ -33,6 +33,23 @@ def test_overlaps_by_hand():
     assert told.matrix.tolist() == [[1, 0.5], [0.5, 1]]
 
 
+def test_pairs_are_of_two_images_and_their_intervals_of_images():
+    """Two nouns of one image are no pair of images; 40 images of a noun are 40 units, not 780 pairs."""
+    alone = specificity([NounScores("a", "dog", scores(*DOG)), NounScores("a", "cat", scores(*CAT))], LAYER_OF)
+    assert alone.overlaps[0].between is None
+    chance = np.random.default_rng(0)
+    dogs = [scores(*chance.choice(30, 10, replace=False)) for _ in range(40)]
+    within = specificity([NounScores(str(i), "dog", one) for i, one in enumerate(dogs)], LAYER_OF).overlaps[0].within
+    tops = [set(np.flatnonzero(one == 1)) for one in dogs]
+    shares = [len(a & b) / 10 for i, a in enumerate(tops) for b in tops[:i]]
+    assert within is not None
+    assert within.low is not None
+    assert within.high is not None
+    assert (within.mean, within.n) == (pytest.approx(np.mean(shares)), 40)
+    naive = 2 * 1.96 * np.std(shares) / len(shares) ** 0.5
+    assert within.high - within.low > 1.2 * naive
+
+
 def test_own_share_by_hand():
     """Half of each noun's neurons give as much to the other, half nothing (below zero)."""
     told = specificity(FOUND, LAYER_OF)
