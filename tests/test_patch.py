@@ -218,6 +218,73 @@ def test_a_model_changed_by_something_else_is_refused(edited):
     second.apply(edited)  # its hashes are of the columns before any edit
 
 
+def test_clean_weights_that_were_loaded_are_clean(edited):
+    """As after `load_state_dict`: a patch that the ledger still counts can be taken back, and nothing is changed."""
+    before = bits(edited)
+    patch = a_patch(edited, {0: [1]})
+    with patch.applied(edited), torch.no_grad():
+        layers(edited)[0].copy_(before[0])
+    assert same(before, edited)
+
+
+def test_weights_that_something_else_replaced_can_be_taken_for_unedited(vlm):
+    from conftest import make_random_vlm
+
+    own = make_random_vlm(vlm)
+    patch = a_patch(own, {0: [1]})
+    patch.apply(own)
+    old_hash = own.facts["weights_hash"]
+    own.model.to(torch.bfloat16)  # pyright: ignore[reportArgumentType]
+    with pytest.raises(ModelError, match=r"(?s)changed by something else.*forget"):
+        patch.revert(own)
+    mmn.forget(own)
+    assert ledger_of(own).active == ()
+    assert own.facts["weights_hash"] != old_hash
+    with pytest.raises(ModelError, match="dtype"):
+        patch.apply(own)
+    before = bits(own)
+    with a_patch(own, {0: [1]}).applied(own):
+        assert not same(before, own)
+    assert same(before, own)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_a_patch_that_overflows_is_refused_before_it_is_written(vlm, dtype):
+    from conftest import make_random_vlm
+
+    own = make_random_vlm(vlm, dtype)
+    before = bits(own)
+    indices = torch.tensor([3])
+    hashes = column_hashes(before[0][:, indices].T)
+    change = torch.full((1, HIDDEN), 0.9 * torch.finfo(dtype).max)
+    whole = Patch(HIDDEN, (PatchPart(0, None, indices, hashes, change),))
+    with (0.5 * whole).applied(own):
+        for other in (0.7 * whole, -1.0 * whole):  # too large together, or if the other is taken back first
+            with pytest.raises(SettingError, match=r"too large for the model's column L0\.u3"):
+                other.apply(own)
+    assert same(before, own)
+
+
+def test_coefficients_and_directions_that_overflow_are_no_patch():
+    part = PatchPart(0, None, torch.tensor([1]), torch.zeros(1, HASH_BYTES, dtype=torch.uint8), None, torch.ones(1, 2))
+    Patch(HIDDEN, (part,), torch.full((2, HIDDEN), 1e38))
+    with pytest.raises(SettingError, match="larger than float32"):
+        Patch(HIDDEN, (part,), torch.full((2, HIDDEN), 2e38))
+
+
+def test_a_column_that_held_nan_before_is_given_back_bit_for_bit(vlm):
+    from conftest import make_random_vlm
+
+    own = make_random_vlm(vlm)
+    with torch.no_grad():
+        layers(own)[0][0, 5] = torch.nan
+        layers(own)[0][1, 5] = -0.0
+    before = [weight.numpy().tobytes() for weight in bits(own)]
+    with a_patch(own, {0: [5, 6]}).applied(own):
+        assert [weight.numpy().tobytes() for weight in bits(own)] != before
+    assert [weight.numpy().tobytes() for weight in bits(own)] == before
+
+
 def test_a_failed_apply_remembers_nothing(edited, monkeypatch):
     patch = a_patch(edited, {0: [1], 2: [4]})
     plan = ledger.Ledger._plan

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from mmneurons.editing.file import save_patch as save_patch
     from mmneurons.editing.hallucination import DehallucinateSettings as DehallucinateSettings
     from mmneurons.editing.hallucination import dehallucinate as dehallucinate
+    from mmneurons.editing.ledger import forget as forget
     from mmneurons.editing.patch import Patch as Patch
     from mmneurons.editing.reference import Reference as Reference
     from mmneurons.editing.reference import make_reference as make_reference
@@ -63,6 +64,7 @@ _HOMES = {
     "edit": "mmneurons.editing.edit:edit",
     "explain_neuron": "mmneurons.finding.lookup:explain_neuron",
     "export": "mmneurons.editing.export:export",
+    "forget": "mmneurons.editing.ledger:forget",
     "find": "mmneurons.finding.finder:find",
     "intervene": "mmneurons.vlm.interventions:intervene",
     "load": "mmneurons.vlm.load:load",

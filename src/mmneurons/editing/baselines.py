@@ -18,8 +18,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import Any, Literal, get_args
 
 import torch
@@ -39,6 +39,8 @@ from mmneurons.errors import SettingError
 from mmneurons.inspection.matching import column_norms, loudness, matched
 from mmneurons.neurons import Neuron
 from mmneurons.vlm import provenance
+from mmneurons.vlm.locking import by_one_thread, restored
+from mmneurons.vlm.modes import hooked
 from mmneurons.vlm.prompts import tokens_of
 from mmneurons.vlm.replay import Replay
 from mmneurons.vlm.vlm import VLM, Picture
@@ -76,14 +78,11 @@ class HeadChange:
             new[..., sources] -= self.bias
         return new
 
-    @contextmanager
+    @restored
     def applied(self, vlm: VLM) -> Iterator[HeadChange]:
         """Set the hook, and remove it whatever happens."""
-        hook = vlm.anatomy.head.register_forward_hook(self)
-        try:
+        with vlm.alone(), hooked([partial(vlm.anatomy.head.register_forward_hook, self)]):
             yield self
-        finally:
-            hook.remove()
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,13 +94,14 @@ class Rival:
     provenance: Mapping[str, Any] = field(default_factory=dict)
     """Plain data: settings, `seconds` to make it, `steps` of Adam, `changed` numbers of the model, `stored` numbers."""
 
-    @contextmanager
+    @restored
     def applied(self, vlm: VLM) -> Iterator[Rival]:
         """Apply, and take back whatever happens; errors as of `Patch.apply`."""
         with self.change.applied(vlm):
             yield self
 
 
+@by_one_thread
 def baseline(
     vlm: VLM,
     name: Name,

@@ -25,6 +25,7 @@ from mmneurons.editing.strength import find_strength
 from mmneurons.errors import SettingError
 from mmneurons.neurons import Neuron
 from mmneurons.vlm import provenance
+from mmneurons.vlm.locking import by_one_thread
 from mmneurons.vlm.prompts import ANSWER_PREFIX, MAX_NEW_TOKENS, PROMPT
 from mmneurons.vlm.vlm import VLM, Picture, Pictures, as_list
 
@@ -51,6 +52,7 @@ class EditSettings:
     batch_size: int = 8
 
 
+@by_one_thread
 def edit(
     vlm: VLM,
     images: Picture | Pictures,

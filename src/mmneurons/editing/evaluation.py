@@ -22,6 +22,7 @@ from mmneurons.editing.patch import Edit, Patch
 from mmneurons.editing.steps import likeliest, no_neurons
 from mmneurons.inspection.causal import rest_unchanged
 from mmneurons.maths.statistics import Estimate, share
+from mmneurons.vlm.locking import by_one_thread
 from mmneurons.vlm.prompts import ANSWER_PREFIX, MAX_NEW_TOKENS, PROMPT, WORDINGS
 from mmneurons.vlm.recording import record
 from mmneurons.vlm.vlm import VLM, Picture, batches, open_row
@@ -141,6 +142,7 @@ class Before:
         return likeliest(self.vlm, self.bench.texts)
 
 
+@by_one_thread
 def evaluate(
     vlm: VLM,
     edit: Edit,

@@ -11,7 +11,6 @@ import json
 import os
 import shutil
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +18,11 @@ import huggingface_hub
 from safetensors import SafetensorError
 from torch import nn
 
-from mmneurons.editing.ledger import Ledger, ledger_of, uninterrupted
+from mmneurons.editing.ledger import Ledger, ledger_of
 from mmneurons.editing.patch import Patch
 from mmneurons.errors import ModelError, SettingError
 from mmneurons.vlm import provenance
+from mmneurons.vlm.locking import by_one_thread, restored
 from mmneurons.vlm.processors import ImageAndTokenizer
 from mmneurons.vlm.vlm import VLM
 from mmneurons.vlm.weights import stored
@@ -36,6 +36,7 @@ PROCESSOR_FILES = ("*.json", "*.jinja", "*.model", "*.txt", "chat_templates/*.ji
 NOT_OF_PROCESSOR = ("config.json", "generation_config.json", NOTE)
 
 
+@by_one_thread
 def export(vlm: VLM, patches: Sequence[Patch], folder: str | os.PathLike[str]) -> Path:
     """Write the unedited model with these patches, and nothing else, as a folder that plain transformers loads.
 
@@ -143,17 +144,15 @@ def _check_model(model: Any) -> None:
         )
 
 
-@contextmanager
+@restored
 def _exactly(ledger: Ledger, patches: Sequence[Patch]) -> Iterator[None]:
     """Within it these patches are applied and no others; afterwards those that were before."""
     before = ledger.active
     try:
-        with uninterrupted():
-            _change(ledger, patches)
+        _change(ledger, patches)
         yield
     finally:
-        with uninterrupted():
-            _change(ledger, before)
+        _change(ledger, before)
 
 
 def _change(ledger: Ledger, patches: Sequence[Patch]) -> None:

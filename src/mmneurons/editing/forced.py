@@ -9,21 +9,21 @@ What enters the lowest block is kept from one pass over the whole model, with wh
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import islice
 from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
-from torch.utils.hooks import RemovableHandle
 
 from mmneurons.editing.reference import Reference
 from mmneurons.editing.steps import text_batches
 from mmneurons.vlm.calls import Catcher, repeated
 from mmneurons.vlm.doctor import tolerance
+from mmneurons.vlm.modes import hooked
 from mmneurons.vlm.vlm import VLM, Inputs, Picture, batches, open_row
 
 
@@ -112,7 +112,7 @@ class Reader:
         blocks, catcher = self.vlm.anatomy.blocks[self.lowest :], Catcher({0})
         with torch.no_grad():
             catching = enumerate(block.module for block in blocks)
-            with hooked(m.register_forward_pre_hook(catcher.hook(k), with_kwargs=True) for k, m in catching):
+            with hooked(partial(m.register_forward_pre_hook, catcher.hook(k), with_kwargs=True) for k, m in catching):
                 whole = replace(made, base=self.final(made))
             if not self.cache:
                 return whole
@@ -128,7 +128,8 @@ class Reader:
         """What enters the final norm at the steps of a batch."""
         # The norm before the head can be the last one of the last block (post-LN): then it runs on the way.
         entered, norm, hidden = list[Tensor](), self.vlm.anatomy.norm_module, batch.entering
-        with hooked([norm.register_forward_pre_hook(lambda _, args: entered.append(args[0]))]):
+        watching = hooked([partial(norm.register_forward_pre_hook, lambda _, args: entered.append(args[0]))])
+        with self.vlm.alone(), watching:
             if hidden is None:
                 self.vlm.model(**batch.inputs, **self.vlm.once())
             else:
@@ -149,15 +150,3 @@ def _apart(calls: Sequence[tuple[tuple, dict[str, Any]]]) -> tuple[Tensor, list[
     args, kwargs = calls[0]
     entering = args[0] if args else kwargs["hidden_states"]
     return entering, [((None, *a[1:]), k) if a else (a, {**k, "hidden_states": None}) for a, k in calls]
-
-
-@contextmanager
-def hooked(handles: Iterable[RemovableHandle]) -> Iterator[None]:
-    """Hooks set one by one, all removed whatever happens."""
-    held: list[RemovableHandle] = []
-    try:
-        held.extend(handles)
-        yield
-    finally:
-        for handle in held:
-            handle.remove()

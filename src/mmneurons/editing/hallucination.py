@@ -39,6 +39,7 @@ from mmneurons.editing.training import Training
 from mmneurons.errors import SettingError, WordError
 from mmneurons.inspection.hallucination import Chair, Vocabulary, chair, chair_of
 from mmneurons.vlm import provenance
+from mmneurons.vlm.locking import by_one_thread
 from mmneurons.vlm.modes import evaluating, frozen
 from mmneurons.vlm.prompts import ANSWER_PREFIX, MAX_NEW_TOKENS, PROMPT, tokens_of
 from mmneurons.vlm.vlm import VLM, Picture
@@ -87,6 +88,7 @@ class DehallucinateSettings:
         return {"max_new_tokens": self.max_new_tokens, "batch_size": self.batch_size}
 
 
+@by_one_thread
 def dehallucinate(
     vlm: VLM,
     images: Sequence[Picture],
@@ -270,6 +272,7 @@ class Judged:
     """Objects named there that are not, before and after."""
 
 
+@by_one_thread
 def judge(
     vlm: VLM,
     patch: Patch,

@@ -7,10 +7,7 @@ matter and an empty ledger leaves the model bit for bit as it was.
 
 from __future__ import annotations
 
-import signal
-import threading
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from weakref import WeakKeyDictionary
 
@@ -22,6 +19,7 @@ from mmneurons.errors import ModelError, SettingError
 from mmneurons.neurons import Neuron
 from mmneurons.vlm import weights
 from mmneurons.vlm.anatomy.parts import Anatomy, Ffn
+from mmneurons.vlm.locking import uninterrupted
 from mmneurons.vlm.vlm import VLM
 
 Place = tuple[int, int | None]
@@ -74,7 +72,9 @@ class Ledger:
             )
         for part in patch.parts:
             self._check(part)
-        self._write({**self._active, patch.hash: patch})
+        active = {**self._active, patch.hash: patch}
+        self._check_finite(active)
+        self._write(active)
 
     def revert(self, patch: Patch) -> None:
         """See `Patch.revert`."""
@@ -115,6 +115,28 @@ class Ledger:
                 fix="Load the model that `patch.provenance` names, as it was loaded then.",
             )
 
+    def _check_finite(self, active: Mapping[str, Patch]) -> None:
+        """Refuse what the dtype of the weights cannot hold, whichever of these patches are active at once."""
+        reach: dict[Place, dict[int, Tensor]] = {}
+        for patch in active.values():
+            for part in patch.parts:
+                mine = reach.setdefault(part.place, {})
+                for index, delta in zip(part.indices.tolist(), patch.deltas(part).abs(), strict=True):
+                    mine[index] = mine[index] + delta if index in mine else delta
+        for place, sizes in reach.items():
+            if not sizes:
+                continue
+            pristine = self.pristine(place, torch.tensor(list(sizes)))
+            largest = pristine.float().abs().cpu() + torch.stack(list(sizes.values()))
+            over = (pristine.isfinite().cpu() & ~largest.to(pristine.dtype).isfinite()).any(1)
+            if bool(over.any()):
+                neuron = Neuron(place[0], list(sizes)[int(over.nonzero()[0])], place[1])
+                raise SettingError(
+                    f"This patch is too large for the model's column {neuron}.",
+                    seen=f"Its numbers would overflow {str(pristine.dtype).removeprefix('torch.')}.",
+                    fix="Scale it to change less: 0.1 * patch",
+                )
+
     def _write(self, active: Mapping[str, Patch]) -> None:
         """Make the model what `active` says; whatever happens in between, it is either that or what it was."""
         plan = self._plan(active)
@@ -150,11 +172,12 @@ class Ledger:
         plan = []
         for (place, index), total in sums.items():
             current, known = views[place][:, index], self._columns.get(place, _Columns())
-            if index in known.written and not torch.equal(current, known.written[index]):
+            own = (known.written[index], known.pristine[index]) if index in known.written else (current,)
+            if not any(_same_bits(current, column) for column in own):
                 raise ModelError(
                     f"The model's column {Neuron(place[0], index, place[1])} was changed by something else.",
-                    seen="It is not what the ledger wrote when it was edited.",
-                    fix="Load the model again.",
+                    seen="It is neither what the ledger wrote when it was edited, nor what it was before.",
+                    fix="Load the model again. If its weights are as you want them: mmneurons.forget(vlm)",
                 )
             pristine = known.pristine[index] if index in known.pristine else current.clone()
             changed = bool(total.any())
@@ -163,33 +186,31 @@ class Ledger:
         return plan
 
 
+def _same_bits(one: Tensor, other: Tensor) -> bool:
+    """Whether two columns are the same numbers, NaN and the sign of zero included, wherever they are."""
+    if one.dtype != other.dtype or one.shape != other.shape:
+        return False
+    return torch.equal(*(column.to(one.device).contiguous().view(torch.uint8) for column in (one, other)))
+
+
 _LEDGERS: WeakKeyDictionary[nn.Module, Ledger] = WeakKeyDictionary()
 
 
 def ledger_of(vlm: VLM) -> Ledger:
     """The one ledger of a model, made when it is first asked for."""
-    if vlm.model not in _LEDGERS:
-        _ = vlm.facts  # the hash in it is that of the weights before any edit
-        _LEDGERS[vlm.model] = Ledger(vlm.anatomy)
-    return _LEDGERS[vlm.model]
+    with vlm.alone():
+        if vlm.anatomy.owner not in _LEDGERS:
+            _ = vlm.facts  # the hash in it is that of the weights before any edit
+            _LEDGERS[vlm.anatomy.owner] = Ledger(vlm.anatomy)
+        return _LEDGERS[vlm.anatomy.owner]
 
 
-@contextmanager
-def uninterrupted() -> Iterator[None]:
-    """Let Ctrl-C wait for the end of the `with`.
+def forget(vlm: VLM) -> None:
+    """Take the weights as they are now for unedited: no patch is active any more, and nothing is changed.
 
-    By its handler, not by the signal mask, which holds for one thread only; other threads than the main one are never
-    interrupted by Python.
+    For a model whose weights something else has replaced, such as `load_state_dict` or `.to(dtype)`. Patches made for
+    the weights before are refused where the columns differ.
     """
-    usual = signal.getsignal(signal.SIGINT)
-    if threading.current_thread() is not threading.main_thread() or usual is None:
-        yield
-        return
-    waiting: list[int] = []
-    signal.signal(signal.SIGINT, lambda number, _: waiting.append(number))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, usual)
-        if waiting:
-            signal.raise_signal(signal.SIGINT)
+    with vlm.alone():
+        _LEDGERS.pop(vlm.anatomy.owner, None)
+        vars(vlm).pop("facts", None)  # which name the weights by their hash

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -22,7 +22,7 @@ from mmneurons.editing.edit import EditSettings
 from mmneurons.editing.goals import Asked, rewritten, share_turned
 from mmneurons.editing.reference import Reference
 from mmneurons.editing.steps import Steps
-from mmneurons.vlm.modes import evaluating
+from mmneurons.vlm.modes import evaluating, hooked
 from mmneurons.vlm.vlm import VLM, Picture, open_row
 
 REFERENCES = 128
@@ -160,12 +160,9 @@ class Task:
 def logits_of(vlm: VLM, lesson: Lesson) -> Float[Tensor, "rows steps vocab"]:
     """What the model says at each step, float32; differentiable where gradients are enabled."""
     seen: list[Tensor] = []
-    hook = vlm.anatomy.owner.register_forward_hook(lambda module, args, output: seen.append(output.logits))
-    try:
-        with evaluating(vlm.model):
-            vlm.model(**lesson.batch)
-    finally:
-        hook.remove()
+    watching = partial(vlm.anatomy.owner.register_forward_hook, lambda module, args, output: seen.append(output.logits))
+    with vlm.alone(), hooked([watching]), evaluating(vlm.model):
+        vlm.model(**lesson.batch)
     return seen[-1][:, -lesson.n_steps :].float()
 
 

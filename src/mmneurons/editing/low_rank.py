@@ -8,8 +8,8 @@ change.patch()
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from jaxtyping import Float
@@ -17,10 +17,11 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from mmneurons.editing.columns import Columns
-from mmneurons.editing.forced import hooked
 from mmneurons.editing.ledger import ledger_of
 from mmneurons.editing.patch import Patch, PatchPart, column_hashes
 from mmneurons.errors import ModelError
+from mmneurons.vlm.locking import restored
+from mmneurons.vlm.modes import hooked
 from mmneurons.vlm.vlm import VLM
 
 
@@ -61,7 +62,7 @@ class LowRank:
         length = self.directions.numel() ** 0.5
         return {i: float(held.float().norm(dim=1).mean()) / length for i, held in self.pristine.items()}
 
-    @contextmanager
+    @restored
     def hooked(self) -> Iterator[None]:
         """What the change writes is added to what each `w_out` gives."""
         units = self.units()
@@ -74,7 +75,7 @@ class LowRank:
 
             return self.columns.anatomy.ffns[i].module.register_forward_hook(add)
 
-        with hooked(hook(i) for i in self.shares):
+        with hooked(partial(hook, i) for i in self.shares):
             yield
 
     def patch(self) -> Patch:
@@ -117,7 +118,7 @@ def slopes(vlm: VLM, layers: Sequence[int], descend: Iterable[object]) -> dict[i
 
         return ffns[i].module.register_forward_hook(add)
 
-    with hooked(hook(i) for i in ffns):
+    with hooked(partial(hook, i) for i in ffns):
         for _ in descend:
             pass
     return {

@@ -7,8 +7,8 @@ to what `w_out` gives, by a hook: no weight is written to, and the blocks below 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from itertools import cycle, islice
 
 import torch
@@ -17,13 +17,14 @@ from torch.nn import functional as F
 from torch.utils.hooks import RemovableHandle
 
 from mmneurons.editing.columns import Columns
-from mmneurons.editing.forced import Batch, Given, Reader, hooked
+from mmneurons.editing.forced import Batch, Given, Reader
 from mmneurons.editing.goals import Asked, rewritten, share_turned
 from mmneurons.editing.ledger import ledger_of
 from mmneurons.editing.patch import Patch, PatchPart, column_hashes
 from mmneurons.editing.reference import Reference
 from mmneurons.errors import ModelError, SettingError
-from mmneurons.vlm.modes import evaluating, frozen
+from mmneurons.vlm.locking import restored
+from mmneurons.vlm.modes import evaluating, frozen, hooked
 from mmneurons.vlm.vlm import VLM
 
 STEPS = 100
@@ -239,7 +240,7 @@ class Study:
             now, before = (self.anatomy.logits(x).argmax(1) for x in (self.reader.final(batch), batch.base))
         return int((now != before)[~batch.turn].sum())
 
-    @contextmanager
+    @restored
     def hooked(self) -> Iterator[None]:
         """What the deltas write is added to what each `w_out` gives."""
 
@@ -250,5 +251,5 @@ class Study:
 
             return self.anatomy.ffns[i].module.register_forward_hook(add)
 
-        with hooked(hook(i) for i in self.deltas):
+        with hooked(partial(hook, i) for i in self.deltas):
             yield

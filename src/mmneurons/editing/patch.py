@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Protocol
@@ -22,6 +22,7 @@ from torch import Tensor
 
 from mmneurons.errors import SettingError
 from mmneurons.neurons import Neuron
+from mmneurons.vlm.locking import restored
 from mmneurons.vlm.vlm import VLM
 
 HASH_BYTES = 16
@@ -106,6 +107,12 @@ class Patch:
         for tensor in self._numbers():
             if not bool(tensor.isfinite().all()):
                 raise _unsound("It holds NaN or infinity.")
+        if self.directions is not None and self.directions.numel():
+            for part in self.parts:
+                if part.coefficients is not None and part.coefficients.numel():
+                    bound = part.coefficients.abs().sum(1).max() * self.directions.abs().max()
+                    if not bool(bound.isfinite()):
+                        raise _unsound(f"Deltas of layer {part.layer} can be larger than float32 holds.")
 
     def _numbers(self) -> Iterator[Tensor]:
         if self.directions is not None:
@@ -167,25 +174,30 @@ class Patch:
         """
         return stack([self, other])
 
-    @contextmanager
+    @restored
     def applied(self, vlm: VLM) -> Iterator[Patch]:
-        """Apply, and take back whatever happens; errors as of `apply`."""
-        self.apply(vlm)
-        try:
-            yield self
-        finally:
-            self.revert(vlm)
+        """Apply, and take back whatever happens; errors as of `apply`.
+
+        Other threads that ask or edit this model wait for the end of the `with`: do not wait for them inside.
+        """
+        with vlm.alone():
+            self.apply(vlm)
+            try:
+                yield self
+            finally:
+                self.revert(vlm)
 
     def apply(self, vlm: VLM) -> None:
         """Change the columns of a model.
 
         Raises:
             ModelError: the model has other columns than the patch expects, or they cannot be written.
-            SettingError: the patch is applied already.
+            SettingError: the patch is applied already, or the dtype of the weights cannot hold what it adds.
         """
         from mmneurons.editing.ledger import ledger_of
 
-        ledger_of(vlm).apply(self)
+        with vlm.alone():
+            ledger_of(vlm).apply(self)
 
     def revert(self, vlm: VLM) -> None:
         """Take the change back: without patches the model is what it was, bit for bit.
@@ -195,7 +207,8 @@ class Patch:
         """
         from mmneurons.editing.ledger import ledger_of
 
-        ledger_of(vlm).revert(self)
+        with vlm.alone():
+            ledger_of(vlm).revert(self)
 
 
 def stack(patches: Sequence[Patch]) -> Patch:

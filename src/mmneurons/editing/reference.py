@@ -13,6 +13,7 @@ from torch import Tensor
 
 from mmneurons.editing.steps import Said, Steps, answer_steps, join, likeliest, occurrences, text_steps
 from mmneurons.errors import SettingError
+from mmneurons.vlm.locking import by_one_thread
 from mmneurons.vlm.prompts import ANSWER_PREFIX, MAX_NEW_TOKENS, PROMPT
 from mmneurons.vlm.vlm import VLM, Picture
 
@@ -85,6 +86,7 @@ class Reference:
         return float(self.text_counts[rows][flips].sum() / self.text_counts.sum())
 
 
+@by_one_thread
 def make_reference(
     vlm: VLM,
     images: Sequence[Picture] = (),

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,7 +21,8 @@ from mmneurons.editing.lessons import Lesson, Schedule, Task, learn, logits_of
 from mmneurons.editing.patch import Patch, PatchPart, column_hashes
 from mmneurons.errors import ModelError, SettingError
 from mmneurons.vlm.anatomy.parts import Ffn
-from mmneurons.vlm.modes import frozen
+from mmneurons.vlm.locking import restored
+from mmneurons.vlm.modes import frozen, hooked
 from mmneurons.vlm.vlm import VLM
 from mmneurons.vlm.weights.stored import is_adapter
 
@@ -60,7 +62,7 @@ class Adapter:
     weights: Mapping[str, Tensor]
     """By their names in the model with the adapter, float32, on the CPU."""
 
-    @contextmanager
+    @restored
     def applied(self, vlm: VLM) -> Iterator[Adapter]:
         """Attach, and take away whatever happens.
 
@@ -74,7 +76,7 @@ class Adapter:
             yield self
 
 
-@contextmanager
+@restored
 def attached(vlm: VLM, names: Sequence[str], seed: int) -> Iterator[dict[str, nn.Parameter]]:
     """New LoRA on these modules, which does nothing yet; its parameters by name. Afterwards nothing is left of it."""
     try:
@@ -216,12 +218,13 @@ def memit(task: Task, block: int | None) -> tuple[Patch, Facts]:
     goal = _at_places(task, stream, inputs=False) + change[of]
     found: list[tuple[int, Tensor, Tensor]] = []
 
-    def so_far() -> ExitStack:
-        stack = ExitStack()
-        for layer, c, values in found:
-            module = dense_ffn(vlm, layer)[1].module
-            stack.enter_context(added(module, (c @ values).T.to(vlm.device)))
-        return stack
+    @restored
+    def so_far() -> Iterator[None]:
+        with ExitStack() as stack:
+            for layer, c, values in found:
+                module = dense_ffn(vlm, layer)[1].module
+                stack.enter_context(added(module, (c @ values).T.to(vlm.device)))
+            yield
 
     for layer in layers:
         i, ffn = dense_ffn(vlm, layer)
@@ -267,18 +270,15 @@ def spread(
     return torch.linalg.solve(weight * len(rows) * moment + rows.T @ rows, rows.T)
 
 
-@contextmanager
+@restored
 def added(module: nn.Module, delta: Float[Tensor, "hidden neurons"]) -> Iterator[None]:
     """A module gives what its weight and `delta` together would give."""
 
     def hook(module: nn.Module, args: tuple, output: Tensor) -> Tensor:
         return output + (args[0].to(delta.dtype) @ delta.T).to(output.dtype)
 
-    handle = module.register_forward_hook(hook)
-    try:
+    with hooked([partial(module.register_forward_hook, hook)]):
         yield
-    finally:
-        handle.remove()
 
 
 def dense_ffn(vlm: VLM, layer: int) -> tuple[int, Ffn]:
@@ -327,7 +327,9 @@ def _moment(task: Task, i: int) -> Tensor:
     return moment + max(RIDGE * float(moment.diagonal().mean()), 1e-12) * torch.eye(len(moment), dtype=moment.dtype)
 
 
-def _at_places(task: Task, module: nn.Module, *, inputs: bool, within: Callable[[], ExitStack] = ExitStack) -> Tensor:
+def _at_places(
+    task: Task, module: nn.Module, *, inputs: bool, within: Callable[[], AbstractContextManager[Any]] = nullcontext
+) -> Tensor:
     """What a module is given, or gives, where TARGET is wanted, lesson after lesson; float32, on the CPU."""
     found: list[Tensor] = []
 
@@ -336,12 +338,8 @@ def _at_places(task: Task, module: nn.Module, *, inputs: bool, within: Callable[
 
     parts = []
     for lesson in task.lessons:
-        with torch.no_grad(), within():
-            handle = module.register_forward_hook(hook)
-            try:
-                logits_of(task.vlm, lesson)
-            finally:
-                handle.remove()
+        with torch.no_grad(), within(), hooked([partial(module.register_forward_hook, hook)]):
+            logits_of(task.vlm, lesson)
         parts.append(lesson.picked(found[-1], lesson.wanted).float().cpu())
     return torch.cat(parts)
 
@@ -358,7 +356,7 @@ def _learn_writes(task: Task, module: nn.Module, layer: int) -> tuple[Tensor, Te
     unit = stream.pow(2).mean().sqrt().item()
     change = torch.zeros(len(tokens), stream.shape[1], device=task.vlm.device, requires_grad=True)
 
-    @contextmanager
+    @restored
     def within(lesson: Lesson) -> Iterator[None]:
         mine = torch.searchsorted(tokens, lesson.wanted[:, 2].contiguous()).to(change.device)
 
@@ -370,11 +368,8 @@ def _learn_writes(task: Task, module: nn.Module, layer: int) -> tuple[Tensor, Te
             new = rows.index_put(places, unit * change[mine].to(rows), accumulate=True).view_as(whole)
             return new if isinstance(output, Tensor) else (new, *output[1:])
 
-        handle = module.register_forward_hook(hook)
-        try:
+        with hooked([partial(module.register_forward_hook, hook)]):
             yield
-        finally:
-            handle.remove()
 
     def penalty() -> Tensor:
         return DECAY * change.pow(2).mean()

@@ -20,6 +20,7 @@ from mmneurons.vlm import provenance
 from mmneurons.vlm.doctor import tolerance
 from mmneurons.vlm.grid import find_grids, model_view
 from mmneurons.vlm.images import OpenedImage
+from mmneurons.vlm.locking import by_one_thread
 from mmneurons.vlm.prompts import ANSWER_PREFIX, MAX_NEW_TOKENS, PROMPT, token_of
 from mmneurons.vlm.recording import record
 from mmneurons.vlm.vlm import VLM, Answers, Inputs, Picture, Pictures, as_list, batches, open_row
@@ -117,6 +118,7 @@ def find(  # pyright: ignore[reportInconsistentOverload]  # the overloads say wh
     return findings if inputs is not None or isinstance(images, list | tuple) else findings[0]
 
 
+@by_one_thread
 def _find_batch(vlm: VLM, inputs: Inputs, rows: list[list[OpenedImage]], choices: Choices) -> list[Finding]:
     """The whole way for one batch, top to bottom."""
     with record(vlm.anatomy, gates=choices.score == "paper") as recording:

@@ -16,6 +16,7 @@ from mmneurons.neurons import Neuron
 from mmneurons.vlm import weights
 from mmneurons.vlm.anatomy.parts import Anatomy, Ffn
 from mmneurons.vlm.anatomy.ways import in_stream
+from mmneurons.vlm.locking import by_one_thread
 from mmneurons.vlm.prompts import token_of
 from mmneurons.vlm.vlm import VLM
 
@@ -84,6 +85,7 @@ class WordNeurons:
         return asdict(self) | {"neurons": [asdict(n) | {"neuron": str(n.neuron)} for n in self.neurons]}
 
 
+@by_one_thread
 def explain_neuron(vlm: VLM, neuron: str | Neuron, *, n_tokens: int = 10, n_neighbours: int = 10) -> NeuronCard:
     """What a neuron promotes and suppresses, how long its column is, and which neurons are like it.
 
@@ -120,6 +122,7 @@ def explain_neuron(vlm: VLM, neuron: str | Neuron, *, n_tokens: int = 10, n_neig
     )
 
 
+@by_one_thread
 def neurons_for(vlm: VLM, word: str, *, top: int = 10) -> WordNeurons:
     """The neurons of the whole model whose columns point to a word: no image, one read of every `w_out`.
 

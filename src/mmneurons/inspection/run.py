@@ -27,6 +27,7 @@ from mmneurons.inspection.shelf import Shelf
 from mmneurons.inspection.specificity import NounScores, Specificity, noun_scores, specificity
 from mmneurons.inspection.truth import NounTruth, finder_truth, mean_activations
 from mmneurons.vlm import provenance
+from mmneurons.vlm.locking import by_one_thread
 from mmneurons.vlm.prompts import ANSWER_PREFIX, MAX_NEW_TOKENS, PROMPT
 from mmneurons.vlm.vlm import VLM
 
@@ -83,6 +84,7 @@ class _NounRow:
     lemma: str
 
 
+@by_one_thread
 def inspect(
     vlm: VLM,
     items: Sequence[Item],

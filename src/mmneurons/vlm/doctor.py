@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,6 +19,8 @@ from mmneurons.vlm.anatomy.parts import Anatomy, steps
 from mmneurons.vlm.anatomy.ways import Directions, frozen_rows
 from mmneurons.vlm.grid import find_grids
 from mmneurons.vlm.images import open_image
+from mmneurons.vlm.locking import by_one_thread, restored
+from mmneurons.vlm.modes import hooked
 from mmneurons.vlm.moments import Moments, pick_moments, written
 from mmneurons.vlm.prompts import ANSWER_PREFIX, PROMPT
 from mmneurons.vlm.recording import Recording, record
@@ -58,6 +60,7 @@ class Report:
         return {"passed": self.passed, **asdict(self)}
 
 
+@by_one_thread
 def doctor(
     vlm: VLM,
     image: Picture | None = None,
@@ -277,7 +280,7 @@ def _largest_difference(one: Moments, other: Moments) -> float:
     return worst
 
 
-@contextmanager
+@restored
 def _outputs(anatomy: Anatomy) -> Iterator[dict[int, list[Tensor]]]:
     """What each dense `w_out` gives at the last position of every pass."""
     outputs: dict[int, list[Tensor]] = {id(ffn.module): [] for ffn in anatomy.ffns if ffn.n_experts is None}
@@ -286,12 +289,8 @@ def _outputs(anatomy: Anatomy) -> Iterator[dict[int, list[Tensor]]]:
         rows = output if output.ndim == 3 else output[None]
         outputs[id(module)].append(rows[:1, -1:].clone())  # row 0; where batch and positions are one axis, batch is 1
 
-    handles = [ffn.module.register_forward_hook(hook) for ffn in anatomy.ffns if ffn.n_experts is None]
-    try:
+    with hooked(partial(ffn.module.register_forward_hook, hook) for ffn in anatomy.ffns if ffn.n_experts is None):
         yield outputs
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def tolerance(vlm: VLM) -> float:

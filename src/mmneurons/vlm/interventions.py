@@ -9,8 +9,7 @@ difference is added to what they give.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -18,11 +17,14 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from mmneurons.errors import SettingError
 from mmneurons.neurons import Neuron
 from mmneurons.vlm import experts, weights
 from mmneurons.vlm.anatomy.parts import Anatomy, Ffn
+from mmneurons.vlm.locking import alone, restored
+from mmneurons.vlm.modes import hooked
 from mmneurons.vlm.vlm import VLM
 
 
@@ -45,7 +47,7 @@ class Intervention:
     """Which prompts of a batch, counted from 0; all if None. So rows of one batch can be changed each in its way."""
 
 
-@contextmanager
+@restored
 def intervene(
     vlm: VLM | Anatomy,
     neurons: Intervention | Iterable[Neuron | str],
@@ -58,6 +60,7 @@ def intervene(
 ) -> Iterator[Intervention]:
     """Run the model with some neurons changed: in captions, findings, or forward passes of one's own.
 
+    Other threads that ask the model wait for the end of the `with`.
     Several can be nested: the inner one sees the activations that the outer one leaves. `record` inside of the `with`
     records activations as they were changed.
 
@@ -84,12 +87,9 @@ def intervene(
         each = (float(values),) * len(named) if isinstance(values, int | float) else values
         places = None if positions is None else tuple(positions)
         change = Intervention(named, scale, None if each is None else tuple(each), noise, seed, places)
-    running = _Running(vlm.anatomy if isinstance(vlm, VLM) else vlm, change)
-    try:
-        running.start()
+    anatomy = vlm.anatomy if isinstance(vlm, VLM) else vlm
+    with alone(anatomy.owner), hooked(_Running(anatomy, change).setters()):
         yield change
-    finally:
-        running.stop()
 
 
 @dataclass(eq=False)
@@ -162,27 +162,23 @@ class _Running:
 
     def __init__(self, anatomy: Anatomy, change: Intervention) -> None:
         self.anatomy, self.change = anatomy, change
-        self._hooks: list[torch.utils.hooks.RemovableHandle] = []
         self._shape = (1, 1)
         self._here: Tensor | None = None
         """(batch, positions), true where to change; None: everywhere."""
         self.parts = parts_of(anatomy, change)
 
-    def start(self) -> None:
-        add = self._hooks.append
-        add(self.anatomy.blocks[0].module.register_forward_pre_hook(self._enter, with_kwargs=True))
+    def setters(self) -> Iterator[Callable[[], RemovableHandle]]:
+        """What sets each hook."""
+        first = self.anatomy.blocks[0].module
+        yield partial(first.register_forward_pre_hook, self._enter, with_kwargs=True)
         for part in self.parts:
             module = part.ffn.module
             if part.expert is not None:
-                add(module.register_forward_hook(partial(self._experts, part), with_kwargs=True))
+                yield partial(module.register_forward_hook, partial(self._experts, part), with_kwargs=True)
             elif part.noise is not None:
-                add(module.register_forward_hook(partial(self._noise, part)))
+                yield partial(module.register_forward_hook, partial(self._noise, part))
             else:
-                add(module.register_forward_pre_hook(partial(self._dense, part)))
-
-    def stop(self) -> None:
-        for hook in self._hooks:
-            hook.remove()
+                yield partial(module.register_forward_pre_hook, partial(self._dense, part))
 
     def _enter(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         """Which positions this pass is about: those before it are in the cache."""
@@ -254,7 +250,7 @@ class _Running:
         return output + added.reshape(output.shape)
 
 
-@contextmanager
+@restored
 def shuffled(vlm: VLM | Anatomy, positions: Int[Tensor, "batch n"], seed: int = 0) -> Iterator[None]:
     """Run the model with what enters the first block at some positions in random order, the same for every pass.
 
@@ -279,8 +275,6 @@ def shuffled(vlm: VLM | Anatomy, positions: Int[Tensor, "batch n"], seed: int = 
         mixed[rows, places] = stream[rows, places[:, order.to(places.device)]]
         return ((mixed, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": mixed})
 
-    handle = anatomy.blocks[0].module.register_forward_pre_hook(hook, with_kwargs=True)
-    try:
+    setter = partial(anatomy.blocks[0].module.register_forward_pre_hook, hook, with_kwargs=True)
+    with alone(anatomy.owner), hooked([setter]):
         yield
-    finally:
-        handle.remove()

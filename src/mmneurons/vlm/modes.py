@@ -2,28 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 from transformers import GenerationConfig, PreTrainedModel
 
+from mmneurons.vlm.locking import restored
 
-@contextmanager
+
+@restored
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Evaluation mode; modules that were training go on training afterwards."""
     training = [module for module in model.modules() if module.training]
-    model.eval()
     try:
+        model.eval()
         yield
     finally:
         for module in training:
             module.training = True
 
 
-@contextmanager
+@restored
 def frozen(model: nn.Module) -> Iterator[None]:
     """No parameter asks for gradients: below the first change that does, a pass leaves no graph behind."""
     asking = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -36,7 +38,7 @@ def frozen(model: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(True)
 
 
-@contextmanager
+@restored
 def greedy(model: PreTrainedModel, tokenizer: Any, max_new_tokens: int) -> Iterator[None]:
     """Greedy generation by our settings alone; the checkpoint's are put back afterwards.
 
@@ -46,25 +48,38 @@ def greedy(model: PreTrainedModel, tokenizer: Any, max_new_tokens: int) -> Itera
     stops = sorted(stop_ids(model, tokenizer))
     generators = [m for m in model.modules() if isinstance(m, PreTrainedModel) and m.can_generate()]
     own = [(m, m.generation_config) for m in generators if m.generation_config is not None]
-    for module, config in own:
-        pad = config.pad_token_id if config.pad_token_id is not None else getattr(tokenizer, "pad_token_id", None)
-        module.generation_config = GenerationConfig(
-            do_sample=False,
-            num_beams=1,
-            max_new_tokens=max_new_tokens,
-            use_cache=True,
-            disable_compile=True,  # hooks are skipped in a compiled decode step
-            bos_token_id=config.bos_token_id,
-            eos_token_id=stops or None,
-            pad_token_id=pad if pad is not None else next(iter(stops), None),
-            decoder_start_token_id=config.decoder_start_token_id,
-        )
     try:
+        for module, config in own:
+            pad = config.pad_token_id if config.pad_token_id is not None else getattr(tokenizer, "pad_token_id", None)
+            module.generation_config = GenerationConfig(
+                do_sample=False,
+                num_beams=1,
+                max_new_tokens=max_new_tokens,
+                use_cache=True,
+                disable_compile=True,  # hooks are skipped in a compiled decode step
+                bos_token_id=config.bos_token_id,
+                eos_token_id=stops or None,
+                pad_token_id=pad if pad is not None else next(iter(stops), None),
+                decoder_start_token_id=config.decoder_start_token_id,
+            )
         with evaluating(model):
             yield
     finally:
         for module, config in own:
             module.generation_config = config
+
+
+@restored
+def hooked(setters: Iterable[Callable[[], RemovableHandle]]) -> Iterator[None]:
+    """Hooks that each of `setters` sets, all removed whatever happens."""
+    handles: list[RemovableHandle] = []
+    try:
+        for setter in setters:
+            handles.append(setter())
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def input_device(model: nn.Module) -> torch.device:

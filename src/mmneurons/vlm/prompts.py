@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager
 from textwrap import shorten
 from typing import Any
 
@@ -13,6 +12,7 @@ from torch import Tensor
 from transformers import BatchFeature
 
 from mmneurons.errors import ModelError, SettingError, WordError
+from mmneurons.vlm.locking import restored
 from mmneurons.vlm.processors import ImageAndTokenizer
 from mmneurons.vlm.tokens import TokenIds
 
@@ -251,15 +251,15 @@ def _n_bos(batch: BatchFeature, tokenizer: Any) -> int:
     return int(written.sum())
 
 
-@contextmanager
+@restored
 def _padded(tokenizer: Any, side: str) -> Iterator[None]:
     """Within it the tokenizer pads on this side, with its end token if it has none for padding."""
     own = tokenizer.padding_side
     lacks_pad = tokenizer.pad_token is None
-    tokenizer.padding_side = side
-    if lacks_pad:
-        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
     try:
+        tokenizer.padding_side = side
+        if lacks_pad:
+            tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
         yield
     finally:
         tokenizer.padding_side = own

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 from mmneurons.errors import ModelError
 from mmneurons.vlm import experts
 from mmneurons.vlm.anatomy.parts import Anatomy, Ffn
+from mmneurons.vlm.locking import alone, restored
 
 Keep = Callable[[Shaped[Tensor, "batch positions *width"]], Shaped[Tensor, "batch kept *width"]]
 """Which positions of one forward pass are kept; a view will do, what is kept of more is copied."""
@@ -69,7 +69,7 @@ class Recording:
         return torch.cat([_widened(part, width) for part in parts], dim=1)
 
 
-@contextmanager
+@restored
 def record(
     anatomy: Anatomy,
     keep: Keep = last_position,
@@ -78,7 +78,7 @@ def record(
     gates: bool = False,
     writes: bool = True,
 ):
-    """Record activations in every forward pass inside the `with`.
+    """Record activations in every forward pass inside the `with`; other threads wait for its end.
 
     Args:
         anatomy: Where to look.
@@ -103,11 +103,12 @@ def record(
             fix='Choose score="logit" or score="logprob", which need the whole activation only.',
         )
     recorder = _Recorder(anatomy, keep, neurons, writes=writes, gates=gates)
-    try:
-        recorder.start()
-        yield recorder.recording
-    finally:
-        recorder.stop()
+    with alone(anatomy.owner):
+        try:
+            recorder.start()
+            yield recorder.recording
+        finally:
+            recorder.stop()
     if recorder.missed:
         raise ModelError(
             "Not every block's FFN or activation function was reached in every forward pass.",

@@ -24,6 +24,8 @@ from mmneurons.vlm import experts, weights
 from mmneurons.vlm.anatomy.parts import Anatomy
 from mmneurons.vlm.calls import Catcher, repeated
 from mmneurons.vlm.doctor import tolerance
+from mmneurons.vlm.locking import alone
+from mmneurons.vlm.modes import hooked
 from mmneurons.vlm.recording import Recording, record
 from mmneurons.vlm.vlm import VLM, Answers, Inputs
 
@@ -193,11 +195,9 @@ class Replay:
         shared: dict[int, Any] = {}
         # The norm before the head can be the last one of the last block (post-LN): then it has run already.
         entered: list[Tensor] = []
-        hooks = [self.anatomy.norm_module.register_forward_pre_hook(lambda _, args: entered.append(args[0]))]
+        watch = partial(self.anatomy.norm_module.register_forward_pre_hook, lambda _, args: entered.append(args[0]))
         hidden: Any = None
-        try:
-            for change in changes:
-                hooks.append(change())
+        with alone(self.anatomy.owner), hooked([watch, *changes]):
             for k in range(layer, len(self.anatomy.blocks)):
                 args, kwargs = self._calls[k]
                 args, kwargs = repeated(args, n_rows, shared), repeated(kwargs, n_rows, shared)
@@ -207,9 +207,6 @@ class Replay:
                     kwargs["hidden_states"] = hidden
                 output = self.anatomy.blocks[k].module(*args, **kwargs)
                 hidden = output if isinstance(output, Tensor) else output[0]
-        finally:
-            for hook in hooks:
-                hook.remove()
         return self.anatomy.logits((entered or [hidden])[-1][:, -1], grad=grad)
 
     def _silence(self, i: int, silent: Bool[Tensor, "rows slots"], values: Tensor | None) -> RemovableHandle:
@@ -314,16 +311,12 @@ def replays(vlm: VLM, inputs: Inputs, steps: Sequence[int], *, gates: bool = Fal
     """
     anatomy = vlm.anatomy
     catcher = Catcher(set(steps))
-    hooks = [
-        block.module.register_forward_pre_hook(catcher.hook(layer), with_kwargs=True)
+    catching = (
+        partial(block.module.register_forward_pre_hook, catcher.hook(layer), with_kwargs=True)
         for layer, block in enumerate(anatomy.blocks)
-    ]
-    try:
-        with record(anatomy, gates=gates) as recording:
-            answers = vlm.generate(inputs, max(steps) + 1)
-    finally:
-        for hook in hooks:
-            hook.remove()
+    )
+    with vlm.alone(), hooked(catching), record(anatomy, gates=gates) as recording:
+        answers = vlm.generate(inputs, max(steps) + 1)
     said = answers.token_ids[0]
     if len(said) <= max(steps):
         raise ModelError(f"The answer has {len(said)} tokens: there is no step {max(steps)} to run again.")

@@ -5,8 +5,9 @@ from __future__ import annotations
 import inspect
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, cast, overload
 
 import numpy as np
@@ -23,7 +24,8 @@ from mmneurons.vlm.anatomy.parts import Anatomy
 from mmneurons.vlm.checkpoint import Loading
 from mmneurons.vlm.families import Family, family_of
 from mmneurons.vlm.images import OpenedImage, check_scaled, open_image
-from mmneurons.vlm.modes import evaluating, greedy, input_device, stop_ids
+from mmneurons.vlm.locking import alone
+from mmneurons.vlm.modes import evaluating, greedy, hooked, input_device, stop_ids
 from mmneurons.vlm.prompts import ANSWER_PREFIX, MAX_NEW_TOKENS, PROMPT, encode_prompt
 from mmneurons.vlm.tokens import TokenIds, pieces
 
@@ -72,6 +74,10 @@ class VLM:
     """How the weights and their checkpoint fit together; None for a model that came loaded."""
     _token_texts: dict[int, str] = field(default_factory=dict, init=False, repr=False)
 
+    def alone(self) -> AbstractContextManager[None]:
+        """Within the `with` the model is this thread's; others wait for its end. It may be nested."""
+        return alone(self.anatomy.owner)
+
     @cached_property
     def tokenizer(self) -> Any:
         """The processor's tokenizer, or what writes tokens as numbers."""
@@ -103,7 +109,8 @@ class VLM:
     def facts(self) -> dict[str, Any]:
         """Id, revision, class, weights hash, dtype, device, form of the neurons' weights; the weights are read once."""
         kinds = dict.fromkeys(type(ffn.module).__name__ for ffn in self.anatomy.ffns)
-        facts = provenance.model_facts(self.model, self.model_id, self.revision, self.weights_hash)
+        with self.alone():
+            facts = provenance.model_facts(self.model, self.model_id, self.revision, self.weights_hash)
         return facts | {"w_out_class": ", ".join(kinds)}
 
     def token_text(self, token_id: int) -> str:
@@ -171,16 +178,17 @@ class VLM:
         rows = [[row] if isinstance(row, Image.Image) else list(row) for row in images]
         image_processor = getattr(self.processor, "image_processor", None)
         check_scaled((picture.size for row in rows for picture in row), image_processor)
-        batch = encode_prompt(
-            self.processor,
-            rows,
-            prompt,
-            answer_prefix,
-            image_token_id=getattr(self.model.config, "image_token_id", None),
-            padding_side="right" if self.is_encoder_decoder else "left",
-            decoder_start=self._decoder_start() if self.is_encoder_decoder else None,
-            names=inspect.signature(self.model.forward).parameters,
-        )
+        with self.alone():  # the tokenizer is told how to pad
+            batch = encode_prompt(
+                self.processor,
+                rows,
+                prompt,
+                answer_prefix,
+                image_token_id=getattr(self.model.config, "image_token_id", None),
+                padding_side="right" if self.is_encoder_decoder else "left",
+                decoder_start=self._decoder_start() if self.is_encoder_decoder else None,
+                names=inspect.signature(self.model.forward).parameters,
+            )
         return self.placed(batch)
 
     def placed(self, inputs: Inputs) -> Inputs:
@@ -197,12 +205,9 @@ class VLM:
         if max_new_tokens < 1:
             raise SettingError("An answer has at least one token.", seen=f"max_new_tokens={max_new_tokens}")
         watch = _Chosen()
-        hook = self.anatomy.owner.register_forward_hook(watch)
-        try:
-            with torch.inference_mode(), greedy(self.model, self.tokenizer, max_new_tokens):
-                made = cast(Any, self.model).generate(**inputs)
-        finally:
-            hook.remove()
+        watching = hooked([partial(self.anatomy.owner.register_forward_hook, watch)])
+        with self.alone(), watching, torch.inference_mode(), greedy(self.model, self.tokenizer, max_new_tokens):
+            made = cast(Any, self.model).generate(**inputs)
         n_prompt = made.shape[1] - len(watch.logits)
         stops = stop_ids(self.model, self.tokenizer)
         rows = tuple(_until_stop(row, stops) for row in made[:, n_prompt:].tolist())
@@ -227,7 +232,7 @@ class VLM:
     def read(self, inputs: Inputs, answers: Answers | None = None) -> None:
         """Run the model once over a prompt, and an answer if one is given, for what `record` records on the way."""
         batch = dict(inputs) if answers is None else self.extended(inputs, answers)
-        with torch.inference_mode(), evaluating(self.model):
+        with self.alone(), torch.inference_mode(), evaluating(self.model):
             self.model(**batch, **self.once())
 
     def once(self, n_logits: int = 1) -> dict[str, Any]:

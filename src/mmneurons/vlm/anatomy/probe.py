@@ -9,19 +9,23 @@ ramp, so that whatever the model does to its logits (a scale, a softcap) shows a
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
+from itertools import chain
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 from transformers.modeling_outputs import BaseModelOutput
 
 from mmneurons.errors import ModelError
 from mmneurons.vlm.anatomy.parts import LogitRule
 from mmneurons.vlm.anatomy.structure import FoundFfn, Tree, is_linear, is_norm, linear_shape, visible
-from mmneurons.vlm.modes import evaluating, input_device
+from mmneurons.vlm.locking import alone
+from mmneurons.vlm.modes import evaluating, hooked, input_device
 from mmneurons.vlm.weights import holds_experts
 
 N_TOKENS = 16
@@ -90,16 +94,15 @@ def run(tree: Tree, ffns: list[list[FoundFfn]]) -> Pass:
     norms: list[Seen] = []
     heads: list[tuple[Tensor, Tensor]] = []
     dense = {id(ffn.module) for found in ffns for ffn in found if not ffn.is_experts}
-    hooks: list[Any] = []
+    inside = {id(m) for m in tree.layers.modules()}
+    outer = [module for module in tree.owner.modules() if is_norm(module) and id(module) not in inside]
+    watching = chain(
+        *(_watch_block(block, seen, tree.hidden) for block, seen in zip(tree.layers, blocks, strict=True)),
+        (partial(module.register_forward_hook, _watcher(norms, tree.hidden)) for module in outer),
+        [partial(tree.head.register_forward_hook, _ramp(heads))],
+    )
     try:
-        for block, seen in zip(tree.layers, blocks, strict=True):
-            hooks += _watch_block(block, seen, tree.hidden)
-        inside = {id(m) for m in tree.layers.modules()}
-        for module in tree.owner.modules():
-            if is_norm(module) and id(module) not in inside:
-                hooks.append(module.register_forward_hook(_watcher(norms, tree.hidden)))
-        hooks.append(tree.head.register_forward_hook(_ramp(heads)))
-        with torch.inference_mode(), evaluating(tree.owner):
+        with alone(tree.owner), hooked(watching), torch.inference_mode(), evaluating(tree.owner):
             logits = tree.owner(**_tiny_inputs(tree)).logits
     except (TypeError, ValueError, RuntimeError, AttributeError, KeyError, IndexError) as error:
         raise ModelError(
@@ -107,9 +110,6 @@ def run(tree: Tree, ffns: list[list[FoundFfn]]) -> Pass:
             seen=f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}",
             fix="mmneurons supports models whose language model reads token ids; please report this one.",
         ) from error
-    finally:
-        for hook in hooks:
-            hook.remove()
     if not heads or any(seen.left.numel() == 0 for seen in blocks):
         raise ModelError("Not every block of the language model, or not its head, was reached in a forward pass.")
     for seen in blocks:
@@ -207,18 +207,18 @@ def _special(config: Any) -> Iterator[int]:
             yield from value if isinstance(value, list | tuple) else [value]
 
 
-def _watch_block(block: nn.Module, seen: SeenBlock, hidden: int) -> Iterator[Any]:
+def _watch_block(block: nn.Module, seen: SeenBlock, hidden: int) -> Iterator[Callable[[], RemovableHandle]]:
     def enter(module: nn.Module, args: tuple, kwargs: dict) -> None:
         seen.entered = _rows(args[0] if args else kwargs["hidden_states"], hidden)
 
     def leave(module: nn.Module, args: tuple, output: Any) -> None:
         seen.left = _rows(first(output), hidden)
 
-    yield block.register_forward_pre_hook(enter, with_kwargs=True)
-    yield block.register_forward_hook(leave)
+    yield partial(block.register_forward_pre_hook, enter, with_kwargs=True)
+    yield partial(block.register_forward_hook, leave)
     for module in visible(block, mixers=True):
         if is_linear(module) or holds_experts(module) or not list(module.children()):
-            yield module.register_forward_hook(_watcher(seen.parts, hidden, seen.numbers))
+            yield partial(module.register_forward_hook, _watcher(seen.parts, hidden, seen.numbers))
 
 
 def _watcher(parts: list[Seen], hidden: int, numbers: list[Seen] | None = None):

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from itertools import chain
 from weakref import WeakSet
 
@@ -18,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from mmneurons.errors import ModelError
+from mmneurons.vlm.locking import restored
 from mmneurons.vlm.weights.offload import unreadable
 
 SLICE = 512
@@ -87,7 +87,7 @@ def uses(module: nn.Module, weight: Callable[[], Tensor], neurons: int) -> bool:
     return True
 
 
-@contextmanager
+@restored
 def _undisturbed(module: nn.Module) -> Iterator[None]:
     """Eval mode, no gradients, no forward hooks, in this module and all it holds; put back on the way out."""
     kept = [(each, each.training, each._forward_hooks, each._forward_pre_hooks) for each in module.modules()]
