@@ -220,12 +220,16 @@ def peak(vlm: VLM, what: str) -> None:
     print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 
 
+def kept(folder: Path) -> dict[str, dict]:
+    """What a folder holds, by name; of one name the last."""
+    lines = (folder / "edits.jsonl").read_text(encoding="utf-8").splitlines()[1:]
+    return {name: judged for _, (_, name, judged) in map(json.loads, lines)}
+
+
 def table(folder: Path) -> None:
     """Means, medians and worst cases of what a folder holds, by the way of editing."""
-    lines = (folder / "edits.jsonl").read_text(encoding="utf-8").splitlines()[1:]
     rows: dict[str, list[dict]] = {}
-    for line in lines:
-        name, judged = json.loads(line)
+    for name, judged in kept(folder).items():
         rows.setdefault(name.split()[0], []).append(judged)
     print(f"| way | n | {' | '.join(label for _, label in FIGURES)} |")
     print("| --- " * (len(FIGURES) + 2) + "|")
@@ -242,8 +246,7 @@ def table(folder: Path) -> None:
 
 def against(folder: Path) -> None:
     """Means over the rivals' pairs, and by how much generality + locality of `selective` is larger, pair by pair."""
-    lines = (folder / "edits.jsonl").read_text(encoding="utf-8").splitlines()[1:]
-    found = {tuple(name.split()[:2]): judged for name, judged in map(json.loads, lines)}
+    found = {tuple(name.split()[:2]): judged for name, judged in kept(folder).items()}
     sources = [pair.source for pair in RIVAL_PAIRS]
     sums = {key: judged["generality"]["mean"] + judged["locality"]["mean"] for key, judged in found.items()}
     print(f"| way | {' | '.join(label for _, label in FIGURES)} | gen + loc | `selective` better by |")

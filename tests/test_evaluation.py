@@ -174,9 +174,34 @@ def test_patches_judged_before_are_not_judged_again(vlm, patch, tmp_path, monkey
     again = sources(vlm, tmp_path, {"a": patch, "b": other})
     assert calls == ["dog"]
     assert again["a"] == first["a"]
-    # Another patch of the same name is another one.
-    sources(vlm, tmp_path, {"a": other})
-    assert calls == ["dog", "dog"]
+    # Another patch of the same name is another one, and the same of another name is the same.
+    assert sources(vlm, tmp_path, {"a": other})["a"] == again["b"] != first["a"]
+    assert calls == ["dog"]
+
+
+def test_other_images_or_texts_are_judged_anew(vlm, patch, tmp_path, monkeypatch):
+    calls = []
+
+    def counted(vlm, edit, before, **options):
+        calls.append(before.bench)
+        return replace(judged_once, n_columns=len(calls))
+
+    judged_once = sources(vlm, tmp_path / "once", {"a": patch})["a"]
+    monkeypatch.setattr(judging, "evaluate", counted)
+    monkeypatch.setattr(judging.Before, "on", lambda self, bench: judging.Before(self.vlm, bench))
+    one, two, three = (read_items("pocket:held-out/dog")[i : i + 1] for i in range(3))
+    how = {
+        "edit": lambda source: one,
+        "held_out": lambda source: two,
+        "unrelated": three,
+        "texts": ["A car has wheels."],
+    }
+    others: list[dict] = [{}, *({name: lambda source: three} for name in ("edit", "held_out")), {"unrelated": one}]
+    others.append({"texts": ["A bus has wheels."]})  # as many as before
+    for n, other in enumerate(others, start=1):
+        for _ in range(2):
+            found = judge(vlm, questions({"a": patch}), tmp_path / "out", **(how | other))
+            assert found["a"].n_columns == len(calls) == n
 
 
 def test_a_patch_that_does_not_say_what_it_edits_is_refused(vlm, patch, tmp_path):

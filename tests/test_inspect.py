@@ -1,6 +1,7 @@
 import csv
 import json
 import math
+import threading
 from dataclasses import replace
 from functools import partial
 
@@ -8,17 +9,18 @@ import numpy as np
 import pytest
 import torch
 from commands import call
+from PIL import Image
 
 import mmneurons as mmn
 from mmneurons import cli
-from mmneurons.errors import SettingError
+from mmneurons.errors import FormatError, ImageError, SettingError
 from mmneurons.inspection import run, tables, truth
 from mmneurons.inspection.causal import HOW, causal
 from mmneurons.inspection.items import Item
 from mmneurons.inspection.meaning import Meaning, bert_f1, meaning
 from mmneurons.inspection.run import Settings, inspect
 from mmneurons.inspection.sensitivity import NounSensitivity
-from mmneurons.inspection.specificity import noun_scores
+from mmneurons.inspection.specificity import NounScores, noun_scores
 from mmneurons.inspection.tables import Table, by_image, over_images
 from mmneurons.inspection.truth import mean_activations
 from mmneurons.maths.statistics import Estimate
@@ -54,8 +56,6 @@ def test_a_run_that_was_stopped_goes_on_where_it_was(vlm, items, tmp_path, monke
     monkeypatch.setattr(run, "noun_scores", stop)
     with pytest.raises(KeyboardInterrupt):
         inspect(vlm, items, tmp_path / "part", ["specificity"], batch_size=1)
-    with (tmp_path / "part" / "specificity.f32").open("ab") as file:
-        file.write(b"cut off in the middle of a row")
     again = inspect(vlm, items, tmp_path / "part", ["specificity"], batch_size=1).specificity
     assert asked == ["scene-0", "scene-1", "scene-1", "scene-2"]
     assert whole.specificity is not None
@@ -69,6 +69,142 @@ def test_what_is_there_is_not_made_again(vlm, items, found, monkeypatch):
     monkeypatch.setattr(run, "sensitivity", lambda *_, **__: pytest.fail("made again"))
     assert inspect(vlm, items, folder, ["sensitivity"]).sensitivity == first.sensitivity
     assert list(inspect(vlm, items, folder, ["sensitivity"], limit=1).sensitivity or {}) == ["scene-0"]
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """Stands in for `sensitivity` and tells which pictures, by the brightness of a pixel, it was asked for."""
+    pairs = []
+
+    def stub(vlm, item, other=None, **how):
+        mine, its = item.image().getpixel((0, 0)), None if other is None else other.getpixel((0, 0))
+        pairs.append((mine[0], None if its is None else its[0]))
+        return [NounSensitivity("dog", "dog", None, (mine[0] / 255,), (), (True,), {}, {}, {})]
+
+    monkeypatch.setattr(run, "sensitivity", stub)
+    return pairs
+
+
+def grey(path, level):
+    Image.new("RGB", (8, 8), (level, level, level)).save(path)
+    return path
+
+
+def said(found):
+    return {name: ones[0].lost_blank for name, ones in found.sensitivity.items()}
+
+
+def test_results_are_those_of_the_pictures_that_are_there_now(vlm, asked, tmp_path):
+    def results(*names):
+        asked.clear()
+        found = inspect(vlm, [Item(name, tmp_path / name) for name in names], tmp_path / "out", ["sensitivity"])
+        assert said(found) == {name: (np.asarray(Image.open(tmp_path / name))[0, 0, 0] / 255,) for name in names}
+        return list(asked)
+
+    for level, name in enumerate("abcd"):
+        grey(tmp_path / f"{name}.png", level)
+    names = ["a.png", "b.png", "c.png", "d.png"]
+    assert results(*names) == [(0, 1), (1, 2), (2, 3), (3, 0)]
+    assert results(*names) == []
+    grey(tmp_path / "b.png", 9)  # another picture of the same name: it, and the one whose "other" it is
+    assert results(*names) == [(0, 9), (9, 2)]
+    assert results("a.png", "b.png", "d.png") == [(9, 3)]  # c is out: b has another "other"
+    assert results(*names) == []
+    (tmp_path / "b.png").rename(tmp_path / "z.png")  # the same picture of another name
+    assert results("a.png", "z.png", "c.png", "d.png") == []
+
+
+def test_objects_and_masks_count_too(vlm, asked, tmp_path):
+    pictures, mask = [tmp_path / "a.png", tmp_path / "b.png"], np.eye(8, dtype=bool)
+    for level, path in enumerate(pictures):
+        grey(path, level)
+    for objects, masks in ((("dog",), ()), (("cat",), ()), (("cat",), (mask,)), (("cat",), (~mask,))):
+        asked.clear()
+        items = [Item("a", pictures[0], objects, masks), Item("b", pictures[1])]
+        inspect(vlm, items, tmp_path / "out", ["sensitivity"])
+        assert (0, 1) in asked
+
+
+def test_an_image_that_cannot_be_used_is_left_out_and_named(vlm, asked, tmp_path, monkeypatch):
+    paths = [grey(tmp_path / f"{level}.png", level) for level in range(4)]
+    paths[1].write_bytes(paths[1].read_bytes()[:50])
+    paths[2].unlink()
+    items = [Item(path.name, path) for path in paths]
+    found = inspect(vlm, items, tmp_path / "out", ["sensitivity"])
+    assert set(said(found)) == {"0.png", "3.png"}
+    assert asked == [(0, 3), (3, 0)]
+    assert list(found.images) == ["0.png", "3.png"]
+    assert "cannot be decoded" in found.left_out["1.png"]
+    assert "There is no file" in found.left_out["2.png"]
+    grey(paths[1], 1)  # mended
+    assert set(said(inspect(vlm, items, tmp_path / "out", ["sensitivity"]))) == {"0.png", "1.png", "3.png"}
+    with pytest.raises(ImageError, match="None of the images can be used"):
+        inspect(vlm, [items[2]], tmp_path / "out", ["sensitivity"])
+
+    def refuse(vlm, batch, **how):
+        if any(item.name == "0.png" for item in batch):
+            raise ImageError("Too thin.")
+        return [NounScores(item.name, "dog", np.arange(5120, dtype=np.float32)) for item in batch]
+
+    monkeypatch.setattr(run, "noun_scores", refuse)  # as a processor does, of a whole batch
+    again = inspect(vlm, items, tmp_path / "out", ["specificity"])
+    assert again.left_out["0.png"] == "Too thin."
+    assert again.specificity is not None
+    assert again.specificity.counts == (2,)
+
+
+@pytest.mark.parametrize("harm", ["longer", "shorter", "another bit", "gone"])
+def test_scores_that_are_not_as_they_were_written_are_refused(vlm, tmp_path, monkeypatch, harm):
+    def constant(vlm, batch, **how):
+        return [NounScores(item.name, "dog", np.arange(5120, dtype=np.float32)) for item in batch]
+
+    monkeypatch.setattr(run, "noun_scores", constant)
+    items = [Item("a", grey(tmp_path / "a.png", 0))]
+    inspect(vlm, items, tmp_path / "out", ["specificity"])
+    [path] = (tmp_path / "out" / "specificity").iterdir()
+    whole = path.read_bytes()
+    if harm == "gone":
+        path.unlink()
+    else:
+        path.write_bytes(
+            {"longer": whole + bytes(4), "shorter": whole[:-4]}.get(harm, bytes([whole[0] ^ 1]) + whole[1:])
+        )
+    with pytest.raises(FormatError, match="damaged"):
+        inspect(vlm, items, tmp_path / "out", ["specificity"])
+
+
+def test_two_runs_at_once_in_one_folder_are_refused(vlm, asked, tmp_path, monkeypatch):
+    items = [Item("a", grey(tmp_path / "a.png", 0))]
+    once, refused = run.sensitivity, []
+
+    def meanwhile(*arguments, **options):
+        def other() -> None:
+            try:
+                inspect(vlm, items, tmp_path / "out", ["sensitivity"])
+            except SettingError as error:
+                refused.append(error.what)
+
+        thread = threading.Thread(target=other)
+        thread.start()
+        thread.join()
+        return once(*arguments, **options)
+
+    monkeypatch.setattr(run, "sensitivity", meanwhile)
+    inspect(vlm, items, tmp_path / "out", ["sensitivity"])
+    assert refused == [f"Another run writes in {tmp_path / 'out'}."]
+
+
+def test_mean_activations_of_other_images_make_other_results(vlm, tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(run, "mean_activations", lambda vlm, images, **how: len(images))
+    monkeypatch.setattr(run, "finder_truth", lambda vlm, image, finders, *, means, **how: asked.append(means) or [])
+    monkeypatch.setattr(run._Bench, "_nothing", lambda self, used: SettingError("nothing"))
+    items = [Item(str(level), grey(tmp_path / f"{level}.png", level)) for level in range(3)]
+    for n, calls in ((2, [2, 2]), (2, []), (3, [3, 3, 3])):
+        asked.clear()
+        with pytest.raises(SettingError, match="nothing"):
+            inspect(vlm, items[:n], tmp_path / "out", ["finders"])
+        assert asked == calls
 
 
 def test_results_of_other_settings_are_not_mixed(vlm, items, found):
@@ -100,11 +236,13 @@ def test_an_image_twice_is_refused(vlm, items, tmp_path):
 
 def test_specificity_from_the_file_is_that_of_the_scores(vlm, items, found):
     scores = {(one.image, one.lemma): one.scores for one in noun_scores(vlm, items)}
-    rows = np.fromfile(found[1] / "specificity.f32", dtype="<f4").reshape(len(scores), -1)
     lines = [json.loads(line) for line in (found[1] / "specificity.jsonl").read_text().splitlines()[1:]]
-    names = [(image, row["lemma"]) for image, kept in lines for row in kept]
-    for name, row in zip(names, rows, strict=True):
-        np.testing.assert_allclose(row, scores[name], atol=1e-4)
+    assert len(lines) == len(items)
+    for _, (key, image, kept) in lines:
+        rows = np.fromfile(found[1] / "specificity" / f"{key}.f32", dtype="<f4").reshape(len(kept["lemmas"]), -1)
+        for lemma, row in zip(kept["lemmas"], rows, strict=True):
+            np.testing.assert_allclose(row, scores.pop((image, lemma)), atol=1e-4)
+    assert not scores
 
 
 def test_images_weigh_alike_however_many_nouns_they_say():

@@ -72,6 +72,7 @@ def dehallucinate(
     from mmneurons.editing.hallucination import dehallucinate as make_patch
     from mmneurons.editing.reference import make_reference
     from mmneurons.inspection.hallucination import Vocabulary, coco_synonyms, read_synonyms
+    from mmneurons.inspection.shelf import lock_of
     from mmneurons.report.hallucination import chair_json, chair_text, write_hallucination
 
     shown = items_of(images) if images else None
@@ -114,7 +115,8 @@ def dehallucinate(
             reference=held_back, settings=settings, checkpoint=partly, progress=tell,
         )  # fmt: skip
         save_patch(patch, path)
-        partly.unlink(missing_ok=True)
+        for left in (partly, lock_of(partly)):
+            left.unlink(missing_ok=True)
         objects = [item.objects for item in others]
         judged = judge(vlm, patch, [item.source for item in others], objects, vocabulary, progress=tell)
     err.print(f"wrote {path} ({path.stat().st_size / 1000:.1f} kB)", soft_wrap=True)

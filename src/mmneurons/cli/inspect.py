@@ -67,7 +67,12 @@ def inspect_(
             batch_size=batch_size,
             progress=progress,
         )
+    if found.left_out:
+        err.print(f"{len(found.left_out)} of {len(items)} images could not be used:", style="yellow")
+        for name, why in found.left_out.items():
+            err.print(f"  {name}: {why}", soft_wrap=True, markup=False)
     with working(err, "drawing"):
+        items = [item for item in items if item.name not in found.left_out]
         made = tables(found, meaning(text_model or PACKAGED, clip_model), items)
         drawn = examples(vlm, items, settings) if found.sensitivity is not None else []
         page = write_inspection(found, made, out_folder, drawn, n_images=len(items[:limit]))

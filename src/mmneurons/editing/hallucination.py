@@ -8,10 +8,9 @@ declines. It repairs what it can.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 from collections.abc import Callable, Collection, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -37,12 +36,14 @@ from mmneurons.editing.patch import Patch
 from mmneurons.editing.reference import Reference
 from mmneurons.editing.training import Training
 from mmneurons.errors import SettingError, WordError
+from mmneurons.inspection.content import image_hash, key_of
 from mmneurons.inspection.hallucination import Chair, Vocabulary, chair, chair_of
+from mmneurons.inspection.shelf import lock_of, one_writer
 from mmneurons.vlm import provenance
 from mmneurons.vlm.locking import by_one_thread
 from mmneurons.vlm.modes import evaluating, frozen
 from mmneurons.vlm.prompts import ANSWER_PREFIX, MAX_NEW_TOKENS, PROMPT, tokens_of
-from mmneurons.vlm.vlm import VLM, Picture
+from mmneurons.vlm.vlm import VLM, Picture, open_row
 
 RATE = 0.15
 """Of Adam; shares and directions are of the order of 1. Reached after `WARM` steps, from where it falls to nothing."""
@@ -109,7 +110,8 @@ def dehallucinate(
         vocabulary: The nouns that count; None: those of any of these lists.
         reference: Answers and texts that are to stay as they are, from `make_reference`.
         settings: How.
-        checkpoint: A file that the run goes on from if it is stopped; to be deleted once the patch is saved.
+        checkpoint: A file that the run goes on from if it is stopped; to be deleted once the patch is saved. One run
+            writes it at a time.
         progress: Called with what is being done, how much of it is, and how much there is.
 
     Returns:
@@ -117,7 +119,8 @@ def dehallucinate(
 
     Raises:
         SettingError: settings out of range, lists that do not fit the images, no noun that is absent or present; a
-            checkpoint of another run.
+            checkpoint of another run, or one that another run writes.
+        FormatError: the checkpoint is damaged.
         WordError: the word has more than one token, or none of its own to begin with.
         ModelError: columns of an expert, or that cannot be written.
 
@@ -147,8 +150,9 @@ def dehallucinate(
         )
     taught = lessons(vlm, said, there, named, say)
     path = None if checkpoint is None else Path(checkpoint)
-    key = _key(vlm, settings, there, vocabulary, said, reference)
-    with torch.inference_mode(False), frozen(vlm.model), evaluating(vlm.model):
+    key = "" if path is None else _key(vlm, settings, images, there, vocabulary, said, reference)
+    alone = nullcontext() if path is None else one_writer(path, lock_of(path))
+    with alone, torch.inference_mode(False), frozen(vlm.model), evaluating(vlm.model):
         training = None if path is None else Training.resumed(path, key, vlm)
         lowest = n_blocks - (settings.blocks or n_blocks)
         reader = Reader(vlm, lowest, True, 1 if vlm.family.one_at_a_time else settings.batch_size)
@@ -208,17 +212,23 @@ def _token(vlm: VLM, say: str) -> int:
 def _key(
     vlm: VLM,
     settings: DehallucinateSettings,
+    images: Sequence[Picture],
     there: Sequence[Sequence[str]],
     vocabulary: Vocabulary,
     said: Answered,
     reference: Reference | None,
 ) -> str:
-    """What tells a run from others."""
-    facts = [asdict(settings), dict(vlm.facts), there, sorted(vocabulary.nouns), said.token_ids]
-    facts.append([vocabulary.places(text) for text in said.texts])
+    """What tells a run from others: all that it is made of."""
+    facts: list[Any] = [dict(vlm.facts), provenance.versions(), asdict(settings), sorted(vocabulary.nouns), there]
+    facts += [said.token_ids, [vocabulary.places(text) for text in said.texts], list(map(_pixels, images))]
     if reference is not None:
-        facts += [reference.facts, reference.texts, None if reference.said is None else reference.said.token_ids]
-    return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
+        answered = None if reference.said is None else reference.said.token_ids
+        facts += [reference.facts, reference.texts, answered, list(map(_pixels, reference.images))]
+    return key_of(*facts)
+
+
+def _pixels(image: Picture) -> list[str]:
+    return [image_hash(one.image) for one in open_row(image)]
 
 
 def _steepest(reader: Reader, own: Sequence[Batch], lowest: int, settings: DehallucinateSettings) -> Columns:

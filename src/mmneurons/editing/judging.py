@@ -1,4 +1,7 @@
-"""Patches judged one after the other, each result kept as it comes, so that a run that was stopped goes on."""
+"""Patches judged one after the other, each result kept as it comes, so that a run that was stopped goes on.
+
+A result is kept under a key made of the patch, of what it was asked and of all pixels and texts that it was judged on.
+"""
 
 from __future__ import annotations
 
@@ -10,8 +13,9 @@ from pathlib import Path
 from mmneurons.editing.evaluation import Before, Bench, Judged, evaluate
 from mmneurons.editing.patch import Edit, Patch
 from mmneurons.errors import SettingError
+from mmneurons.inspection.content import image_hash, key_of
 from mmneurons.inspection.items import Item
-from mmneurons.inspection.shelf import Shelf
+from mmneurons.inspection.shelf import LOCK, Shelf, one_writer
 from mmneurons.vlm import provenance
 from mmneurons.vlm.prompts import ANSWER_PREFIX, MAX_NEW_TOKENS, PROMPT
 from mmneurons.vlm.vlm import VLM
@@ -29,7 +33,7 @@ class Question:
     answer_prefix: str = ANSWER_PREFIX
     max_new_tokens: int = MAX_NEW_TOKENS
     key: str = ""
-    """What tells it from another of the same name: a patch's hash."""
+    """What tells it from all others: a patch's hash; "": its name does."""
 
 
 def questions(patches: Mapping[str, Patch]) -> dict[str, Question]:
@@ -74,7 +78,7 @@ def judge(
     Args:
         vlm: The model, unedited.
         asked: By name; of patches, from `questions`.
-        folder: Where results are kept.
+        folder: Where results are kept; one run writes there at a time.
         edit: The images that an edit of a word was made with.
         held_out: Others that show it.
         unrelated: Images of which nothing is to change.
@@ -86,16 +90,13 @@ def judge(
         By name.
 
     Raises:
-        SettingError: the folder holds other results.
+        SettingError: the folder holds results of another model, or another run writes there.
+        FormatError: what the folder holds is damaged.
+        ImageError: an image cannot be read or used.
     """
-    made_by = {
-        "model": dict(vlm.facts),
-        "packages": provenance.versions(),
-        "unrelated": [item.name for item in unrelated],
-        "texts": len(texts),
-    }
-    shelf = Shelf(Path(folder) / "edits.jsonl", made_by, Judged)
+    made_by = {"model": dict(vlm.facts), "packages": provenance.versions()}
     images = [item.image() for item in unrelated]
+    others = key_of([image_hash(image) for image in images], list(texts))
     befores: dict[tuple[str, str, int], Before] = {}
     found = {}
 
@@ -103,29 +104,35 @@ def judge(
         if progress is not None:
             progress("judging", done, len(asked))
 
-    for done, (name, one) in enumerate(asked.items()):
-        kept = f"{name} {one.key}"
-        if kept not in shelf.found:
-            bench = Bench(
-                [item.image() for item in edit(one.source)],
-                [item.image() for item in held_out(one.source)],
-                images,
-                texts,
-                one.prompt,
-                one.answer_prefix,
-                max_new_tokens=one.max_new_tokens,
-                batch_size=batch_size,
+    with one_writer(Path(folder), Path(folder) / LOCK):
+        shelf = Shelf(Path(folder) / "edits.jsonl", made_by, Judged)
+        for done, (name, one) in enumerate(asked.items()):
+            shown, beyond = ([item.image() for item in of(one.source)] for of in (edit, held_out))
+            asks = (one.source, one.target, one.prompt, one.answer_prefix, one.max_new_tokens)
+            key = key_of(
+                one.key or name, *asks, *([image_hash(image) for image in of] for of in (shown, beyond)), others
             )
-            before = befores.setdefault((one.prompt, one.answer_prefix, one.max_new_tokens), Before(vlm, bench))
-            judged = evaluate(
-                vlm,
-                one.make(),
-                before.on(bench),
-                source=one.source,
-                target=one.target,
-                progress=lambda share, done=done: tell(done + share),
-            )
-            shelf.add(kept, judged)
-        found[name] = shelf.found[kept]
-        tell(done + 1)
+            if key not in shelf.found:
+                bench = Bench(
+                    shown,
+                    beyond,
+                    images,
+                    texts,
+                    one.prompt,
+                    one.answer_prefix,
+                    max_new_tokens=one.max_new_tokens,
+                    batch_size=batch_size,
+                )
+                before = befores.setdefault((one.prompt, one.answer_prefix, one.max_new_tokens), Before(vlm, bench))
+                judged = evaluate(
+                    vlm,
+                    one.make(),
+                    before.on(bench),
+                    source=one.source,
+                    target=one.target,
+                    progress=lambda share, done=done: tell(done + share),
+                )
+                shelf.add(key, name, judged)
+            found[name] = shelf.found[key]
+            tell(done + 1)
     return found

@@ -6,22 +6,38 @@ training.step(rate); training.keep(path, key)
 
 from __future__ import annotations
 
-import json
+import hashlib
+import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
+import msgspec
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
+from safetensors.torch import load as from_bytes
 from safetensors.torch import save as to_bytes
+from torch import Tensor
 
 from mmneurons.editing.columns import Columns
 from mmneurons.editing.low_rank import LowRank
-from mmneurons.errors import SettingError
-from mmneurons.files import write_whole
+from mmneurons.errors import FormatError, SettingError
+from mmneurons.files import read_file, write_whole
 from mmneurons.vlm.vlm import VLM
 
 MOMENTS = ("exp_avg", "exp_avg_sq", "step")
 """Of Adam, by their names in PyTorch."""
+LARGEST = 2**33
+"""Bytes of what is kept."""
+
+
+class _Facts(msgspec.Struct, forbid_unknown_fields=True):
+    """The first line of the file; tensors follow, as safetensors."""
+
+    key: str
+    rounds: Annotated[int, msgspec.Meta(ge=0)]
+    sha256: str
+    """Of the number of rounds and of all that follows."""
 
 
 @dataclass(eq=False)
@@ -52,37 +68,73 @@ class Training:
         held |= {f"columns.{i}": mine for i, mine in self.change.columns.indices.items()}
         for k, parameter in enumerate(self.change.parameters):
             held |= {f"{name}.{k}": self.adam.state[parameter][name] for name in MOMENTS}
-        facts = {"training": json.dumps({"key": key, "rounds": self.rounds})}
-        write_whole(path, to_bytes({name: value.cpu().contiguous() for name, value in held.items()}, metadata=facts))
+        tensors = to_bytes({name: value.cpu().contiguous() for name, value in held.items()})
+        facts = _Facts(key, self.rounds, _digest(self.rounds, tensors))
+        write_whole(path, msgspec.json.encode(facts) + b"\n" + tensors)
 
     @staticmethod
     def resumed(path: Path, key: str, vlm: VLM) -> Training | None:
         """What was kept, where there is something.
 
         Raises:
-            SettingError: it is of another run, or damaged.
+            SettingError: it is of another run.
+            FormatError: it is damaged, or no such file.
         """
-        if not path.exists():
+        if not os.path.lexists(path):
             return None
+        line, _, content = read_file(path, limit=LARGEST).partition(b"\n")
         try:
-            with safe_open(path, "pt") as file:
-                facts = json.loads(file.metadata()["training"])
-                held = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
-        except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
-            raise SettingError(f"{path} is damaged.", seen=str(error), fix="Delete it and run again.") from error
-        if facts["key"] != key:
+            facts = msgspec.json.decode(line, type=_Facts)
+        except (ValueError, RecursionError) as error:
+            raise _damaged(path, "Its first line does not say what made it.") from error
+        if facts.key != key:
             raise SettingError(
                 f"{path} is of another run: other images, settings or model.",
                 fix="Delete it, or name another patch with --out.",
             )
-        indices = {int(name.split(".")[1]): mine for name, mine in held.items() if name.startswith("columns.")}
-        columns = Columns(vlm.anatomy, dict(sorted(indices.items())))
-        training = Training.begun(LowRank.none(vlm, columns, held["parameters.0"].shape[1]))
-        parameters = training.change.parameters
-        with torch.no_grad():
-            for k, parameter in enumerate(parameters):
-                parameter.copy_(held[f"parameters.{k}"])
-                moments = {name: held[f"{name}.{k}"] for name in MOMENTS}
-                training.adam.state[parameter] = {n: v if n == "step" else v.to(parameter) for n, v in moments.items()}
-        training.rounds = facts["rounds"]
+        if _digest(facts.rounds, content) != facts.sha256:
+            raise _damaged(path, "Its numbers are not as they were written.")
+        try:
+            training = _rebuilt(from_bytes(content), vlm)
+        except (SafetensorError, ValueError, KeyError, IndexError, RuntimeError) as error:
+            raise _damaged(path, str(error)) from error
+        training.rounds = facts.rounds
         return training
+
+
+def _digest(rounds: int, tensors: bytes) -> str:
+    return hashlib.sha256(f"{rounds}\n".encode() + tensors).hexdigest()
+
+
+def _rebuilt(held: dict[str, Tensor], vlm: VLM) -> Training:
+    """The training whose tensors these are.
+
+    Raises:
+        ValueError: they are not those of a training of this model, or hold what is no number.
+    """
+    indices = {int(name.removeprefix("columns.")): mine for name, mine in held.items() if name.startswith("columns.")}
+    for i, mine in indices.items():
+        rising = mine.dtype == torch.int64 and mine.ndim == 1 and len(mine) > 0 and bool((mine.diff() > 0).all())
+        if not rising or mine[0] < 0 or mine[-1] >= vlm.anatomy.ffns[i].size:
+            raise ValueError(f"columns.{i} are no columns of the model.")
+    directions = held[f"parameters.{len(indices)}"]
+    training = Training.begun(LowRank.none(vlm, Columns(vlm.anatomy, dict(sorted(indices.items()))), len(directions)))
+    parameters = training.change.parameters
+    with torch.no_grad():
+        for k, parameter in enumerate(parameters):
+            moments = {name: _like(held, f"{name}.{k}", parameter) for name in MOMENTS}
+            parameter.copy_(_like(held, f"parameters.{k}", parameter))
+            training.adam.state[parameter] = {n: v if n == "step" else v.to(parameter) for n, v in moments.items()}
+    return training
+
+
+def _like(held: dict[str, Tensor], name: str, parameter: Tensor) -> Tensor:
+    """A tensor of the file that has the shape of a parameter, or is a count; finite."""
+    tensor, shape = held[name], torch.Size() if name.startswith("step") else parameter.shape
+    if tensor.shape != shape or tensor.dtype != torch.float32 or not bool(tensor.isfinite().all()):
+        raise ValueError(f"{name} is {tensor.dtype} of {tuple(tensor.shape)}, or holds what is no number.")
+    return tensor
+
+
+def _damaged(path: Path, seen: str) -> FormatError:
+    return FormatError(f"{path} is damaged.", seen=seen, fix="Delete it and run again.")

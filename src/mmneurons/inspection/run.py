@@ -1,14 +1,17 @@
 """The experiments over a set of images, each image's results kept as they come, so that a run that was stopped goes on.
 
-A folder holds, of each experiment, `NAME.jsonl`: a line for each image (`Shelf`). Of specificity `specificity.f32`
-beside it: what every neuron gives to each noun, a row a noun, float32.
+A folder holds, of each experiment, `NAME.jsonl`: a line for each image (`Shelf`), under a key made of all that its
+result depends on. Images that are added, taken away or replaced leave the results of the others as they are. Of
+specificity there is a folder beside it, with a file `KEY.f32` for each image: what every neuron gives to each noun, a
+row a noun, float32.
 """
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -16,14 +19,16 @@ from typing import Any, Literal, get_args
 import numpy as np
 from torch import Tensor
 
-from mmneurons.errors import SettingError
+from mmneurons.errors import ImageError, SettingError
+from mmneurons.files import write_whole
 from mmneurons.finding.finder import find
 from mmneurons.finding.finders import FINDERS
 from mmneurons.finding.result import Finding, Score
 from mmneurons.inspection.causal import NounCausal, causal
+from mmneurons.inspection.content import image_hash, key_of, truth_hash
 from mmneurons.inspection.items import Item
 from mmneurons.inspection.sensitivity import NounSensitivity, sensitivity
-from mmneurons.inspection.shelf import Shelf
+from mmneurons.inspection.shelf import LOCK, Shelf, no_number, one_writer
 from mmneurons.inspection.specificity import NounScores, Specificity, noun_scores, specificity
 from mmneurons.inspection.truth import NounTruth, finder_truth, mean_activations
 from mmneurons.vlm import provenance
@@ -71,6 +76,10 @@ class Inspection:
 
     settings: Settings
     made_by: Mapping[str, Any]
+    images: Mapping[str, str]
+    """By name the hash of the pixels of every image that was used."""
+    left_out: Mapping[str, str]
+    """By name why an image could not be used."""
     sensitivity: Mapping[str, list[NounSensitivity]] | None = None
     specificity: Specificity | None = None
     causal: Mapping[str, list[NounCausal]] | None = None
@@ -78,10 +87,12 @@ class Inspection:
 
 
 @dataclass(frozen=True)
-class _NounRow:
-    """Which noun a row of `specificity.f32` is of."""
+class _Rows:
+    """What the rows of an image's file are."""
 
-    lemma: str
+    lemmas: tuple[str, ...]
+    sha256: str
+    """Of the file."""
 
 
 @by_one_thread
@@ -98,10 +109,12 @@ def inspect(
 ) -> Inspection:
     """Run experiments over images; what an earlier run left in the folder is read, not made again.
 
+    An image that cannot be read, or that the model's processor refuses, is left out and named.
+
     Args:
         vlm: The model, from `load`.
         items: From `read_items`.
-        folder: Where results are kept.
+        folder: Where results are kept; one run writes there at a time.
         experiments: Which.
         settings: What is asked and how neurons are ranked; None: as `find` does.
         limit: At most so many images for each experiment, the first ones; None: all, but `SLOW_LIMIT` of causal and
@@ -110,8 +123,10 @@ def inspect(
         progress: Called with the experiment, images done (a share of one counts) and images to do.
 
     Raises:
-        SettingError: the folder holds results of another model, other images or settings; an image stands twice; more
-            top neurons than the model has; or no image gave a noun.
+        SettingError: the folder holds results of another model or other settings, or another run writes there; an
+            image stands twice; more top neurons than the model has; or no image gave a noun.
+        ImageError: no image can be used.
+        FormatError: what the folder holds is damaged.
     """
     settings = settings or Settings()
     n_neurons = sum(ffn.size for ffn in vlm.anatomy.ffns)
@@ -121,14 +136,12 @@ def inspect(
     if len(set(names)) < len(names):
         twice = next(name for name in names if names.count(name) > 1)
         raise SettingError(f"The image {twice} stands twice in the list.", fix="Name each image once.")
-    made_by = {
-        "model": dict(vlm.facts),
-        "packages": provenance.versions(),
-        "settings": asdict(settings),
-        "images": names,
-    }
+    made_by = {"model": dict(vlm.facts), "packages": provenance.versions(), "settings": asdict(settings)}
     bench = _Bench(vlm, items, Path(folder), settings, made_by, limit, batch_size, progress)
-    return Inspection(settings, made_by, **{name: getattr(bench, name)() for name in dict.fromkeys(experiments)})
+    with one_writer(bench.folder, bench.folder / LOCK):
+        found = {name: getattr(bench, name)() for name in dict.fromkeys(experiments)}
+    pictures = {name: pixels for name, pixels in bench.pictures.items() if pixels is not None}
+    return Inspection(settings, made_by, pictures, bench.left_out, **found)
 
 
 def examples(vlm: VLM, items: Sequence[Item], settings: Settings) -> list[Finding]:
@@ -150,17 +163,27 @@ class _Bench:
     limit: int | None
     batch_size: int
     progress: Progress | None
+    pictures: dict[str, str | None] = field(default_factory=dict)
+    """By name the hash of the pixels of every image that was opened; None where it cannot be read."""
+    left_out: dict[str, str] = field(default_factory=dict)
+    """By name why an image could not be used."""
 
     def sensitivity(self) -> dict[str, list[NounSensitivity]]:
         """Each image with the next one in its place, too."""
 
         def one(item: Item, tell: Callable[[int, int], None]) -> list[NounSensitivity]:
-            after = self.items[(self.items.index(item) + 1) % len(self.items)]
-            other = None if after is item else after.image()
-            s = self.settings
-            return sensitivity(self.vlm, item, other, score=s.score, top=s.top, seed=s.seed, **s.answer)
+            s, other = self.settings, self._another(item)
+            how = {"score": s.score, "top": s.top, "seed": s.seed, **s.answer}
+            try:
+                return sensitivity(self.vlm, item, None if other is None else other.image(), **how)
+            except ImageError:  # perhaps of the other one, which this one is not to pay for
+                return sensitivity(self.vlm, item, None, **how)
 
-        return self._each("sensitivity", list[NounSensitivity], self._items(None), one)
+        def key(item: Item) -> str:
+            other = self._another(item)
+            return self._key(item, truth_hash(item), None if other is None else self.pictures[other.name])
+
+        return self._each("sensitivity", list[NounSensitivity], self._items(None), one, key)
 
     def causal(self) -> dict[str, list[NounCausal]]:
         """The top neurons of each noun disturbed."""
@@ -170,70 +193,135 @@ class _Bench:
             how = {"finder": s.score, "seed": s.seed, "batch_size": self.batch_size}
             return causal(self.vlm, item, progress=tell, **how, **s.answer)
 
-        return self._each("causal", list[NounCausal], self._items(SLOW_LIMIT), one)
+        return self._each("causal", list[NounCausal], self._items(SLOW_LIMIT), one, self._key)
 
     def finders(self) -> dict[str, list[NounTruth]]:
         """Every finder against the true effects."""
+        answering = self._usable(self.items[:MEANS_FROM])
+        means_of = [self.pictures[item.name] for item in answering]
 
         @cache  # when the first image asks: a run that finds all of its results there needs none
         def means() -> list[Tensor]:
-            images = [item.image() for item in self.items[:MEANS_FROM]]
-            return mean_activations(self.vlm, images, **self.settings.answer)
+            return mean_activations(self.vlm, [item.image() for item in answering], **self.settings.answer)
 
         def one(item: Item, tell: Callable[[int, int], None]) -> list[NounTruth]:
             s = self.settings
             return finder_truth(self.vlm, item.image(), FINDERS, means=means(), seed=s.seed, progress=tell, **s.answer)
 
-        return self._each("finders", list[NounTruth], self._items(SLOW_LIMIT), one)
+        def key(item: Item) -> str:
+            return self._key(item, means_of)
+
+        return self._each("finders", list[NounTruth], self._items(SLOW_LIMIT), one, key)
 
     def specificity(self) -> Specificity:
         """What every neuron gives to every noun of every image, then compared."""
-        shelf = Shelf(self.folder / "specificity.jsonl", self.made_by, list[_NounRow])
-        path = self.folder / "specificity.f32"
-        width = sum(ffn.size for ffn in self.vlm.anatomy.ffns)
-        done = sum(map(len, shelf.found.values()))
-        path.touch()
-        if path.stat().st_size < done * width * 4:
-            raise SettingError(f"{path} is damaged.", seen="It is too short.", fix="Delete the folder and run again.")
-        os.truncate(path, done * width * 4)  # rows come before their line: a stop in between leaves rows too many
-        items = self._items(None)
-        missing = [item for item in items if item.name not in shelf.found]
+        shelf = Shelf(self.folder / "specificity.jsonl", self.made_by, _Rows)
+        rows = self.folder / "specificity"
+        rows.mkdir(exist_ok=True)
+        items = self._usable(self._items(None))
+        missing = list({key: item for item in items if (key := self._key(item)) not in shelf.found}.values())
+        done = len(items) - len(missing)
         for start in range(0, len(missing), self.batch_size):
             batch = missing[start : start + self.batch_size]
-            found = noun_scores(self.vlm, batch, score=self.settings.score, **self.settings.answer)
-            for item in batch:
-                mine = [one for one in found if one.image == item.name]
-                with path.open("ab") as file:
-                    for one in mine:
-                        file.write(one.scores.astype("<f4").tobytes())
-                shelf.add(item.name, [_NounRow(one.lemma) for one in mine])
-            self._tell("specificity", len(items) - len(missing) + start + len(batch), len(items))
-        names = [(image, row.lemma) for image, rows in shelf.found.items() for row in rows]
-        if not names:
-            raise SettingError("The model said no noun of any of the images.", seen=f"{len(items)} images")
-        whole = np.memmap(path, dtype="<f4", mode="r", shape=(len(names), width))
-        wanted = {item.name for item in items}
+            for item, mine in self._noun_scores(batch):
+                if not all(np.isfinite(one.scores).all() for one in mine):
+                    raise no_number(item.name)
+                key, content = self._key(item), b"".join(one.scores.astype("<f4").tobytes() for one in mine)
+                write_whole(rows / f"{key}.f32", content)  # before its line: a line never lacks its rows
+                lemmas = tuple(one.lemma for one in mine)
+                shelf.add(key, item.name, _Rows(lemmas, hashlib.sha256(content).hexdigest()))
+            self._tell("specificity", done + start + len(batch), len(items))
+        items = [item for item in items if self._key(item) in shelf.found]
+        found = [one for item in items for one in self._rows(shelf, rows, item)]
+        if not found:
+            raise self._nothing(items)
         layers = [ffn.layer for ffn in self.vlm.anatomy.ffns for _ in range(ffn.size)]
-        rows = [NounScores(*name, row) for name, row in zip(names, whole, strict=True) if name[0] in wanted]
-        return specificity(rows, layers, seed=self.settings.seed)
+        return specificity(found, layers, seed=self.settings.seed)
+
+    def _noun_scores(self, items: Sequence[Item]) -> list[tuple[Item, list[NounScores]]]:
+        """Of each image by itself, run as one batch; where one of them cannot be used, the others one by one."""
+        try:
+            found = noun_scores(self.vlm, items, score=self.settings.score, **self.settings.answer)
+        except ImageError as error:
+            if len(items) > 1:
+                return [pair for item in items for pair in self._noun_scores([item])]
+            self.left_out[items[0].name] = f"{error.what} {error.seen}".strip()
+            return []
+        return [(item, [one for one in found if one.image == item.name]) for item in items]
+
+    def _rows(self, shelf: Shelf[_Rows], folder: Path, item: Item) -> list[NounScores]:
+        """The scores of one image, from its file, which must be as it was written."""
+        key = self._key(item)
+        kept, path = shelf.found[key], folder / f"{key}.f32"
+        shape = (len(kept.lemmas), sum(ffn.size for ffn in self.vlm.anatomy.ffns))
+        if not kept.lemmas:
+            return []
+        if not path.is_file() or path.stat().st_size != shape[0] * shape[1] * 4:
+            raise shelf.damaged(f"{path} is missing, or not as long as it says.")
+        whole = np.memmap(path, dtype="<f4", mode="r", shape=shape)
+        if hashlib.sha256(whole.tobytes()).hexdigest() != kept.sha256:
+            raise shelf.damaged(f"{path} is not as it was written.")
+        return [NounScores(item.name, lemma, row) for lemma, row in zip(kept.lemmas, whole, strict=True)]
 
     def _items(self, usual: int | None) -> Sequence[Item]:
         return self.items[: self.limit or usual]
 
-    def _each(self, name: str, kind: Any, items: Sequence[Item], one: Callable[..., Any]) -> dict[str, Any]:
+    def _usable(self, items: Sequence[Item]) -> list[Item]:
+        """Those that can be read."""
+        for item in items:
+            if item.name not in self.pictures:
+                try:
+                    self.pictures[item.name] = image_hash(item.image())
+                except ImageError as error:
+                    self.pictures[item.name] = None
+                    self.left_out[item.name] = f"{error.what} {error.seen}".strip()
+        return [item for item in items if self.pictures[item.name] is not None]
+
+    def _key(self, item: Item, *more: Any) -> str:
+        """Of an image that can be read, and what else its result depends on."""
+        return key_of(self.pictures[item.name], *more)
+
+    def _another(self, item: Item) -> Item | None:
+        """The next image of other pixels, the first one behind the last; images added elsewhere leave it as it is."""
+        place, n = self.items.index(item), len(self.items)
+        following = (self.items[(place + step) % n] for step in range(1, n))
+        mine = self.pictures[item.name]
+        return next((one for one in following if self._usable([one]) and self.pictures[one.name] != mine), None)
+
+    def _each(
+        self, name: str, kind: Any, items: Sequence[Item], one: Callable[..., Any], key: Callable[[Item], str]
+    ) -> dict[str, Any]:
         """One experiment, image by image; those on the shelf are taken from there."""
         shelf = Shelf(self.folder / f"{name}.jsonl", self.made_by, kind)
-        done = sum(item.name in shelf.found for item in items)
-        for item in items:
-            if item.name in shelf.found:
-                continue
-            shelf.add(item.name, one(item, lambda part, of, done=done: self._tell(name, done + part / of, len(items))))
-            done += 1
-            self._tell(name, done, len(items))
-        found = {item.name: shelf.found[item.name] for item in items}
+        keys: dict[str, str] = {}
+        for item in self._usable(items):
+            try:
+                keys[item.name] = key(item)
+            except ImageError as error:  # a mask
+                self.left_out[item.name] = f"{error.what} {error.seen}".strip()
+        done = sum(mine in shelf.found for mine in keys.values())
+        found: dict[str, Any] = {}
+        for item in (item for item in items if item.name in keys):
+            mine = keys[item.name]
+            if mine not in shelf.found:
+                try:
+                    result = one(item, lambda part, of, done=done: self._tell(name, done + part / of, len(keys)))
+                except ImageError as error:
+                    self.left_out[item.name] = f"{error.what} {error.seen}".strip()
+                    continue
+                shelf.add(mine, item.name, result)
+                done += 1
+                self._tell(name, done, len(keys))
+            found[item.name] = shelf.found[mine]
         if not any(found.values()):
-            raise SettingError("The model said no noun of any of the images.", seen=f"{len(items)} images")
+            raise self._nothing(list(found))
         return found
+
+    def _nothing(self, used: Sequence[Any]) -> ImageError | SettingError:
+        """What to raise where there is no result."""
+        if not used:
+            return ImageError("None of the images can be used.", seen="\n".join(list(self.left_out.values())[:5]))
+        return SettingError("The model said no noun of any of the images.", seen=f"{len(used)} images")
 
     def _tell(self, name: str, done: float, total: int) -> None:
         if self.progress is not None:

@@ -1,78 +1,174 @@
-"""What an experiment found so far, one line an image: written as it goes, read again when it is started anew."""
+"""What an experiment found so far, one line a result: written as it goes, read again when it is started anew."""
 
 from __future__ import annotations
 
 import json
+import math
 import os
-from collections.abc import Mapping
+import zlib
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 import msgspec
+from filelock import FileLock, Timeout
 
-from mmneurons.errors import SettingError
+from mmneurons.errors import FormatError, ModelError, SettingError
+from mmneurons.files import read_file
 
 T = TypeVar("T")
 
+LARGEST = 2**30
+"""Bytes of a shelf, at most."""
+LOCK = ".lock"
+"""In a folder of results: one run at a time writes there."""
 
-class Shelf(Generic[T]):
-    """Results of one experiment in one file of JSON lines; the first line says what makes them.
 
-    A run that was stopped, even while it wrote, goes on after the last whole line.
+def lock_of(file: Path) -> Path:
+    """The lock beside a file that one run at a time writes."""
+    return file.with_name(f".{file.name}.lock")
+
+
+@contextmanager
+def one_writer(place: Path, lock: Path) -> Iterator[None]:
+    """Let nobody else write in a place; in one thread it may be nested. What a killed process held is free.
 
     Args:
-        path: The file; made, with its folder, if it is not there.
-        made_by: Model, images, settings. A file that was made by anything else is refused.
-        kind: The type of one image's result, a dataclass or a list of them.
+        place: What is written, for the message.
+        lock: A file for the lock; it is left there. Its folder is made if it is not there.
 
     Raises:
-        SettingError: the file was made by something else, or is none of this kind.
+        SettingError: another run, or another thread, writes there; or nobody can.
+    """
+    try:
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        # One object a path, with a state of its own for each thread: nested it counts, another thread is refused.
+        held = FileLock(lock.absolute(), timeout=0, is_singleton=True)
+        held.acquire()
+    except Timeout:
+        raise SettingError(
+            f"Another run writes in {place}.", fix="Wait until it has ended, or name another place with --out."
+        ) from None
+    except (OSError, NotImplementedError) as error:
+        raise _cannot_write(place, error) from error
+    try:
+        yield
+    finally:
+        held.release()
+
+
+class Shelf(Generic[T]):
+    """Results of one experiment in one file of JSON lines; the first line says what makes them all.
+
+    Each result stands under a key, a hash of everything else that it was made of: with other pictures, other results.
+    A run that was stopped, even while it wrote, goes on after the last whole line. To be used under `one_writer`.
+
+    Args:
+        path: The file; made if it is not there.
+        made_by: Model and settings. A file that was made by anything else is refused.
+        kind: The type of one result, a dataclass or a list of them.
+
+    Raises:
+        SettingError: the file was made by something else, or cannot be written.
+        FormatError: it is damaged, or no file of results.
     """
 
     def __init__(self, path: Path, made_by: Mapping[str, Any], kind: type[T]) -> None:
         self.path = path
         self.found: dict[str, T] = {}
-        """By name of image, in the order in which they were done."""
-        header = json.dumps({"made_by": made_by}, sort_keys=True)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        whole = self._whole_lines()
-        if not whole:
-            path.write_text(header + "\n", encoding="utf-8")
+        """By key."""
+        header = _with_checksum(json.dumps({"made_by": made_by}, sort_keys=True).encode("ascii"))
+        content = read_file(path, limit=LARGEST) if os.path.lexists(path) else b""
+        *lines, rest = content.split(b"\n")
+        if not lines and not (header + b"\n").startswith(rest):
+            raise self._foreign()
+        if not lines:
+            self._write(header[len(rest) :])
             return
-        if whole[0] != header:
-            raise SettingError(
-                f"{path} holds results of another experiment.",
-                seen=_differences(whole[0], header),
-                fix="Choose another folder with --out, or delete this one.",
-            )
-        line = msgspec.json.Decoder(tuple[str, kind])
+        if lines[0] != header:
+            raise self._another(lines[0], header)
+        line_of = msgspec.json.Decoder(tuple[str, str, kind])
+        for number, line in enumerate(lines[1:], start=2):
+            try:
+                key, _, self.found[key] = line_of.decode(_checked(line))
+            except (ValueError, RecursionError) as error:
+                raise self.damaged(f"Line {number}: {error}") from error
+        if rest:  # cut off in the middle: the next line is to begin where a line begins
+            os.truncate(path, len(content) - len(rest))
+
+    def add(self, key: str, name: str, result: T) -> None:
+        """Keep a result; the name is for people who look into the file.
+
+        Raises:
+            ModelError: it holds what is no number.
+            SettingError: it cannot be written.
+        """
+        if not _is_finite(msgspec.to_builtins(result)):  # it would be written as null
+            raise no_number(name)
+        readable = name.encode("utf-8", "replace").decode("utf-8")
+        self._write(_with_checksum(msgspec.json.encode((key, readable, result))))
+        self.found[key] = result
+
+    def damaged(self, seen: str) -> FormatError:
+        """What to raise where the file, or what belongs to it, is not as it was written."""
+        return FormatError(f"{self.path} is damaged.", seen=seen, fix="Delete it and run again.")
+
+    def _write(self, line: bytes) -> None:
         try:
-            self.found = dict(line.decode(text) for text in whole[1:])
-        except msgspec.MsgspecError as error:
-            raise SettingError(f"{path} is damaged.", seen=str(error), fix="Delete it and run again.") from error
-        # What was cut off in the middle goes, so that the next line begins where a line begins.
-        size = sum(len(text.encode()) + 1 for text in whole)
-        if path.stat().st_size != size:
-            os.truncate(path, size)
+            with self.path.open("ab") as file:
+                file.write(line + b"\n")
+        except OSError as error:
+            raise _cannot_write(self.path, error) from error
 
-    def add(self, name: str, result: T) -> None:
-        """Keep what one image gave."""
-        with self.path.open("ab") as file:
-            file.write(msgspec.json.encode((name, result)) + b"\n")
-        self.found[name] = result
+    def _foreign(self) -> FormatError:
+        return FormatError(
+            f"{self.path} holds no results of an experiment, or is damaged.",
+            seen="Its first line does not say what made it.",
+            fix="Choose another folder with --out, or delete this file.",
+        )
 
-    def _whole_lines(self) -> list[str]:
-        if not self.path.exists():
-            return []
-        text = self.path.read_bytes()
-        return text[: text.rfind(b"\n") + 1].decode("utf-8").split("\n")[:-1]
+    def _another(self, there: bytes, asked: bytes) -> SettingError | FormatError:
+        try:
+            before, now = (msgspec.json.decode(_checked(header))["made_by"] for header in (there, asked))
+            names = [name for name in sorted({*before, *now}) if before.get(name) != now.get(name)]
+        except (ValueError, RecursionError, KeyError, TypeError, AttributeError):
+            return self._foreign()
+        return SettingError(
+            f"{self.path} holds results of another experiment.",
+            seen="\n".join(f"{name}: {before.get(name)!r} there, {now.get(name)!r} asked for" for name in names),
+            fix="Choose another folder with --out, or delete this one.",
+        )
 
 
-def _differences(one: str, other: str) -> str:
-    """Which entries of two headers differ."""
-    try:
-        before, now = (json.loads(header)["made_by"] for header in (one, other))
-        names = [name for name in sorted({*before, *now}) if before.get(name) != now.get(name)]
-    except (json.JSONDecodeError, KeyError, TypeError):
-        return "Its first line is not that of an experiment."
-    return "\n".join(f"{name}: {before.get(name)!r} there, {now.get(name)!r} asked for" for name in names)
+def no_number(name: str) -> ModelError:
+    """What to raise where NaN or infinity would be kept."""
+    return ModelError(
+        f"What was measured of {name} is no number (NaN or infinite).",
+        fix="Load the model in another dtype: --dtype bfloat16, or float32.",
+    )
+
+
+def _with_checksum(data: bytes) -> bytes:
+    """A JSON array of the checksum of some JSON, and that JSON."""
+    return b"[%d,%s]" % (zlib.crc32(data), data)
+
+
+def _checked(line: bytes) -> msgspec.Raw:
+    checksum, data = msgspec.json.decode(line, type=tuple[int, msgspec.Raw])
+    if zlib.crc32(data) != checksum:
+        raise ValueError("not as it was written")
+    return data
+
+
+def _cannot_write(path: Path, error: Exception) -> SettingError:
+    return SettingError(f"Cannot write {path}.", seen=str(error), fix="Name another place with --out.")
+
+
+def _is_finite(plain: Any) -> bool:
+    """Whether every number in plain data is one."""
+    if isinstance(plain, dict):
+        return all(map(_is_finite, plain.values()))
+    if isinstance(plain, list | tuple):
+        return all(map(_is_finite, plain))
+    return not isinstance(plain, float) or math.isfinite(plain)

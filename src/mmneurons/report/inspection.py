@@ -56,7 +56,7 @@ def write_inspection(
         tables: Its tables.
         folder: Where to; must be there.
         examples: Findings with maps, to be drawn.
-        n_images: How many images were looked at.
+        n_images: How many images were asked for.
 
     Returns:
         The page.
@@ -66,7 +66,13 @@ def write_inspection(
     """
     folder = Path(folder)
     plots = draw(found, tables, folder, examples)
-    document = {"schema": SCHEMA, "made_by": found.made_by, "tables": [table.to_dict() for table in tables]}
+    document = {
+        "schema": SCHEMA,
+        "made_by": found.made_by,
+        "images": found.images,
+        "left_out": found.left_out,
+        "tables": [table.to_dict() for table in tables],
+    }
     write_whole(
         folder / "inspection.json",
         (json.dumps(document, ensure_ascii=False, indent=1, allow_nan=False) + "\n").encode("utf-8"),
@@ -89,7 +95,6 @@ def render_inspection(found: Inspection, tables: Sequence[Table], plots: Sequenc
             images = [(path.stem, _uri(path)) for path in plots if path.stem.startswith(pictures)]
             sections.append(_Section(mine[0].name, title, images, mine))
     style = asset("inspection.css")
-    made_by = {name: value for name, value in found.made_by.items() if name != "images"}
     return (
         environment()
         .from_string(asset("inspection.html.j2"))
@@ -99,7 +104,8 @@ def render_inspection(found: Inspection, tables: Sequence[Table], plots: Sequenc
             settings=found.settings,
             sections=sections,
             shown=shown,
-            provenance=text.flatten(made_by),
+            left_out=found.left_out,
+            provenance=text.flatten(found.made_by),
             style=Markup(style),
             style_hash=policy_hash(style),
         )

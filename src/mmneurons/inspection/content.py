@@ -1,0 +1,37 @@
+"""What results are kept under: hashes of what they were made of, whatever its name is."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from mmneurons.inspection.items import Item
+
+
+def key_of(*parts: Any) -> str:
+    """A hash of plain data."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, allow_nan=False).encode("ascii")).hexdigest()
+
+
+def image_hash(image: Image.Image) -> str:
+    """A hash of the pixels of an opened image."""
+    digest = hashlib.sha256(f"{image.mode} {image.size}".encode())
+    digest.update(image.tobytes())
+    return digest.hexdigest()
+
+
+def truth_hash(item: Item) -> str:
+    """A hash of what an image is said to show, and where.
+
+    Raises:
+        ImageError: a mask cannot be read or used.
+    """
+    digest = hashlib.sha256(key_of(item.objects).encode())
+    for noun, mask in item.masks().items():
+        digest.update(key_of(noun, mask.shape).encode())
+        digest.update(np.packbits(mask).tobytes())
+    return digest.hexdigest()
