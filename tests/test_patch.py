@@ -1,3 +1,4 @@
+import contextlib
 import hashlib
 import json
 import os
@@ -15,10 +16,13 @@ from hypothesis import strategies as st
 import mmneurons as mmn
 from mmneurons.editing import ledger
 from mmneurons.editing.file import load_patch, save_patch
+from mmneurons.editing.judging import questions
 from mmneurons.editing.ledger import ledger_of
 from mmneurons.editing.patch import HASH_BYTES, Patch, PatchPart, column_hashes, stack
+from mmneurons.editing.show import describe_patch
 from mmneurons.errors import FormatError, ModelError, SettingError
 from mmneurons.neurons import Neuron
+from mmneurons.report.patch import patch_text
 from mmneurons.vlm import weights
 
 HIDDEN = 48  # of `random_vlm`
@@ -354,7 +358,7 @@ def test_the_bytes_of_the_format_do_not_change_unnoticed(tmp_path):
     assert load_patch(tmp_path / "p.safetensors").neurons == [Neuron.parse(n) for n in NAMES]
 
 
-GOLDEN = "8aa755d7dc7ff39750de3d8de84000d2e60f503a739eae82d6db2a51e7507b1e"
+GOLDEN = "c47fcae49d9bc06848b3c41e7af57859b8a1593cdb84bc503b283e4bcd8909c1"
 NAMES = ("L3.e5.u0", "L3.u1", "L3.e5.u2", "L3.u7")
 
 
@@ -380,6 +384,9 @@ def damaged(good: bytes):
         facts = json.loads(header["__metadata__"]["mmneurons_patch"]) | values
         return with_header(lambda h: h["__metadata__"].update({"mmneurons_patch": json.dumps(facts)}))
 
+    def rename(place):
+        return lambda h: h.update({k.replace("L0", place, 1): h.pop(k) for k in list(h) if k.startswith("L0")})
+
     nan = bytearray(good)
     start, _ = header["L0.deltas"]["data_offsets"]
     nan[8 + length + start : 8 + length + start + 4] = np.float32("nan").tobytes()
@@ -389,6 +396,16 @@ def damaged(good: bytes):
     yield "a huge header", struct.pack("<Q", 2**60) + good[8:], "header says"
     yield "no patch", with_header(lambda h: h.pop("__metadata__")), "not that of a patch"
     yield "another schema", metadata(schema=9), "Schema 9"
+    yield "the schema before", metadata(schema=1), "Schema 1"
+    yield "deep nesting", metadata(provenance={"a": json.loads("[" * 500 + "]" * 500)}), "nested"
+    yield "a number of 400 digits", metadata(provenance={"search": {"strength": 10**400}}), "64 bits"
+    yield "a text that cannot be written", metadata(provenance={"source": "\ud800"}), ""
+    yield "an unknown fact", metadata(more=1), "more"
+    flipped = bytearray(good)
+    flipped[-3] ^= 1
+    yield "a flipped bit", bytes(flipped), "not those that were saved"
+    for name in ("L00", "L\u0660", "L0.e00", "L9999999", "L-1", "L 0"):
+        yield f"a place {name}", with_header(rename(name)), "It holds"
     yield "no width", metadata(hidden="wide"), "hidden"
     yield "another width", metadata(hidden=47), "47"
     yield "not a number", bytes(nan), "NaN"
@@ -406,6 +423,38 @@ def test_a_damaged_file_is_refused(random_vlm, tmp_path):
         with pytest.raises(FormatError, match=r"p\.safetensors") as told:
             load_patch(path)
         assert message in str(told.value), name
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
+    max_leaves=8,
+)
+made_by = st.dictionaries(
+    st.sampled_from(["source", "target", "settings", "search", "model", "images", "reference", "stacked"]),
+    json_values | st.dictionaries(st.sampled_from(["strength", "turned", "looked_at", "prompts", "id"]), json_values),
+)
+
+
+@settings(max_examples=50)
+@given(st.data())
+def test_whatever_is_in_a_file_it_is_refused_or_can_be_shown(random_vlm, tmp_path_factory, data):
+    """Bytes changed anywhere, or facts of any kind."""
+    path = tmp_path_factory.mktemp("any") / "p.safetensors"
+    save_patch(replace(a_patch(random_vlm, {0: [1, 5]}, rank_one=True), provenance=data.draw(made_by)), path)
+    content = bytearray(path.read_bytes())
+    for place, byte in data.draw(
+        st.lists(st.tuples(st.integers(0, len(content) - 1), st.integers(0, 255)), max_size=3)
+    ):
+        content[place] = byte
+    path.write_bytes(content[: data.draw(st.just(len(content)) | st.integers(0, len(content)))])
+    try:
+        patch = load_patch(path)
+    except FormatError:
+        return
+    patch_text(describe_patch(patch)).encode()
+    with contextlib.suppress(SettingError):
+        questions({"p": patch})
 
 
 def test_a_missing_file_is_told(tmp_path):

@@ -5,9 +5,16 @@ from __future__ import annotations
 import os
 import stat
 from pathlib import Path
+from typing import Any, TypeVar
+
+import msgspec
 
 from mmneurons.errors import FormatError
 
+T = TypeVar("T")
+
+DEEPEST = 200
+"""Levels of free-form JSON."""
 LARGEST = 2**28
 """Bytes of a file of text: a hundred times what any command here writes."""
 
@@ -50,6 +57,43 @@ def read_text(path: str | os.PathLike[str], *, limit: int = LARGEST) -> str:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise FormatError(f"{path} is not a text in UTF-8.", seen=str(error)) from error
+
+
+def decode_json(content: bytes | str, kind: type[T], name: str) -> T:
+    """JSON as typed data; nothing of another type, no NaN, no text that cannot be written.
+
+    Args:
+        content: The JSON.
+        kind: What it must be: a msgspec struct or a dataclass, or a type of these.
+        name: What it is, for the message: a path.
+
+    Raises:
+        FormatError: it is not JSON, or not of this kind.
+    """
+    try:
+        return msgspec.json.decode(content, type=kind)
+    except (msgspec.MsgspecError, UnicodeError, RecursionError) as error:
+        raise FormatError(f"{name} is damaged, or of another kind.", seen=str(error)) from error
+
+
+def check_facts(facts: Any, name: str) -> None:
+    """Refuse free-form JSON that cannot be shown: nested very deeply, or with numbers of hundreds of digits.
+
+    Raises:
+        FormatError: it is such.
+    """
+    level = [facts]
+    for _ in range(DEEPEST):
+        if any(isinstance(value, int) and abs(value) >= 2**64 for value in level):
+            raise FormatError(f"{name} is damaged.", seen="It holds a number beyond 64 bits.")
+        level = [
+            part
+            for value in level
+            if isinstance(value, dict | list)
+            for part in (value.values() if isinstance(value, dict) else value)
+        ]
+    if level:
+        raise FormatError(f"{name} is damaged.", seen=f"It is nested more than {DEEPEST} levels deep.")
 
 
 def _open_at_once(path: str, flags: int) -> int:

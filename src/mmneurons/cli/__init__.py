@@ -16,6 +16,7 @@ import mmneurons.cli.hallucination  # noqa: F401
 from mmneurons.cli.options import app as app
 from mmneurons.cli.options import err
 from mmneurons.errors import MmneuronsError
+from mmneurons.report.text import printable
 
 
 def main() -> None:
@@ -24,7 +25,8 @@ def main() -> None:
     try:
         app()
     except MmneuronsError as error:
-        err.print(str(error), style="red", soft_wrap=True)
+        # Names in it can be anyone's: what a terminal would obey is shown instead.
+        err.print("\n".join(map(printable, str(error).splitlines())), style="red", soft_wrap=True)
         sys.exit(2)
     except KeyboardInterrupt:
         err.print("stopped")

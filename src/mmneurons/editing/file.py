@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import struct
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
+import msgspec
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load as from_bytes
@@ -19,9 +21,9 @@ from torch import Tensor
 
 from mmneurons.editing.patch import Patch, PatchPart, place_order
 from mmneurons.errors import FormatError, SettingError
-from mmneurons.files import write_whole
+from mmneurons.files import check_facts, decode_json, read_file, write_whole
 
-SCHEMA = 1
+SCHEMA = 2
 LARGEST = 2**31
 """Bytes: what a file of a few columns never has."""
 LARGEST_HEADER = 2**24
@@ -31,6 +33,9 @@ DTYPES = {
     "deltas": torch.float32,
     "coefficients": torch.float32,
 }
+_NUMBER = "(0|[1-9][0-9]{0,5})"
+_NAME = re.compile(rf"L{_NUMBER}(?:\.e{_NUMBER})?\.({'|'.join(DTYPES)})")
+"""Of a tensor: one spelling for each place."""
 
 
 def save_patch(patch: Patch, path: str | os.PathLike[str]) -> None:
@@ -43,7 +48,7 @@ def save_patch(patch: Patch, path: str | os.PathLike[str]) -> None:
             if (tensor := getattr(part, name)) is not None:
                 # Two parts may share one, which safetensors refuses.
                 tensors[f"{place}.{name}"] = tensor.contiguous().clone()
-    facts = {"schema": SCHEMA, "hidden": patch.hidden, "provenance": patch.provenance}
+    facts = {"schema": SCHEMA, "hidden": patch.hidden, "hash": patch.hash, "provenance": patch.provenance}
     header = {"mmneurons_patch": json.dumps(facts, ensure_ascii=False, sort_keys=True, allow_nan=False)}
     content = to_bytes(tensors, metadata=header)
     write_whole(path, content)
@@ -56,25 +61,44 @@ def load_patch(path: str | os.PathLike[str]) -> Patch:
         FormatError: no such file, no patch, one of another schema, damaged or unsound.
     """
     path = Path(path)
-    try:
-        size = path.stat().st_size
-        if size > LARGEST:
-            raise _refused(path, f"It has {size:,} bytes.")
-        content = path.read_bytes()
-    except OSError as error:
-        raise FormatError(f"Cannot read {path}.", seen=str(error)) from error
+    content = read_file(path, limit=LARGEST)
     facts = _facts(path, content)
     try:
         tensors = from_bytes(content)
-    except (SafetensorError, ValueError) as error:
+    except (SafetensorError, ValueError, OverflowError) as error:
         raise _refused(path, str(error)) from error
     try:
-        return _patch(path, facts, tensors)
+        patch = _patch(path, facts, tensors)
     except SettingError as error:
         raise _refused(path, error.seen or error.what) from error
+    if patch.hash != facts.hash:
+        raise _refused(path, "Its numbers are not those that were saved.")
+    return patch
 
 
-def _facts(path: Path, content: bytes) -> dict[str, Any]:
+class _Facts(msgspec.Struct, forbid_unknown_fields=True):
+    """The JSON in the metadata."""
+
+    schema: Literal[2]
+    hidden: Annotated[int, msgspec.Meta(ge=1, le=2**31)]
+    hash: str
+    """Of the patch."""
+    provenance: dict[str, Any]
+
+
+class _Schema(msgspec.Struct):
+    schema: Any = None
+
+
+class _Metadata(msgspec.Struct):
+    mmneurons_patch: str
+
+
+class _Header(msgspec.Struct):
+    metadata: _Metadata = msgspec.field(name="__metadata__")
+
+
+def _facts(path: Path, content: bytes) -> _Facts:
     """The JSON of the header, looked at before any tensor."""
     if len(content) < 8:
         raise _refused(path, f"It has {len(content)} bytes.")
@@ -82,29 +106,26 @@ def _facts(path: Path, content: bytes) -> dict[str, Any]:
     if length > min(LARGEST_HEADER, len(content) - 8):
         raise _refused(path, f"Its header says that it is {length:,} bytes long.")
     try:
-        header = json.loads(content[8 : 8 + length])
-        facts = json.loads(header["__metadata__"]["mmneurons_patch"])
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise _refused(path, "Its header is not that of a patch.") from error
-    if not isinstance(facts, dict) or facts.get("schema") != SCHEMA:
-        seen = facts.get("schema") if isinstance(facts, dict) else facts
-        raise FormatError(
-            f"{path} is of another schema.", seen=f"Schema {seen}; this version reads {SCHEMA}.", fix="Make it again."
-        )
-    if not isinstance(facts.get("hidden"), int) or not isinstance(facts.get("provenance"), dict):
-        raise _refused(path, "Its header lacks hidden or provenance.")
+        text = decode_json(content[8 : 8 + length], _Header, str(path)).metadata.mmneurons_patch
+        schema = decode_json(text, _Schema, str(path)).schema
+    except FormatError as error:
+        raise _refused(path, f"Its header is not that of a patch: {error.seen}") from error
+    if schema != SCHEMA:
+        seen = f"Schema {str(schema)[:40]}; this version reads {SCHEMA}."
+        raise FormatError(f"{path} is of another schema.", seen=seen, fix="Make it again.")
+    facts = decode_json(text, _Facts, str(path))
+    check_facts(facts.provenance, str(path))
     return facts
 
 
-def _patch(path: Path, facts: dict[str, Any], tensors: dict[str, Tensor]) -> Patch:
+def _patch(path: Path, facts: _Facts, tensors: dict[str, Tensor]) -> Patch:
     directions = tensors.pop("directions", None)
     places: dict[tuple[int, int | None], dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
-        place, _, kind = name.rpartition(".")
-        layer, _, expert = place.removeprefix("L").partition(".e")
-        known = place.startswith("L") and layer.isdecimal() and (expert.isdecimal() or not expert)
-        if not known or kind not in DTYPES:
-            raise _refused(path, f"It holds '{name[:80]}'.")
+        known = _NAME.fullmatch(name)
+        if known is None:
+            raise _refused(path, f"It holds {name[:80]!r}.")
+        layer, expert, kind = known.groups()
         if tensor.dtype != DTYPES[kind] or tensor.ndim != (1 if kind == "indices" else 2):
             raise _refused(path, f"'{name}' is {tensor.dtype} of {tensor.ndim} axes.")
         places.setdefault((int(layer), int(expert) if expert else None), {})[kind] = tensor
@@ -115,7 +136,7 @@ def _patch(path: Path, facts: dict[str, Any], tensors: dict[str, Tensor]) -> Pat
         if not {"indices", "hashes"} <= set(mine):
             raise _refused(path, f"Layer {layer} lacks its columns or their hashes.")
         parts.append(PatchPart(layer, expert, **mine))
-    return Patch(facts["hidden"], tuple(parts), directions, facts["provenance"])
+    return Patch(facts.hidden, tuple(parts), directions, facts.provenance)
 
 
 def _refused(path: Path, why: str) -> FormatError:

@@ -9,6 +9,9 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
+
+import msgspec
 
 from mmneurons.editing.evaluation import Before, Bench, Judged, evaluate
 from mmneurons.editing.patch import Edit, Patch
@@ -36,6 +39,22 @@ class Question:
     """What tells it from all others: a patch's hash; "": its name does."""
 
 
+class _Asked(msgspec.Struct):
+    """How `edit` asked the model."""
+
+    prompts: Annotated[tuple[str, ...], msgspec.Meta(min_length=1)]
+    answer_prefix: str
+    max_new_tokens: Annotated[int, msgspec.Meta(ge=1, le=2**20)]
+
+
+class _MadeFor(msgspec.Struct):
+    """What the provenance of a patch says to judge it by; it was read from a file, and may say anything."""
+
+    source: Annotated[str, msgspec.Meta(min_length=1)]
+    settings: _Asked
+    target: str | None = None
+
+
 def questions(patches: Mapping[str, Patch]) -> dict[str, Question]:
     """What to judge patches for that `edit` made: their provenance says it.
 
@@ -44,19 +63,23 @@ def questions(patches: Mapping[str, Patch]) -> dict[str, Question]:
     """
     found = {}
     for name, patch in patches.items():
-        source, settings = patch.provenance.get("source"), patch.provenance.get("settings")
-        if not isinstance(source, str) or not isinstance(settings, Mapping):
+        try:
+            made = msgspec.convert(dict(patch.provenance), _MadeFor)
+        except msgspec.ValidationError as error:
             raise SettingError(
-                f"{name} does not say which word it edits.", fix="Judge patches that `mmneurons edit` made, one by one."
-            )
-        limits = {name: settings[name] for name in ("answer_prefix", "max_new_tokens")}
+                f"{name} does not say which word it edits, or how the model was asked.",
+                seen=str(error),
+                fix="Judge patches that `mmneurons edit` made, one by one.",
+            ) from error
+        asked = made.settings
         found[name] = Question(
             lambda patch=patch: patch,
-            source,
-            patch.provenance.get("target"),
-            settings["prompts"][0],
-            key=patch.hash,
-            **limits,
+            made.source,
+            made.target,
+            asked.prompts[0],
+            asked.answer_prefix,
+            asked.max_new_tokens,
+            patch.hash,
         )
     return found
 

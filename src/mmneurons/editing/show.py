@@ -83,7 +83,7 @@ def describe_patch(patch: Patch, vlm: VLM | None = None, n_tokens: int = 10) -> 
 def _sizes(patch: Patch) -> Iterator[ColumnChange]:
     for part in patch.parts:
         for neuron, delta in zip(part.neurons, patch.deltas(part), strict=True):
-            yield ColumnChange(neuron, float(delta.norm()), None, (), ())
+            yield ColumnChange(neuron, float(delta.double().norm()), None, (), ())
 
 
 def _compared(patch: Patch, vlm: VLM, n_tokens: int) -> Iterator[ColumnChange]:
@@ -101,7 +101,7 @@ def _compared(patch: Patch, vlm: VLM, n_tokens: int) -> Iterator[ColumnChange]:
         old, new = before.float().cpu(), before.float().cpu() + delta
         promoted, promotes = (_tokens(vlm, part.neurons, columns, n_tokens) for columns in (old, new))
         for neuron, column, change, *tokens in zip(part.neurons, old, delta, promoted, promotes, strict=True):
-            size, length = float(change.norm()), float(column.norm())
+            size, length = float(change.double().norm()), float(column.double().norm())
             yield ColumnChange(neuron, size, size / length if length else None, *tokens)
 
 
@@ -135,10 +135,16 @@ def _rank(patch: Patch) -> int:
     if not parts:
         return 0
     if patch.directions is None or any(part.coefficients is None for part in parts):
-        return int(torch.linalg.matrix_rank(torch.cat([patch.deltas(part) for part in parts])))
+        return int(torch.linalg.matrix_rank(_scaled(torch.cat([patch.deltas(part) for part in parts]))))
     # Of coefficients @ directions, at the size of the coefficients: directions.T = q r, and q changes no rank.
     coefficients = torch.cat([part.coefficients for part in parts if part.coefficients is not None])
-    return int(torch.linalg.matrix_rank(coefficients @ torch.linalg.qr(patch.directions.T).R.T))
+    directions = torch.linalg.qr(_scaled(patch.directions).T).R.T
+    return int(torch.linalg.matrix_rank(_scaled(coefficients) @ directions))
+
+
+def _scaled(matrix: Tensor) -> Tensor:
+    """Of the same rank, with squares that float32 can hold."""
+    return matrix / matrix.abs().max().clamp_min(1e-30)
 
 
 def _n_bytes(patch: Patch) -> int:
@@ -183,4 +189,4 @@ def _mapping(value: Any) -> Mapping[str, Any]:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float)
+    return isinstance(value, int | float) and not isinstance(value, bool)
