@@ -7,9 +7,12 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
+from commands import call
+from PIL import Image
 
 import mmneurons as mmn
 from mmneurons import pocket
@@ -22,6 +25,7 @@ from mmneurons.editing.reference import make_reference
 from mmneurons.errors import SettingError
 from mmneurons.inspection.items import read_items
 from mmneurons.report.edit import figures, render_edits, write_edits
+from mmneurons.report.pictures import small
 from mmneurons.words import says
 
 TEXTS = ("A dog is a kind of animal.", "A dog can bark.", "A car has wheels.", "An apple is red.")
@@ -202,6 +206,42 @@ def test_other_images_or_texts_are_judged_anew(vlm, patch, tmp_path, monkeypatch
         for _ in range(2):
             found = judge(vlm, questions({"a": patch}), tmp_path / "out", **(how | other))
             assert found["a"].n_columns == len(calls) == n
+
+
+def test_the_command_names_what_cannot_be_read_and_shows_the_pictures_it_judged(
+    capsys, monkeypatch, vlm, patch, bench, tmp_path
+):
+    monkeypatch.chdir(tmp_path)
+    mmn.save_patch(patch, "p.safetensors")
+    for name, pictures in (("made", bench.edit[:1]), ("held", bench.held_out[:3]), ("rest", bench.unrelated[:2])):
+        Path(name).mkdir()
+        for i, picture in enumerate(pictures):
+            picture.save(Path(name, f"{i}.png"))
+    Path("held", "1.png").write_bytes(Path("held", "1.png").read_bytes()[:200])
+    Path("t.txt").write_text("A car has wheels.\n")
+
+    def run() -> tuple[str, str]:
+        code, out, err = call(
+            capsys, monkeypatch, "evaluate-edit", "p.safetensors", "--out", "out", "--images", "made",
+            "--held-out", "held", "--unrelated", "rest", "--texts", "t.txt",
+        )  # fmt: skip
+        assert code in (None, 0), err
+        return out, err
+
+    _, err = run()
+    assert "1.png" in err
+    assert "cannot be decoded" in err
+    [before] = json.loads(Path("out", "edits.json").read_text())["edits"].values()
+    Path("held", "1.png").unlink()
+    Path("held", "0.png").unlink()
+    run()
+    [after] = json.loads(Path("out", "edits.json").read_text())["edits"].values()
+    assert (before["generality"]["n"], after["generality"]["n"]) == (2, 1)
+    page = Path("out", "edits.html").read_text()
+    [pair] = after["held_out"]
+    assert pair["before"] == before["held_out"][1]["before"]
+    assert small(Image.open(Path("held", "2.png"))) in page
+    assert small(bench.held_out[0]) not in page
 
 
 def test_a_patch_that_does_not_say_what_it_edits_is_refused(vlm, patch, tmp_path):

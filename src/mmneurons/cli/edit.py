@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -21,7 +22,7 @@ from mmneurons.cli.options import (
     loads_model,
     out,
 )
-from mmneurons.errors import SettingError
+from mmneurons.errors import ImageError, SettingError
 from mmneurons.progress import bar, bars, working
 
 if TYPE_CHECKING:
@@ -31,6 +32,8 @@ patches = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Look in
 app.add_typer(patches, name="patch")
 
 SOURCES = "A folder, a manifest (docs/format.md), image files, or pocket:SET."
+NAMED = 10
+"""Images that cannot be used, named."""
 HeldOut = Annotated[list[str] | None, typer.Option("--held-out", help="Other images that show SOURCE.")]
 Unrelated = Annotated[list[str] | None, typer.Option(help="Images of which nothing is to change.")]
 Texts = Annotated[
@@ -73,8 +76,8 @@ def edit(
     from mmneurons.editing.file import save_patch
     from mmneurons.editing.reference import make_reference
 
-    shown = items_of([*(images or []), *(more or [])]) if images or more else None
-    kept = items_of(reference) if reference else None
+    shown = readable_items([*(images or []), *(more or [])]) if images or more else None
+    kept = readable_items(reference) if reference else None
     lines = lines_of(texts)
     vlm = load()
     shown = or_pocket(vlm, shown, f"edit/{source}", "--images")
@@ -131,7 +134,7 @@ def evaluate_edit(
     from mmneurons.editing.file import load_patch
 
     loaded = [(path, load_patch(path)) for path in files]
-    shown, lines = items_of(images) if images else None, lines_of(texts)
+    shown, lines = readable_items(images) if images else None, lines_of(texts)
     _judge(load(), loaded, folder, shown, held_out, unrelated, lines, limit, batch_size)
 
 
@@ -185,8 +188,8 @@ def _judge(
     from mmneurons.editing.judging import judge, questions
     from mmneurons.report.edit import figures, write_edits
 
-    beyond = items_of(held_out) if held_out else None
-    others = or_pocket(vlm, items_of(unrelated) if unrelated else None, "locality-500", "--unrelated")[:limit]
+    beyond = readable_items(held_out) if held_out else None
+    others = or_pocket(vlm, readable_items(unrelated) if unrelated else None, "locality-500", "--unrelated")[:limit]
 
     def of_edit(source: str) -> list[Any]:
         return or_pocket(vlm, shown, f"edit/{source}", "--images")
@@ -250,6 +253,29 @@ def items_of(sources: list[str]) -> list[Any]:
     from mmneurons.inspection.items import read_items
 
     return [item for source in sources for item in read_items(source)]
+
+
+def readable_items(sources: list[str]) -> list[Any]:
+    """The images of all sources that can be decoded to their end; the others are named."""
+    from mmneurons.inspection.content import unreadable
+
+    items = items_of(sources)
+    left_out = unreadable(items)
+    tell_left_out(left_out, len(items))
+    if len(left_out) == len(items):
+        raise ImageError("None of the images can be used.", seen="; ".join(list(left_out.values())[:NAMED]))
+    return [item for item in items if item.name not in left_out]
+
+
+def tell_left_out(left_out: Mapping[str, str], n_images: int) -> None:
+    """Say which images could not be used, and why; of many the first few."""
+    if not left_out:
+        return
+    err.print(f"{len(left_out)} of {n_images} images could not be used:", style="yellow")
+    for name, why in list(left_out.items())[:NAMED]:
+        err.print(f"  {name}: {why}", soft_wrap=True, markup=False)
+    if len(left_out) > NAMED:
+        err.print(f"  and {len(left_out) - NAMED} more")
 
 
 def lines_of(path: Path | None) -> list[str]:

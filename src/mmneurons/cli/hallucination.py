@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from mmneurons.cli.edit import SOURCES, Texts, checked_patch_path, items_of, lines_of, or_pocket, pocket_texts
+from mmneurons.cli.edit import SOURCES, Texts, checked_patch_path, lines_of, or_pocket, pocket_texts, readable_items
 from mmneurons.cli.options import (
     ANSWER_PREFIX,
     MAX_NEW_TOKENS,
@@ -75,9 +75,9 @@ def dehallucinate(
     from mmneurons.inspection.shelf import lock_of
     from mmneurons.report.hallucination import chair_json, chair_text, write_hallucination
 
-    shown = items_of(images) if images else None
-    others = items_of(held_out) if held_out else None
-    kept = items_of(reference) if reference else None
+    shown = readable_items(images) if images else None
+    others = readable_items(held_out) if held_out else None
+    kept = readable_items(reference) if reference else None
     lines = lines_of(texts)
     table = None if synonyms is None else coco_synonyms() if synonyms == "coco" else read_synonyms(synonyms)
     vlm = load()

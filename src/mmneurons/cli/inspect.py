@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 
 import typer
 
+from mmneurons.cli.edit import tell_left_out
 from mmneurons.cli.options import (
     ANSWER_PREFIX,
     MAX_NEW_TOKENS,
@@ -67,10 +68,7 @@ def inspect_(
             batch_size=batch_size,
             progress=progress,
         )
-    if found.left_out:
-        err.print(f"{len(found.left_out)} of {len(items)} images could not be used:", style="yellow")
-        for name, why in found.left_out.items():
-            err.print(f"  {name}: {why}", soft_wrap=True, markup=False)
+    tell_left_out(found.left_out, len(items))
     with working(err, "drawing"):
         items = [item for item in items if item.name not in found.left_out]
         made = tables(found, meaning(text_model or PACKAGED, clip_model), items)

@@ -1,14 +1,16 @@
-"""What results are kept under: hashes of what they were made of, whatever its name is."""
+"""What results are kept under: hashes of what they were made of, whatever its name is; and what cannot be read."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
+from mmneurons.errors import ImageError
 from mmneurons.inspection.items import Item
 
 
@@ -35,3 +37,19 @@ def truth_hash(item: Item) -> str:
         digest.update(key_of(noun, mask.shape).encode())
         digest.update(np.packbits(mask).tobytes())
     return digest.hexdigest()
+
+
+def unreadable(items: Iterable[Item]) -> dict[str, str]:
+    """By name why an image cannot be decoded; all of them are opened."""
+    found = {}
+    for item in items:
+        try:
+            item.image()
+        except ImageError as error:
+            found[item.name] = reason(error)
+    return found
+
+
+def reason(error: ImageError) -> str:
+    """What was wrong with an image, in one line."""
+    return " ".join(f"{error.what} {error.seen}".split())

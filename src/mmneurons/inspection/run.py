@@ -25,7 +25,7 @@ from mmneurons.finding.finder import find
 from mmneurons.finding.finders import FINDERS
 from mmneurons.finding.result import Finding, Score
 from mmneurons.inspection.causal import NounCausal, causal
-from mmneurons.inspection.content import image_hash, key_of, truth_hash
+from mmneurons.inspection.content import image_hash, key_of, reason, truth_hash
 from mmneurons.inspection.items import Item
 from mmneurons.inspection.sensitivity import NounSensitivity, sensitivity
 from mmneurons.inspection.shelf import LOCK, Shelf, no_number, one_writer
@@ -245,7 +245,7 @@ class _Bench:
         except ImageError as error:
             if len(items) > 1:
                 return [pair for item in items for pair in self._noun_scores([item])]
-            self.left_out[items[0].name] = f"{error.what} {error.seen}".strip()
+            self.left_out[items[0].name] = reason(error)
             return []
         return [(item, [one for one in found if one.image == item.name]) for item in items]
 
@@ -274,7 +274,7 @@ class _Bench:
                     self.pictures[item.name] = image_hash(item.image())
                 except ImageError as error:
                     self.pictures[item.name] = None
-                    self.left_out[item.name] = f"{error.what} {error.seen}".strip()
+                    self.left_out[item.name] = reason(error)
         return [item for item in items if self.pictures[item.name] is not None]
 
     def _key(self, item: Item, *more: Any) -> str:
@@ -298,7 +298,7 @@ class _Bench:
             try:
                 keys[item.name] = key(item)
             except ImageError as error:  # a mask
-                self.left_out[item.name] = f"{error.what} {error.seen}".strip()
+                self.left_out[item.name] = reason(error)
         done = sum(mine in shelf.found for mine in keys.values())
         found: dict[str, Any] = {}
         for item in (item for item in items if item.name in keys):
@@ -307,7 +307,7 @@ class _Bench:
                 try:
                     result = one(item, lambda part, of, done=done: self._tell(name, done + part / of, len(keys)))
                 except ImageError as error:
-                    self.left_out[item.name] = f"{error.what} {error.seen}".strip()
+                    self.left_out[item.name] = reason(error)
                     continue
                 shelf.add(mine, item.name, result)
                 done += 1
