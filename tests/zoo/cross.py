@@ -196,7 +196,7 @@ def florence2() -> PreTrainedModel:
     text = BartConfig(
         vocab_size=VOCAB,
         d_model=HIDDEN,
-        encoder_layers=BLOCKS,
+        encoder_layers=BLOCKS - 1,
         decoder_layers=BLOCKS,
         encoder_ffn_dim=FFN,
         decoder_ffn_dim=FFN,

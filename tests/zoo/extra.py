@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from transformers import (
@@ -44,7 +45,7 @@ from .cross import (
 TILE = 2 * PATCH * SIDE
 
 
-def granite_docling() -> PreTrainedModel:
+def granite_docling(residual_multiplier: float = 0.5, **text_changes: Any) -> PreTrainedModel:
     """Granite for Docling: scaled embedding, attention, residuals and logits; features of the tower in block 0 too."""
     vision = GraniteDoclingVisionConfig(
         **{**VISION, "image_size": TILE},
@@ -54,7 +55,11 @@ def granite_docling() -> PreTrainedModel:
         use_fine_route=False,
     )
     text = GraniteDoclingTextConfig(
-        **TEXT, num_key_value_heads=2, embedding_multiplier=3.0, logits_scaling=4.0, residual_multiplier=0.5
+        **{**TEXT, **text_changes},
+        num_key_value_heads=2,
+        embedding_multiplier=3.0,
+        logits_scaling=4.0,
+        residual_multiplier=residual_multiplier,
     )
     config = GraniteDoclingConfig(vision_config=vision, text_config=text, image_token_id=IMAGE, pad_token_id=PAD)
     return settled(GraniteDoclingForConditionalGeneration(config))

@@ -80,7 +80,8 @@ def flan_t5() -> PreTrainedConfig:
         d_model=HIDDEN,
         d_kv=HIDDEN // HEADS,
         d_ff=FFN,
-        num_layers=BLOCKS,
+        num_layers=BLOCKS + 1,  # of the encoder
+        num_decoder_layers=BLOCKS,
         num_heads=HEADS,
         dropout_rate=0.0,
         feed_forward_proj="gated-gelu",

@@ -84,7 +84,7 @@ def _write(vlm: VLM, patches: Sequence[Patch], folder: Path) -> None:
     try:
         with _exactly(ledger_of(vlm), ()):
             # Not `vlm.facts`, which may have been worked out while some patch was active.
-            facts = provenance.model_facts(vlm.model, vlm.model_id, vlm.revision, vlm.weights_hash)
+            facts = provenance.model_facts(vlm.model, vlm.model_id, vlm.revision, vlm.weights_hash, vlm.anatomy.dtype)
         with _exactly(ledger_of(vlm), patches):
             vlm.model.save_pretrained(folder)
     except (ValueError, RuntimeError) as error:

@@ -237,7 +237,7 @@ def _steps(vlm: VLM, moments: Moments, token_ids: Tensor, logits: Tensor, answer
             width = ffn.n_neurons
             slots = (experts[:, :, None] * width + torch.arange(width, device=experts.device)).flatten(1)
             part = torch.zeros(len(part), ffn.size, device=part.device).scatter(1, slots, part)
-        fired.append(part.to("cpu", vlm.model.dtype))
+        fired.append(part.to("cpu", vlm.anatomy.dtype))
     return Steps(
         moments.anatomy,
         tuple(fired),

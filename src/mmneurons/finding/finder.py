@@ -254,10 +254,8 @@ def _check_asked(vlm: VLM, images: Any, inputs: Inputs | None, words: Any, token
         raise SettingError(
             "A blank image cannot be put into ready-made inputs.", fix="Give images and a processor, or blank=False."
         )
-    if inputs is not None and vlm.family.one_at_a_time and _n_rows(inputs) > 1:
-        raise SettingError(
-            "This model's prompts run one at a time.", seen=vlm.family.why, fix="Give inputs of one row."
-        )
+    if inputs is not None:
+        vlm.check_batch(_n_rows(inputs))
 
 
 def _n_rows(inputs: Inputs) -> int:

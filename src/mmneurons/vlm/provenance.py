@@ -64,14 +64,18 @@ def _checksums(tensor: Tensor, chunk: int = 1 << 20) -> tuple[int, int]:
     return plain % 2**64, weighted % 2**64
 
 
-def model_facts(model: PreTrainedModel, model_id: str, revision: str | None, known_hash: str | None) -> dict[str, Any]:
-    """Which model made a result, as plain data; its weights are read if their hash is not known yet."""
-    parameter = next(model.parameters())
+def model_facts(
+    model: PreTrainedModel, model_id: str, revision: str | None, known_hash: str | None, dtype: torch.dtype
+) -> dict[str, Any]:
+    """Which model made a result, as plain data; its weights are read if their hash is not known yet.
+
+    `dtype` is what the language model computes in: the model's first parameter can be a query that stays in float32.
+    """
     return {
         "id": model_id,
         "revision": revision,
         "class": type(model).__name__,
         "weights_hash": known_hash or weights_hash(model),
-        "dtype": str(parameter.dtype).removeprefix("torch."),
-        "device": parameter.device.type,
+        "dtype": str(dtype).removeprefix("torch."),
+        "device": next(model.parameters()).device.type,
     }

@@ -210,17 +210,15 @@ class _Recorder:
         return hook
 
     def _kept(self, values: Tensor) -> Tensor:
-        """The positions to keep, in memory of their own.
+        """The positions to keep, in memory of their own: a model may change in place what it gave.
 
         On a CPU all that is kept is copied into pieces of memory made for several passes: small pieces that stay,
         between the large ones that the model makes and frees, would keep the C library from using that space again,
-        which costs more than what is recorded. On other devices a tensor that is kept whole is only held.
+        which costs more than what is recorded.
         """
         kept = self.keep(values)
         if self.keep is not last_position:
             return kept.clone() if kept.untyped_storage().data_ptr() == values.untyped_storage().data_ptr() else kept
-        if kept.device.type != "cpu" and kept.numel() == values.numel():
-            return kept
         room = self._rooms.get((kept.dtype, kept.device))
         if room is None or len(room) < kept.numel():
             room = kept.new_empty(max(kept.numel(), PASSES_AT_ONCE * self._width * len(kept)))

@@ -109,8 +109,9 @@ class VLM:
     def facts(self) -> dict[str, Any]:
         """Id, revision, class, weights hash, dtype, device, form of the neurons' weights; the weights are read once."""
         kinds = dict.fromkeys(type(ffn.module).__name__ for ffn in self.anatomy.ffns)
+        known = self.weights_hash, self.anatomy.dtype
         with self.alone():
-            facts = provenance.model_facts(self.model, self.model_id, self.revision, self.weights_hash)
+            facts = provenance.model_facts(self.model, self.model_id, self.revision, *known)
         return facts | {"w_out_class": ", ".join(kinds)}
 
     def token_text(self, token_id: int) -> str:
@@ -199,6 +200,13 @@ class VLM:
             else value
             for name, value in inputs.items()
         }
+
+    def check_batch(self, n_rows: int) -> None:
+        """Refuse several prompts at once where a batch changes what the model computes."""
+        if n_rows > 1 and self.family.one_at_a_time:
+            raise SettingError(
+                "This model's prompts run one at a time.", seen=self.family.why, fix="Give inputs of one row."
+            )
 
     def generate(self, inputs: Inputs, max_new_tokens: int = MAX_NEW_TOKENS) -> Answers:
         """Greedy answers for one encoded batch, with a KV cache and nothing compiled."""

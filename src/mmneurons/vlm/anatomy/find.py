@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -12,7 +14,7 @@ from mmneurons.vlm import weights
 from mmneurons.vlm.anatomy import probe
 from mmneurons.vlm.anatomy.norms import measure_norm
 from mmneurons.vlm.anatomy.parts import Anatomy, Block, Ffn, LogitRule, NormSite, Source, Way
-from mmneurons.vlm.anatomy.probe import Pass, Seen, explain
+from mmneurons.vlm.anatomy.probe import N_TOKENS, Pass, Seen, explain
 from mmneurons.vlm.anatomy.structure import (
     FoundFfn,
     Tree,
@@ -29,7 +31,7 @@ from mmneurons.vlm.anatomy.structure import (
 def find_anatomy(model: PreTrainedModel, decoder: str | None = None) -> Anatomy:
     """Find the language model's blocks, their neurons, what else writes into the stream, final norm and unembedding.
 
-    Runs the language model once on sixteen made-up tokens; nothing in the model is changed.
+    Runs the language model once on a few made-up tokens; nothing in the model is changed.
 
     Args:
         model: A vision-language model of Hugging Face, loaded.
@@ -69,6 +71,7 @@ def find_anatomy(model: PreTrainedModel, decoder: str | None = None) -> Anatomy:
         head_name=tree.name(tree.head),
         logit_rule=rule,
         hidden=tree.hidden,
+        dtype=seen.dtype,
         vocab=linear_shape(tree.head)[1],
         doubts=tuple(doubts),
     )
@@ -106,10 +109,15 @@ class _Tracer:
         """Where everything in one block goes, given where its output goes; the way of what enters it."""
         walk = _Walk(self, layer)
         walk.follow(target, before, out)
-        missing = [ffn for ffn in self.found[layer] if id(ffn.module) not in walk.reached]
-        if not walk.ffns and not missing:
+        if silent := walk.silent():  # it writes, but hardly stands out from what is rounded
+            walk = _Walk(self, layer, writers=[found.module for found in silent])
+            walk.follow(target, before, out)
+            silent = walk.silent()
+        if not walk.ffns and not silent:
             raise no_ffn(self.tree.name(self.tree.layers[layer]))
-        if walk.error < self.seen.limit and not missing and len(walk.entered) == 1:
+        if walk.error < self.seen.limit and len(walk.entered) == 1:
+            # The sum is whole without these, even beside a tiny stream: a gate at zero (Mllama as initialised).
+            walk.ffns += [self.ffn(layer, found, Way(0.0, None, out)) for found in silent]
             self.ffns += sorted(walk.ffns, key=lambda ffn: ffn.n_experts or 0)
             self.sources += walk.sources
             self.norms += walk.norms
@@ -138,6 +146,7 @@ class _Walk:
 
     tracer: _Tracer
     layer: int
+    writers: Collection[nn.Module] = ()
     error: float = 0.0
     entered: list[Way | None] = field(default_factory=list)
     """The ways on which what entered the block goes on; there should be one."""
@@ -148,7 +157,9 @@ class _Walk:
 
     def follow(self, target, before: Seen | None, way: Way | None) -> None:
         """Take a vector apart whose way is known, and give each summand its own."""
-        terms, error = explain(target, self.tracer.seen.blocks[self.layer], before)
+        seen = self.tracer.seen
+        rounding = torch.finfo(seen.dtype).eps
+        terms, error = explain(target, seen.blocks[self.layer], before, rounding=rounding, writers=self.writers)
         self.error = max(self.error, error)
         for term in terms:
             mine = way if term.scale == 1.0 else Way(term.scale, None, way)
@@ -158,6 +169,10 @@ class _Walk:
                 self._through_norm(term.part, mine)
             else:
                 self._leaf(term.part, mine)
+
+    def silent(self) -> list[FoundFfn]:
+        """The block's FFNs that nothing was found to come from."""
+        return [found for found in self.tracer.found[self.layer] if id(found.module) not in self.reached]
 
     def _through_norm(self, part: Seen, way: Way | None) -> None:
         tree = self.tracer.tree
@@ -187,4 +202,6 @@ class _Walk:
 
 
 def _apart(one, other) -> float:
+    """How far two vectors differ in the stream that nothing was done to."""
+    one, other = one[:N_TOKENS], other[:N_TOKENS]
     return float((one - other).norm() / other.norm().clamp_min(1e-30))

@@ -155,6 +155,8 @@ class Anatomy:
     hidden: int
     vocab: int
     """Rows of the unembedding, padding rows included."""
+    dtype: torch.dtype
+    """What the language model computes in: the vision tower, and queries that stay in float32, can differ."""
     doubts: tuple[str, ...] = ()
     """What could not be told from the model: with any, contributions are approximate."""
 

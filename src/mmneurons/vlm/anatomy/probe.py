@@ -2,14 +2,16 @@
 
 Sixteen made-up tokens go through the language model. Each block's output is written as a sum of what its parts gave
 (least squares over all positions and hidden units, exact up to rounding): coefficients are gates and multipliers,
-and where the sum goes through a norm, the norm's input is taken apart in turn. The head's output is replaced by a
-ramp, so that whatever the model does to its logits (a scale, a softcap) shows as a curve.
+and where the sum goes through a norm, the norm's input is taken apart in turn. A small write times a small gate is
+lost in the rounding of a large stream, so each block also reads that stream made small, where its writes stand out.
+The head's output is replaced by a ramp, so that whatever the model does to its logits (a scale, a softcap) shows as a
+curve.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain
@@ -29,18 +31,24 @@ from mmneurons.vlm.modes import evaluating, hooked, input_device
 from mmneurons.vlm.weights import holds_experts
 
 N_TOKENS = 16
+STREAMS = (1.0, 2.0**-4, 2.0**-8, 2.0**-12)
+"""Rows of the tiny pass: each block reads the stream of the first row times these; powers of two, so that nothing is
+rounded."""
+N_ROWS = len(STREAMS) * N_TOKENS
 CERTAIN = 8
 """Standard errors by which a summand's scale must differ from 0 to be one, and from 1 not to be taken for 1."""
 MATERIAL = 4
 """Roundings of the model's dtype that a summand with a scale other than 1 must be worth: rounding follows the values
 that are rounded, and so looks a little like everything that is made of them."""
+LEAST = 1e-5
+"""Part of the whole that such a summand must be worth in any dtype."""
 TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-4, torch.float16: 5e-3, torch.bfloat16: 2e-2}
 """Largest part of a block's output that may stay unexplained, by the dtype the model computes in."""
 
 
 @dataclass(eq=False)
 class Seen:
-    """What one module gave in the tiny pass."""
+    """What one module gave in the tiny pass, row after row."""
 
     module: nn.Module
     output: Float[Tensor, "tokens hidden"]
@@ -54,8 +62,8 @@ class Seen:
 class SeenBlock:
     """One block in the tiny pass; parts in the order in which they ran."""
 
-    rounding: float
-    """Relative spacing of numbers in the dtype that the model computes in."""
+    dtypes: set[torch.dtype] = field(default_factory=set)
+    """Of everything seen."""
     entered: Tensor = field(default_factory=lambda: torch.zeros(0))
     left: Tensor = field(default_factory=lambda: torch.zeros(0))
     parts: list[Seen] = field(default_factory=list)
@@ -81,7 +89,13 @@ class Pass:
     head_input: Tensor
     rule: LogitRule | None
     """None: what the model does to its logits is neither a scale nor a softcap."""
-    limit: float
+    dtype: torch.dtype
+    """What the language model computes in; where that differs from part to part, the coarsest."""
+
+    @property
+    def limit(self) -> float:
+        """Largest part of a block's output that may stay unexplained."""
+        return TOLERANCE[self.dtype]
 
 
 def run(tree: Tree, ffns: list[list[FoundFfn]]) -> Pass:
@@ -90,7 +104,7 @@ def run(tree: Tree, ffns: list[list[FoundFfn]]) -> Pass:
     Raises:
         ModelError: if the language model cannot be run on tokens alone.
     """
-    blocks = [SeenBlock(torch.finfo(tree.owner.dtype).eps) for _ in tree.layers]
+    blocks = [SeenBlock() for _ in tree.layers]
     norms: list[Seen] = []
     heads: list[tuple[Tensor, Tensor]] = []
     dense = {id(ffn.module) for found in ffns for ffn in found if not ffn.is_experts}
@@ -114,19 +128,28 @@ def run(tree: Tree, ffns: list[list[FoundFfn]]) -> Pass:
         raise ModelError("Not every block of the language model, or not its head, was reached in a forward pass.")
     for seen in blocks:
         _add_gated(seen, dense)
-    limit = TOLERANCE.get(tree.owner.dtype, 2e-2)
+    dtype = max(set.union(*(seen.dtypes for seen in blocks)), key=lambda dtype: torch.finfo(dtype).eps)
     norms += [part for part in blocks[-1].parts if is_norm(part.module)]
     given, ramp = heads[-1]
-    return Pass(blocks, norms, given, _logit_rule(ramp, logits[0, -1].float().cpu(), limit), limit)
+    return Pass(blocks, norms, given, _logit_rule(ramp, logits[0, -1].float().cpu(), TOLERANCE[dtype]), dtype)
 
 
-def explain(target: Tensor, block: SeenBlock, before: Seen | None = None) -> tuple[list[Term], float]:
+def explain(
+    target: Tensor,
+    block: SeenBlock,
+    before: Seen | None = None,
+    *,
+    rounding: float,
+    writers: Collection[nn.Module] = (),
+) -> tuple[list[Term], float]:
     """A vector as a sum of what entered the block and what its parts gave before it was made.
 
     Args:
         target: (tokens, hidden).
         block: Where it was made.
         before: Only parts that ran before this one are summands; None for all.
+        rounding: Relative spacing of numbers in the dtype that the model computes in.
+        writers: Parts that are known to write: summands too where they hardly stand out from the rounding.
 
     Returns:
         The summands, and the relative error of their sum.
@@ -138,15 +161,18 @@ def explain(target: Tensor, block: SeenBlock, before: Seen | None = None) -> tup
     candidates: list[Seen | None] = [None, *_distinct(block, parts)]
     columns = [block.entered if part is None else part.output for part in candidates]
     # A sum is rounded in proportion to its size, entry by entry: a few can be a thousand times larger than others.
+    # Where summands cancel, it is not; hence the median.
     size = target.abs() + block.entered.abs()
-    weight = 1 / (size + 1e-3 * size.pow(2).mean(1, keepdim=True).sqrt().clamp_min(1e-30))
+    usual = size.median(1, keepdim=True).values
+    weight = 1 / (size + usual.clamp_min(1e-6 * float(usual.max())).clamp_min(1e-30))
     matrix = torch.stack([(column * weight).flatten() for column in columns], dim=1).double()
     wanted = (target * weight).flatten().double()
     scales, errors, _ = _least_squares(matrix, wanted)
-    certain = scales.abs() > CERTAIN * errors
+    certain = scales.abs() > CERTAIN * errors + 1e-9
     unit = (scales - 1).abs() < CERTAIN * errors + 1e-5
-    worth = scales.abs() * matrix.norm(dim=0) / wanted.norm().clamp_min(1e-30)
-    kept = torch.nonzero(certain & (unit | (worth > MATERIAL * block.rounding))).flatten().tolist()
+    worth = scales.abs() * (_norms(matrix) / _norms(wanted[:, None]).clamp_min(1e-30)).amax(0)
+    known = torch.tensor([part is not None and part.module in writers for part in candidates])
+    kept = torch.nonzero(certain & (unit | known | (worth > max(MATERIAL * rounding, LEAST)))).flatten().tolist()
     if not kept:
         return [], 1.0
     scales, errors, rest = _least_squares(matrix[:, kept], wanted)
@@ -185,9 +211,10 @@ def _tiny_inputs(tree: Tree) -> dict[str, Any]:
     special = {token for c in (config, text) for token in _special(c)}
     plain = [i for i in range(n_words - 1, 0, -max(1, n_words // 64)) if i not in special]
     device = input_device(owner)
-    ids = torch.tensor([plain[:N_TOKENS]], device=device)
+    ids = torch.tensor([plain[:N_TOKENS]] * len(STREAMS), device=device)
     generator = torch.Generator().manual_seed(0)
     states = torch.randn(1, 4, tree.hidden, generator=generator).to(device=device, dtype=owner.dtype)
+    states = states.repeat(len(STREAMS), 1, 1)
     inputs: dict[str, Any] = {"use_cache": False} if "use_cache" in takes else {}
     if getattr(config, "is_encoder_decoder", False) and "decoder_input_ids" in takes:
         inputs |= {"decoder_input_ids": ids, "encoder_outputs": BaseModelOutput(last_hidden_state=states)}  # pyright: ignore[reportArgumentType]
@@ -208,8 +235,12 @@ def _special(config: Any) -> Iterator[int]:
 
 
 def _watch_block(block: nn.Module, seen: SeenBlock, hidden: int) -> Iterator[Callable[[], RemovableHandle]]:
-    def enter(module: nn.Module, args: tuple, kwargs: dict) -> None:
-        seen.entered = _rows(args[0] if args else kwargs["hidden_states"], hidden)
+    def enter(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        stream = args[0] if args else kwargs["hidden_states"]
+        sizes = torch.tensor(STREAMS, dtype=stream.dtype, device=stream.device)
+        stream = stream[:1] * sizes.view(-1, *[1] * (stream.ndim - 1))
+        seen.entered = _rows(stream, hidden)
+        return ((stream, *args[1:]), kwargs) if args else ((), {**kwargs, "hidden_states": stream})
 
     def leave(module: nn.Module, args: tuple, output: Any) -> None:
         seen.left = _rows(first(output), hidden)
@@ -218,19 +249,21 @@ def _watch_block(block: nn.Module, seen: SeenBlock, hidden: int) -> Iterator[Cal
     yield partial(block.register_forward_hook, leave)
     for module in visible(block, mixers=True):
         if is_linear(module) or holds_experts(module) or not list(module.children()):
-            yield partial(module.register_forward_hook, _watcher(seen.parts, hidden, seen.numbers))
+            yield partial(module.register_forward_hook, _watcher(seen.parts, hidden, seen))
 
 
-def _watcher(parts: list[Seen], hidden: int, numbers: list[Seen] | None = None):
+def _watcher(parts: list[Seen], hidden: int, block: SeenBlock | None = None):
     def hook(module: nn.Module, args: tuple, output: Any) -> None:
         out = first(output)
         if not isinstance(out, Tensor) or not out.is_floating_point() or out.ndim < 2:
             return
-        if out.shape[-1] == hidden and out.numel() % (N_TOKENS * hidden) == 0:
+        if out.shape[-1] == hidden and out.numel() % (N_ROWS * hidden) == 0:
             given = first(args) if is_norm(module) else None
             parts.append(Seen(module, _rows(out, hidden), None if given is None else _rows(given, hidden)))
-        elif out.shape[-1] == 1 and out.numel() == N_TOKENS and numbers is not None:
-            numbers.append(Seen(module, out.detach().float().cpu().reshape(N_TOKENS, 1).clone()))
+            if block is not None:
+                block.dtypes.add(out.dtype)
+        elif out.shape[-1] == 1 and out.numel() == N_ROWS and block is not None:
+            block.numbers.append(Seen(module, out.detach().float().cpu().reshape(N_ROWS, 1).clone()))
 
     return hook
 
@@ -241,9 +274,9 @@ def first(output: Any) -> Any:
 
 
 def _rows(values: Tensor, hidden: int) -> Float[Tensor, "tokens hidden"]:
-    """One row per token; where all experts answered for each token (Llama 4), their sum."""
+    """One row per token of each stream; where all experts answered for each token (Llama 4), their sum."""
     rows = values.detach().float().cpu().reshape(-1, hidden)
-    return rows.view(-1, N_TOKENS, hidden).sum(0) if len(rows) != N_TOKENS else rows.clone()
+    return rows.view(-1, N_ROWS, hidden).sum(0) if len(rows) != N_ROWS else rows.clone()
 
 
 def _add_gated(seen: SeenBlock, dense: set[int]) -> None:
@@ -271,6 +304,11 @@ def _least_squares(matrix: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor, floa
     spread = rest.pow(2).mean().sqrt()
     errors = spread * inverse.diagonal().clamp_min(0).sqrt()
     return scales, errors, float(rest.norm() / wanted.norm().clamp_min(1e-30))
+
+
+def _norms(values: Tensor) -> Tensor:
+    """The norm of each column in each stream."""
+    return values.view(len(STREAMS), -1, *values.shape[1:]).norm(dim=1)
 
 
 def _ramp(heads: list[tuple[Tensor, Tensor]]):

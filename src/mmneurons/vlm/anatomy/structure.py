@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -19,6 +20,9 @@ from mmneurons.errors import ModelError
 from mmneurons.vlm.weights import holds_experts
 
 _ACTIVATIONS = tuple({entry[0] if isinstance(entry, tuple) else entry for entry in ACT2CLS.values()})
+_DEPTHS = ("num_decoder_layers", "decoder_layers", "num_hidden_layers", "num_layers")
+"""What configs call the number of a language model's blocks; beside one of the first two, the others are an encoder's.
+"""
 _MIXERS = ("attention", "attn", "mamba", "deltanet", "shortconv")
 
 
@@ -64,9 +68,7 @@ def find_tree(model: PreTrainedModel, decoder: str | None = None) -> Tree:
     root = language_model(model) if decoder is None else _named(model, decoder)
     text = model.config.get_text_config(decoder=True)
     own = getattr(root, "config", text)
-    sizes = (getattr(c, "num_hidden_layers", None) or getattr(c, "num_layers", None) for c in (own, text))
-    counts = {int(size) for size in sizes if size}
-    layers = _shallowest(root, counts, names)
+    layers = _shallowest(root, {depth for config in (own, text) if (depth := _depth(config))}, names)
     head = _head(model)
     hidden = linear_shape(head)[0]
     return Tree(names, _owner(model, root, head), root, layers, head, hidden)
@@ -164,6 +166,10 @@ def _named(model: PreTrainedModel, name: str) -> nn.Module:
     except AttributeError as error:
         children = ", ".join(n for n, m in model.named_modules() if n and n.count(".") < 2 and list(m.children()))
         raise ModelError(f"The model has no part named '{name}'.", seen=f"It has: {children}") from error
+
+
+def _depth(config: Any) -> int | None:
+    return next((depth for name in _DEPTHS if (depth := getattr(config, name, None))), None)
 
 
 def _shallowest(root: nn.Module, counts: set[int], names: dict[int, str]) -> nn.ModuleList:
