@@ -14,7 +14,7 @@ from mmneurons.vlm.images import open_image
 from mmneurons.vlm.moments import Moments, pick_moments
 from mmneurons.vlm.recording import record
 from mmneurons.vlm.vlm import VLM, Answers
-from mmneurons.words import Word
+from mmneurons.words import HantaTagger, Word
 
 
 def raw_pass(vlm: VLM, image, token_ids, requires_grad=False):
@@ -417,6 +417,21 @@ def test_against_the_noun_itself_is_refused(vlm, images):
 def test_an_empty_prompt_and_no_prefix_work(vlm, images):
     found = mmn.find(vlm, images[0], prompt="", answer_prefix="", max_new_tokens=6)
     assert len(found.token_ids) <= 6
+
+
+def test_a_language_without_a_tagger_is_said_and_another_tagger_is_taken(vlm, images, monkeypatch):
+    usual = mmn.find(vlm, images[0])
+    assert usual.nouns
+    assert usual.provenance["settings"]["tagger"] is None
+    monkeypatch.setattr("mmneurons.words.nouns.language_of", lambda text: None)
+    found = mmn.find(vlm, images[0])
+    assert found.nouns == ()
+    assert found.notes[-1].startswith("No noun tagger for the language of this answer")
+    asked = mmn.find(vlm, images[0], words=usual.nouns[0].word)
+    assert asked.nouns == usual.nouns[:1]
+    given = mmn.find(vlm, images[0], tagger=HantaTagger())
+    assert given.nouns == usual.nouns
+    assert given.provenance["settings"]["tagger"] == "HantaTagger(language='en')"
 
 
 def test_progress_counts_images(vlm, images):

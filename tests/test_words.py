@@ -1,13 +1,15 @@
-"""words.py: the nouns of a caption and the tokens that wrote them, with toy decoders and with real tokenizers."""
+"""words/: the nouns of a caption and the tokens that wrote them, with toy decoders and with real tokenizers."""
 
 from __future__ import annotations
 
 import itertools
 import json
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from HanTa import HanoverTagger
@@ -15,9 +17,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
-from mmneurons import words
-from mmneurons.errors import MmneuronsError, WordError
-from mmneurons.words import HantaTagger, Noun, Word, find_nouns, find_words, singular, token_spans
+from mmneurons.errors import MmneuronsError, SettingError, WordError
+from mmneurons.words import (
+    HantaTagger,
+    Noun,
+    SpacyTagger,
+    Word,
+    find_nouns,
+    find_words,
+    says,
+    singular,
+    tagger_for,
+    token_spans,
+)
+from mmneurons.words.languages import hanta
 
 TRAINING_CAPTIONS = [
     "An image of a dog and a cat on the grass.",
@@ -308,7 +321,7 @@ def test_hanta_reads_its_own_model_and_no_file_of_the_working_directory(
 ):
     (tmp_path / "morphmodel_en.pgz").write_bytes(b"not a model")
     monkeypatch.chdir(tmp_path)
-    words._hanta.cache_clear()
+    hanta.cache_clear()
     assert HantaTagger().nouns("a dog") == [Noun(2, 5, "dog")]
 
 
@@ -403,6 +416,149 @@ def test_accents_and_apostrophes_match_however_they_are_written():
 def test_a_phrase_does_not_reach_over_a_comma():
     with pytest.raises(WordError):
         Toy(["hot", ",", " dog"]).words("hot dog")
+
+
+@pytest.mark.parametrize(
+    ("text", "wanted", "found"),
+    [
+        ("草地上有一只狗和一只猫。", "狗", ["狗"]),
+        ("草地上有一只狗和一只猫。", "一只", ["一只", "一只"]),
+        ("路边的消火栓", "消火栓", ["消火栓"]),
+        ("穿T恤的人", "t恤", ["T恤"]),
+        ("一只dog", "dog", ["dog"]),
+        ("芝生の上の犬とネコ", "ネコ", ["ネコ"]),
+        ("芝生の上の犬とネコ", "芝生", ["芝生"]),
+        ("パンダとパン", "パン", ["パン"]),  # bread, and not the panda's
+        ("ﾊﾟﾝとか\u3099く", "パン", ["ﾊﾟﾝ"]),
+        ("か\u3099く", "がく", ["か\u3099く"]),
+        ("개가 잔디 위에 있다", "개", ["개"]),
+        ("소파 위의 고양이들과 개나리, 개입니다", "개", ["개"]),
+        ("소파 위의 고양이들과 개", "고양이", ["고양이"]),
+        ("빨간 소화전에서", "빨간 소화전", ["빨간 소화전"]),
+        ("สุนัขและแมวบนหญ้า", "แมว", ["แมว"]),
+        ("घास पर एक कुत्ता", "कुत्ता", ["कुत्ता"]),
+        ("Собака и кошки", "собака", ["Собака"]),
+        ("un chien dans l'herbe", "herbe", ["herbe"]),
+        ("un chien dans l\u2019Herbe", "herbe", ["Herbe"]),
+        ("un cane sull'erba", "erba", ["erba"]),
+        ("un cane sull'erba", "sull'erba", ["sull'erba"]),
+        ("el perro está", "está", ["está"]),
+        ("Zwei Hunde auf der Wiese", "wiese", ["Wiese"]),
+        ("the dog\u02bcs bowl", "dog", ["dog"]),
+        ("a sign 'dog'", "dog", ["dog"]),
+        ("a dog--a cat", "dog", ["dog"]),
+    ],
+)
+@pytest.mark.parametrize("tokenizer", [BYTE_LEVEL, LLAMA], ids=["byte-level BPE", "Llama"])
+def test_words_are_found_in_any_script_on_the_tokens_of_their_bytes(
+    tokenizer: Tokenizer, text: str, wanted: str, found: list[str]
+):
+    ids = tokenizer.encode(text).ids
+    words = find_words(wanted, text, ids, tokenizer.decode)
+    assert [w.text for w in words] == found
+    assert [text[w.start : w.stop] for w in words] == found
+    assert [tokenizer.decode([ids[step] for step in w.steps]).strip() for w in words] == found
+
+
+def test_a_token_that_ends_one_character_and_begins_the_next_wrote_both():
+    dog, cat = "狗".encode(), "猫".encode()
+    toy = Toy(["有", dog[:2], dog[2:] + cat[:1], cat[1:2], cat[2:] + "。".encode()])
+    assert toy.caption == "有狗猫。"
+    assert toy.words("狗") == [("狗", (1, 2))]
+    assert toy.words("猫") == [("猫", (2, 3, 4))]
+    assert toy.words("狗猫") == [("狗猫", (1, 2, 3, 4))]
+
+
+@pytest.mark.parametrize(
+    ("text", "phrase"),
+    [
+        ("パンダ", "パン"),
+        ("フライパン", "パン"),
+        ("개나리", "개"),  # another flower
+        ("कुत्ता", "कुत"),
+        ("five o'clock", "clock"),
+        ("狗和猫", "狗猫"),
+    ],
+)
+def test_a_part_of_a_word_is_not_found(text: str, phrase: str):
+    assert not says(text, phrase)
+
+
+# ---- languages
+
+ENGLISH = """
+a zorblat | surfboard | husky | an okapi and a dik-dik | giraffe, rhinoceros, eggplant, kiwi | Two corgis frolic
+pad thai | sushi and sashimi | crème brûlée | a crème brûlée and an espresso macchiato | piñata | Los Angeles
+a surfbo | a hat | die | San Francisco at night | a bust of Ludwig van Beethoven | kimchi jjigae
+Lamborghini Huracán | wolf | hors d'oeuvres | yes | a bánh mì sandwich | Husky, Samoyed, Akita
+tyrannosaurus rex | a sign that says 'Café de la Paix' | a sign that says "停车场"
+"""
+FOREIGN = """
+un perro y un gato en la hierba | un perro | el perro de la casa | Un hombre monta en bicicleta por la calle
+un chien et un chat sur l'herbe | un chien | un cane e un gatto sull'erba | um cachorro e um gato na grama
+pies i kot na trawie | en hund och en katt på gräset | en hund og en kat på græsset | koira ja kissa nurmikolla
+çimenlerin üzerinde bir köpek ve bir kedi | con chó và con mèo trên cỏ | seekor anjing dan kucing di atas rumput
+pes a kočka na trávě | 草地上有一只狗和一只猫。 | 狗 | 芝生の上の犬とネコ | 개가 잔디 위에 있다
+собака и кошка на траве | كلب وقطة | घास पर एक कुत्ता | สุนัขและแมว | 一只 dog 和一只猫在草地上
+"""
+
+
+def texts(of: str) -> list[str]:
+    return [text.strip() for line in of.strip().splitlines() for text in line.split("|")]
+
+
+@pytest.mark.parametrize("text", texts(ENGLISH))
+def test_english_is_taken_for_english(text: str):
+    assert tagger_for(text) == HantaTagger("en")
+
+
+@pytest.mark.parametrize("text", texts(FOREIGN))
+def test_a_language_without_a_tagger_has_no_nouns(text: str):
+    assert tagger_for(text) is None
+    assert Toy([text]).nouns() == []
+    assert Toy([text]).nouns(answer_prefix="An image of") == []
+
+
+@pytest.mark.parametrize(
+    ("text", "language", "nouns", "lemmas"),
+    [
+        ("Ein Hund und zwei Katzen auf der Wiese", "de", "Hund Katzen Wiese", "hund katze wiese"),
+        ("ein Hund", "de", "Hund", "hund"),
+        ("Eine rote Blume in einer Vase", "de", "Blume Vase", "blume vase"),
+        ("een hond en twee katten op het gras", "nl", "hond katten gras", "hond katten gras"),
+    ],
+)
+def test_german_and_dutch_have_taggers(text: str, language: str, nouns: str, lemmas: str):
+    assert tagger_for(text) == HantaTagger(language)  # type: ignore[arg-type]
+    found = find_nouns(text, [0], Toy([text]).decode)
+    assert [w.text for w in found] == nouns.split()
+    assert [w.lemma for w in found] == lemmas.split()
+
+
+def test_words_of_another_script_are_no_english_nouns():
+    assert Toy(['a sign that says "停车场" and a dog สุนัข']).nouns() == [("sign", (0,)), ("dog", (0,))]
+
+
+def test_spacy_tells_nouns(monkeypatch: pytest.MonkeyPatch):
+    words = [("一只", "NUM", ""), ("狗", "NOUN", "狗"), ("和", "CCONJ", ""), ("Berlin", "PROPN", "Berlin")]
+
+    def load(name: str) -> Callable[[str], list[SimpleNamespace]]:
+        if name == "none":
+            raise OSError("[E050] Can't find model 'none'.")
+        return lambda text: [
+            SimpleNamespace(text=word, idx=text.index(word), pos_=kind, lemma_=lemma) for word, kind, lemma in words
+        ]
+
+    monkeypatch.setitem(sys.modules, "spacy", SimpleNamespace(load=load))
+    toy = Toy(["一只", "狗", "和", "Berlin"])
+    tagger = SpacyTagger("zh_core_web_sm")
+    found = find_nouns(toy.caption, toy.ids, toy.decode, tagger=tagger)
+    assert [(w.text, w.lemma, w.steps) for w in found] == [("狗", "狗", (1,)), ("Berlin", "berlin", (3,))]
+    with pytest.raises(SettingError, match="python -m spacy download none"):
+        SpacyTagger("none")
+    monkeypatch.setitem(sys.modules, "spacy", None)
+    with pytest.raises(SettingError, match=r"mmneurons\[spacy\]"):
+        SpacyTagger("es_core_news_sm")
 
 
 @pytest.mark.parametrize("wanted", ["do", "surfboard", "dog cat", "  ", ""])

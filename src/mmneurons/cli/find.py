@@ -66,6 +66,10 @@ def find(
     score: Annotated[Literal["logit", "logprob", "paper"], typer.Option(help="See docs/method.md.")] = "logit",
     word: Annotated[list[str] | None, typer.Option(help="A word of the caption to explain; repeatable.")] = None,
     against: Annotated[str | None, typer.Option(help="Score why the noun rather than this word.")] = None,
+    tagger: Annotated[
+        str | None,
+        typer.Option(metavar="MODEL", help="What tells the nouns: a model of spaCy, such as zh_core_web_sm."),
+    ] = None,
     together: Annotated[bool, typer.Option("--together", help="All images in one prompt, not a prompt each.")] = False,
     no_image: Annotated[bool, typer.Option("--no-image", help="A prompt of words alone.")] = False,
     json_path: Annotated[str | None, typer.Option("--json", metavar="FILE", help="Write JSON; - for stdout.")] = None,
@@ -84,7 +88,9 @@ def find(
     from mmneurons.finding.finder import find as find_neurons
     from mmneurons.report.terminal import show
     from mmneurons.vlm.images import open_image
+    from mmneurons.words import SpacyTagger
 
+    nouns = None if tagger is None else SpacyTagger(tagger)
     for path in paths:  # a missing file is told before a model is loaded
         open_image(path)
     vlm = load()
@@ -98,6 +104,7 @@ def find(
             score=score,
             words=word,
             against=against,
+            tagger=nouns,
             maps=maps and not no_image,
             blank=report is not None and not no_image,
             max_new_tokens=max_new_tokens,

@@ -24,10 +24,14 @@ from mmneurons.vlm.locking import by_one_thread
 from mmneurons.vlm.prompts import ANSWER_PREFIX, MAX_NEW_TOKENS, PROMPT, token_of
 from mmneurons.vlm.recording import record
 from mmneurons.vlm.vlm import VLM, Answers, Inputs, Picture, Pictures, as_list, batches, open_row
-from mmneurons.words import Word, find_nouns, find_words, says
+from mmneurons.words import Tagger, Word, find_nouns, find_words, says, tagger_for
 
 BLANK = (128, 128, 128)
 """The blank image: one grey."""
+NO_TAGGER = (
+    "No noun tagger for the language of this answer: ask for its words (--word, words=[...]) or give a tagger "
+    "(--tagger, tagger=SpacyTagger(...))."
+)
 
 
 @overload
@@ -50,6 +54,7 @@ def find(  # pyright: ignore[reportInconsistentOverload]  # the overloads say wh
     token_ids: Sequence[int] | None = None,
     against: str | None = None,
     inputs: Inputs | None = None,
+    tagger: Tagger | None = None,
     maps: bool = False,
     blank: bool = False,
     max_new_tokens: int = MAX_NEW_TOKENS,
@@ -72,6 +77,8 @@ def find(  # pyright: ignore[reportInconsistentOverload]  # the overloads say wh
         against: Another word: scores say why the noun rather than this one. A noun that is this word is left out.
         inputs: Ready-made model inputs, tensors by name, instead of images and prompt: one finding for each row.
             A model without a processor needs them, and shows its tokens by number.
+        tagger: What tells the nouns, such as `mmneurons.words.SpacyTagger("zh_core_web_sm")`; None: HanTa, in English,
+            German and Dutch. In another language an answer then has no nouns, and a note says so.
         maps: Also where in the image each neuron is active, and heat maps of the top 1 to 1000: one more prefill.
         blank: Also what share of each score is lost with a blank image: one more pass over the answer.
         max_new_tokens: Where to stop if the model does not.
@@ -100,7 +107,7 @@ def find(  # pyright: ignore[reportInconsistentOverload]  # the overloads say wh
     ids = None if token_ids is None else tuple(token_ids)
     if inputs is not None:
         prompt = answer_prefix = ""
-    choices = Choices(prompt, answer_prefix, top, score, wanted, ids, against, maps, blank, max_new_tokens)
+    choices = Choices(prompt, answer_prefix, top, score, wanted, ids, against, maps, blank, max_new_tokens, tagger)
     findings: list[Finding] = []
     if inputs is not None:
         rows: list[list[OpenedImage]] = [[]] * _n_rows(inputs)
@@ -173,7 +180,7 @@ def targets_of(vlm: VLM, answers: Answers, row: int, choices: Choices) -> list[T
     if choices.token_ids is not None:
         words = [_word_of(vlm, ids, step, decode) for step, token in enumerate(ids) if token in choices.token_ids]
     elif choices.words is None:
-        words = find_nouns(caption, ids, decode, answer_prefix=choices.answer_prefix)
+        words = find_nouns(caption, ids, decode, answer_prefix=choices.answer_prefix, tagger=choices.tagger)
     else:
         words = find_words([w for w in choices.words if says(caption, w)], caption, ids, decode)
     targets = [Target(row, word, word.steps[0], ids[word.steps[0]]) for word in words]
@@ -215,7 +222,11 @@ def _doubt(vlm: VLM, nouns: Sequence[NounFinding]) -> list[str]:
 def _silence(answers: Answers, row: int, nouns: Sequence[NounFinding], choices: Choices) -> list[str]:
     """What to say where something has no answer."""
     if choices.words is None and choices.token_ids is None:
-        return [] if nouns else ["There is no noun in this answer."]
+        if nouns:
+            return []
+        if choices.tagger is None and tagger_for(answers.texts[row]) is None:
+            return [NO_TAGGER]
+        return ["There is no noun in this answer."]
     return [
         f"{_shown(word)} is not in this answer."
         for word in _missing(answers.texts[row], answers.token_ids[row], choices)
@@ -276,5 +287,10 @@ def _n_pictures(inputs: Inputs) -> int:
 
 def _provenance(vlm: VLM, choices: Choices, batch_size: int) -> dict[str, Any]:
     """What made these findings. Decoding is greedy: there is no seed."""
-    settings = asdict(choices) | {"batch_size": batch_size, "decoding": "greedy"}
+    tagger = None if choices.tagger is None else repr(choices.tagger)
+    settings = asdict(replace(choices, tagger=None)) | {
+        "tagger": tagger,
+        "batch_size": batch_size,
+        "decoding": "greedy",
+    }
     return {"model": vlm.facts, "packages": provenance.versions(), "settings": settings}

@@ -20,7 +20,7 @@ from mmneurons.vlm.moments import Moments, Written, pick_moments, written
 from mmneurons.vlm.prompts import token_of
 from mmneurons.vlm.recording import Recording
 from mmneurons.vlm.vlm import VLM, Answers
-from mmneurons.words import Word
+from mmneurons.words import Tagger, Word
 
 SCORES: tuple[Score, ...] = ("logit", "logprob", "paper")
 HISTOGRAM_SIZES = (10, 100, 1000)
@@ -42,6 +42,7 @@ class Choices:
     maps: bool
     blank: bool
     max_new_tokens: int
+    tagger: Tagger | None = None
 
 
 @dataclass(frozen=True)

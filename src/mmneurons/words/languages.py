@@ -1,0 +1,74 @@
+"""Which language a text is in: English, German or Dutch, of which HanTa knows the nouns, or none of them."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from typing import Any, Literal
+
+import regex
+
+from mmneurons.words.english import plain
+
+Language = Literal["en", "de", "nl"]
+
+_WORD = regex.compile(r"\p{Latin}[\p{Latin}\p{M}]*")
+_OTHER_LETTER = regex.compile(r"(?!\p{Latin})\p{L}")
+_GERMAN = frozenset("der das dem ein eine einen einem einer eines und auf mit im ist sind zwei drei vor neben".split())
+_DUTCH = frozenset("een het van op met naar bij aan zijn twee drie voor naast".split())
+# Articles, "and", "with", "in", "is" of more languages. None of these is a word of English captions.
+_FOREIGN = (_GERMAN | _DUTCH) - {"van", "met"} | frozenset(
+    """
+    un una unos unas y con en del por para es está están une des dans avec sur les dos gli il lo che è sono nel nella
+    della sulla um uma e em na os och ett på og er ja w z jest je ve bir bu dan yang seekor sebuah și cu pe egy és az và
+    trên một
+    """.split()
+)
+_NAMES = frozenset("el la los las de du des da au le den di et".split())
+"""As foreign, but so usual in English names ("Los Angeles") that a short text with one is English still."""
+_SHORT = 4
+
+
+def language_of(text: str) -> Language | None:
+    """The language of a text, as far as HanTa's own words and a few articles tell it; in doubt English.
+
+    None for a text mostly in another script, and for one in Latin letters of which English words are fewer than words
+    of other languages, or so few that a foreign word, or accents, tell it from English with rare nouns.
+    """
+    words = [plain(word).lower() for word in _WORD.findall(text)]
+    if len(_OTHER_LETTER.findall(text)) > sum(map(len, words)):
+        return None
+    is_long = len(words) >= _SHORT
+    foreign = sum(word in _FOREIGN or (is_long and word in _NAMES) for word in words)
+    known = sum(word not in _FOREIGN and word in _english() for word in words)
+    accented = sum(not word.isascii() for word in words)
+    mixed, accents = 2 * known < len(words) and foreign > 0, 4 * known < len(words) <= 4 * accented
+    strange = is_long and (mixed or accents)
+    if known >= foreign and not strange:
+        return "en"
+    german, dutch = (sum(word in mine for word in words) for mine in (_GERMAN, _DUTCH))
+    if 4 * max(german, dutch) < len(words):
+        return None
+    return "de" if german >= dutch else "nl"
+
+
+@functools.cache
+def hanta(language: Language) -> Any:
+    """HanTa's tagger, loaded once."""
+    from HanTa import HanoverTagger
+
+    name = {"en": "en", "de": "ger", "nl": "dutch"}[language]
+    # By its full path: HanTa would otherwise unpickle a file of that name from the working directory.
+    return HanoverTagger.HanoverTagger(str(Path(HanoverTagger.__file__).with_name(f"morphmodel_{name}.pgz")))
+
+
+@functools.cache
+def _english() -> frozenset[str]:
+    """The words that HanTa's corpus of English has often, less names, letters, and foreign words that it quotes."""
+    tagger = hanta("en")
+    skipped = {"UNC", "NP0", "ZZ0"}
+    return frozenset(
+        word
+        for word, tags in tagger.cache.items()
+        if tagger.int2tag[max(tags, key=lambda tag: tag[1])[0]] not in skipped
+    )
