@@ -163,7 +163,7 @@ def baseline(
 
 
 def matched_neurons(vlm: VLM, goals: Sequence[Goal], chosen: Columns, seed: int) -> list[Neuron]:
-    """Random neurons for others: of the same FFNs, together as loud where SOURCE is said, in the mean."""
+    """Random neurons for others: for each one of the same FFN, about as loud where SOURCE is said, in the mean."""
     n = sum(len(goal.steps) for goal in goals)
     mean = [
         sum((goal.steps.activations[i].float().abs().sum(0) for goal in goals), torch.zeros(ffn.size)) / n
@@ -173,7 +173,7 @@ def matched_neurons(vlm: VLM, goals: Sequence[Goal], chosen: Columns, seed: int)
     step = Replay(vlm.anatomy, goals[0].said, torch.empty(0), mean, [None] * len(mean), [])
     slots = torch.cat([mine + int(step.slot_starts[i]) for i, mine in chosen.indices.items()])
     loud = loudness(step.activations, step.experts, column_norms(vlm.anatomy))
-    (drawn,) = matched(step.slot_starts, loud, slots, 1, seed).sets
+    (drawn,) = matched(step.slot_starts, loud, slots, 1, seed, as_many=True).sets  # edits of one size
     return [step.neuron(slot) for slot in drawn.unique().tolist()]
 
 
