@@ -1,18 +1,22 @@
 import dataclasses
+import io
 import json
 import math
 import subprocess
 import sys
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
+from rich.console import Console
 
 import mmneurons as mmn
 from mmneurons.errors import FormatError
 from mmneurons.finding import result
 from mmneurons.finding.result import Finding, NeuronFinding, NounFinding, Parts
 from mmneurons.neurons import Neuron
+from mmneurons.report.page import render
+from mmneurons.report.terminal import show
 
 # What a model can give: any text, finite float32.
 numbers = st.floats(width=32, allow_nan=False, allow_infinity=False)
@@ -152,6 +156,69 @@ def test_saved_whole_or_not_at_all(tmp_path, vlm, sample_paths, monkeypatch):
 def test_a_damaged_file_is_refused(text):
     with pytest.raises(FormatError):
         result.from_json(text)
+
+
+DEEP = json.loads("[" * 400 + "]" * 400)
+anything = st.none() | st.booleans() | st.integers() | st.floats() | text | st.just({}) | st.just([]) | st.just([[]])
+
+
+def places(value, path=()):
+    """The path to everything in a document."""
+    yield path
+    for key, part in value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ():
+        yield from places(part, (*path, key))
+
+
+@settings(max_examples=40)
+@given(st.lists(findings, min_size=1, max_size=1), st.data())
+def test_whatever_is_in_a_file_it_is_refused_or_can_be_shown(written, data):
+    document = json.loads(result.to_json(written))
+    *way, last = data.draw(st.sampled_from([path for path in places(document) if path]))
+    holder = document
+    for key in way:
+        holder = holder[key]
+    holder[last] = data.draw(anything | st.just(10**400) | st.just(DEEP))
+    try:
+        read = result.from_json(json.dumps(document))
+    except FormatError:
+        return
+    result.to_json(read)
+    render(read)
+    for finding in read:
+        show(finding, Console(file=io.StringIO()))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"caption": 5},
+        {"caption": "\ud800"},
+        {"token_ids": [-3]},
+        {"choices": {"score": "NaN", "against": None}},
+        {"nouns": [{}]},
+        {"notes": "a note"},
+        {"more": 1},
+    ],
+)
+def test_what_has_another_type_is_refused(vlm, sample_paths, change):
+    document = json.loads(result.to_json(mmn.find(vlm, sample_paths[0])))
+    document["findings"][0] |= change
+    with pytest.raises(FormatError, match="damaged"):
+        result.from_json(json.dumps(document))
+
+
+def test_what_json_allows_and_findings_do_not_is_refused():
+    for told in ('"score": NaN', '"layer": -3', '"index": 1.5'):
+        with pytest.raises(FormatError):
+            result.from_json('{"schema": 2, "provenance": {}, "findings": [{' + told + "}]}")
+    for facts in ("[" * 10**5 + "]" * 10**5, "9" * 400, "[" * 300 + "]" * 300):
+        with pytest.raises(FormatError):
+            result.from_json('{"schema": 2, "findings": [], "provenance": {"a": ' + facts + "}}")
+
+
+def test_a_missing_file_of_findings_is_told(tmp_path):
+    with pytest.raises(FormatError, match="Cannot read"):
+        result.load(tmp_path / "none.json")
 
 
 def test_findings_of_different_runs_make_no_file(vlm, sample_paths):

@@ -12,16 +12,19 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
+import msgspec
 from PIL import Image
 
 from mmneurons.errors import FormatError
-from mmneurons.files import write_whole
+from mmneurons.files import check_facts, decode_json, read_text, write_whole
 from mmneurons.neurons import Neuron
 
 SCHEMA = 2
 """Number of the JSON form; a reader refuses any other."""
+LARGEST = 2**30
+"""Bytes of a file: maps of a thousand images take a quarter of it."""
 Score = Literal["logit", "logprob", "paper"]
 Grid = tuple[tuple[float, ...], ...]
 """One number per patch, rows from top to bottom, columns from left to right."""
@@ -160,21 +163,7 @@ def from_json(text: str) -> list[Finding]:
     Raises:
         FormatError: if `text` is not JSON, or not of this schema.
     """
-    try:
-        document = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise FormatError("This is not a JSON file of findings.", seen=str(error)) from error
-    schema = document.get("schema") if isinstance(document, dict) else None
-    if schema != SCHEMA:
-        raise FormatError(
-            f"This version reads findings of schema {SCHEMA}.",
-            seen=f"The file says schema {schema!r}.",
-            fix="Make it again with this version: mmneurons find IMAGE --json FILE",
-        )
-    try:
-        return [_finding_from_dict(entry, document["provenance"]) for entry in document["findings"]]
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise FormatError("This file of findings is incomplete or damaged.", seen=repr(error)) from error
+    return _read(text, "This file of findings")
 
 
 def save(findings: Finding | Iterable[Finding], path: str | os.PathLike[str]) -> None:
@@ -189,11 +178,7 @@ def load(path: str | os.PathLike[str]) -> list[Finding]:
     Raises:
         FormatError: if it is not one.
     """
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise FormatError(f"{path} is not a JSON file of findings.", seen=str(error)) from error
-    return from_json(text)
+    return _read(read_text(path, limit=LARGEST), str(path))
 
 
 def _rounded(value: Any) -> Any:
@@ -244,41 +229,110 @@ def _neuron_to_dict(finding: NeuronFinding) -> dict[str, Any]:
     return entry
 
 
-def _finding_from_dict(entry: dict[str, Any], provenance: dict[str, Any]) -> Finding:
-    return Finding(
-        images=tuple(entry["images"]),
-        prompt=entry["prompt"],
-        answer_prefix=entry["answer_prefix"],
-        caption=entry["caption"],
-        token_ids=tuple(entry["token_ids"]),
-        score=entry["choices"]["score"],
-        against=entry["choices"]["against"],
-        nouns=tuple(_noun_from_dict(noun) for noun in entry["nouns"]),
-        notes=tuple(entry["notes"]),
-        provenance=provenance,
-    )
+Count = Annotated[int, msgspec.Meta(ge=0, lt=2**53)]
+Number = Annotated[float, msgspec.Meta(ge=-3.5e38, le=3.5e38)]
+"""What a float32 can be."""
+_Grid = tuple[tuple[Number, ...], ...]
 
 
-def _noun_from_dict(entry: dict[str, Any]) -> NounFinding:
-    fields = dict(entry)
-    fields["parts"] = Parts(**entry["parts"])
-    fields["layers"] = {int(k): tuple(counts) for k, counts in entry["layers"].items()}
-    fields["regions"] = {int(k): _grids(grids) for k, grids in entry["regions"].items()}
-    fields["neurons"] = tuple(_neuron_from_dict(neuron) for neuron in entry["neurons"])
-    return NounFinding(**fields)
+class _Neuron(msgspec.Struct, forbid_unknown_fields=True):
+    """A `NeuronFinding` as it is written."""
+
+    layer: Count
+    index: Count
+    score: Number
+    activation: Number
+    tokens: tuple[str, ...]
+    suppressed: tuple[str, ...]
+    expert: Count | None = None
+    maps: tuple[_Grid, ...] = ()
+    lost_without_image: Number | None = None
+
+    def read(self) -> NeuronFinding:
+        fields = msgspec.structs.asdict(self)
+        return NeuronFinding(Neuron(*(fields.pop(name) for name in ("layer", "index", "expert"))), **fields)
 
 
-def _neuron_from_dict(entry: dict[str, Any]) -> NeuronFinding:
-    return NeuronFinding(
-        neuron=Neuron(entry["layer"], entry["index"], entry.get("expert")),
-        score=entry["score"],
-        activation=entry["activation"],
-        tokens=tuple(entry["tokens"]),
-        suppressed=tuple(entry["suppressed"]),
-        maps=_grids(entry.get("maps", ())),
-        lost_without_image=entry.get("lost_without_image"),
-    )
+class _Parts(msgspec.Struct, forbid_unknown_fields=True):
+    ffn: Number
+    top: Number
+    attention: Number
+    other: Number
+    embedding: Number
+    bias: Number
 
 
-def _grids(grids: Sequence[Sequence[Sequence[float]]]) -> tuple[Grid, ...]:
-    return tuple(tuple(tuple(row) for row in rows) for rows in grids)
+class _Noun(msgspec.Struct, forbid_unknown_fields=True):
+    """A `NounFinding` as it is written."""
+
+    word: str
+    lemma: str
+    start: Count
+    token: str
+    token_id: Count
+    step: Count
+    n_tokens: Count
+    probability: Number
+    logit: Number
+    parts: _Parts
+    layers: dict[Count, tuple[Count, ...]]
+    regions: dict[Count, tuple[_Grid, ...]]
+    neurons: tuple[_Neuron, ...]
+
+    def read(self) -> NounFinding:
+        parts, neurons = Parts(**msgspec.structs.asdict(self.parts)), tuple(neuron.read() for neuron in self.neurons)
+        return NounFinding(**msgspec.structs.asdict(self) | {"parts": parts, "neurons": neurons})
+
+
+class _Choices(msgspec.Struct, forbid_unknown_fields=True):
+    score: Score
+    against: str | None
+
+
+class _Finding(msgspec.Struct, forbid_unknown_fields=True):
+    """A `Finding` as it is written."""
+
+    images: tuple[str, ...]
+    prompt: str
+    answer_prefix: str
+    caption: str
+    token_ids: tuple[Count, ...]
+    choices: _Choices
+    notes: tuple[str, ...]
+    nouns: tuple[_Noun, ...]
+
+    def read(self, provenance: dict[str, Any]) -> Finding:
+        fields = msgspec.structs.asdict(self)
+        choices: _Choices = fields.pop("choices")
+        fields["nouns"] = tuple(noun.read() for noun in self.nouns)
+        return Finding(**fields, score=choices.score, against=choices.against, provenance=provenance)
+
+
+class _Schema(msgspec.Struct):
+    schema: Any = None
+
+
+class _Document(msgspec.Struct, forbid_unknown_fields=True):
+    schema: Literal[2]
+    provenance: dict[str, Any]
+    findings: tuple[_Finding, ...]
+
+
+def _read(text: str, name: str) -> list[Finding]:
+    """The findings in a text; `name` is what it is called if it is refused."""
+    schema = decode_json(text, _Schema, name).schema
+    if schema != SCHEMA:
+        raise FormatError(
+            f"This version reads findings of schema {SCHEMA}.",
+            seen=f"The file says schema {str(schema)[:40]}.",
+            fix="Make it again with this version: mmneurons find IMAGE --json FILE",
+        )
+    document = decode_json(text, _Document, name)
+    check_facts(document.provenance, name)
+    for finding in document.findings:
+        for noun in finding.nouns:
+            grids = [*(grid for neuron in noun.neurons for grid in neuron.maps)]
+            grids += [grid for region in noun.regions.values() for grid in region]
+            if any(not grid or not grid[0] or len({len(row) for row in grid}) > 1 for grid in grids):
+                raise FormatError(f"{name} is damaged.", seen=f"A map of '{noun.word[:40]}' is no grid of numbers.")
+    return [finding.read(document.provenance) for finding in document.findings]
