@@ -124,7 +124,7 @@ def test_one_run_at_a_time_writes_in_a_folder(tmp_path):
         except SettingError as error:
             refused.append(error.what)
 
-    with one_writer(tmp_path / "out", lock), one_writer(tmp_path / "out", lock):
+    with one_writer(tmp_path / "out", lock):
         thread = threading.Thread(target=another)
         thread.start()
         thread.join()

@@ -32,7 +32,7 @@ def lock_of(file: Path) -> Path:
 
 @contextmanager
 def one_writer(place: Path, lock: Path) -> Iterator[None]:
-    """Let nobody else write in a place; in one thread it may be nested. What a killed process held is free.
+    """Let nobody else write in a place. What a killed process held is free.
 
     Args:
         place: What is written, for the message.
@@ -43,8 +43,7 @@ def one_writer(place: Path, lock: Path) -> Iterator[None]:
     """
     try:
         lock.parent.mkdir(parents=True, exist_ok=True)
-        # One object a path, with a state of its own for each thread: nested it counts, another thread is refused.
-        held = FileLock(lock.absolute(), timeout=0, is_singleton=True)
+        held = FileLock(lock, timeout=0)
         held.acquire()
     except Timeout:
         raise SettingError(
