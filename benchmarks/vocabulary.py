@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import re
 import string
 from collections.abc import Iterator, Mapping
@@ -13,9 +12,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 import mmneurons as mmn
-from mmneurons.finding import finder
 from mmneurons.vlm.prompts import ANSWER_PREFIX
-from mmneurons.words import HantaTagger, Noun, find_nouns
+from mmneurons.words import HantaTagger, Noun, nouns
 
 NOUNS_PER_CAPTION = 3
 PAD, BEGIN, END = 0, 1, 2
@@ -70,5 +68,5 @@ def nouns_of(vlm: mmn.VLM) -> Iterator[None]:
     if vlm.is_pocket:
         yield
         return
-    with mock.patch.object(finder, "find_nouns", functools.partial(find_nouns, tagger=FirstWords())):
+    with mock.patch.object(nouns, "tagger_for", return_value=FirstWords()):
         yield
