@@ -207,6 +207,24 @@ def test_doctor_passes_in_half_precision(name, dtype):
     assert tolerance(vlm) == TOLERANCE[dtype]
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("name", ["llava", "gemma3"])
+def test_doctor_notices_a_misread_norm_in_half_precision(name, dtype):
+    """What such a norm does to the sum can be less than the sum's own limit."""
+    model = randomise(BY_NAME[name].build(), seed=3).to(dtype)  # pyright: ignore[reportArgumentType]
+    vlm, inputs = mmn.load(model), BY_NAME[name].inputs(model, ROWS[:1])
+    anatomy = vlm.anatomy
+
+    misread = (
+        dataclasses.replace(anatomy.norm, centred=True),
+        dataclasses.replace(anatomy.norm, weight=1.3 * anatomy.norm.weight),
+    )
+    spoiled = [dataclasses.replace(anatomy, norm=norm) for norm in misread]
+    for vlm.anatomy in (anatomy, *spoiled):
+        named = [check.name for check in failed(mmn.doctor(vlm, inputs=inputs, max_new_tokens=N_TOKENS))]
+        assert any("each norm" in name for name in named) == (vlm.anatomy is not anatomy)
+
+
 def scale_writes(blocks: nn.ModuleList, share: float, run: Callable[[], Any]) -> None:
     """Scale what attention and FFN of each block write to a share of the stream, as a pass goes through them."""
 

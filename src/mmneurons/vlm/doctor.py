@@ -15,7 +15,7 @@ from mmneurons import pocket
 from mmneurons.errors import ModelError
 from mmneurons.vlm import provenance, weights
 from mmneurons.vlm.anatomy import norms
-from mmneurons.vlm.anatomy.parts import Anatomy, steps
+from mmneurons.vlm.anatomy.parts import Anatomy, normed, steps
 from mmneurons.vlm.anatomy.ways import Directions, frozen_rows
 from mmneurons.vlm.grid import find_grids
 from mmneurons.vlm.images import open_image
@@ -106,6 +106,7 @@ def doctor(
         _weights(vlm),
         _structure(vlm),
         _reading(vlm, recording, outputs),
+        _norms(vlm, moments),
         additivity(vlm, moments, answers),
         _residual(vlm, moments, answers),
         Check(
@@ -221,6 +222,25 @@ def _reading(vlm: VLM, recording: Recording, outputs: dict[int, list[Tensor]]) -
         "each w_out times its activations is what its module gave",
         worst <= limit,
         f"error at most {worst:.1e} ({name}); limit {limit:.0e}",
+    )
+
+
+@torch.inference_mode()
+def _norms(vlm: VLM, moments: Moments) -> Check:
+    """The final norm and those on the ways, as they are read here, give what their modules give."""
+    anatomy = vlm.anatomy
+    given = [(anatomy.norm_name, anatomy.norm_module, anatomy.norm, moments.residual)]
+    given += [(s.name, s.module, s.norm, x) for s, x in zip(anatomy.norms, moments.norms, strict=True)]
+    errors = {}
+    for name, module, norm, x in given:
+        gave = normed(module, x).float().to(x.device)
+        errors[name] = float((norm.to(x.device)(x) - gave).norm() / gave.norm().clamp_min(1e-30))
+    limit = tolerance(vlm) / 2  # nothing adds up on the way
+    worst = max(errors, key=lambda name: errors[name] if errors[name] <= limit else float("inf"))
+    return Check(
+        "each norm as it is read gives what its module gives",
+        errors[worst] <= limit,
+        f"error at most {errors[worst]:.1e} ({worst}); limit {limit:.1e}",
     )
 
 

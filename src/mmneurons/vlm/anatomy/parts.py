@@ -193,12 +193,14 @@ class Anatomy:
 
     def logits(self, x: Float[Tensor, "n hidden"], *, grad: bool = False) -> Float[Tensor, "n vocab"]:
         """Logits, float32, of residual streams, by the model's own norm and head; differentiable if asked for."""
-        rule, like = self.logit_rule, next(self.norm_module.parameters(), None)
-        dtype = x.dtype if like is None or like.is_meta else like.dtype
-        device = x.device if like is None or like.is_meta else like.device
         with torch.enable_grad() if grad else torch.inference_mode():
-            h = rule.before * self.norm_module(x.to(device=device, dtype=dtype))
-            return rule(self.head(h))
+            return self.logit_rule(self.head(self.logit_rule.before * normed(self.norm_module, x)))
+
+
+def normed(module: nn.Module, x: Float[Tensor, "n hidden"]) -> Float[Tensor, "n hidden"]:
+    """What a norm's own module gives, where its weights are and in their dtype."""
+    like = next(module.parameters(), None)
+    return module(x if like is None or like.is_meta else x.to(device=like.device, dtype=like.dtype))
 
 
 def steps(way: Way | None) -> Iterator[Way]:
