@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ import pytest
 import torch
 import zoo
 from bitsandbytes.nn.modules import Linear8bitLt
+from filelock import FileLock
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
@@ -327,3 +329,28 @@ def test_a_disk_that_is_full_while_weights_are_written(live, tmp_path):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, usual)
     assert list(tmp_path.iterdir()) == []
+
+
+KILLED = """
+import os, signal, sys
+import mmneurons as mmn
+from mmneurons.editing import export
+def killed(vlm, patches, folder):
+    (folder / "half.safetensors").write_bytes(b"half")
+    os.kill(os.getpid(), signal.SIGTERM)
+export._write = killed
+export.export(mmn.load(device="cpu"), [], sys.argv[1])
+"""
+
+
+def test_what_a_killed_export_left_is_removed_by_the_next(live, tmp_path):
+    killed = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path / "out")], check=False)
+    assert killed.returncode == -signal.SIGTERM
+    assert (tmp_path / ".out.tmp" / "half.safetensors").exists()
+    export(live, [], tmp_path / "out")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
+
+
+def test_two_exports_to_one_folder_do_not_meet(live, tmp_path):
+    with FileLock(tmp_path / ".out.lock"), pytest.raises(SettingError, match="Another run"):
+        export(live, [], tmp_path / "out")

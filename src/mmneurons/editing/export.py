@@ -11,10 +11,12 @@ import json
 import os
 import shutil
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import huggingface_hub
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 from torch import nn
 
@@ -62,20 +64,37 @@ def export(vlm: VLM, patches: Sequence[Patch], folder: str | os.PathLike[str]) -
         raise SettingError("One patch is given twice.", fix="Scale it to change more: 2 * patch")
     _check_folder(vlm, folder)
     _check_model(vlm.model)
-    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     try:
-        temporary.mkdir()
-        _write(vlm, patches, temporary)
-        if folder.is_dir():
-            folder.rmdir()  # empty, as of above; on Windows no folder can be renamed to one that is there
-        temporary.rename(folder)
+        with _beside(folder) as temporary:
+            _write(vlm, patches, temporary)
+            if folder.is_dir():
+                folder.rmdir()  # empty, as of above; on Windows no folder can be renamed to one that is there
+            temporary.rename(folder)
+    except Timeout as error:
+        raise SettingError(f"Another run is exporting to {folder}.", fix="Wait for it, or choose another.") from error
     except (OSError, SafetensorError) as error:  # safetensors wraps what the system says
         raise SettingError(
             f"Cannot write {folder}.", seen=str(error), fix="Choose another place, or make room there."
         ) from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
     return folder
+
+
+@contextmanager
+def _beside(folder: Path) -> Iterator[Path]:
+    """An empty folder to build this one in; what a run that was killed left there is removed.
+
+    The lock tells such a run from one that is still writing: the system opens it when a process ends, however it ends.
+    """
+    temporary, lock = (folder.with_name(f".{folder.name}.{what}") for what in ("tmp", "lock"))
+    with FileLock(lock, timeout=0):
+        shutil.rmtree(temporary, ignore_errors=True)
+        try:
+            temporary.mkdir()
+            yield temporary
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+            with suppress(OSError):  # Windows removes no file that is open
+                lock.unlink()
 
 
 def _write(vlm: VLM, patches: Sequence[Patch], folder: Path) -> None:
