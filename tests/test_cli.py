@@ -76,7 +76,7 @@ def test_doctor_passes_and_its_json_says_so(capsys, monkeypatch):
 
 
 def test_doctor_fails_with_code_1(capsys, monkeypatch):
-    monkeypatch.setattr("mmneurons.vlm.doctor.TOLERANCE", {})
+    monkeypatch.setattr("mmneurons.vlm.doctor.tolerance", lambda vlm: 0.0)
     code, out, _ = call(capsys, monkeypatch, "doctor")
     assert code == 1
     assert "FAIL" in out
