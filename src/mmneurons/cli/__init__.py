@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import os
+import signal
 import sys
 
 # Each adds its commands to the app, in the order in which the help lists them.
@@ -20,14 +22,33 @@ from mmneurons.report.text import printable
 
 
 def main() -> None:
-    """Run the command line: errors that a user can cause end with one message and exit code 2."""
+    """Run the command line: errors that a user can cause end with one message and exit code 2.
+
+    Ctrl-C ends with 130 and SIGTERM with 143, both by way of KeyboardInterrupt, so that what is under way is put back.
+    """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # what a terminal or pipe cannot write is a question mark
+    terminated: list[int] = []
+
+    def terminate(number: int, _: object) -> None:
+        terminated.append(number)
+        signal.raise_signal(signal.SIGINT)
+
+    usual = signal.signal(signal.SIGTERM, terminate)
     try:
         app()
     except MmneuronsError as error:
         # Names in it can be anyone's: what a terminal would obey is shown instead.
         err.print("\n".join(map(printable, str(error).splitlines())), style="red", soft_wrap=True)
         sys.exit(2)
-    except KeyboardInterrupt:
-        err.print("stopped")
-        sys.exit(130)
+    except OSError as error:  # a disk that is full, a folder that vanished: the system's word, not a traceback
+        where = "" if error.filename is None else f": {error.filename}"
+        err.print(f"The system refuses: {error.strerror or error}{where}", style="red", soft_wrap=True)
+        sys.exit(2)
+    except KeyboardInterrupt as stop:
+        err.print(f"stopped; {stop}" if stop.args else "stopped", soft_wrap=True)
+        sys.exit(143 if terminated else 130)
+    finally:
+        signal.signal(signal.SIGTERM, usual)

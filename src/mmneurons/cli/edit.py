@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -18,14 +19,19 @@ from mmneurons.cli.options import (
     Load,
     Prefix,
     app,
+    check_outputs,
     err,
+    given_files,
+    goes_on,
     loads_model,
     out,
 )
-from mmneurons.errors import ImageError, SettingError
+from mmneurons.errors import FormatError, ImageError, SettingError
+from mmneurons.files import check_folder
 from mmneurons.progress import bar, bars, working
 
 if TYPE_CHECKING:
+    from mmneurons.editing.patch import Patch
     from mmneurons.vlm.vlm import VLM
 
 patches = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Look into patches.")
@@ -71,9 +77,11 @@ def edit(
     """Make a patch with which the model says TARGET where it says SOURCE. The model's files stay as they are."""
     source, target = _words(source, target, remove)
     path = _patch_path(out_path, source, target)
+    check_outputs([path], given_files(images, more, reference, texts, held_out, unrelated))
+    if evaluate is not None:
+        check_folder(evaluate)
     from mmneurons.editing.edit import EditSettings
     from mmneurons.editing.edit import edit as make_patch
-    from mmneurons.editing.file import save_patch
     from mmneurons.editing.reference import make_reference
 
     shown = readable_items([*(images or []), *(more or [])]) if images or more else None
@@ -102,7 +110,7 @@ def edit(
             vlm, [item.image() for item in shown], source=source, target=target, reference=held_back,
             settings=settings, progress=status.update,
         )  # fmt: skip
-    save_patch(patch, path)
+    save(patch, path)
     search, wanted = patch.provenance["search"], target or "anything else"
     strength = f", strength {search['strength']:.3g}" if "strength" in search else ""
     out.print(f"{source} -> {wanted}: {len(patch.neurons)} columns{strength}")
@@ -131,6 +139,7 @@ def evaluate_edit(
     batch_size: Batch = 8,
 ) -> None:
     """Judge patches by what the model generates, each by itself, and write a page. Stopped, it goes on."""
+    check_folder(folder)
     from mmneurons.editing.file import load_patch
 
     loaded = [(path, load_patch(path)) for path in files]
@@ -200,7 +209,7 @@ def _judge(
 
     texts = texts or pocket_texts(vlm, 1)
     asked = questions({str(path): patch for path, patch in loaded})
-    with bars(err, "edits") as progress:
+    with bars(err, "edits") as progress, goes_on():
         judged = judge(
             vlm,
             asked,
@@ -238,14 +247,33 @@ def _patch_path(given: Path | None, source: str, target: str | None) -> Path:
 
 
 def checked_patch_path(path: Path) -> Path:
-    """Refuse a file that could not be written as a patch, before anything is loaded."""
+    """Refuse a file that is not called as a patch, or that is there and is none, such as a model's own weights."""
     if path.suffix != ".safetensors":
         raise SettingError(
             f"A patch is a .safetensors file, not {path}.", fix=f"--out {path.with_suffix('.safetensors')}"
         )
-    if not path.parent.is_dir() or path.is_dir():
-        raise SettingError(f"Cannot write {path}.", fix=f"Make its folder first: mkdir -p {path.parent}")
+    if path.is_file():
+        from mmneurons.editing.file import load_patch
+
+        try:
+            load_patch(path)
+        except FormatError as error:
+            raise SettingError(
+                f"{path} is there already, and is no patch.", seen=str(error), fix="Name another file with --out."
+            ) from error
     return path
+
+
+def save(patch: Patch, path: Path) -> None:
+    """Save a patch; where its place fails it after the work, somewhere else."""
+    from mmneurons.editing.file import save_patch
+
+    try:
+        save_patch(patch, path)
+    except SettingError as error:
+        spare = Path(tempfile.mkdtemp(prefix="mmneurons-")) / path.name
+        save_patch(patch, spare)
+        raise SettingError(error.what, seen=error.seen, fix=f"The patch is kept: mv {spare} FOLDER") from error
 
 
 def items_of(sources: list[str]) -> list[Any]:

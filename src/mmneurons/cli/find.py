@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import sys
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -25,6 +23,8 @@ from mmneurons.cli.options import (
     images_or_sample,
     loads_model,
     out,
+    print_json,
+    write_stdout,
 )
 from mmneurons.errors import SettingError
 from mmneurons.progress import bar, working
@@ -83,7 +83,7 @@ def find(
         raise SettingError("--no-image goes without image files.", seen=f"Got {', '.join(images)}.")
     paths = [] if no_image else images_or_sample(images)
     prompts: list[Any] = [paths] if together else [None] if no_image else paths
-    check_outputs(json_path, report)
+    check_outputs([json_path, report], paths)
     from mmneurons.finding import result
     from mmneurons.finding.finder import find as find_neurons
     from mmneurons.report.terminal import show
@@ -111,19 +111,21 @@ def find(
             batch_size=batch_size,
             progress=progress,
         )
-    if json_path == "-":
-        sys.stdout.write(result.to_json(findings))
-    else:
-        for finding in findings:
-            show(finding, out)
-    if json_path not in (None, "-"):
-        result.save(findings, json_path)
-        err.print(f"wrote {json_path}", soft_wrap=True)
-    if report is not None:
-        from mmneurons.report import write_report
+    try:  # files first: a terminal that cannot be written to costs nobody what was asked for
+        if json_path not in (None, "-"):
+            result.save(findings, json_path)
+            err.print(f"wrote {json_path}", soft_wrap=True)
+        if report is not None:
+            from mmneurons.report import write_report
 
-        write_report(findings, report)
-        err.print(f"wrote {report}", soft_wrap=True)
+            write_report(findings, report)
+            err.print(f"wrote {report}", soft_wrap=True)
+    finally:  # and a file that could not be written costs nobody what was found
+        if json_path == "-":
+            write_stdout(result.to_json(findings).encode("utf-8", "replace"))
+        else:
+            for finding in findings:
+                show(finding, out)
 
 
 @app.command()
@@ -145,7 +147,7 @@ def neuron(
     vlm = load()
     card = explain_neuron(vlm, asked, n_tokens=tokens, n_neighbours=neighbours)
     if as_json:
-        out.print_json(json.dumps(card.to_dict()))
+        print_json(card.to_dict())
     else:
         show_neuron(card, out)
 
@@ -165,7 +167,7 @@ def word(
     vlm = load()
     found = neurons_for(vlm, text, top=top)
     if as_json:
-        out.print_json(json.dumps(found.to_dict()))
+        print_json(found.to_dict())
     else:
         show_word(found, out)
 
@@ -197,7 +199,7 @@ def doctor(
     vlm = load()
     report = examine(vlm, path, prompt, answer_prefix)
     if as_json:
-        out.print_json(json.dumps(report.to_dict()))
+        print_json(report.to_dict())
     else:
         for group in (report.model, report.structure, report.packages):
             for name, value in group.items():

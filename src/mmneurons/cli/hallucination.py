@@ -7,7 +7,16 @@ from typing import Annotated, Any
 
 import typer
 
-from mmneurons.cli.edit import SOURCES, Texts, checked_patch_path, lines_of, or_pocket, pocket_texts, readable_items
+from mmneurons.cli.edit import (
+    SOURCES,
+    Texts,
+    checked_patch_path,
+    lines_of,
+    or_pocket,
+    pocket_texts,
+    readable_items,
+    save,
+)
 from mmneurons.cli.options import (
     ANSWER_PREFIX,
     MAX_NEW_TOKENS,
@@ -20,8 +29,11 @@ from mmneurons.cli.options import (
     app,
     check_outputs,
     err,
+    given_files,
+    goes_on,
     loads_model,
     out,
+    write_stdout,
 )
 from mmneurons.errors import SettingError
 from mmneurons.files import write_whole
@@ -66,8 +78,8 @@ def dehallucinate(
 ) -> None:
     """Make a patch with which the model names fewer objects that are not there, and judge it. Stopped, it goes on."""
     path = checked_patch_path(out_path)
-    check_outputs(json_path, report)
-    from mmneurons.editing.file import save_patch
+    partly = path.with_name(f"{path.name}.part")
+    check_outputs([path, partly, json_path, report], given_files(images, held_out, reference, texts))
     from mmneurons.editing.hallucination import DehallucinateSettings, judge
     from mmneurons.editing.hallucination import dehallucinate as make_patch
     from mmneurons.editing.reference import make_reference
@@ -108,28 +120,29 @@ def dehallucinate(
                 vlm, [item.image() for item in kept], lines, prompt=prompt, answer_prefix=answer_prefix,
                 max_new_tokens=max_new_tokens, batch_size=batch_size, progress=progress,
             )  # fmt: skip
-    partly = path.with_name(f"{path.name}.part")
-    with bars(err, "done") as tell:
+    with bars(err, "done") as tell, goes_on():
         patch = make_patch(
             vlm, [item.source for item in shown], [item.objects for item in shown], vocabulary=vocabulary,
             reference=held_back, settings=settings, checkpoint=partly, progress=tell,
         )  # fmt: skip
-        save_patch(patch, path)
+        save(patch, path)
         for left in (partly, lock_of(partly)):
             left.unlink(missing_ok=True)
         objects = [item.objects for item in others]
         judged = judge(vlm, patch, [item.source for item in others], objects, vocabulary, progress=tell)
     err.print(f"wrote {path} ({path.stat().st_size / 1000:.1f} kB)", soft_wrap=True)
-    if report is not None:
-        write_hallucination(judged, report, others, objects, patch.provenance)
-        err.print(f"wrote {report}", soft_wrap=True)
-    if json_path == "-":
-        out.print(chair_json(judged), soft_wrap=True, end="")
-        return
-    out.print(chair_text(judged), soft_wrap=True)
-    if json_path:
-        write_whole(Path(json_path), chair_json(judged).encode())
-        err.print(f"wrote {json_path}", soft_wrap=True)
+    try:  # files first, as in `find`
+        if json_path not in (None, "-"):
+            write_whole(json_path, chair_json(judged))
+            err.print(f"wrote {json_path}", soft_wrap=True)
+        if report is not None:
+            write_hallucination(judged, report, others, objects, patch.provenance)
+            err.print(f"wrote {report}", soft_wrap=True)
+    finally:
+        if json_path == "-":
+            write_stdout(chair_json(judged))
+        else:
+            out.print(chair_text(judged), soft_wrap=True)
 
 
 def _with_objects(items: list[Any]) -> list[Any]:

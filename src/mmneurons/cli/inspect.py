@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -19,9 +20,12 @@ from mmneurons.cli.options import (
     Prompt,
     app,
     err,
+    goes_on,
     loads_model,
     out,
 )
+from mmneurons.errors import SettingError
+from mmneurons.files import check_folder
 from mmneurons.progress import bars, working
 
 
@@ -47,6 +51,14 @@ def inspect_(
     batch_size: Batch = 8,
 ) -> None:
     """Test whether neurons are sensitive, specific and causal, and their ranking true. Stopped, it goes on."""
+    check_folder(out_folder)
+    if any(
+        os.path.isdir(place) and os.path.realpath(place) == os.path.realpath(out_folder)
+        for place in (images, masks or "")
+    ):
+        raise SettingError(
+            f"{out_folder} holds the images: plots would lie among them.", fix="Name another folder with --out."
+        )
     from mmneurons.inspection.items import read_items
     from mmneurons.inspection.meaning import PACKAGED, meaning
     from mmneurons.inspection.run import EXPERIMENTS, Settings, examples, inspect
@@ -57,7 +69,7 @@ def inspect_(
     vlm = load()
     settings = Settings(score, top, prompt, answer_prefix, max_new_tokens, seed)
     experiments = EXPERIMENTS if what == "all" else (what,)
-    with bars(err, "images") as progress:
+    with bars(err, "images") as progress, goes_on():
         found = inspect(
             vlm,
             items,

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
+import os
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich.console import Console
 
-from mmneurons.errors import SettingError
+from mmneurons.files import check_apart, check_writable, json_bytes
 from mmneurons.progress import working
 
 if TYPE_CHECKING:
@@ -38,6 +41,8 @@ Batch = Annotated[int, typer.Option("--batch-size", min=1, help="Images in one b
 PROMPT = "Describe the image in few words."
 ANSWER_PREFIX = "An image of"
 MAX_NEW_TOKENS = 32
+
+GOES_ON = "the same command goes on from here"
 
 
 def _load(
@@ -103,16 +108,40 @@ def images_or_sample(images: list[str] | None) -> list[str]:
     return [str(sample.path)]
 
 
-def check_outputs(json_path: str | None, report: Path | None) -> None:
-    """Refuse files that could not be written, before anything is loaded."""
-    for path in (None if json_path == "-" else json_path, report):
-        if path is None:
-            continue
-        if not (folder := Path(path).parent).is_dir():
-            raise SettingError(
-                f"Cannot write {path}.", seen=f"There is no folder {folder}.", fix=f"Make it first: mkdir -p {folder}"
-            )
-        if Path(path).is_dir():
-            raise SettingError(
-                f"Cannot write {path}.", seen="It is a folder.", fix=f"Name a file in it: {path}/find.out"
-            )
+def check_outputs(outputs: Iterable[str | Path | None], inputs: Iterable[str | Path] = ()) -> None:
+    """Refuse files that could not be written, or that would overwrite what is read, before anything is loaded."""
+    files = [path for path in outputs if path is not None and path != "-"]
+    check_apart(files, inputs)
+    for path in files:
+        check_writable(path)
+
+
+def given_files(*sources: str | Path | Sequence[str] | None) -> list[str | Path]:
+    """The files among what a command reads."""
+    named = [[one] if isinstance(one, str | Path) else one or [] for one in sources]
+    return [path for group in named for path in group if os.path.isfile(path)]
+
+
+def print_json(document: Any) -> None:
+    """JSON on stdout, in UTF-8 whatever the terminal's encoding is."""
+    write_stdout(json_bytes(document))
+
+
+def write_stdout(content: bytes) -> None:
+    """Bytes on stdout, as they are."""
+    out.file.flush()
+    buffer = getattr(sys.stdout, "buffer", None)
+    if buffer is None:  # a stand-in without bytes, as in a notebook
+        sys.stdout.write(content.decode("utf-8"))
+    else:
+        buffer.write(content)
+        buffer.flush()
+
+
+@contextmanager
+def goes_on() -> Iterator[None]:
+    """Inside, results are kept as they come: who stops it is told that the same command goes on."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(GOES_ON) from None

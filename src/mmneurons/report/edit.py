@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
@@ -12,7 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 from markupsafe import Markup
 from PIL import Image
 
-from mmneurons.files import write_whole
+from mmneurons.files import json_bytes, write_whole
 from mmneurons.maths.statistics import Estimate
 from mmneurons.report.page import asset, environment, policy_hash
 from mmneurons.report.pictures import small
@@ -94,10 +93,9 @@ def write_edits(
     """
     folder = Path(folder)
     document = {"schema": SCHEMA, "edits": {name: asdict(one) for name, one in judged.items()}}
-    text = json.dumps(document, ensure_ascii=False, indent=1, allow_nan=False) + "\n"
-    write_whole(folder / "edits.json", text.encode("utf-8"))
+    write_whole(folder / "edits.json", json_bytes(document))
     page = folder / "edits.html"
-    write_whole(page, render_edits(judged, held_out, unrelated).encode("utf-8"))
+    write_whole(page, render_edits(judged, held_out, unrelated).encode("utf-8", "replace"))
     return page
 
 

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Collection, Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from markupsafe import Markup
 
-from mmneurons.files import write_whole
+from mmneurons.files import json_bytes, write_whole
 from mmneurons.report.page import asset, environment, policy_hash
 from mmneurons.report.pictures import small
 from mmneurons.report.text import flatten
@@ -58,9 +56,9 @@ def chair_text(judged: Judged) -> str:
     return "\n".join(lines)
 
 
-def chair_json(judged: Judged) -> str:
+def chair_json(judged: Judged) -> bytes:
     """Every figure, and what is said of each image."""
-    return json.dumps(asdict(judged), ensure_ascii=False, indent=1, allow_nan=False) + "\n"
+    return json_bytes(asdict(judged))
 
 
 def write_hallucination(
@@ -103,4 +101,4 @@ def write_hallucination(
             style_hash=policy_hash(style),
         )
     )
-    write_whole(Path(path), page.encode("utf-8"))
+    write_whole(path, page.encode("utf-8", "replace"))

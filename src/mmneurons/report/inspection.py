@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from markupsafe import Markup
 
-from mmneurons.files import write_whole
+from mmneurons.files import json_bytes, write_whole
 from mmneurons.finding.result import Finding
 from mmneurons.inspection.tables import Table, shown
 from mmneurons.report import text
@@ -73,15 +72,12 @@ def write_inspection(
         "left_out": found.left_out,
         "tables": [table.to_dict() for table in tables],
     }
-    write_whole(
-        folder / "inspection.json",
-        (json.dumps(document, ensure_ascii=False, indent=1, allow_nan=False) + "\n").encode("utf-8"),
-    )
-    write_whole(folder / "tables.md", ("\n\n".join(map(_as_markdown, tables)) + "\n").encode("utf-8"))
+    write_whole(folder / "inspection.json", json_bytes(document))
+    write_whole(folder / "tables.md", ("\n\n".join(map(_as_markdown, tables)) + "\n").encode("utf-8", "replace"))
     for table in tables:
-        write_whole(folder / f"{table.name}.csv", table.to_csv().encode("utf-8"))
+        write_whole(folder / f"{table.name}.csv", table.to_csv().encode("utf-8", "replace"))
     page = folder / "index.html"
-    write_whole(page, render_inspection(found, tables, plots, n_images=n_images).encode("utf-8"))
+    write_whole(page, render_inspection(found, tables, plots, n_images=n_images).encode("utf-8", "replace"))
     return page
 
 

@@ -12,7 +12,7 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
-from pathlib import Path, PurePath
+from pathlib import PurePath
 from typing import Any, NamedTuple
 
 import jinja2
@@ -114,9 +114,8 @@ def write_report(
         path: Replaced if it exists.
         title: Heading of the page; a neutral one when None.
     """
-    path = Path(path)
-    page = render([findings] if isinstance(findings, Finding) else findings, title=title).encode("utf-8")
-    write_whole(path, page)
+    page = render([findings] if isinstance(findings, Finding) else findings, title=title)
+    write_whole(path, page.encode("utf-8", "replace"))
 
 
 def render(findings: Sequence[Finding], *, title: str | None = None) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mmneurons.errors import INSPECT_EXTRA, SettingError
+from mmneurons.files import write_whole
 from mmneurons.finding.result import Finding
 from mmneurons.inspection.tables import MATCHED, Table
 from mmneurons.maths import regions
@@ -51,8 +53,9 @@ def draw(found: Inspection, tables: Sequence[Table], folder: Path, examples: Seq
     def figure(name: str, width: float, height: float, paint: Callable[[Figure], None]) -> None:
         made = Figure(figsize=(width, height), dpi=DPI, layout="constrained")
         paint(made)
-        path = folder / f"{name}.png"
-        made.savefig(path, metadata={"Software": None})
+        path, drawing = folder / f"{name}.png", io.BytesIO()
+        made.savefig(drawing, format="png", metadata={"Software": None})
+        write_whole(path, drawing.getvalue())
         drawn.append(path)
 
     for i, example in enumerate(examples):
@@ -71,6 +74,11 @@ def draw(found: Inspection, tables: Sequence[Table], folder: Path, examples: Seq
         figure("agreement", 8, 3.4, lambda f: _agreement(f, by_name["agreement"]))
         figure("deletion", 8, 4, lambda f: _deletion(f, by_name["deletion"]))
     return drawn
+
+
+def _text(words: str) -> str:
+    """What matplotlib can draw: bytes of a file name that are no text as question marks."""
+    return words.encode("utf-8", "replace").decode()
 
 
 def _tidy(axes: Axes) -> None:
@@ -116,7 +124,7 @@ def _example(figure: Figure, finding: Finding) -> None:
     grey = picture.mean(-1, keepdims=True).repeat(3, -1) / 255
     for i, noun in enumerate(finding.nouns):
         axes[2 * i, 0].imshow(picture)
-        axes[2 * i, 0].set_title(noun.word, fontsize=9)
+        axes[2 * i, 0].set_title(_text(noun.word), fontsize=9, parse_math=False)
         for j, k in enumerate(sizes, start=1):
             heat = regions.upsample(np.asarray(noun.regions[k][0], dtype=float), picture.shape[:2])
             bound = float(np.abs(heat).max()) or 1.0
@@ -124,7 +132,8 @@ def _example(figure: Figure, finding: Finding) -> None:
             axes[2 * i, j].imshow(regions.overlay(heat, bound))
             axes[2 * i, j].set_title(f"top {k}", fontsize=9)
             axes[2 * i + 1, j].imshow(np.where(regions.mask(heat)[..., None], picture / 255, 0.25 * grey))
-    figure.suptitle(f"{finding.images[0]}: {finding.answer_prefix} {finding.caption}", fontsize=9)
+    title = f"{finding.images[0]}: {finding.answer_prefix} {finding.caption}"
+    figure.suptitle(_text(title), fontsize=9, parse_math=False)
 
 
 def _regions(figure: Figure, table: Table) -> None:
