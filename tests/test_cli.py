@@ -1,4 +1,5 @@
 import json
+import os
 import re
 import signal
 import subprocess
@@ -136,22 +137,74 @@ def test_help_is_quick_because_it_needs_no_torch():
     assert run("--help").returncode == 0
 
 
-def test_ctrl_c_stops_without_a_traceback(tmp_path, sample):
-    many = [str(sample)] * 5000  # minutes of work, whatever the machine
-    command = [sys.executable, "-m", "mmneurons.cli", "find", *many, "--report", str(tmp_path / "r.html")]
+@pytest.mark.parametrize(
+    ("number", "code", "command", "said"),
+    [
+        (signal.SIGINT, 130, ["find", *["SAMPLE"] * 5000, "--report", "r.html"], "stopped"),
+        (signal.SIGTERM, 143, ["find", *["SAMPLE"] * 5000, "--report", "r.html"], "stopped"),
+        (signal.SIGINT, 130, ["inspect", "finders", "--images", "pocket:find-500", "--out", "kept"], options.GOES_ON),
+    ],
+    ids=["ctrl-c", "terminated", "a command that goes on"],
+)
+def test_a_stop_ends_without_a_traceback(tmp_path, sample, number, code, command, said):
+    filled = [sys.executable, "-m", "mmneurons.cli", *(str(sample) if word == "SAMPLE" else word for word in command)]
     # Whoever runs the tests in the background has the signal ignored, in all that they start.
-    options: dict[str, Any] = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)}
+    started: dict[str, Any] = {"preexec_fn": lambda: signal.signal(number, signal.SIG_DFL), "cwd": tmp_path}
     pipes: dict[str, Any] = {"stderr": subprocess.PIPE, "stdout": subprocess.DEVNULL, "text": True}
-    with subprocess.Popen(command, **pipes, **options) as process:
+    with subprocess.Popen(filled, **pipes, **started) as process:
         try:
-            time.sleep(8)  # it has to be at work: what is imported may swallow the signal
-            process.send_signal(signal.SIGINT)
-            _, err = process.communicate(timeout=60)
+            time.sleep(12)  # it has to be at work: what is imported may swallow the signal
+            process.send_signal(number)
+            _, err = process.communicate(timeout=100)
         finally:
             process.kill()
-    assert process.returncode == 130
+    assert process.returncode == code
     assert "Traceback" not in err
+    assert err.strip().endswith(said)
     assert not (tmp_path / "r.html").exists()
+
+
+def test_an_output_is_no_input(capsys, monkeypatch, tmp_path, sample):
+    monkeypatch.setattr("mmneurons.vlm.load.load", lambda *_, **__: pytest.fail("loaded"))
+    picture = tmp_path / "a.png"
+    picture.write_bytes(sample.read_bytes())
+    for option, name in (("--json", picture), ("--report", picture), ("--json", sample)):
+        code, _, err = call(capsys, monkeypatch, "find", picture, sample, option, name)
+        assert code == 2
+        assert "would be overwritten" in err
+    code, _, err = call(capsys, monkeypatch, "inspect", "--images", tmp_path, "--out", tmp_path)
+    assert (code, "holds the images" in err) == (2, True)
+    weights = pocket.folder() / "model.safetensors"
+    code, _, err = call(capsys, monkeypatch, "edit", "--from", "dog", "--to", "cat", "--out", weights)
+    assert (code, "is no patch" in err) == (2, True)
+    assert picture.read_bytes() == sample.read_bytes()
+
+
+def test_a_terminal_of_another_encoding_and_a_closed_one_cost_no_file(tmp_path, sample):
+    name = os.fsdecode("caf\u00e9 \u72d7 ".encode() + b"\xe9.png")
+    (tmp_path / name).write_bytes(sample.read_bytes())
+    environment = os.environ | {"PYTHONIOENCODING": "cp1252"}
+    done = run("find", name, "--json", "-", cwd=tmp_path, env=environment, encoding="utf-8")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["findings"][0]["images"] == ["caf\u00e9 \u72d7 ?.png"]
+    done = run("find", name, "--json", "f.json", cwd=tmp_path, env=environment, encoding="cp1252")
+    assert done.returncode == 0, done.stderr
+    assert "caf\u00e9 ? ?.png" in done.stdout
+    command = [sys.executable, "-m", "mmneurons.cli", "find", name, "--json", "g.json", "--report", "g.html"]
+    with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        process.stdout.close()
+        _, err = process.communicate(timeout=100)
+    assert "Traceback" not in err
+    assert (tmp_path / "g.json").read_bytes() == (tmp_path / "f.json").read_bytes()
+    assert (tmp_path / "g.html").exists()
+
+
+def test_what_was_found_is_shown_where_the_disk_is_full(capsys, monkeypatch, sample):
+    code, out, err = call(capsys, monkeypatch, "find", sample, "--report", "/dev/full")
+    assert code == 2
+    assert "An image of" in out
+    assert "No space left" in err
 
 
 def test_a_neuron_is_shown_and_its_json_says_the_same(vlm, capsys, monkeypatch):

@@ -130,23 +130,20 @@ def check_writable(path: str | os.PathLike[str]) -> None:
     Raises:
         SettingError: so.
     """
-    target = Path(os.path.realpath(path))
-    if not _is_written_directly(path):
+    try:
+        if _is_written_directly(path):
+            os.close(os.open(path, os.O_WRONLY | getattr(os, "O_NONBLOCK", 0)))
+            return
+        target, folder = Path(os.path.realpath(path)), Path(path).parent
+        with suppress(FileNotFoundError, NotADirectoryError):
+            os.lstat(target)  # a name that is too long raises
         if PACKAGE in target.parents:
             raise _unwritable(path, "It lies in the installed package.")
         if target.is_dir():
             raise _unwritable(path, "It is a folder.", fix=f"Name a file in it: {Path(path) / 'found.out'}")
         if not target.parent.is_dir():
-            folder = Path(path).parent
             raise _unwritable(path, f"There is no folder {folder}.", fix=f"Make it first: mkdir -p {folder}")
-    try:
-        if _is_written_directly(path):
-            os.close(os.open(path, os.O_WRONLY | getattr(os, "O_NONBLOCK", 0)))
-        else:
-            with suppress(FileNotFoundError):
-                os.lstat(target)  # a name that is too long raises
-            _probe(target.parent)
-            _probe(target.parent)
+        _probe(target.parent)
     except OSError as error:
         raise _unwritable(path, error.strerror or str(error)) from error
 
@@ -195,10 +192,10 @@ def json_bytes(document: Any) -> bytes:
 
 def _is_written_directly(path: str | os.PathLike[str]) -> bool:
     """A device, a pipe, or what a process holds open: a file in its place would be another thing."""
-    if os.path.abspath(path).startswith(("/dev/", "/proc/")):
+    if Path(path).absolute().is_relative_to("/dev") or Path(path).absolute().is_relative_to("/proc"):
         return True
     try:
-        mode = os.stat(path).st_mode
+        mode = Path(path).stat().st_mode
     except OSError:
         return False
     return not stat.S_ISREG(mode) and not stat.S_ISDIR(mode)
@@ -231,7 +228,7 @@ def _temporary_name() -> str:
 
 def _is_same(one: str | os.PathLike[str], other: str | os.PathLike[str]) -> bool:
     try:
-        return os.path.samefile(one, other)  # links of either kind
+        return Path(one).samefile(other)  # links of either kind
     except OSError:  # one of them is not there yet
         return os.path.realpath(one) == os.path.realpath(other)
 

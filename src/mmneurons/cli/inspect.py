@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -52,9 +51,8 @@ def inspect_(
 ) -> None:
     """Test whether neurons are sensitive, specific and causal, and their ranking true. Stopped, it goes on."""
     check_folder(out_folder)
-    if any(
-        os.path.isdir(place) and os.path.realpath(place) == os.path.realpath(out_folder)
-        for place in (images, masks or "")
+    if out_folder.is_dir() and any(
+        Path(place).is_dir() and out_folder.samefile(place) for place in (images, masks or "")
     ):
         raise SettingError(
             f"{out_folder} holds the images: plots would lie among them.", fix="Name another folder with --out."

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import inspect
-import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -119,7 +118,7 @@ def check_outputs(outputs: Iterable[str | Path | None], inputs: Iterable[str | P
 def given_files(*sources: str | Path | Sequence[str] | None) -> list[str | Path]:
     """The files among what a command reads."""
     named = [[one] if isinstance(one, str | Path) else one or [] for one in sources]
-    return [path for group in named for path in group if os.path.isfile(path)]
+    return [path for group in named for path in group if Path(path).is_file()]
 
 
 def print_json(document: Any) -> None:
