@@ -15,8 +15,8 @@ import mmneurons.cli.edit
 import mmneurons.cli.hallucination  # noqa: F401
 
 # isort: on
+from mmneurons.cli.options import Stopped, err
 from mmneurons.cli.options import app as app
-from mmneurons.cli.options import err
 from mmneurons.errors import MmneuronsError
 from mmneurons.report.text import printable
 
@@ -47,7 +47,7 @@ def main() -> None:
         where = "" if error.filename is None else f": {error.filename}"
         err.print(f"The system refuses: {error.strerror or error}{where}", style="red", soft_wrap=True)
         sys.exit(2)
-    except KeyboardInterrupt as stop:
+    except (Stopped, KeyboardInterrupt) as stop:
         err.print(f"stopped; {stop}" if stop.args else "stopped", soft_wrap=True)
         sys.exit(143 if terminated else 130)
     finally:

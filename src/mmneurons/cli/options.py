@@ -44,6 +44,10 @@ MAX_NEW_TOKENS = 32
 GOES_ON = "the same command goes on from here"
 
 
+class Stopped(Exception):  # noqa: N818 - no error
+    """A command was stopped by Ctrl-C or a signal; says what becomes of its work, where it has something to say."""
+
+
 def _load(
     model: Annotated[str | None, typer.Option(help="Hub id or folder. Default: the pocket model.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 ... Default: a GPU if there is one.")] = None,
@@ -87,7 +91,11 @@ def loads_model(command: Callable[..., None]) -> Callable[..., None]:
 
     @functools.wraps(command)
     def with_options(**given: Any) -> None:
-        command(load=functools.partial(_load, **{name: given.pop(name) for name in options}), **given)
+        load = functools.partial(_load, **{name: given.pop(name) for name in options})
+        try:
+            command(load=load, **given)
+        except KeyboardInterrupt as stop:  # typer would end the program without a word
+            raise Stopped(*stop.args) from None
 
     parameters = [parameter for name, parameter in own.items() if name != "load"] + list(options.values())
     parameters = [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in parameters]
