@@ -215,3 +215,27 @@ def test_an_adapter_is_put_on_the_model_that_it_names(tmp_path, vlm, sample_path
     monkeypatch.setattr("mmneurons.vlm.checkpoint.is_installed", lambda package: False)
     with pytest.raises(ModelError, match=r"(?s)is an adapter.*peft"):
         mmn.load(tmp_path)
+
+
+def test_compiled_and_wrapped_models(random_vlm, sample_paths):
+    processor, plain = random_vlm.processor, copy.deepcopy(random_vlm.model)
+    wanted = random_vlm.caption(sample_paths[0])
+    for wrapped in (torch.compile(plain), nn.DataParallel(plain)):
+        assert mmn.load(wrapped, processor=processor).caption(sample_paths[0]) == wanted  # pyright: ignore[reportArgumentType]
+    layer = plain.model.language_model.layers[1]
+    layer.forward = torch.compile(layer.forward)
+    with pytest.raises(ModelError, match=r"(?s)compiled.*Compiled: model\.language_model\.layers\.1\n.*before torch"):
+        mmn.load(plain, processor=processor)
+    del layer.forward
+    plain.compile()
+    with pytest.raises(ModelError, match="compiled"):
+        mmn.load(plain, processor=processor)
+
+
+def test_results_without_names(random_vlm, folder):
+    model = copy.deepcopy(random_vlm.model)
+    model.model.config.return_dict = False
+    with pytest.raises(ModelError, match=r"(?s)return_dict=False.*model\.config\.return_dict = True"):
+        mmn.load(model, processor=random_vlm.processor)
+    change_config(folder, return_dict=False)
+    assert mmn.load(folder, device="cpu").model.config.return_dict

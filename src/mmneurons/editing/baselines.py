@@ -166,11 +166,15 @@ def matched_neurons(vlm: VLM, goals: Sequence[Goal], chosen: Columns, seed: int)
     """Random neurons for others: for each one of the same FFN, about as loud where SOURCE is said, in the mean."""
     n = sum(len(goal.steps) for goal in goals)
     mean = [
-        sum((goal.steps.activations[i].float().abs().sum(0) for goal in goals), torch.zeros(ffn.size)) / n
+        sum(
+            (goal.steps.activations[i].float().abs().sum(0) for goal in goals),
+            torch.zeros(ffn.size, dtype=torch.float32),
+        )
+        / n
         for i, ffn in enumerate(vlm.anatomy.ffns)
     ]
     # One step that stands for all; every expert's neurons have slots, in order.
-    step = Replay(vlm.anatomy, goals[0].said, torch.empty(0), mean, [None] * len(mean), [])
+    step = Replay(vlm.anatomy, goals[0].said, torch.empty(0, dtype=torch.float32), mean, [None] * len(mean), [])
     slots = torch.cat([mine + int(step.slot_starts[i]) for i, mine in chosen.indices.items()])
     loud = loudness(step.activations, step.experts, column_norms(vlm.anatomy))
     (drawn,) = matched(step.slot_starts, loud, slots, 1, seed, as_many=True).sets  # edits of one size

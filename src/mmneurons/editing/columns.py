@@ -79,7 +79,7 @@ def writers(vlm: VLM, goals: Sequence[Goal], top: int, blocks: int | None) -> Co
     """
     anatomy = vlm.anatomy
     first = 0 if blocks is None else len(anatomy.blocks) - blocks
-    scores = {i: torch.zeros(ffn.size) for i, ffn in enumerate(anatomy.ffns) if ffn.layer >= first}
+    scores = {i: torch.zeros(ffn.size, dtype=torch.float32) for i, ffn in enumerate(anatomy.ffns) if ffn.layer >= first}
     n = sum(len(goal.steps) for goal in goals)
     for goal in goals:
         said = anatomy.unembed[goal.said].float().cpu()
@@ -110,7 +110,7 @@ class Move:
 
     def adds(self, steps: Steps, rows: Float[Tensor, "steps hidden"]) -> Float[Tensor, "steps"]:
         """What it adds at each step to what a row of its own reads of the logits, to first order."""
-        ways, total = steps.directions(rows), torch.zeros(len(steps))
+        ways, total = steps.directions(rows), torch.zeros(len(steps), dtype=torch.float32)
         parts = self.coefficients.split([len(mine) for mine in self.columns.indices.values()])
         for (i, mine), part in zip(self.columns.indices.items(), parts, strict=True):
             reach = ways.at(self.columns.anatomy.ffns[i].way) @ self.along[i] / self.along[i].pow(2).sum()
@@ -188,18 +188,18 @@ def sparing(
     if alike is None:
         return found
     residual, *norms = (part[len(steps) // 2].expand(hidden, -1) for part in (steps.residual, *steps.norms))
-    every = Directions(anatomy, frozen_rows(anatomy, torch.eye(hidden), residual), norms)
+    every = Directions(anatomy, frozen_rows(anatomy, torch.eye(hidden, dtype=torch.float32), residual), norms)
     for i, mean in found.items():
         reads = every.at(anatomy.ffns[i].way)
         moment = (reads.T @ alike @ reads).double()
         r = SPARE * moment.diagonal().mean()
-        found[i] = torch.linalg.solve(moment + r * torch.eye(hidden), mean.double()).float()
+        found[i] = torch.linalg.solve(moment + r * torch.eye(hidden, dtype=torch.float32), mean.double()).float()
     return found
 
 
 def _alike(vlm: VLM) -> Float[Tensor, "hidden hidden"]:
     tokens = vlm.anatomy.unembed[: vlm.n_tokens]
-    total = torch.zeros(vlm.anatomy.hidden, vlm.anatomy.hidden, device=tokens.device)
+    total = torch.zeros(vlm.anatomy.hidden, vlm.anatomy.hidden, device=tokens.device, dtype=torch.float32)
     for part in tokens.split(8192):
         total += part.float().T @ part.float()
     return total.cpu() / len(tokens)
@@ -235,7 +235,7 @@ def _parts(
     ledger, parts = ledger_of(vlm), []
     for i, mine in columns.indices.items():
         ffn = columns.anatomy.ffns[i]
-        coefficients = torch.zeros(len(mine), n_directions)
+        coefficients = torch.zeros(len(mine), n_directions, dtype=torch.float32)
         for number, c in moves[i]:
             coefficients[:, number] += c
         for expert in [None] if ffn.n_experts is None else range(ffn.n_experts):

@@ -227,7 +227,9 @@ def descend(reader: Reader, groups: Sequence[Sequence[Batch]], payoff: float) ->
                 loss = KEEP * F.kl_div(log_p[kept], base, reduction="sum", log_target=True) / n[2]
                 if bool(batch.turn.any()):
                     good = log_p.gather(1, tokens.clamp_min(0)).masked_fill(tokens < 0, -torch.inf)
-                    paid = good - torch.tensor([payoff]).log().to(good) * (torch.arange(good.shape[1]) == 0).to(good)
+                    paid = good - torch.tensor([payoff], dtype=torch.float32).log().to(good) * (
+                        torch.arange(good.shape[1]) == 0
+                    ).to(good)
                     loss = loss - paid[nouns].logsumexp(1).sum() / n[0] - FOLLOW * good[follows, 1].sum() / n[1]
                 loss.backward()
             yield loss.item()

@@ -155,7 +155,7 @@ def harm_of(vlm: VLM, reference: Reference, moves: Sequence[Move]) -> Float[Tens
     """
     steps, unembed = reference.steps, vlm.anatomy.unembed
     tokens = {move.goal.said for move in moves} | {move.goal.wanted for move in moves if move.goal.wanted is not None}
-    harm = torch.full((len(steps),), -torch.inf)
+    harm = torch.full((len(steps),), -torch.inf, dtype=torch.float32)
     said = unembed[steps.token_ids.to(unembed.device)].float().cpu()
     for others in (reference.seconds, *(torch.full_like(reference.seconds, token) for token in sorted(tokens))):
         rows = unembed[others.to(unembed.device)].float().cpu()

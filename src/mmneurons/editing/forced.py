@@ -108,7 +108,7 @@ class Reader:
         rows, positions, turn = torch.tensor([step[:3] for step in steps]).unbind(1)
         width = max(len(tokens) for *_, tokens in steps)
         tokens = torch.tensor([[*tokens, *[-1] * (width - len(tokens))] for *_, tokens in steps])
-        made = Batch(inputs, None, (), (rows, positions), tokens, turn.bool(), torch.empty(0))
+        made = Batch(inputs, None, (), (rows, positions), tokens, turn.bool(), torch.empty(0, dtype=torch.float32))
         blocks, catcher = self.vlm.anatomy.blocks[self.lowest :], Catcher({0})
         with torch.no_grad():
             catching = enumerate(block.module for block in blocks)

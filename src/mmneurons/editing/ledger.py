@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, ref
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,7 @@ from mmneurons.editing.patch import Patch, PatchPart, column_hashes
 from mmneurons.errors import ModelError, SettingError
 from mmneurons.neurons import Neuron
 from mmneurons.vlm import weights
+from mmneurons.vlm.age import age, editing, mark_edited, renew
 from mmneurons.vlm.anatomy.parts import Anatomy, Ffn
 from mmneurons.vlm.locking import uninterrupted
 from mmneurons.vlm.vlm import VLM
@@ -48,7 +49,9 @@ class _Change:
 class Ledger:
     """What is edited in one model; made by `ledger_of`."""
 
-    def __init__(self, anatomy: Anatomy) -> None:
+    def __init__(self, model: nn.Module, anatomy: Anatomy) -> None:
+        self.age = age(model)
+        self._model = ref(model)  # the table of ledgers must not keep it alive
         self._ffns: dict[Place, Ffn] = {}
         for ffn in anatomy.ffns:
             for expert in [None] if ffn.n_experts is None else range(ffn.n_experts):
@@ -139,8 +142,9 @@ class Ledger:
 
     def _write(self, active: Mapping[str, Patch]) -> None:
         """Make the model what `active` says; whatever happens in between, it is either that or what it was."""
-        plan = self._plan(active)
-        with uninterrupted(), torch.no_grad():
+        plan, model = self._plan(active), self._model()
+        assert model is not None
+        with uninterrupted(), torch.no_grad(), editing(model):
             done: list[tuple[_Change, Tensor]] = []
             try:
                 for change in plan:
@@ -151,6 +155,7 @@ class Ledger:
                     change.view[:, change.index] = old
                 raise
             self._active = dict(active)
+            mark_edited(model, bool(active))
             self._columns.clear()
             for change in plan if active else []:
                 columns = self._columns.setdefault(change.place, _Columns())
@@ -159,14 +164,16 @@ class Ledger:
     def _plan(self, active: Mapping[str, Patch]) -> list[_Change]:
         """Every column that is or was edited, with what it is to be. Changes nothing."""
         sums: dict[tuple[Place, int], Tensor] = {
-            (place, index): torch.zeros(self._hidden)
+            (place, index): torch.zeros(self._hidden, dtype=torch.float32)
             for place, columns in self._columns.items()
             for index in columns.pristine
         }
         for key in sorted(active):
             for part in active[key].parts:
                 for index, delta in zip(part.indices.tolist(), active[key].deltas(part), strict=True):
-                    sums[part.place, index] = sums.get((part.place, index), torch.zeros(self._hidden)) + delta
+                    sums[part.place, index] = (
+                        sums.get((part.place, index), torch.zeros(self._hidden, dtype=torch.float32)) + delta
+                    )
         places = {place for place, _ in sums}
         views = {place: weights.writable(self._ffns[place].module, place[1]) for place in places}
         plan = []
@@ -197,12 +204,14 @@ _LEDGERS: WeakKeyDictionary[nn.Module, Ledger] = WeakKeyDictionary()
 
 
 def ledger_of(vlm: VLM) -> Ledger:
-    """The one ledger of a model, made when it is first asked for."""
+    """The one ledger of a model, made when it is first asked for, and anew when its weights were changed otherwise."""
     with vlm.alone():
-        if vlm.anatomy.owner not in _LEDGERS:
+        owner = vlm.anatomy.owner
+        known = _LEDGERS.get(owner)
+        if known is None or known.age != age(vlm.model):
             _ = vlm.facts  # the hash in it is that of the weights before any edit
-            _LEDGERS[vlm.anatomy.owner] = Ledger(vlm.anatomy)
-        return _LEDGERS[vlm.anatomy.owner]
+            _LEDGERS[owner] = Ledger(vlm.model, vlm.anatomy)
+        return _LEDGERS[owner]
 
 
 def forget(vlm: VLM) -> None:
@@ -212,5 +221,5 @@ def forget(vlm: VLM) -> None:
     the weights before are refused where the columns differ.
     """
     with vlm.alone():
+        renew(vlm.model)  # what names the weights by their hash, too
         _LEDGERS.pop(vlm.anatomy.owner, None)
-        vars(vlm).pop("facts", None)  # which name the weights by their hash

@@ -149,7 +149,7 @@ class Task:
                 n_steps,
                 torch.tensor(places, dtype=torch.long).view(-1, 3),
                 torch.tensor(kept, dtype=torch.long).view(-1, 2),
-                torch.empty(0),
+                torch.empty(0, dtype=torch.float32),
             )
             with torch.no_grad():
                 usual = lesson.picked(logits_of(self.vlm, lesson), lesson.kept).log_softmax(-1)

@@ -48,8 +48,10 @@ class LowRank:
         if any(anatomy.ffns[i].n_experts is not None for i in columns.indices):
             raise ModelError("Changes are learned of dense FFNs only; some of these columns are an expert's.")
         pristine = {i: ledger.pristine((anatomy.ffns[i].layer, None), mine) for i, mine in columns.indices.items()}
-        shares = {i: torch.zeros(len(held), rank, device=held.device) for i, held in pristine.items()}
-        directions = torch.randn(rank, anatomy.hidden, generator=torch.Generator().manual_seed(0))
+        shares = {
+            i: torch.zeros(len(held), rank, device=held.device, dtype=torch.float32) for i, held in pristine.items()
+        }
+        directions = torch.randn(rank, anatomy.hidden, generator=torch.Generator().manual_seed(0), dtype=torch.float32)
         return LowRank(columns, pristine, shares, directions.to(next(iter(shares.values())).device))
 
     @property
@@ -122,7 +124,7 @@ def slopes(vlm: VLM, layers: Sequence[int], descend: Iterable[object]) -> dict[i
         for _ in descend:
             pass
     return {
-        i: (torch.zeros(len(change)) if change.grad is None else change.grad.norm(dim=1).cpu())
+        i: (torch.zeros(len(change), dtype=torch.float32) if change.grad is None else change.grad.norm(dim=1).cpu())
         * held[i].norm(dim=1).cpu()
         for i, change in changes.items()
     }

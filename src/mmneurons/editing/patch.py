@@ -228,7 +228,7 @@ def stack(patches: Sequence[Patch]) -> Patch:
         indices = torch.cat([part.indices for _, part in mine]).unique()
         full = any(part.deltas is not None for _, part in mine)
         width = hidden if full else int(starts[-1])
-        changes = torch.zeros(len(indices), width)
+        changes = torch.zeros(len(indices), width, dtype=torch.float32)
         hashes = torch.zeros(len(indices), HASH_BYTES, dtype=torch.uint8)
         known = torch.zeros(len(indices), dtype=torch.bool)
         for i, part in mine:

@@ -63,7 +63,7 @@ class Reference:
         assert self.said is not None
         values = values.clone()
         values[self.says(vlm, word)[: len(values)]] = torch.inf
-        worst = torch.full((len(self.images),), -torch.inf)
+        worst = torch.full((len(self.images),), -torch.inf, dtype=torch.float32)
         worst = worst.scatter_reduce(0, self.said.steps.answers, values, "amax")
         return [-torch.inf if value == torch.inf else value for value in worst.tolist()]
 

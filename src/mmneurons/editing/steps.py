@@ -236,7 +236,7 @@ def _steps(vlm: VLM, moments: Moments, token_ids: Tensor, logits: Tensor, answer
         if experts is not None:
             width = ffn.n_neurons
             slots = (experts[:, :, None] * width + torch.arange(width, device=experts.device)).flatten(1)
-            part = torch.zeros(len(part), ffn.size, device=part.device).scatter(1, slots, part)
+            part = torch.zeros(len(part), ffn.size, device=part.device, dtype=torch.float32).scatter(1, slots, part)
         fired.append(part.to("cpu", vlm.anatomy.dtype))
     return Steps(
         moments.anatomy,

@@ -20,6 +20,7 @@ from mmneurons.editing.ledger import ledger_of
 from mmneurons.editing.lessons import Lesson, Schedule, Task, learn, logits_of
 from mmneurons.editing.patch import Patch, PatchPart, column_hashes
 from mmneurons.errors import ModelError, SettingError
+from mmneurons.vlm.age import editing
 from mmneurons.vlm.anatomy.parts import Ffn
 from mmneurons.vlm.locking import restored
 from mmneurons.vlm.modes import frozen, hooked
@@ -88,19 +89,20 @@ def attached(vlm: VLM, names: Sequence[str], seed: int) -> Iterator[dict[str, nn
     if any(is_adapter(module) for module in own.values()) or hasattr(model, "peft_config"):
         raise ModelError("The model has adapters already.", fix="Merge them first: model.merge_and_unload()")
     asking = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    try:
-        with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # of names in transformers that PEFT still reads
-            torch.manual_seed(seed)
-            config = LoraConfig(r=RANK, lora_alpha=2 * RANK, lora_dropout=0.0, target_modules=list(names))
-            inject_adapter_in_model(config, model, ADAPTER)
-        yield {name: p for name, p in model.named_parameters() if f".{ADAPTER}." in name}
-    finally:
-        for name, module in own.items():
-            model.set_submodule(name, module)
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad_(name in asking)
-        vars(model).pop("peft_config", None)
+    with editing(model):
+        try:
+            with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+                warnings.simplefilter("ignore", FutureWarning)  # of names in transformers that PEFT still reads
+                torch.manual_seed(seed)
+                config = LoraConfig(r=RANK, lora_alpha=2 * RANK, lora_dropout=0.0, target_modules=list(names))
+                inject_adapter_in_model(config, model, ADAPTER)
+            yield {name: p for name, p in model.named_parameters() if f".{ADAPTER}." in name}
+        finally:
+            for name, module in own.items():
+                model.set_submodule(name, module)
+            for name, parameter in model.named_parameters():
+                parameter.requires_grad_(name in asking)
+            vars(model).pop("peft_config", None)
 
 
 def finetune(task: Task, block: int | None) -> tuple[Patch, Facts]:
@@ -126,7 +128,7 @@ def finetune(task: Task, block: int | None) -> tuple[Patch, Facts]:
     vlm = task.vlm
     layer = len(vlm.anatomy.blocks) - 1 if block is None else block
     _, ffn = dense_ffn(vlm, layer)
-    delta = torch.zeros(vlm.anatomy.hidden, ffn.n_neurons, device=vlm.device, requires_grad=True)
+    delta = torch.zeros(vlm.anatomy.hidden, ffn.n_neurons, device=vlm.device, requires_grad=True, dtype=torch.float32)
     turn = all_turn(task)
 
     def done(missing: float) -> bool:
@@ -235,7 +237,7 @@ def memit(task: Task, block: int | None) -> tuple[Patch, Facts]:
     n = len(goal)
     parts = []
     for k, (layer, c, _) in enumerate(found):
-        coefficients = torch.zeros(len(c), n * len(found))
+        coefficients = torch.zeros(len(c), n * len(found), dtype=torch.float32)
         coefficients[:, k * n : (k + 1) * n] = c
         parts.append(whole(vlm, layer, coefficients=coefficients))
     patch = Patch(vlm.anatomy.hidden, tuple(parts), torch.cat([values for _, _, values in found]))
@@ -354,7 +356,7 @@ def _learn_writes(task: Task, module: nn.Module, layer: int) -> tuple[Tensor, Te
     stream = _at_places(task, task.vlm.anatomy.blocks[layer].module, inputs=False)
     # In units of the stream behind the block: models differ in these by orders of magnitude.
     unit = stream.pow(2).mean().sqrt().item()
-    change = torch.zeros(len(tokens), stream.shape[1], device=task.vlm.device, requires_grad=True)
+    change = torch.zeros(len(tokens), stream.shape[1], device=task.vlm.device, requires_grad=True, dtype=torch.float32)
 
     @restored
     def within(lesson: Lesson) -> Iterator[None]:

@@ -113,7 +113,7 @@ def _scores(
     if finder == "gradient":
         return replay.gradients() * fired
     if finder == "integrated":
-        midpoints = (torch.arange(INTEGRATION_STEPS) + 0.5) / INTEGRATION_STEPS
+        midpoints = (torch.arange(INTEGRATION_STEPS, dtype=torch.float32) + 0.5) / INTEGRATION_STEPS
         layers = sorted({ffn.layer for ffn in replay.anatomy.ffns})
         return torch.stack([replay.gradients(layer, midpoints) for layer in layers]).sum(0) * fired
-    return torch.rand(len(fired), generator=random)
+    return torch.rand(len(fired), generator=random, dtype=torch.float32)

@@ -143,7 +143,9 @@ def neurons_for(vlm: VLM, word: str, *, top: int = 10) -> WordNeurons:
     direction = anatomy.norm.centre(anatomy.norm.weight * row)
     found = _closest(anatomy, direction, max(CANDIDATES, 10 * top))
     columns = columns_of(anatomy, [place for _, _, place in found], row.device)
-    signs = torch.tensor([1.0 if cosine >= 0 else -1.0 for _, cosine, _ in found], device=row.device)[:, None]
+    signs = torch.tensor(
+        [1.0 if cosine >= 0 else -1.0 for _, cosine, _ in found], device=row.device, dtype=torch.float32
+    )[:, None]
     read = signs * as_read(anatomy, columns, [place for _, _, place in found], "logit")
     ranks = _ranks(read, anatomy.unembed[: vlm.n_tokens], token_id)
     order = sorted(range(len(found)), key=lambda i: (ranks[i], -abs(found[i][1])))[:top]
@@ -168,7 +170,7 @@ def _closest(
 ) -> list[tuple[Neuron, float, tuple[int, int]]]:
     """The columns with the largest cosines to a direction in the stream, of either sign, over the whole model."""
     unit = direction / direction.norm().clamp_min(1e-30)
-    best, places = torch.zeros(0), torch.zeros(0, 2, dtype=torch.long)
+    best, places = torch.zeros(0, dtype=torch.float32), torch.zeros(0, 2, dtype=torch.long)
     for i, ffn in enumerate(anatomy.ffns):
         for start, columns in _columns(ffn):
             written = in_stream(columns.T, ffn.way)

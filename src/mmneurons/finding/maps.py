@@ -81,7 +81,7 @@ def _maps(
     for i, mine in enumerate(places):
         row = scored.targets[i].row
         values = [recorded[ffn][row, :, column_of[ffn][n]] for ffn, n in mine]
-        maps = torch.stack(values).float() if values else torch.empty(0, 0, device=device)
+        maps = torch.stack(values).float() if values else torch.empty(0, 0, device=device, dtype=torch.float32)
         found.append(maps if gates else maps * scored.activations[i, slots[i].to(device)].sign()[:, None])
     return found
 

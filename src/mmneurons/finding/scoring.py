@@ -205,7 +205,9 @@ def describe(vlm: VLM, scored: Scored) -> list[NounFinding]:
     once = {key: j for j, key in enumerate(dict.fromkeys(fires))}  # nouns share neurons, and the vocabulary is large
     different = [place for place, _ in once]
     columns = as_read(anatomy, columns_of(anatomy, different, scored.scores.device), different, scored.choices.score)
-    signs = torch.tensor([-1.0 if negative else 1.0 for _, negative in once], device=columns.device)
+    signs = torch.tensor(
+        [-1.0 if negative else 1.0 for _, negative in once], device=columns.device, dtype=torch.float32
+    )
     promoted, suppressed = ([texts(vlm, ids) for ids in tokens] for tokens in said(vlm, signs[:, None] * columns))
     fired, scores = activations.tolist(), scored.scores.gather(1, listed).tolist()
     tops = scored.pushes.gather(1, listed).sum(-1).tolist()
@@ -278,7 +280,7 @@ def _histograms(scored: Scored, i: int) -> dict[int, tuple[int, ...]]:
 
 def columns_of(anatomy: Anatomy, places: list[tuple[int, int]], device: torch.device) -> Float[Tensor, "n hidden"]:
     """Columns of `w_out` of neurons given as (FFN, neuron counted through all its experts), float32."""
-    columns = torch.empty(len(places), anatomy.hidden, device=device)
+    columns = torch.empty(len(places), anatomy.hidden, device=device, dtype=torch.float32)
     groups: dict[tuple[int, int | None], list[int]] = {}
     for j, (i, neuron) in enumerate(places):
         groups.setdefault((i, anatomy.ffns[i].neuron(neuron).expert), []).append(j)

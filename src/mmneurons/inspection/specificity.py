@@ -95,7 +95,11 @@ def noun_scores(
         if ffn.n_experts is None:
             parts.append(mine)
         else:
-            parts.append(torch.zeros(len(targets), ffn.size).scatter_add(1, scored.moments.neurons(i).cpu(), mine))
+            parts.append(
+                torch.zeros(len(targets), ffn.size, dtype=torch.float32).scatter_add(
+                    1, scored.moments.neurons(i).cpu(), mine
+                )
+            )
     whole = torch.cat(parts, dim=1).float().numpy()
     return [NounScores(items[t.row].name, t.word.lemma, row) for t, row in zip(targets, whole, strict=True)]
 

@@ -171,7 +171,7 @@ def mean_activations(
     answered = torch.tensor([[step < len(ids) for step in range(n_steps)] for ids in answers.token_ids])
     means = []
     for i, ffn in enumerate(vlm.anatomy.ffns):
-        total, count = torch.zeros(ffn.size, dtype=torch.float64), torch.zeros(ffn.size)
+        total, count = torch.zeros(ffn.size, dtype=torch.float64), torch.zeros(ffn.size, dtype=torch.float32)
         for step in range(n_steps):
             fired = recording.raw[i][step][:, -1].double().cpu()[answered[:, step]]
             if ffn.n_experts is None:
@@ -182,7 +182,7 @@ def mean_activations(
             width = ffn.n_neurons
             places = (of[..., None] * width + torch.arange(width)).flatten()
             total.index_add_(0, places, fired.flatten())
-            count.index_add_(0, places, torch.ones(len(places)))
+            count.index_add_(0, places, torch.ones(len(places), dtype=torch.float32))
         means.append((total / count.clamp(min=1)).float())
     return means
 

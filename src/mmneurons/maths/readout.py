@@ -84,7 +84,7 @@ def expected_row(
     probabilities: Float[Tensor, "nouns vocab"], unembed: Tensor, chunk: int = 16384
 ) -> Float[Tensor, "nouns hidden"]:
     """sum_v p_v u_v, the unembedding row the model expects; `unembed` (vocab, hidden) of any dtype, read in chunks."""
-    total = torch.zeros(len(probabilities), unembed.shape[1], device=unembed.device)
+    total = torch.zeros(len(probabilities), unembed.shape[1], device=unembed.device, dtype=torch.float32)
     for start in range(0, len(unembed), chunk):
         total += probabilities[:, start : start + chunk] @ unembed[start : start + chunk].float()
     return total

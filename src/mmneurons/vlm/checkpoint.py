@@ -22,6 +22,7 @@ from transformers import CONFIG_MAPPING, AutoModelForImageTextToText, PreTrained
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from mmneurons.errors import MmneuronsError, ModelError
+from mmneurons.vlm.age import editing
 from mmneurons.vlm.processors import is_installed, missing_package
 
 if TYPE_CHECKING:
@@ -117,18 +118,19 @@ def running(vlm: VLM, names: Iterable[str], picture: Image.Image) -> set[str]:
         if _everywhere(name.rpartition(".")[0]) not in ran and tensor.is_floating_point() and not tensor.is_meta
     }
     kept = {name: tensor.detach().clone() for name, tensor in idle.items()}
-    try:
-        with torch.no_grad():
-            for tensor in idle.values():
-                tensor.fill_(torch.nan)
-        after = vlm.generate(inputs, 2)
-        same = torch.equal(before.logits, after.logits) and torch.equal(before.log_totals, after.log_totals)
-    except ModelError:  # the logits are NaN
-        same = False
-    finally:
-        with torch.no_grad():
-            for name, tensor in idle.items():
-                tensor.copy_(kept[name])
+    with editing(model):
+        try:
+            with torch.no_grad():
+                for tensor in idle.values():
+                    tensor.fill_(torch.nan)
+            after = vlm.generate(inputs, 2)
+            same = torch.equal(before.logits, after.logits) and torch.equal(before.log_totals, after.log_totals)
+        except ModelError:  # the logits are NaN
+            same = False
+        finally:
+            with torch.no_grad():
+                for name, tensor in idle.items():
+                    tensor.copy_(kept[name])
     return set(tensors) - set(idle) if same else set(tensors)
 
 

@@ -149,7 +149,7 @@ def sum_of_writes(moments: Moments, token_ids: list[int]) -> Tensor:
     anatomy = moments.anatomy
     rows = anatomy.unembed[token_ids].float().to(moments.residual.device)
     directions = Directions(anatomy, frozen_rows(anatomy, rows, moments.residual), moments.norms)
-    ffn = torch.zeros(len(rows), device=rows.device)
+    ffn = torch.zeros(len(rows), device=rows.device, dtype=torch.float32)
     for i, part in enumerate(anatomy.ffns):
         ffn += (moments.activations[i] * moments.projected(i, directions.at(part.way))).sum(-1)
     bias = anatomy.head_bias

@@ -147,12 +147,14 @@ def parts_of(anatomy: Anatomy, change: Intervention) -> list[Part]:
         ffn = ffns[layer, expert]
         members = sorted(members, key=lambda i: change.neurons[i])
         indices = torch.tensor([change.neurons[i].index for i in members])
-        values = None if change.values is None else torch.tensor([change.values[i] for i in members])
+        values = (
+            None if change.values is None else torch.tensor([change.values[i] for i in members], dtype=torch.float32)
+        )
         noise = None
         if change.noise is not None:
             columns = weights.columns(ffn.module, indices, expert=expert).cpu()
             size = columns.pow(2).mean(-1, keepdim=True).sqrt()
-            noise = change.noise * size * torch.randn(columns.shape, generator=random)
+            noise = change.noise * size * torch.randn(columns.shape, generator=random, dtype=torch.float32)
         parts.append(Part(ffn, expert, indices, values, noise))
     return parts
 

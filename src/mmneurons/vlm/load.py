@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from PIL import Image
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
@@ -57,7 +58,7 @@ def load(
             told.
     """
     if isinstance(model, nn.Module):
-        return _adopt(model, processor, decoder)
+        return _adopt(_unwrapped(model), processor, decoder)
     if model is not None and not isinstance(model, str | os.PathLike):
         raise _not_a_model(model)
     is_pocket = model is None or model == POCKET
@@ -79,7 +80,7 @@ def load(
         vlm = VLM(
             model=loaded,
             processor=_processor(source, loaded.config.model_type, options) if processor is None else processor,
-            anatomy=find_anatomy(loaded, decoder),
+            analysed=find_anatomy(loaded, decoder),
             model_id=POCKET if is_pocket else source,
             revision=getattr(loaded.config, "_commit_hash", None) or revision,
             is_pocket=is_pocket,
@@ -108,6 +109,37 @@ def _processor(source: str, model_type: str, options: dict[str, Any]) -> Any:
         return load_processor(first, model_type=model_type, trust_remote_code=trusted)
 
 
+def _unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside what torch wraps around one: compilation, or several devices."""
+    if isinstance(model, nn.DataParallel | DistributedDataParallel):
+        return _unwrapped(model.module)
+    inner = getattr(model, "_orig_mod", None)  # of torch.compile
+    return _unwrapped(inner) if isinstance(inner, nn.Module) else model
+
+
+def _check_calls(model: PreTrainedModel) -> None:
+    """Refuse a model whose parts are not called as they are written: what they do would not be seen."""
+    for name, module in model.named_modules():
+        forward = getattr(module.forward, "__func__", module.forward)
+        if (
+            hasattr(module, "_orig_mod")
+            or getattr(module, "_compiled_call_impl", None) is not None
+            or hasattr(forward, "_torchdynamo_orig_callable")
+        ):
+            raise ModelError(
+                "The model is compiled, and what its neurons do inside cannot be seen.",
+                seen=f"Compiled: {name or type(module).__name__}",
+                fix="Give it as it was before torch.compile or model.compile().",
+            )
+        config = getattr(module, "config", None)
+        if isinstance(module, PreTrainedModel) and not getattr(config, "return_dict", True):
+            raise ModelError(
+                "The model gives its results without names.",
+                seen=f"config.return_dict=False of {name or type(module).__name__}",
+                fix=f"model.{name + '.' if name else ''}config.return_dict = True",
+            )
+
+
 def _adopt(model: nn.Module, processor: Any, decoder: str | None) -> VLM:
     """Use a model object as it is."""
     wrapped = getattr(model, "get_base_model", None)  # of PEFT; the adapters stay inside the model
@@ -121,6 +153,7 @@ def _adopt(model: nn.Module, processor: Any, decoder: str | None) -> VLM:
     if not isinstance(model, PreTrainedModel):
         raise _not_a_model(model)
     _check_kind(model.config)
+    _check_calls(model)
     name = getattr(model.config, "_name_or_path", "") or type(model).__name__
     return VLM(model, processor, find_anatomy(model, decoder), name, getattr(model.config, "_commit_hash", None))
 
@@ -155,7 +188,7 @@ def _check_device(device: Any) -> None:
     if device is None or not isinstance(device, str | torch.device) or str(device) in SPREAD:
         return
     try:
-        torch.zeros(1, device=device).cpu()
+        torch.zeros(1, device=device, dtype=torch.float32).cpu()
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         there = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
         raise ModelError(

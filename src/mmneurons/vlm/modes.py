@@ -42,6 +42,7 @@ def frozen(model: nn.Module) -> Iterator[None]:
 def greedy(model: PreTrainedModel, tokenizer: Any, max_new_tokens: int) -> Iterator[None]:
     """Greedy generation by our settings alone; the checkpoint's are put back afterwards.
 
+    What stands for a picture in a prompt is never said: no pixels belong to it, and the answer could not be read again.
     They are swapped, not overridden: `generate` fills every setting that is left open from the model's own. Models in
     the model (BLIP-2's language model generates by itself) have settings of their own.
     """
@@ -60,6 +61,7 @@ def greedy(model: PreTrainedModel, tokenizer: Any, max_new_tokens: int) -> Itera
                 bos_token_id=config.bos_token_id,
                 eos_token_id=stops or None,
                 pad_token_id=pad if pad is not None else next(iter(stops), None),
+                suppress_tokens=list(placeholder_ids(model.config)) or None,
                 decoder_start_token_id=config.decoder_start_token_id,
             )
         with evaluating(model):
@@ -93,3 +95,10 @@ def stop_ids(model: PreTrainedModel, tokenizer: Any) -> set[int]:
     if eos is None:
         eos = getattr(tokenizer, "eos_token_id", None)
     return set() if eos is None else {eos} if isinstance(eos, int) else set(eos)
+
+
+def placeholder_ids(config: Any) -> tuple[int, ...]:
+    """The tokens that stand for pictures, videos and sounds in a prompt."""
+    names = (f"{kind}_token_{ending}" for kind in ("image", "video", "audio") for ending in ("id", "index"))
+    found = {getattr(config, name, None) for name in names}
+    return tuple(sorted(token for token in found if isinstance(token, int) and token >= 0))

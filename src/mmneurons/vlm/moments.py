@@ -51,7 +51,9 @@ class Moments:
         if experts is None:
             found = weights.project(directions.flatten(0, 1), ffn.module)
             return found.view(*directions.shape[:2], -1).to(directions.device)
-        found = torch.zeros(len(directions), *experts.shape, ffn.n_neurons, device=directions.device)
+        found = torch.zeros(
+            len(directions), *experts.shape, ffn.n_neurons, device=directions.device, dtype=torch.float32
+        )
         for expert in torch.unique(experts).tolist():
             rows, places = torch.nonzero(experts == expert, as_tuple=True)
             read = weights.project(directions[:, rows].flatten(0, 1), ffn.module, expert=expert)
@@ -116,7 +118,7 @@ def written(
     """
     anatomy, device = moments.anatomy, rows.device
     rule = anatomy.logit_rule
-    by_kind = {kind: torch.zeros(len(rows), device=device) for kind in ("attention", "other")}
+    by_kind = {kind: torch.zeros(len(rows), device=device, dtype=torch.float32) for kind in ("attention", "other")}
     for source, wrote in zip(anatomy.sources, moments.sources, strict=True):
         by_kind[source.kind] += (directions.at(source.way) * wrote.to(device)).sum(-1)
     bias = bias_total(anatomy, directions) + rule.scale * rule.before * (rows @ anatomy.norm.bias.to(device))

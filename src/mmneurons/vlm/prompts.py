@@ -7,6 +7,7 @@ from textwrap import shorten
 from typing import Any
 
 import torch
+from jinja2 import TemplateError
 from PIL import Image
 from torch import Tensor
 from transformers import BatchFeature
@@ -43,6 +44,7 @@ def prompt_text(
     Returns:
         The text, not yet expanded to one token per patch.
     """
+    answer_prefix = answer_prefix.strip(" ")
     asked = f"{image_token}\n" * n_images + prompt if image_token else prompt
     template = getattr(processor, "chat_template", None)
     template = template or getattr(getattr(processor, "tokenizer", None), "chat_template", None)
@@ -90,11 +92,13 @@ def encode_prompt(
         `decoder_start`, `decoder_input_ids` does, and there is no `input_ids` if only the decoder reads words.
 
     Raises:
-        SettingError: if rows have different numbers of pictures, or there are no rows.
+        SettingError: if rows have different numbers of pictures, or there are none; or words hold a picture's token.
         ModelError: if the processor takes the prompt in no form.
     """
     if len({len(row) for row in images}) != 1:
         raise SettingError("Every row has the same number of pictures.", seen=f"{[len(row) for row in images]}")
+    _check_words(processor, f"{prompt}\n{answer_prefix}", image_token_id)
+    answer_prefix = answer_prefix.strip(" ")  # a space at the end would be a token of its own, before one of the answer
     in_text = answer_prefix if decoder_start is None else ""
     with _padded(processor.tokenizer, padding_side):
         batch = _encode(processor, images, prompt, in_text, image_token_id, padding_side)
@@ -146,6 +150,18 @@ def tokens_of(tokenizer: Any, word: str) -> list[int]:
     return rest
 
 
+def _check_words(processor: Any, words: str, image_token_id: int | None) -> None:
+    """Refuse words that hold the token which stands for a picture: it is written here, one for each that is given."""
+    tokens = {str(_of_either(processor, "image_token") or ""), str(_of_either(processor, "video_token") or "")}
+    if image_token_id is not None:
+        tokens.add(processor.tokenizer.convert_ids_to_tokens(image_token_id) or "")
+    if held := next((token for token in sorted(tokens - {""}) if token in words), None):
+        raise SettingError(
+            f"The prompt holds '{held}', which stands for a picture.",
+            fix=f"Leave '{held}' out: it is put in front of the words for each picture that is given.",
+        )
+
+
 def _rendered(processor: Any, template: Any, content: Any) -> str | None:
     """One turn of a user by the chat template, open for the answer; None if the template cannot write it."""
     owner = processor if getattr(processor, "chat_template", None) else processor.tokenizer
@@ -154,7 +170,7 @@ def _rendered(processor: Any, template: Any, content: Any) -> str | None:
         return owner.apply_chat_template(
             [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False, **options
         )
-    except (*REFUSALS, RuntimeError):  # of the template engine
+    except (*REFUSALS, RuntimeError, TemplateError):  # the last two of the template engine
         return None
 
 

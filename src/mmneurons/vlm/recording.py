@@ -256,7 +256,7 @@ class _Recorder:
         for i, ffn in enumerate(recording.anatomy.ffns):
             if len(recording.raw[i]) < n:
                 width = ffn.n_neurons if self.neurons is None else len(self.neurons[i])
-                self._fill(ffn.layer, ffn.name, recording.raw[i], torch.zeros(*shape, width))
+                self._fill(ffn.layer, ffn.name, recording.raw[i], torch.zeros(*shape, width, dtype=torch.float32))
         self._entered.clear()
 
     def _fill(self, layer: int, name: str, parts: list[Tensor], like: Tensor) -> None:

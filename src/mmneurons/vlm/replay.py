@@ -95,7 +95,7 @@ class Replay:
         Returns:
             float32, on the CPU.
         """
-        found = torch.empty(len(sets), len(self.logits))
+        found = torch.empty(len(sets), len(self.logits), dtype=torch.float32)
         for rows, logits in self._answers(sets, values, batch_size):
             found[rows] = logits.cpu()
         return found
@@ -116,7 +116,7 @@ class Replay:
             batch_size: How many questions are run at once.
             progress: Called with the number of questions answered after each pass.
         """
-        logit, logprob = torch.empty(len(sets)), torch.empty(len(sets), dtype=torch.float64)
+        logit, logprob = torch.empty(len(sets), dtype=torch.float32), torch.empty(len(sets), dtype=torch.float64)
         done = 0
         for rows, logits in self._answers(sets, values, batch_size):
             logit[rows] = logits[:, self.token_id].cpu()
@@ -160,16 +160,19 @@ class Replay:
         Returns:
             float32, on the CPU.
         """
-        scales = torch.ones(1) if scales is None else scales
+        scales = torch.ones(1, dtype=torch.float32) if scales is None else scales
         asked = [i for i, ffn in enumerate(self.anatomy.ffns) if layer is None or ffn.layer == layer]
-        added = {i: torch.zeros(len(scales), len(self.activations[i]), requires_grad=True) for i in asked}
+        added = {
+            i: torch.zeros(len(scales), len(self.activations[i]), requires_grad=True, dtype=torch.float32)
+            for i in asked
+        }
         # Linear attention (Qwen 3.5) writes into its state, which autograd would refuse to have saved.
         with torch.enable_grad(), torch.autograd.graph.allow_mutation_on_saved_tensors():
             changes = [partial(self._raise, i, values, scales) for i, values in added.items()]
             logits = self._run(layer or 0, len(scales), changes, grad=True)
             total = log_p(logits, self.token_id).sum()
             found = dict(zip(added, torch.autograd.grad(total, list(added.values())), strict=True))
-        zeros = (torch.zeros(len(part)) for part in self.activations)
+        zeros = (torch.zeros(len(part), dtype=torch.float32) for part in self.activations)
         return torch.cat([found[i].mean(0) if i in found else zero for i, zero in enumerate(zeros)])
 
     def _silent(

@@ -20,12 +20,14 @@ from transformers import PreTrainedModel
 from mmneurons.errors import ModelError, SettingError
 from mmneurons.pocket import SIDE
 from mmneurons.vlm import provenance
-from mmneurons.vlm.anatomy.parts import Anatomy
+from mmneurons.vlm.age import age, weights_hash
+from mmneurons.vlm.anatomy.find import find_anatomy
+from mmneurons.vlm.anatomy.parts import Anatomy, check_finite
 from mmneurons.vlm.checkpoint import Loading
 from mmneurons.vlm.families import Family, family_of
 from mmneurons.vlm.images import OpenedImage, check_scaled, open_image
 from mmneurons.vlm.locking import alone
-from mmneurons.vlm.modes import evaluating, greedy, hooked, input_device, stop_ids
+from mmneurons.vlm.modes import evaluating, greedy, hooked, input_device, placeholder_ids, stop_ids
 from mmneurons.vlm.prompts import ANSWER_PREFIX, MAX_NEW_TOKENS, PROMPT, encode_prompt
 from mmneurons.vlm.tokens import TokenIds, pieces
 
@@ -49,7 +51,8 @@ class Answers:
     sequences: Int[Tensor, "batch positions"]
     """Prompt and answer, padded, as the language model reads them; for reading the same words again."""
     logits: Float[Tensor, "batch steps"]
-    """Of each token generated, as the model gave it."""
+    """Of each token generated, as the model gave it: the largest but for what may not be said, which stands for a
+    picture."""
     log_totals: Float[Tensor, "batch steps"]
     """Log of the sum of the exponentials of all logits there: log p = logit - log total."""
     n_prompt: int
@@ -63,7 +66,8 @@ class VLM:
     model: PreTrainedModel
     processor: Any
     """None: the model works on ready-made inputs, and tokens are shown by number."""
-    anatomy: Anatomy
+    analysed: Anatomy
+    """Where its neurons are, as last found: read it as `anatomy`."""
     model_id: str
     revision: str | None = None
     is_pocket: bool = False
@@ -72,11 +76,13 @@ class VLM:
     """Known from the time of loading where running the model changes how its weights are stored (4-bit on CPUs)."""
     loading: Loading | None = None
     """How the weights and their checkpoint fit together; None for a model that came loaded."""
+    _age: int = field(default=0, init=False, repr=False)
+    _facts: dict[str, Any] | None = field(default=None, init=False, repr=False)
     _token_texts: dict[int, str] = field(default_factory=dict, init=False, repr=False)
 
     def alone(self) -> AbstractContextManager[None]:
         """Within the `with` the model is this thread's; others wait for its end. It may be nested."""
-        return alone(self.anatomy.owner)
+        return alone(self.analysed.owner)
 
     @cached_property
     def tokenizer(self) -> Any:
@@ -105,14 +111,36 @@ class VLM:
         """Tokens that can be written: rows of the unembedding without those that only pad it."""
         return min(self.anatomy.vocab, pieces(self.tokenizer))
 
-    @cached_property
+    def __post_init__(self) -> None:
+        """Note the weights as they are now."""
+        self._age = age(self.model)
+
+    @property
+    def anatomy(self) -> Anatomy:
+        """Where its neurons are; found anew where the weights were changed by something else than patches."""
+        self._notice()
+        return self.analysed
+
+    @property
     def facts(self) -> dict[str, Any]:
-        """Id, revision, class, weights hash, dtype, device, form of the neurons' weights; the weights are read once."""
+        """Id, revision, class, weights hash, dtype, device, form of the neurons' weights; the weights are read once.
+
+        The hash is that of the weights without patches.
+        """
         kinds = dict.fromkeys(type(ffn.module).__name__ for ffn in self.anatomy.ffns)
-        known = self.weights_hash, self.anatomy.dtype
         with self.alone():
-            facts = provenance.model_facts(self.model, self.model_id, self.revision, *known)
-        return facts | {"w_out_class": ", ".join(kinds)}
+            if self._facts is None:
+                weights = self.weights_hash or weights_hash(self.model)
+                known = provenance.model_facts(self.model, self.model_id, self.revision, weights, self.anatomy.dtype)
+                self._facts = known | {"w_out_class": ", ".join(kinds)}
+            return self._facts
+
+    def _notice(self) -> None:
+        if age(self.model) == self._age:
+            return
+        with self.alone():
+            self.analysed = find_anatomy(self.model, self.analysed.decoder_name)
+            self._age, self._facts, self.weights_hash, self.loading = age(self.model), None, None, None
 
     def token_text(self, token_id: int) -> str:
         """One token as text, leading space kept; part of a character is given as the vocabulary writes it."""
@@ -144,7 +172,8 @@ class VLM:
             images: A path, PIL image or array, or a list of them; a list in the list is several images in one prompt;
                 None for a prompt without an image.
             prompt: What is asked.
-            answer_prefix: Words that the answer is made to begin with; not part of what is returned.
+            answer_prefix: Words that the answer is made to begin with; not part of what is returned. Spaces around them
+                do not matter.
             max_new_tokens: Where to stop if the model does not.
             batch_size: Prompts generated for at once.
 
@@ -212,7 +241,8 @@ class VLM:
         """Greedy answers for one encoded batch, with a KV cache and nothing compiled."""
         if max_new_tokens < 1:
             raise SettingError("An answer has at least one token.", seen=f"max_new_tokens={max_new_tokens}")
-        watch = _Chosen()
+        self._check_length(inputs)
+        watch = _Chosen(placeholder_ids(self.model.config))
         watching = hooked([partial(self.anatomy.owner.register_forward_hook, watch)])
         with self.alone(), watching, torch.inference_mode(), greedy(self.model, self.tokenizer, max_new_tokens):
             made = cast(Any, self.model).generate(**inputs)
@@ -221,7 +251,21 @@ class VLM:
         rows = tuple(_until_stop(row, stops) for row in made[:, n_prompt:].tolist())
         texts = tuple(self.tokenizer.decode(row, skip_special_tokens=True).strip() for row in rows)
         logits, totals = torch.stack(watch.logits, dim=1), torch.stack(watch.log_totals, dim=1)
+        check_finite(totals, self.model.dtype)
         return Answers(rows, texts, made, logits, totals, n_prompt)
+
+    def _check_length(self, inputs: Inputs) -> None:
+        """Refuse a prompt that leaves no place for an answer in what the model was made for."""
+        if self.is_encoder_decoder or "input_ids" not in inputs:
+            return
+        context = getattr(self.model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+        length = inputs["input_ids"].shape[1]
+        if isinstance(context, int) and length >= context:
+            raise SettingError(
+                "The prompt is longer than what the model was made to read.",
+                seen=f"{length} tokens, those of pictures among them; the model's context is {context}.",
+                fix="Ask in fewer words, with fewer or smaller pictures.",
+            )
 
     def given(self, inputs: Inputs, token_ids: Sequence[Sequence[int]]) -> Answers:
         """Answers that the model is given and did not choose, for `read`; behind its end a short one is filled up."""
@@ -233,7 +277,7 @@ class VLM:
         longest = max(token_ids, key=len)
         filled = [[*row, *longest[len(row) :]] for row in token_ids]
         fed = torch.tensor(filled, dtype=prompts.dtype, device=prompts.device).view(len(filled), len(longest))
-        nothing, n_prompt = torch.empty(len(filled), 0), prompts.shape[1]
+        nothing, n_prompt = torch.empty(len(filled), 0, dtype=torch.float32), prompts.shape[1]
         rows, texts = tuple(map(tuple, token_ids)), ("",) * len(filled)
         return Answers(rows, texts, torch.cat([prompts, fed], dim=1), nothing, nothing, n_prompt)
 
@@ -296,17 +340,22 @@ class VLM:
 
 
 class _Chosen:
-    """Notes, of each step, what greedy decoding needs to know of the logits; they are large and not kept."""
+    """Notes, of each step, what greedy decoding needs to know of the logits; they are large and not kept.
 
-    def __init__(self) -> None:
+    Args:
+        unsaid: Tokens that are not chosen, however high; the totals are of all tokens, as the model gave them.
+    """
+
+    def __init__(self, unsaid: Sequence[int]) -> None:
+        self.unsaid = list(unsaid)
         self.logits: list[Tensor] = []
         self.log_totals: list[Tensor] = []
 
     def __call__(self, module: torch.nn.Module, args: tuple, output: Any) -> None:
         scores = output.logits[:, -1].to(torch.float32, copy=True)
-        highest = scores.max(-1).values
-        self.logits.append(highest)
-        self.log_totals.append(highest + scores.sub_(highest[:, None]).exp_().sum(-1).log_())
+        self.log_totals.append(scores.logsumexp(-1))
+        scores[:, [token for token in self.unsaid if token < scores.shape[1]]] = -torch.inf
+        self.logits.append(scores.max(-1).values)
 
 
 def as_list(images: Picture | Pictures | None) -> list[Any]:

@@ -18,9 +18,9 @@ def measure_norm(module: nn.Module, hidden: int) -> Norm:
     """
     norm = _in_float32(module)
     device = next((p.device for p in norm.parameters()), torch.device("cpu"))
-    ones = torch.ones(hidden, device=device)
+    ones = torch.ones(hidden, device=device, dtype=torch.float32)
     with torch.inference_mode():
-        bias = norm(torch.zeros(hidden, device=device))
+        bias = norm(torch.zeros(hidden, device=device, dtype=torch.float32))
         centred = bool(torch.allclose(norm(ones), bias, atol=1e-5))
         probe = ones.clone()
         if centred:

@@ -15,6 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from mmneurons.errors import ModelError
 from mmneurons.maths.readout import Norm
 from mmneurons.neurons import Neuron
 from mmneurons.vlm import weights
@@ -194,13 +195,39 @@ class Anatomy:
     def logits(self, x: Float[Tensor, "n hidden"], *, grad: bool = False) -> Float[Tensor, "n vocab"]:
         """Logits, float32, of residual streams, by the model's own norm and head; differentiable if asked for."""
         with torch.enable_grad() if grad else torch.inference_mode():
-            return self.logit_rule(self.head(self.logit_rule.before * normed(self.norm_module, x)))
+            h = self.logit_rule.before * normed(self.norm_module, x)
+            check_finite(h, h.dtype)
+            return self.logit_rule(self.head(h))
 
 
 def normed(module: nn.Module, x: Float[Tensor, "n hidden"]) -> Float[Tensor, "n hidden"]:
     """What a norm's own module gives, where its weights are and in their dtype."""
     like = next(module.parameters(), None)
     return module(x if like is None or like.is_meta else x.to(device=like.device, dtype=like.dtype))
+
+
+def check_finite(values: Float[Tensor, "*n"], dtype: torch.dtype) -> None:
+    """Refuse logits that are no numbers: whatever is chosen by them means nothing.
+
+    Args:
+        values: What the logits are made of, or the logs of their totals.
+        dtype: What the model computes in.
+
+    Raises:
+        ModelError: if any is NaN or infinite.
+    """
+    if bool(values.isfinite().all()):
+        return
+    if dtype == torch.float16:
+        raise ModelError(
+            "The logits are NaN in float16, whose largest number is 65,504.",
+            fix='Load it in bfloat16: load(..., dtype="bfloat16")    CLI: --dtype bfloat16',
+        )
+    raise ModelError(
+        f"The logits are NaN in {str(dtype).removeprefix('torch.')}.",
+        seen="A weight of the model is no finite number, or something became too large on the way.",
+        fix="Load the checkpoint again, or check it: every weight should be finite.",
+    )
 
 
 def steps(way: Way | None) -> Iterator[Way]:

@@ -24,7 +24,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers.modeling_outputs import BaseModelOutput
 
 from mmneurons.errors import ModelError
-from mmneurons.vlm.anatomy.parts import LogitRule
+from mmneurons.vlm.anatomy.parts import LogitRule, check_finite
 from mmneurons.vlm.anatomy.structure import FoundFfn, Tree, is_linear, is_norm, linear_shape, visible
 from mmneurons.vlm.locking import alone
 from mmneurons.vlm.modes import evaluating, hooked, input_device
@@ -64,8 +64,8 @@ class SeenBlock:
 
     dtypes: set[torch.dtype] = field(default_factory=set)
     """Of everything seen."""
-    entered: Tensor = field(default_factory=lambda: torch.zeros(0))
-    left: Tensor = field(default_factory=lambda: torch.zeros(0))
+    entered: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.float32))
+    left: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.float32))
     parts: list[Seen] = field(default_factory=list)
     numbers: list[Seen] = field(default_factory=list)
     """Projections to one number per token."""
@@ -102,7 +102,7 @@ def run(tree: Tree, ffns: list[list[FoundFfn]]) -> Pass:
     """Run the tiny pass.
 
     Raises:
-        ModelError: if the language model cannot be run on tokens alone.
+        ModelError: if the language model cannot be run on tokens alone, or gives no numbers.
     """
     blocks = [SeenBlock() for _ in tree.layers]
     norms: list[Seen] = []
@@ -126,6 +126,7 @@ def run(tree: Tree, ffns: list[list[FoundFfn]]) -> Pass:
         ) from error
     if not heads or any(seen.left.numel() == 0 for seen in blocks):
         raise ModelError("Not every block of the language model, or not its head, was reached in a forward pass.")
+    check_finite(heads[-1][0], tree.owner.dtype)
     for seen in blocks:
         _add_gated(seen, dense)
     dtype = max(set.union(*(seen.dtypes for seen in blocks)), key=lambda dtype: torch.finfo(dtype).eps)
@@ -213,8 +214,8 @@ def _tiny_inputs(tree: Tree) -> dict[str, Any]:
     device = input_device(owner)
     ids = torch.tensor([plain[:N_TOKENS]] * len(STREAMS), device=device)
     generator = torch.Generator().manual_seed(0)
-    states = torch.randn(1, 4, tree.hidden, generator=generator).to(device=device, dtype=owner.dtype)
-    states = states.repeat(len(STREAMS), 1, 1)
+    states = torch.randn(1, 4, tree.hidden, generator=generator, dtype=torch.float32)
+    states = states.to(device=device, dtype=owner.dtype).repeat(len(STREAMS), 1, 1)
     inputs: dict[str, Any] = {"use_cache": False} if "use_cache" in takes else {}
     if getattr(config, "is_encoder_decoder", False) and "decoder_input_ids" in takes:
         inputs |= {"decoder_input_ids": ids, "encoder_outputs": BaseModelOutput(last_hidden_state=states)}  # pyright: ignore[reportArgumentType]
@@ -316,7 +317,9 @@ def _ramp(heads: list[tuple[Tensor, Tensor]]):
 
     def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
         given = args[0]
-        ramp = torch.linspace(-60, 60, output.shape[-1]).to(device=output.device, dtype=output.dtype)
+        ramp = torch.linspace(-60, 60, output.shape[-1], dtype=torch.float32).to(
+            device=output.device, dtype=output.dtype
+        )
         heads.append((given.detach().float().cpu().reshape(-1, given.shape[-1]), ramp.float().cpu()))
         return ramp.expand_as(output).clone()
 

@@ -51,7 +51,7 @@ def bias_total(anatomy: Anatomy, directions: Directions) -> Float[Tensor, "n"]:
     Those of the final norm and of the head are not in it.
     """
     like = directions.at(None)
-    total = torch.zeros(len(like), device=like.device)
+    total = torch.zeros(len(like), device=like.device, dtype=torch.float32)
     for ffn in anatomy.ffns:
         bias = None if ffn.n_experts is not None else weights.bias(ffn.module)
         if bias is not None:

@@ -38,7 +38,7 @@ def matrix(module: nn.Module, neurons: int) -> Tensor:
     device, dtype = _place(module)
     with _undisturbed(module):
         offset = _run(module, torch.zeros(1, neurons, device=device, dtype=dtype))
-        measured = torch.empty(offset.shape[1], neurons, device=offset.device)
+        measured = torch.empty(offset.shape[1], neurons, device=offset.device, dtype=torch.float32)
         for start in range(0, neurons, SLICE):
             rows = torch.arange(start, min(start + SLICE, neurons), device=device)
             inputs = torch.zeros(len(rows), neurons, device=device, dtype=dtype)
@@ -128,7 +128,7 @@ def _place(module: nn.Module) -> tuple[torch.device, torch.dtype]:
 def _random(n: int, neurons: int, device: torch.device, dtype: torch.dtype) -> Tensor:
     """Always the same numbers, and the user's random state left alone."""
     generator = torch.Generator().manual_seed(0)
-    return torch.randn(n, neurons, generator=generator).to(device=device, dtype=dtype)
+    return torch.randn(n, neurons, generator=generator, dtype=torch.float32).to(device=device, dtype=dtype)
 
 
 def _close(seen: Tensor, expected: Tensor, dtype: torch.dtype) -> bool:

@@ -1,0 +1,155 @@
+"""Whether a model's weights are still those that were looked at.
+
+Users train, cast, move, resize and reload models between two calls, and what was measured on the old weights (norms,
+scales, the hash in a provenance) would be wrong in silence. A tensor is as it was while its storage, type, shape and
+version counter are; torch counts the version up at each write, but for writes through `.data`, which cannot be seen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from transformers import PreTrainedModel
+
+from mmneurons.errors import ModelError
+from mmneurons.vlm import provenance
+
+
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """One thing in a module, as it was."""
+
+    held: dict[str, Any]
+    """The module's own parts, parameters or buffers."""
+    key: str
+    name: str
+    """Path in the model."""
+    identity: int
+    version: int = 0
+    dtype: torch.dtype | None = None
+    storage: StorageWeakRef | None = None
+    """Of a tensor: keeps the storage's address from being given to another one, and none of its memory."""
+
+    @property
+    def is_as_it_was(self) -> bool:
+        now = self.held.get(self.key)
+        if self.storage is None or now is None:
+            return id(now) == self.identity
+        return (
+            now.dtype == self.dtype
+            and now.untyped_storage()._cdata == self.storage.cdata
+            and _version(now) == self.version
+            and id(now) == self.identity
+        )
+
+
+@dataclass(eq=False)
+class _Watch:
+    """What one model looked like."""
+
+    places: list[_Place]
+    weights_hash: str | None = None
+    age: int = 0
+    edited: bool = False
+    depth: int = 0
+
+
+_WATCHES: WeakKeyDictionary[nn.Module, _Watch] = WeakKeyDictionary()
+
+
+def age(model: nn.Module) -> int:
+    """How often a model was found changed by something else than edits of ours; asking finds it out.
+
+    Raises:
+        ModelError: if it was changed while patches were applied, so that nobody knows its weights without them.
+    """
+    watch = _watch(model)
+    if watch.depth == 0 and (changed := [place.name for place in watch.places if not place.is_as_it_was]):
+        if watch.edited:
+            raise ModelError(
+                "The model's weights were changed by something else while patches were applied.",
+                seen=f"Changed: {', '.join(changed[:3])}{' ...' if len(changed) > 3 else ''}",
+                fix="Load the model again. If its weights are as you want them: mmneurons.forget(vlm)",
+            )
+        renew(model)
+    return watch.age
+
+
+def renew(model: nn.Module) -> None:
+    """Take the weights as they are now for unedited, and all that was known of the model for old."""
+    watch = _watch(model)
+    watch.age, watch.places, watch.weights_hash, watch.edited = watch.age + 1, _look(model), None, False
+
+
+def weights_hash(model: PreTrainedModel) -> str:
+    """The hash of the weights as they were before any edit, read once at each age."""
+    age(model)
+    watch = _watch(model)
+    if watch.weights_hash is None:
+        watch.weights_hash = provenance.weights_hash(model)
+    return watch.weights_hash
+
+
+@contextmanager
+def editing(model: nn.Module) -> Iterator[None]:
+    """Within it, what is changed is an edit of ours: the model stays as old as it was."""
+    age(model)
+    watch = _watch(model)
+    watch.depth += 1
+    try:
+        yield
+    finally:
+        if watch.depth == 1:
+            watch.places = _look(model)  # before another thread may look again
+        watch.depth -= 1
+
+
+def mark_edited(model: nn.Module, edited: bool) -> None:
+    """Note whether patches are applied: then the weights without them cannot be read off the model."""
+    _watch(model).edited = edited
+
+
+def _watch(model: nn.Module) -> _Watch:
+    if model not in _WATCHES:
+        _WATCHES[model] = _Watch(_look(model))
+    return _WATCHES[model]
+
+
+def _look(model: nn.Module) -> list[_Place]:
+    """Every module, parameter and saved buffer.
+
+    What changes its form as the model runs (packed, or off-loaded by accelerate) is left out.
+    """
+    places = []
+    for path, module in model.named_modules():
+        prefix = f"{path}." if path else ""
+        places += [_Place(module._modules, key, prefix + key, id(part)) for key, part in module._modules.items()]
+        if hasattr(module, "_hf_hook"):
+            continue
+        for held in (module._parameters, module._buffers):
+            for key, tensor in held.items():
+                if key not in module._non_persistent_buffers_set and not _is_packed(tensor):
+                    places.append(_place(held, key, prefix + key, tensor))
+    return places
+
+
+def _place(held: dict[str, Any], key: str, name: str, tensor: Tensor | None) -> _Place:
+    if tensor is None:
+        return _Place(held, key, name, id(None))
+    storage = StorageWeakRef(tensor.untyped_storage())
+    return _Place(held, key, name, id(tensor), _version(tensor), tensor.dtype, storage)
+
+
+def _is_packed(tensor: Tensor | None) -> bool:
+    return tensor is not None and (tensor.is_meta or type(tensor) not in (Tensor, nn.Parameter, nn.Buffer))
+
+
+def _version(tensor: Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version
