@@ -206,9 +206,9 @@ _LEDGERS: WeakKeyDictionary[nn.Module, Ledger] = WeakKeyDictionary()
 def ledger_of(vlm: VLM) -> Ledger:
     """The one ledger of a model, made when it is first asked for, and anew when its weights were changed otherwise."""
     with vlm.alone():
-        owner = vlm.anatomy.owner
+        owner = vlm.analysed.owner
         known = _LEDGERS.get(owner)
-        if known is None or known.age != age(vlm.model):
+        if known is None or (not known.active and known.age != age(vlm.model)):
             _ = vlm.facts  # the hash in it is that of the weights before any edit
             _LEDGERS[owner] = Ledger(vlm.model, vlm.anatomy)
         return _LEDGERS[owner]

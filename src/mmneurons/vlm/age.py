@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -57,6 +57,8 @@ class _Watch:
     places: list[_Place]
     weights_hash: str | None = None
     age: int = 0
+    changed: list[str] = field(default_factory=list)
+    """What was changed by something else, until the model counts as older."""
     edited: bool = False
     depth: int = 0
 
@@ -71,21 +73,25 @@ def age(model: nn.Module) -> int:
         ModelError: if it was changed while patches were applied, so that nobody knows its weights without them.
     """
     watch = _watch(model)
-    if watch.depth == 0 and (changed := [place.name for place in watch.places if not place.is_as_it_was]):
-        if watch.edited:
+    if watch.depth == 0:
+        watch.changed = watch.changed or _changed(watch)
+        if watch.changed and watch.edited:
+            names = [*watch.changed[:3], *(["..."] if len(watch.changed) > 3 else [])]
             raise ModelError(
                 "The model's weights were changed by something else while patches were applied.",
-                seen=f"Changed: {', '.join(changed[:3])}{' ...' if len(changed) > 3 else ''}",
+                seen=f"Changed: {' '.join(names)}",
                 fix="Load the model again. If its weights are as you want them: mmneurons.forget(vlm)",
             )
-        renew(model)
+        if watch.changed:
+            renew(model)
     return watch.age
 
 
 def renew(model: nn.Module) -> None:
     """Take the weights as they are now for unedited, and all that was known of the model for old."""
     watch = _watch(model)
-    watch.age, watch.places, watch.weights_hash, watch.edited = watch.age + 1, _look(model), None, False
+    watch.age, watch.places, watch.changed = watch.age + 1, _look(model), []
+    watch.weights_hash, watch.edited = None, False
 
 
 def weights_hash(model: PreTrainedModel) -> str:
@@ -100,8 +106,8 @@ def weights_hash(model: PreTrainedModel) -> str:
 @contextmanager
 def editing(model: nn.Module) -> Iterator[None]:
     """Within it, what is changed is an edit of ours: the model stays as old as it was."""
-    age(model)
     watch = _watch(model)
+    watch.changed = watch.changed or _changed(watch)  # told to who asks for its age, not to who takes a patch back
     watch.depth += 1
     try:
         yield
@@ -120,6 +126,10 @@ def _watch(model: nn.Module) -> _Watch:
     if model not in _WATCHES:
         _WATCHES[model] = _Watch(_look(model))
     return _WATCHES[model]
+
+
+def _changed(watch: _Watch) -> list[str]:
+    return [place.name for place in watch.places if not place.is_as_it_was] if watch.depth == 0 else []
 
 
 def _look(model: nn.Module) -> list[_Place]:
