@@ -153,8 +153,9 @@ def tokens_of(tokenizer: Any, word: str) -> list[int]:
 def _check_words(processor: Any, words: str, image_token_id: int | None) -> None:
     """Refuse words that hold the token which stands for a picture: it is written here, one for each that is given."""
     tokens = {str(_of_either(processor, "image_token") or ""), str(_of_either(processor, "video_token") or "")}
-    if image_token_id is not None:
-        tokens.add(processor.tokenizer.convert_ids_to_tokens(image_token_id) or "")
+    added = getattr(processor.tokenizer, "added_tokens_decoder", {})
+    if image_token_id in added:
+        tokens.add(str(added[image_token_id]))
     if held := next((token for token in sorted(tokens - {""}) if token in words), None):
         raise SettingError(
             f"The prompt holds '{held}', which stands for a picture.",
