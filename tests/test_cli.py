@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from importlib import metadata
 from typing import Any
 
 import numpy as np
@@ -30,6 +31,11 @@ def test_defaults_are_those_of_the_library():
         prompts.ANSWER_PREFIX,
         prompts.MAX_NEW_TOKENS,
     )
+
+
+def test_the_version_is_that_of_the_package(capsys, monkeypatch):
+    assert call(capsys, monkeypatch, "--version") == (0, f"{mmn.__version__}\n", "")
+    assert mmn.__version__ == metadata.version("mmneurons")
 
 
 def test_find_writes_all_that_was_asked_for(tmp_path, sample):

@@ -66,7 +66,9 @@ def test_maps_of_the_top_as_a_set_are_its_region(vlm, scene):
         answers = vlm.generate(inputs)
     scored = score_targets(vlm, recording, answers, targets_of(vlm, answers, 0, choices), choices)
     sets = [[ranked[:10].flip(0), ranked[:50]] for ranked in scored.ranked]
-    found = region_maps(vlm, inputs, find_grids(vlm.model, inputs, 1), scored, sets)
+    grids = find_grids(vlm.model, inputs, 1)
+    assert not isinstance(grids, str)
+    found = region_maps(vlm, inputs, grids, scored, sets)
     for noun, (ten, fifty) in zip(finding.nouns, found, strict=True):
         np.testing.assert_allclose(ten, noun.regions[10], atol=1e-4)
         np.testing.assert_allclose(fifty, noun.regions[50], atol=1e-4)

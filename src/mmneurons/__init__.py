@@ -9,10 +9,14 @@ Names are imported when they are first used: reading a saved Finding needs no to
 
 from __future__ import annotations
 
+import ast
 import importlib
+import inspect
+import sys
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # each public name once: a type checker reads these lines, and so does `_homes`
+    __version__: str
     from mmneurons import pocket as pocket
     from mmneurons.editing.edit import EditSettings as EditSettings
     from mmneurons.editing.edit import edit as edit
@@ -45,54 +49,35 @@ if TYPE_CHECKING:
     from mmneurons.vlm.recording import record as record
     from mmneurons.vlm.vlm import VLM as VLM
 
-_HOMES = {
-    "DehallucinateSettings": "mmneurons.editing.hallucination:DehallucinateSettings",
-    "dehallucinate": "mmneurons.editing.hallucination:dehallucinate",
-    "EditSettings": "mmneurons.editing.edit:EditSettings",
-    "Reference": "mmneurons.editing.reference:Reference",
-    "VLM": "mmneurons.vlm.vlm:VLM",
-    "Finding": "mmneurons.finding.result:Finding",
-    "Intervention": "mmneurons.vlm.interventions:Intervention",
-    "MmneuronsError": "mmneurons.errors:MmneuronsError",
-    "Neuron": "mmneurons.neurons:Neuron",
-    "NeuronCard": "mmneurons.finding.lookup:NeuronCard",
-    "NeuronFinding": "mmneurons.finding.result:NeuronFinding",
-    "NounFinding": "mmneurons.finding.result:NounFinding",
-    "WordNeurons": "mmneurons.finding.lookup:WordNeurons",
-    "doctor": "mmneurons.vlm.doctor:doctor",
-    "Patch": "mmneurons.editing.patch:Patch",
-    "edit": "mmneurons.editing.edit:edit",
-    "explain_neuron": "mmneurons.finding.lookup:explain_neuron",
-    "export": "mmneurons.editing.export:export",
-    "forget": "mmneurons.editing.ledger:forget",
-    "find": "mmneurons.finding.finder:find",
-    "intervene": "mmneurons.vlm.interventions:intervene",
-    "load": "mmneurons.vlm.load:load",
-    "load_findings": "mmneurons.finding.result:load",
-    "load_patch": "mmneurons.editing.file:load_patch",
-    "make_reference": "mmneurons.editing.reference:make_reference",
-    "neurons_for": "mmneurons.finding.lookup:neurons_for",
-    "pocket": "mmneurons.pocket",
-    "record": "mmneurons.vlm.recording:record",
-    "save_patch": "mmneurons.editing.file:save_patch",
-    "save_findings": "mmneurons.finding.result:save",
-    "write_report": "mmneurons.report:write_report",
-}
-__all__ = sorted(_HOMES)  # pyright: ignore[reportUnsupportedDunderAll]
+
+def _homes() -> dict[str, tuple[str, str]]:
+    """Where each public name comes from: the module and the name in it, as the imports above say."""
+    (block,) = (node for node in ast.parse(inspect.getsource(sys.modules[__name__])).body if isinstance(node, ast.If))
+    imports = (node for node in block.body if isinstance(node, ast.ImportFrom))
+    return {alias.asname or alias.name: (node.module or "", alias.name) for node in imports for alias in node.names}
+
+
+_HOMES = _homes()
+__all__ = ["__version__", *sorted(_HOMES)]  # pyright: ignore[reportUnsupportedDunderAll]
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        from importlib import metadata  # slow to import, and seldom asked for
+
+        return metadata.version(__name__)
     if name not in _HOMES:
-        raise AttributeError(f"module 'mmneurons' has no attribute '{name}'")
-    module, _, attribute = _HOMES[name].partition(":")
+        raise AttributeError(f"module '{__name__}' has no attribute '{name}'")
+    module, attribute = _HOMES[name]
     try:
-        loaded = importlib.import_module(module)
+        if module == __name__:
+            return importlib.import_module(f"{module}.{attribute}")
+        return getattr(importlib.import_module(module), attribute)
     except ImportError:
         from mmneurons.vlm.processors import check_torchvision
 
         check_torchvision()  # one that does not fit torch keeps transformers from being imported
         raise
-    return getattr(loaded, attribute) if attribute else loaded
 
 
 def __dir__() -> list[str]:

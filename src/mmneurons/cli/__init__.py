@@ -18,7 +18,6 @@ import mmneurons.cli.hallucination  # noqa: F401
 from mmneurons.cli.options import Stopped, err
 from mmneurons.cli.options import app as app
 from mmneurons.errors import MmneuronsError
-from mmneurons.report.text import printable
 
 
 def main() -> None:
@@ -40,6 +39,8 @@ def main() -> None:
     try:
         app()
     except MmneuronsError as error:
+        from mmneurons.report.text import printable  # slow to import
+
         # Names in it can be anyone's: what a terminal would obey is shown instead.
         err.print("\n".join(map(printable, str(error).splitlines())), style="red", soft_wrap=True)
         sys.exit(2)

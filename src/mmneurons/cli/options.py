@@ -26,6 +26,8 @@ app = typer.Typer(
     rich_markup_mode=None,
     help="Find, inspect and edit the multi-modal neurons of vision-language models.",
 )
+
+
 out = Console(highlight=False, markup=False, emoji=False)
 err = Console(stderr=True, highlight=False, markup=False, emoji=False)
 
@@ -42,6 +44,22 @@ ANSWER_PREFIX = "An image of"
 MAX_NEW_TOKENS = 32
 
 GOES_ON = "the same command goes on from here"
+
+
+def _show_version(asked: bool) -> None:
+    if asked:
+        from importlib import metadata
+
+        out.print(metadata.version("mmneurons"))
+        raise typer.Exit
+
+
+@app.callback()
+def _shared(
+    version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_show_version, help="Show the version and exit.")
+    ] = False,
+) -> None: ...
 
 
 class Stopped(Exception):  # noqa: N818 - no error
