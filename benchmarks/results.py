@@ -72,7 +72,7 @@ def _causal(rows: Rows) -> str:
 
 
 def _regions(rows: Rows) -> str:
-    return pivot([row | {"map": f"{row['neurons']}: {row['measure']}"} for row in rows], "map", "k")
+    return pivot([row | {"map": f"{row['neurons']}: {row['measure']}"} for row in rows if row["k"]], "map", "k")
 
 
 TABLES: dict[str, tuple[str, Callable[[Rows], str]]] = {

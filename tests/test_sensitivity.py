@@ -7,6 +7,7 @@ from mmneurons.finding.maps import region_maps
 from mmneurons.finding.scoring import Choices, score_targets
 from mmneurons.inspection.items import Item
 from mmneurons.inspection.sensitivity import sensitivity
+from mmneurons.inspection.tables import sensitivity_tables
 from mmneurons.vlm.grid import find_grids
 from mmneurons.vlm.prompts import ANSWER_PREFIX, MAX_NEW_TOKENS, PROMPT
 
@@ -90,3 +91,25 @@ def test_an_image_of_which_nothing_is_known(vlm, scene):
     told = sensitivity(vlm, Item("scene", scene.image))
     assert {one.is_shown for one in told} == {None}
     assert not any(one.regions or one.lost_other for one in told)
+
+
+def test_what_is_not_measured_is_said_in_the_table(vlm):
+    scene = mmn.pocket.scene(3)
+    nothing, everything = np.zeros((112, 112), bool), np.ones((112, 112), bool)
+    said = [noun.lemma for noun in sensitivity(vlm, Item("a", scene.image))]
+    items = [
+        Item("empty", scene.image, (said[0], "zebra"), (nothing, nothing)),
+        Item("whole", scene.image, (said[0],), (everything,)),
+        Item("none", scene.image),
+    ]
+    found = {item.name: sensitivity(vlm, item) for item in items}
+    table = sensitivity_tables(found, items)[1]
+    n = len(said)
+    assert {labels[0]: value for labels, value in table.rows if labels[1:] == ("", "")} == {
+        "nouns not measured: the mask is empty, or outside of what the model sees": 1,
+        "nouns not measured: the mask covers all that the model sees": 1,
+        **({"nouns not measured: no mask of the noun": 2 * (n - 1)} if n > 1 else {}),
+        "nouns not measured: their image has no masks": n,
+        "objects not measured: the caption does not name them": 1,
+    }
+    assert len(sensitivity_tables({"none": found["none"]}, items)) == 1

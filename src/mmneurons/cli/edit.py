@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 patches = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Look into patches.")
 app.add_typer(patches, name="patch")
 
-SOURCES = "A folder, a manifest (docs/format.md), image files, or pocket:SET."
+SOURCES = "A folder, a manifest or COCO instances (docs/inspect.md), image files, or pocket:SET."
 NAMED = 10
 """Images that cannot be used, named."""
 HeldOut = Annotated[list[str] | None, typer.Option("--held-out", help="Other images that show SOURCE.")]
@@ -276,11 +276,14 @@ def save(patch: Patch, path: Path) -> None:
         raise SettingError(error.what, seen=error.seen, fix=f"The patch is kept: mv {spare} FOLDER") from error
 
 
-def items_of(sources: list[str]) -> list[Any]:
-    """The images of all sources."""
+def items_of(sources: list[str], masks: Path | None = None) -> list[Any]:
+    """The images of all sources; what was left out is told."""
     from mmneurons.inspection.items import read_items
 
-    return [item for source in sources for item in read_items(source)]
+    def tell(note: str) -> None:
+        err.print(note, style="yellow", soft_wrap=True)
+
+    return [item for source in sources for item in read_items(source, masks, tell=tell)]
 
 
 def readable_items(sources: list[str]) -> list[Any]:

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from mmneurons.cli.edit import tell_left_out
+from mmneurons.cli.edit import items_of, tell_left_out
 from mmneurons.cli.options import (
     ANSWER_PREFIX,
     MAX_NEW_TOKENS,
@@ -32,7 +32,9 @@ from mmneurons.progress import bars, working
 @loads_model
 def inspect_(
     load: Load,
-    images: Annotated[str, typer.Option(help="A folder, a manifest (docs/format.md), or pocket:find-500.")],
+    images: Annotated[
+        str, typer.Option(help="A folder, a manifest, COCO instances (docs/inspect.md), or pocket:find-500.")
+    ],
     out_folder: Annotated[Path, typer.Option("--out", metavar="DIR", help="Where results are kept.")],
     what: Annotated[
         Literal["sensitivity", "specificity", "causal", "finders", "all"], typer.Argument(help="Which experiment.")
@@ -57,13 +59,12 @@ def inspect_(
         raise SettingError(
             f"{out_folder} holds the images: plots would lie among them.", fix="Name another folder with --out."
         )
-    from mmneurons.inspection.items import read_items
     from mmneurons.inspection.meaning import PACKAGED, meaning
     from mmneurons.inspection.run import EXPERIMENTS, Settings, examples, inspect
     from mmneurons.inspection.tables import shown, tables
     from mmneurons.report.inspection import write_inspection
 
-    items = read_items(images, masks)
+    items = items_of([images], masks)
     vlm = load()
     settings = Settings(score, top, prompt, answer_prefix, max_new_tokens, seed)
     experiments = EXPERIMENTS if what == "all" else (what,)

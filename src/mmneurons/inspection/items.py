@@ -1,27 +1,36 @@
 """The images that an experiment runs over, with what is truly in them where that is known.
 
-From a folder of images, a manifest (docs/format.md), or an evaluation set of the pocket world: `pocket:find-500`.
+From a folder of images, a manifest (docs/format.md), COCO instances, or an evaluation set of the pocket world:
+`pocket:find-500`.
 """
 
 from __future__ import annotations
 
-import json
 import os
-from collections.abc import Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
+import msgspec
 import numpy as np
 from jaxtyping import Bool
 from PIL import Image
 
 from mmneurons import pocket
 from mmneurons.errors import ImageError, SettingError
-from mmneurons.vlm.images import open_image
+from mmneurons.files import read_text
+from mmneurons.inspection.coco import Instances, Outline, outlines
+from mmneurons.inspection.masks import read_mask
+from mmneurons.vlm.images import SUFFIXES, check_image, open_image
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 POCKET = "pocket:"
+LARGEST = 2**30
+"""Bytes of a manifest or of COCO's instances; its training set has half of that."""
+MaskSource = Path | Outline | Bool[np.ndarray, "height width"]
+Tell = Callable[[str], None]
+_SHOWN = 3
+"""Names given of the files that are left out."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,8 +42,8 @@ class Item:
     source: Path | Image.Image
     objects: tuple[str, ...] | None = None
     """What is truly shown; None where nobody said."""
-    mask_sources: tuple[Path | Bool[np.ndarray, "height width"], ...] = field(default=(), repr=False)
-    """Where each object is; empty where nobody said."""
+    mask_sources: tuple[MaskSource | None, ...] = field(default=(), repr=False)
+    """Where each object is, None of one of which that is not known; empty where nobody said."""
 
     def image(self) -> Image.Image:
         """RGB.
@@ -54,8 +63,11 @@ class Item:
             return {}
         width, height = self.image().size
         found: dict[str, np.ndarray] = {}
+        unknown = {noun for noun, source in zip(self.objects, self.mask_sources, strict=True) if source is None}
         for noun, source in zip(self.objects, self.mask_sources, strict=True):
-            mask = source if isinstance(source, np.ndarray) else np.asarray(open_image(source).image.convert("L")) > 127
+            if source is None or noun in unknown:
+                continue
+            mask = _drawn(source)
             if mask.shape != (height, width):
                 raise ImageError(
                     f"The mask of '{noun}' in {self.name} is of another size than the image.",
@@ -66,33 +78,53 @@ class Item:
         return found
 
 
-def read_items(source: str | os.PathLike[str], masks: str | os.PathLike[str] | None = None) -> list[Item]:
-    """The images of an experiment, in order of name or as the manifest has them.
+def _drawn(source: MaskSource) -> Bool[np.ndarray, "height width"]:
+    if isinstance(source, Path):
+        return read_mask(source)
+    return source.mask() if isinstance(source, Outline) else source
+
+
+def read_items(
+    source: str | os.PathLike[str], masks: str | os.PathLike[str] | None = None, *, tell: Tell = lambda note: None
+) -> list[Item]:
+    """The images of an experiment, in order of name or as the manifest has them; the header of each file is read.
 
     Args:
-        source: A folder of images; a manifest, a JSON list of objects with `image` and, where known, `objects` and
-            `masks` (one file for each object, white where it is), paths counted from the manifest's folder; or
-            `pocket:` and the name of an evaluation set, `pocket:edit/NOUN` or `pocket:held-out/NOUN`.
-        masks: For a folder of images: a folder with a mask `STEM.NOUN.png` for each object of the image `STEM.*`.
+        source: A folder of images; an image; a manifest, a JSON list of objects with `image` and, where known,
+            `objects` and `masks` (one file for each object), paths counted from the manifest's folder; the JSON of
+            COCO's instances; or `pocket:` and the name of an evaluation set, `pocket:edit/NOUN` or
+            `pocket:held-out/NOUN`.
+        masks: For a folder of images: a folder with a mask `STEM.NOUN.png` for each object of the image `STEM.*`, or
+            `STEM.NOUN.1.png` ... for several of a kind. See `read_mask` for what may stand in them.
+        tell: Called with what was left out: files of a folder that are no images, masks without an image.
 
     Raises:
-        ImageError: no image there.
+        ImageError: no image there, or one named in a manifest that is none.
+        FormatError: a manifest that cannot be read.
         SettingError: a manifest that is none, a set that there is not, or masks where the source has its own.
     """
     text = os.fspath(source)
-    if masks is not None and not Path(text).is_dir():
+    path = Path(os.path.expanduser(text))
+    is_folder = _is_there(path) and path.is_dir()
+    if masks is not None and not is_folder:
         raise SettingError(
             "A folder of masks goes with a folder of images.", seen=text, fix="Name the masks in the manifest."
         )
     if text.startswith(POCKET):
         return _pocket_items(text.removeprefix(POCKET))
-    path = Path(text)
-    if path.is_dir():
-        return _folder_items(path, None if masks is None else Path(masks))
-    if path.suffix.lower() in SUFFIXES:
-        open_image(path)  # one that was named is told at once if it is none
-        return [Item(text, path)]
-    return _manifest_items(path)
+    if is_folder:
+        return _folder_items(path, None if masks is None else Path(os.path.expanduser(masks)), tell)
+    if path.suffix.lower() == ".json":
+        return _listed_items(path, tell)
+    check_image(path)
+    return [Item(text, path)]
+
+
+def _is_there(path: Path) -> bool:
+    try:
+        return path.exists()
+    except OSError:  # a name that is too long
+        return False
 
 
 def _pocket_items(name: str) -> list[Item]:
@@ -104,63 +136,166 @@ def _pocket_items(name: str) -> list[Item]:
     return [Item(f"{name}/{i}", scene.image, scene.objects, tuple(scene.masks)) for i, scene in enumerate(scenes)]
 
 
-def _folder_items(folder: Path, masks: Path | None) -> list[Item]:
-    images = sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES and not _is_mask(path))
-    if not images:
-        raise ImageError(f"There is no image in {folder}.", fix=f"Files that end in {', '.join(SUFFIXES)} are taken.")
-    if masks is None:
-        return [Item(str(path), path) for path in images]
-    if not masks.is_dir():
+def _folder_items(folder: Path, masks: Path | None, tell: Tell) -> list[Item]:
+    left_out: Counter[str] = Counter()
+    files = _image_files(folder, left_out)
+    if masks is not None and not (_is_there(masks) and masks.is_dir()):
         raise ImageError(f"There is no folder {masks}.", fix="--masks DIR with files STEM.NOUN.png")
-    items = []
-    for path in images:
-        found = sorted(masks.glob(f"{path.stem}.*.png"))
-        names = tuple(mask.name[len(path.stem) + 1 : -len(".png")] for mask in found)
-        items.append(Item(str(path), path, names or None, tuple(found)))
-    if not any(item.objects for item in items):
-        raise ImageError(
-            f"No mask in {masks} belongs to an image in {folder}.",
-            fix=f"Name them after image and noun: {images[0].stem}.dog.png",
+    named_like_masks = _by_stem(files, {file.stem for file in files})
+    is_one_folder = masks is not None and folder.samefile(masks)
+    own_masks = {
+        file for ones in named_like_masks.values() for noun, file in ones if is_one_folder or _is_mask(noun, file)
+    }
+    left_out["mask"] = 0 if is_one_folder else len(own_masks)
+    images, first = [], None
+    for file in files:
+        if file not in own_masks:
+            try:
+                check_image(file)
+                images.append(file)
+            except ImageError as error:
+                first = first or error
+                left_out["damaged"] += 1
+                if left_out["damaged"] <= _SHOWN:
+                    tell(f"left out: {error.what} {error.seen}".rstrip())
+    if said := ", ".join(f"{count} {kind}" for kind, count in left_out.items() if count):
+        tell(f"{folder}: left out {said}")
+    if not images:
+        raise first or ImageError(
+            f"There is no image in {folder}.", fix=f"Files that end in {', '.join(SUFFIXES)} are taken."
         )
+    if masks is None:
+        return [Item(str(file), file) for file in images]
+    return _with_masks(images, sorted(own_masks) if is_one_folder else _image_files(masks, Counter()), masks, tell)
+
+
+def _image_files(folder: Path, left_out: Counter[str]) -> list[Path]:
+    """Those that are images by their name, in order; all others are counted."""
+    try:
+        files = sorted(folder.iterdir())
+    except OSError as error:
+        raise ImageError(f"The folder {folder} cannot be read.", seen=str(error)) from error
+    found = []
+    for file in files:
+        if file.name.startswith("."):  # '._park.jpg' holds what a Mac knows about park.jpg, no picture
+            left_out["hidden"] += 1
+        elif not file.is_file():
+            left_out["folder" if file.is_dir() else "device or broken link"] += 1
+        elif file.suffix.lower() in SUFFIXES:
+            found.append(file)
+        else:
+            left_out[file.suffix.lower() or "without suffix"] += 1
+    return found
+
+
+def _by_stem(files: Iterable[Path], stems: set[str]) -> dict[str, list[tuple[str, Path]]]:
+    """For each stem of an image the nouns and files that are named after it: STEM.NOUN.png, or STEM.NOUN.1.png."""
+    found: dict[str, list[tuple[str, Path]]] = defaultdict(list)
+    for file in files:
+        parts = file.stem.split(".")
+        for n in range(len(parts) - 1, 0, -1):  # the longest stem first: a.2.cat.png goes with a.2.png
+            stem, (noun, *number) = ".".join(parts[:n]), parts[n:]
+            is_number = len(number) <= 1 and all(one.isdecimal() for one in number)
+            if stem in stems and noun.strip() and not noun.isdecimal() and is_number:
+                found[stem].append((noun, file))
+                break
+    return found
+
+
+def _is_mask(noun: str, file: Path) -> bool:
+    """Whether what is named after another image of its folder is a mask of it, and not another photograph."""
+    if noun == "mask":  # those of the pocket world's samples, one for all objects
+        return True
+    try:
+        read_mask(file)
+    except ImageError:
+        return False
+    return True
+
+
+def _with_masks(images: Sequence[Path], files: Sequence[Path], masks: Path, tell: Tell) -> list[Item]:
+    by_stem = _by_stem(files, {image.stem for image in images})
+    twice = [stem for stem, count in Counter(image.stem for image in images).items() if count > 1 and stem in by_stem]
+    if twice:
+        seen = ", ".join(image.name for image in images if image.stem == twice[0])
+        fix = f"Name the masks of each image in a manifest: {_EXAMPLE}"
+        raise SettingError(f"Which image is {by_stem[twice[0]][0][1].name} a mask of?", seen=seen, fix=fix)
+    if not by_stem:
+        raise ImageError(f"No mask in {masks} belongs to an image.", fix=f"Name them {images[0].stem}.dog.png ...")
+    belonging = {file for ones in by_stem.values() for _, file in ones}
+    if lost := [file.name for file in files if file not in belonging]:
+        tell(f"{masks}: {len(lost)} masks belong to no image: {', '.join(lost[:_SHOWN])} ...")
+    items = []
+    for image in images:
+        mine = by_stem.get(image.stem, [])
+        for _, file in mine:
+            check_image(file)
+        nouns = tuple(noun for noun, _ in mine)
+        items.append(Item(str(image), image, nouns or None, tuple(file for _, file in mine)))
     return items
 
 
-def _is_mask(path: Path) -> bool:
-    return path.stem.endswith(".mask")
+class _Entry(msgspec.Struct, forbid_unknown_fields=True):
+    image: str
+    objects: list[str] | None = None
+    masks: list[str] | None = None
 
-
-def _manifest_items(path: Path) -> list[Item]:
-    try:
-        entries = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ImageError(f"There is no file or folder {path}.") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise SettingError(f"{path} is no manifest.", seen=str(error), fix=_EXAMPLE) from error
-    if not isinstance(entries, list) or not entries:
-        raise SettingError(f"{path} is no manifest.", seen="It is no list of images.", fix=_EXAMPLE)
-    return [_manifest_item(path, i, entry) for i, entry in enumerate(entries)]
+    def __post_init__(self) -> None:
+        if self.masks and len(self.masks) != len(self.objects or []):
+            raise ValueError(f"{len(self.objects or [])} objects, {len(self.masks)} masks: each needs one")
 
 
 _EXAMPLE = '[{"image": "park.png", "objects": ["dog"], "masks": ["park.dog.png"]}]'
 
 
-def _manifest_item(path: Path, i: int, entry: Any) -> Item:
-    if not isinstance(entry, Mapping) or not isinstance(entry.get("image"), str):
-        raise SettingError(f"Entry {i} of {path} names no image.", seen=str(entry)[:200], fix=_EXAMPLE)
-    objects, masks = entry.get("objects"), entry.get("masks", [])
-    if objects is not None and not _are_texts(objects):
-        raise SettingError(f"The objects of entry {i} of {path} are no list of words.", seen=str(objects)[:200])
-    if masks and (objects is None or not _are_texts(masks) or len(masks) != len(objects)):
-        raise SettingError(
-            f"Entry {i} of {path} needs one mask for each object.", seen=f"{objects} and {masks}", fix=_EXAMPLE
+def _listed_items(path: Path, tell: Tell) -> list[Item]:
+    if not _is_there(path):
+        raise ImageError(f"There is no file or folder {path}.")
+    try:
+        listed = msgspec.json.decode(read_text(path, limit=LARGEST), type=list[_Entry] | Instances)
+    except (msgspec.MsgspecError, RecursionError) as error:
+        raise SettingError(f"{path} is no manifest, and none of COCO's.", seen=str(error), fix=_EXAMPLE) from error
+    if isinstance(listed, Instances):
+        return _coco_items(path, listed, tell)
+    if not listed:
+        raise SettingError(f"{path} names no image.", fix=_EXAMPLE)
+    return [_manifest_item(path, f"entry {i} of {len(listed)} in {path}", one) for i, one in enumerate(listed, 1)]
+
+
+def _manifest_item(path: Path, place: str, entry: _Entry) -> Item:
+    image, *drawn = (path.parent / os.path.expanduser(one) for one in (entry.image, *(entry.masks or [])))
+    for file in (image, *drawn):
+        try:
+            check_image(file)
+        except ImageError as error:
+            raise ImageError(f"{error.what} It is named by {place}.", seen=error.seen, fix=error.fix) from error
+    return Item(entry.image, image, None if entry.objects is None else tuple(entry.objects), tuple(drawn))
+
+
+def _coco_items(path: Path, coco: Instances, tell: Tell) -> list[Item]:
+    """Those of the images that are there: a part of the set is enough."""
+    split = path.stem.removeprefix("instances_")
+    roots = [
+        *(path.parent / name for name in (".", "images", split)),
+        *(path.parent.parent / name for name in (split, f"images/{split}", "images", ".")),
+    ]
+    names = {one.id: one.name for one in coco.categories}
+    shown = defaultdict(list)
+    for one in coco.annotations:
+        shown[one.image_id].append(one)
+    items = []
+    for picture in coco.images:
+        file = next((root / picture.file_name for root in roots if _is_there(root / picture.file_name)), None)
+        if file is not None:
+            check_image(file)
+            there = outlines(shown[picture.id], names, picture)
+            items.append(Item(str(file), file, tuple(there), tuple(there.values())))
+    if not items:
+        raise ImageError(
+            f"None of the {len(coco.images)} images of {path} is there.",
+            seen=f"Looked in {', '.join(str(root) for root in roots)}.",
+            fix=f"Put them beside it: {path.parent / split}",
         )
-    return Item(
-        entry["image"],
-        path.parent / entry["image"],
-        None if objects is None else tuple(objects),
-        tuple(path.parent / mask for mask in masks),
-    )
-
-
-def _are_texts(value: Any) -> bool:
-    return isinstance(value, Sequence) and not isinstance(value, str) and all(isinstance(one, str) for one in value)
+    if n_missing := len(coco.images) - len(items):
+        tell(f"{path}: {n_missing} of its {len(coco.images)} images are not there")
+    return items

@@ -24,6 +24,12 @@ from mmneurons.vlm.prompts import ANSWER_PREFIX, MAX_NEW_TOKENS, PROMPT
 from mmneurons.vlm.recording import record
 from mmneurons.vlm.vlm import VLM, Answers, Inputs
 
+NOT_MASKED, EMPTY, WHOLE = (
+    "no mask of the noun",
+    "the mask is empty, or outside of what the model sees",
+    "the mask covers all that the model sees",
+)
+"""Why there are no regions of a noun."""
 SHARED = (10, 100)
 """Of how many top neurons it is counted how many stay when the image tokens are shuffled."""
 HALF = 0.5
@@ -59,6 +65,8 @@ class NounSensitivity:
     """For k = 1 to 1000: the mean map of the top k against the object's mask; none without a grid or a mask."""
     matched: Mapping[int, MatchedRegion]
     """The same of matched random neurons."""
+    unmeasured: str | None = None
+    """Why an image with masks has no regions of it; None where there are, or the model has no grid."""
 
     @property
     def dependence(self) -> float | None:
@@ -122,9 +130,10 @@ def sensitivity(
     mixed = None
     if not isinstance(grids, str):
         nouns = with_maps(vlm, inputs, grids, scored, nouns)
-        seen = {noun: as_seen(vlm, mask, image, prompt, answer_prefix) for noun, mask in item.masks().items()}
-        seen = {noun: mask for noun, mask in seen.items() if mask.any() and not mask.all()}
-        random = _random_regions(vlm, inputs, grids, scored, [seen.get(noun.lemma) for noun in nouns], seed)
+        seen = {noun.lower(): as_seen(vlm, mask, image, prompt, answer_prefix) for noun, mask in item.masks().items()}
+        masks = [seen.get(noun.lemma) for noun in nouns]
+        usable = [None if _why_unmeasured(item, mask) else mask for mask in masks]
+        random = _random_regions(vlm, inputs, grids, scored, usable, seed)
         with shuffled(vlm, _positions(grids), seed):
             mixed = reread(vlm, inputs, answers, targets, choices)
     blank = Image.new("RGB", image.size, BLANK)
@@ -196,17 +205,25 @@ def _noun(
             if k <= len(scored.ranked[i]):
                 stays[k] = len(set(scored.places(i, scored.ranked[i][:k])) & set(mixed.top(i, k))) / k
     mask = seen.get(noun.lemma)
+    unmeasured = _why_unmeasured(item, mask) if noun.regions else None
     return NounSensitivity(
         word=noun.word,
         lemma=noun.lemma,
-        is_shown=None if item.objects is None else noun.lemma in item.objects,
+        is_shown=None if item.objects is None else noun.lemma in {one.lower() for one in item.objects},
         lost_blank=blank,
         lost_other=other,
         hits=tuple(noun.token in neuron.tokens for neuron in noun.neurons),
         stays=stays,
-        regions={} if mask is None else {k: match(grids[0], mask) for k, grids in noun.regions.items()},
+        regions={} if mask is None or unmeasured else {k: match(grids[0], mask) for k, grids in noun.regions.items()},
         matched=random,
+        unmeasured=unmeasured,
     )
+
+
+def _why_unmeasured(item: Item, mask: np.ndarray | None) -> str | None:
+    if mask is None:
+        return NOT_MASKED if item.mask_sources else None
+    return None if mask.any() and not mask.all() else WHOLE if mask.any() else EMPTY
 
 
 def _lost(noun: NounFinding, left: list[float]) -> tuple[float, ...]:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
+from mmneurons.inspection.regions import unmeasured
 from mmneurons.maths.statistics import Estimate, estimate, ratio, share
 
 if TYPE_CHECKING:
@@ -85,7 +86,7 @@ def tables(found: Inspection, meaning: Meaning, items: Sequence[Item] = ()) -> l
     """All tables of what was run; the images are read for CLIPScore, if that was asked for."""
     made: list[Table] = []
     if found.sensitivity is not None:
-        made += sensitivity_tables(found.sensitivity)
+        made += sensitivity_tables(found.sensitivity, items)
     if found.specificity is not None:
         made += specificity_tables(found.specificity)
     if found.causal is not None:
@@ -120,7 +121,7 @@ def by_image(found: Mapping[str, Sequence[T]], value: Callable[[T], float | None
     return means
 
 
-def sensitivity_tables(found: Mapping[str, Sequence[NounSensitivity]]) -> list[Table]:
+def sensitivity_tables(found: Mapping[str, Sequence[NounSensitivity]], items: Sequence[Item] = ()) -> list[Table]:
     """Image dependence, decoded hits, shuffled patches; and the regions, where masks are known."""
     rows: list[tuple[tuple[str, ...], Cell]] = [
         (("top neurons that lose half with a blank image",), share_of_images(found, lambda one: one.dependence)),
@@ -137,11 +138,11 @@ def sensitivity_tables(found: Mapping[str, Sequence[NounSensitivity]]) -> list[T
     ]
     alone = " Of a single image: there is no other one to read its words with." if len(found) == 1 else ""
     made = [Table("sensitivity", "Sensitivity", ("measure",), tuple(rows), f"Shares; intervals over images.{alone}")]
-    regions = _regions_table(found)
+    regions = _regions_table(found, items)
     return made if regions is None else [*made, regions]
 
 
-def _regions_table(found: Mapping[str, Sequence[NounSensitivity]]) -> Table | None:
+def _regions_table(found: Mapping[str, Sequence[NounSensitivity]], items: Sequence[Item]) -> Table | None:
     sizes = sorted({k for ones in found.values() for one in ones for k in one.regions})
     measures: tuple[
         tuple[str, Callable[[RegionMatch], float | None], Callable[[list[float]], Estimate | None]], ...
@@ -178,11 +179,12 @@ def _regions_table(found: Mapping[str, Sequence[NounSensitivity]]) -> Table | No
         )
         for k in sizes
     ]
+    rows += [((reason, "", ""), float(count)) for reason, count in unmeasured(found, items)]
     note = (
         "Mean map of the top k against the object's mask, next to as many random neurons of the same blocks, the "
         "nearest in loudness (20 draws); nouns that the image truly shows."
     )
-    return Table("regions", "Where the neurons look", ("measure", "neurons", "k"), tuple(rows), note) if sizes else None
+    return Table("regions", "Where the neurons look", ("measure", "neurons", "k"), tuple(rows), note) if rows else None
 
 
 def specificity_tables(found: Specificity) -> list[Table]:

@@ -41,6 +41,7 @@ _MAX_PLAIN = 10_000_000
 """Bytes of a PPM that writes its numbers as text: they are read one by one, a second for so many."""
 _COSTLY = ("WEBP", "AVIF", "JPEG2000", "F", "I")
 """Formats and modes that take twice the memory for each pixel, some of them much time: half as many may come."""
+_PLAIN_MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "I", "F")
 _STRIP = 2**20
 """Pixels that are converted at once where a conversion needs several copies."""
 _FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000")
@@ -120,7 +121,9 @@ def check_image(path: str | os.PathLike[str]) -> None:
 
 
 def open_stored(path: str | os.PathLike[str]) -> Image.Image:
-    """Read an image upright but otherwise as stored, in its own mode: for files whose numbers have a meaning.
+    """Read an image upright but otherwise as stored, for files whose numbers have a meaning.
+
+    Modes for print and television (CMYK, YCbCr, LAB) become RGB.
 
     Raises:
         ImageError: as `open_image`, and for a file that holds several pictures.
@@ -130,7 +133,8 @@ def open_stored(path: str | os.PathLike[str]) -> Image.Image:
         if getattr(image, "is_animated", False):
             raise ImageError(f"{_quoted(name)} holds several pictures.", fix="Save the one that is meant by itself.")
         _load(image, name)
-        return ImageOps.exif_transpose(image)
+        stored = image if image.mode in _PLAIN_MODES or image.mode.startswith("I;16") else image.convert("RGB")
+        return ImageOps.exif_transpose(stored)
 
 
 def check_scaled(sizes: Iterable[tuple[int, int]], image_processor: object) -> None:

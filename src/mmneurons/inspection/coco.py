@@ -1,0 +1,163 @@
+"""Instances in the JSON of COCO: which objects an image shows and where, as polygons or run lengths.
+
+Source: cocodataset.org, "Data format"; the text form of run lengths is that of its API, maskApi.c, `rleFrString`. A
+pixel belongs to a polygon if its centre does; the API's own rasteriser may differ by the pixels on the edge.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated
+
+import msgspec
+import numpy as np
+from jaxtyping import Bool
+
+from mmneurons.errors import ImageError
+from mmneurons.vlm.images import MAX_PIXELS
+
+_Id = int | str
+_Side = Annotated[int, msgspec.Meta(ge=1, le=MAX_PIXELS)]
+Polygon = list[float]
+"""x, y, x, y ... in pixels from the upper left corner of the image."""
+
+
+class RunLengths(msgspec.Struct):
+    """Lengths of runs, column by column, of what is not the object and what is, in turn."""
+
+    size: tuple[_Side, _Side]
+    """Height and width."""
+    counts: str | list[int]
+
+
+Shape = list[Polygon] | RunLengths
+
+
+class Category(msgspec.Struct):
+    """A kind of object."""
+
+    id: _Id
+    name: str
+
+
+class Annotation(msgspec.Struct):
+    """One object."""
+
+    image_id: _Id
+    category_id: _Id
+    segmentation: Shape | None = None
+
+
+class Picture(msgspec.Struct):
+    """One image."""
+
+    id: _Id
+    file_name: str
+    width: _Side
+    height: _Side
+
+
+class Instances(msgspec.Struct):
+    """The file."""
+
+    images: list[Picture]
+    annotations: list[Annotation]
+    categories: list[Category]
+
+
+@dataclass(frozen=True)
+class Outline:
+    """Where all objects of one category are in one image."""
+
+    shapes: tuple[Shape, ...]
+    width: int
+    height: int
+
+    def mask(self) -> Bool[np.ndarray, "height width"]:
+        """Drawn at the size of the image.
+
+        Raises:
+            ImageError: numbers that draw nothing.
+        """
+        if self.width * self.height > MAX_PIXELS:
+            raise ImageError("A segmentation is too large.", seen=f"It is {self.width} x {self.height} pixels.")
+        drawn = np.zeros((self.height, self.width), dtype=bool)
+        for shape in self.shapes:
+            if isinstance(shape, RunLengths):
+                drawn |= _from_runs(shape, self.height, self.width)
+            else:
+                for polygon in shape:
+                    drawn |= _from_polygon(polygon, self.height, self.width)
+        return drawn
+
+
+def outlines(annotations: list[Annotation], names: dict[_Id, str], picture: Picture) -> dict[str, Outline | None]:
+    """By name of category, what an image shows; None where an object of it has no segmentation.
+
+    Raises:
+        ImageError: an annotation of a category that there is not.
+    """
+    found: dict[str, list[Shape]] = {}
+    unknown_place = set()
+    for one in annotations:
+        if one.category_id not in names:
+            raise ImageError(
+                f"There is no category {one.category_id!r}.", seen=f"Image {picture.file_name!r} shows it."
+            )
+        name = names[one.category_id]
+        found.setdefault(name, [])
+        if one.segmentation:
+            found[name].append(one.segmentation)
+        else:
+            unknown_place.add(name)
+    return {
+        name: None if name in unknown_place else Outline(tuple(shapes), picture.width, picture.height)
+        for name, shapes in found.items()
+    }
+
+
+def _from_runs(runs: RunLengths, height: int, width: int) -> Bool[np.ndarray, "height width"]:
+    counts = _numbers(runs.counts) if isinstance(runs.counts, str) else runs.counts
+    sound = runs.size == (height, width) and len(counts) <= 2 * height * width + 1
+    if not (sound and all(0 <= count <= height * width for count in counts) and sum(counts) == height * width):
+        seen = f"Size {list(runs.size)}, {len(counts)} runs; the image has {height} x {width} pixels."
+        raise ImageError("The run lengths of a segmentation do not fill its image.", seen=seen)
+    is_object = np.arange(len(counts)) % 2 == 1
+    return np.repeat(is_object, counts).reshape(width, height).T
+
+
+def _numbers(text: str) -> list[int]:
+    """Run lengths from text: six bits a letter from '0' on, five of them of the number, low ones first, one for "more".
+
+    From the fourth number on what is written is the difference to the number two before.
+    """
+    counts: list[int] = []
+    value = place = 0
+    for letter in text:
+        bits = ord(letter) - 48
+        if not 0 <= bits < 64 or place > 60:
+            raise ImageError("The run lengths of a segmentation are not those of COCO.", seen=repr(text[:40]))
+        value |= (bits & 31) << place
+        place += 5
+        if not bits & 32:
+            if bits & 16:
+                value -= 1 << place
+            counts.append(value + counts[-2] if len(counts) > 2 else value)
+            value = place = 0
+    return counts
+
+
+def _from_polygon(polygon: Polygon, height: int, width: int) -> Bool[np.ndarray, "height width"]:
+    points = np.asarray(polygon, dtype=float)
+    far = 2 * max(height, width)
+    if len(points) < 6 or len(points) % 2 or not np.abs(points).max() <= far:
+        raise ImageError("A polygon of a segmentation is none.", seen=f"{len(points)} numbers: {polygon[:6]} ...")
+    xs, ys = points[::2], points[1::2]
+    edge = np.zeros((height, width + 1), dtype=bool)  # where, in a row, one gets in or out
+    for x, y, to_x, to_y in zip(xs, ys, np.roll(xs, -1), np.roll(ys, -1), strict=True):
+        top, bottom = (int(np.clip(np.ceil(end - 0.5), 0, height)) for end in sorted((y, to_y)))
+        if top < bottom:
+            rows = np.arange(top, bottom)
+            crossing = x + (rows + 0.5 - y) * (to_x - x) / (to_y - y)
+            edge[rows, np.clip(np.ceil(crossing - 0.5), 0, width).astype(int)] ^= True
+    return np.logical_xor.accumulate(edge, axis=1)[:, :width]
