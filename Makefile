@@ -1,13 +1,17 @@
 # make demo: set up and show the main job. make test: the tests. Both work twice in a row, and offline after the first time.
+# make test-matrix: what depends on transformers, under its lowest, a middle and its newest version.
 # make test-portable: the tests that compute, on a processor's plainest kernels and one thread: none rests on rounding.
 
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-portable check clean
+.PHONY: demo test test-matrix test-portable check clean
 
 NUMERIC := baselines causal edit evaluation families find finders forms hallucination inspect interventions load lookup \
   maths optimised patch regions sensitivity specificity truth weights
+
+TRANSFORMERS := 4.57.6 5.3.0 5.24.0
+BY_VERSION := families find load patch pocket processors prompts weights
 
 demo: .venv/installed
 	@mkdir -p demo
@@ -20,6 +24,20 @@ test: .venv/installed
 test-portable: .venv/installed
 	ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 MKL_CBWR=COMPATIBLE OMP_NUM_THREADS=1 \
 	  $(BIN)/python -m pytest $(NUMERIC:%=tests/test_%.py)
+
+test-matrix: $(TRANSFORMERS:%=test-with-%)
+
+# Warnings are errors in the environment that constraints.txt describes; another version warns of other things.
+test-with-%: .venv-matrix/%/installed
+	.venv-matrix/$*/bin/python -m pytest -W default $(BY_VERSION:%=tests/test_%.py)
+
+# Everything but transformers, and what it pins, is read from .venv.
+.venv-matrix/%/installed: .venv/installed
+	$(BIN)/python -m venv --clear .venv-matrix/$*
+	$(BIN)/python -c "import sysconfig; print('import site; site.addsitedir(%r)' % sysconfig.get_path('purelib'))" \
+	  >"$$(.venv-matrix/$*/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/base.pth"
+	.venv-matrix/$*/bin/python -m pip install --quiet --disable-pip-version-check transformers==$*
+	@touch $@
 
 check: .venv/installed
 	$(BIN)/ruff check .
@@ -34,4 +52,4 @@ check: .venv/installed
 	@touch $@
 
 clean:
-	rm -rf .venv demo
+	rm -rf .venv .venv-matrix demo

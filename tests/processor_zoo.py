@@ -8,19 +8,27 @@ from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import transformers
+from library import hf, lacking
 from PIL import Image
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
-from transformers.models.smolvlm import processing_smolvlm
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES  # pyright: ignore[reportPrivateImportUsage]
 
+from mmneurons.errors import ModelError
+from mmneurons.vlm.families import check_version
 from mmneurons.vlm.processors import load_processor
 
-# A package that only videos need.
-processing_smolvlm.num2words = processing_smolvlm.num2words or str  # pyright: ignore[reportPrivateImportUsage]
+try:
+    from transformers.models.smolvlm import processing_smolvlm
+except ImportError:  # in some versions it needs torchvision
+    processing_smolvlm = None
+else:  # a package that only videos need
+    processing_smolvlm.num2words = processing_smolvlm.num2words or str  # pyright: ignore[reportPrivateImportUsage]
 
 SENTENCES = [
     "Describe the image in few words.",
@@ -28,6 +36,8 @@ SENTENCES = [
     "a red circle next to a blue square, the dog of the house",
     "USER: what is in the picture? ASSISTANT: a small dog",
 ] * 5
+
+PLAIN = "PreTrainedTokenizerFast"
 
 
 def picture(seed: int, width: int = 60, height: int = 40) -> Image.Image:
@@ -135,8 +145,27 @@ class Family:
     max_images: int = 2
     min_images: int = 0
 
+    def lack(self) -> str | None:
+        """What keeps this version of transformers from loading the family's processor without torchvision."""
+        if self.model_type not in CONFIG_MAPPING_NAMES:
+            return f"no model {self.model_type}"
+        try:
+            check_version(SimpleNamespace(model_type=self.model_type))
+        except ModelError as error:
+            return str(error)
+        try:
+            kind = getattr(transformers, self.processor)
+        except ModuleNotFoundError:
+            return f"{self.processor} needs torchvision"
+        own = vars(kind).get("tokenizer_class", "AutoTokenizer")  # of transformers 4, with the parts on the class
+        if "video_processor" in vars(kind).get("attributes", ()) and not {"AutoTokenizer", PLAIN} & {own, *own}:
+            return f"{self.processor} takes no tokenizer but {own}"
+        return None
+
     def save(self, folder: Path) -> Path:
-        """Write the files of a checkpoint, weights apart."""
+        """Write the files of a checkpoint, weights apart; skips the test where transformers lacks the family."""
+        if lack := self.lack():
+            lacking(lack)
         tokenizer = self.tokenizer(self.special)
         tokenizer.save_pretrained(folder)
         self.image_processor().save_pretrained(folder)
@@ -148,7 +177,7 @@ class Family:
 
 
 def _pil(name: str, **options: Any) -> Callable[[], Any]:
-    return lambda: getattr(transformers, name)(**options)
+    return lambda: getattr(hf, name)(**options)
 
 
 def _square(side: int) -> dict[str, int]:

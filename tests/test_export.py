@@ -16,6 +16,7 @@ import torch
 import zoo
 from bitsandbytes.nn.modules import Linear8bitLt
 from filelock import FileLock
+from library import hf
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
@@ -195,12 +196,11 @@ def test_a_processor_without_its_part_for_videos_is_copied_as_it_was(tmp_path):
 
 
 def test_a_pair_of_image_processor_and_tokenizer(tmp_path):
-    from transformers import ViTImageProcessorPil
 
     from mmneurons.vlm.processors import ImageAndTokenizer, load_processor
 
     family = next(family for family in zoo.FAMILIES if family.name == "vision-encoder-decoder")
-    pair = ImageAndTokenizer(ViTImageProcessorPil(size={"height": 8, "width": 8}), processor_zoo.byte_level({}))
+    pair = ImageAndTokenizer(hf.ViTImageProcessorPil(size={"height": 8, "width": 8}), processor_zoo.byte_level({}))
     vlm = mmn.load(zoo.randomise(family.build()), processor=pair)
     folder = export(vlm, [a_patch(vlm, {(0, None): [1]})], tmp_path / "out")
     again = load_processor(str(folder), model_type="vision-encoder-decoder")

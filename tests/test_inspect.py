@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from commands import call
+from library import hf
 from PIL import Image
 
 import mmneurons as mmn
@@ -360,7 +361,7 @@ def test_bertscore_by_hand():
 
 def test_clipscore_is_that_of_a_clip_on_disk(tmp_path):
     from processor_zoo import byte_level
-    from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPProcessor
+    from transformers import CLIPConfig, CLIPModel, CLIPProcessor
 
     tokenizer = byte_level({})
     torch.manual_seed(0)
@@ -374,7 +375,7 @@ def test_clipscore_is_that_of_a_clip_on_disk(tmp_path):
     ).eval()
     clip.save_pretrained(tmp_path)
     tokenizer.model_max_length = 16
-    sight = CLIPImageProcessorPil(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28})
+    sight = hf.CLIPImageProcessorPil(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28})
     CLIPProcessor(sight, tokenizer).save_pretrained(tmp_path)
     made = meaning(clip_model=str(tmp_path))
     assert made.clip is not None, made.missing

@@ -3,8 +3,9 @@ import inspect
 import pytest
 import torch
 import transformers
+from library import hf
 from processor_zoo import FAMILIES, byte_level, metaspace_bpe, picture, processor, template, unigram, word_piece
-from transformers import BatchFeature, ViTImageProcessorPil
+from transformers import BatchFeature
 
 from mmneurons.errors import ModelError, SettingError, WordError
 from mmneurons.vlm.processors import ImageAndTokenizer
@@ -205,7 +206,7 @@ def test_only_what_the_model_takes():
 
 def test_an_encoder_decoder_begins_its_answer_in_the_decoder():
     tokenizer = unigram()
-    found = transformers.Blip2Processor(transformers.BlipImageProcessorPil(), tokenizer, num_query_tokens=4)
+    found = transformers.Blip2Processor(hf.BlipImageProcessorPil(), tokenizer, num_query_tokens=4)
     batch = encode_prompt(found, rows(2, 1), PROMPT, PREFIX, padding_side="right", decoder_start=0)
     assert str(tokenizer.decode(batch["input_ids"][0])).endswith(f"{PROMPT}</s>")
     assert batch["decoder_input_ids"].shape[0] == 2
@@ -216,7 +217,7 @@ def test_an_encoder_decoder_begins_its_answer_in_the_decoder():
 
 
 def test_a_pair_gives_words_to_the_decoder_alone():
-    pair = ImageAndTokenizer(ViTImageProcessorPil(size={"height": 8, "width": 8}), byte_level({}, pad=False))
+    pair = ImageAndTokenizer(hf.ViTImageProcessorPil(size={"height": 8, "width": 8}), byte_level({}, pad=False))
     batch = encode_prompt(pair, rows(2, 1), PROMPT, PREFIX, decoder_start=1)
     assert set(batch) == {"pixel_values", "decoder_input_ids"}
     assert batch["pixel_values"].shape == (2, 3, 8, 8)

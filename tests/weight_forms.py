@@ -11,12 +11,11 @@ import torch
 from accelerate.hooks import ModelHook, add_hook_to_module
 from bitsandbytes.functional import has_avx512bf16
 from bitsandbytes.nn.modules import Linear4bit, Linear8bitLt
+from library import hf, lacking
 from peft import IA3Config, LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
 from transformers import AriaTextConfig, Llama4TextConfig, Qwen3VLMoeTextConfig
-from transformers.integrations.finegrained_fp8 import FP8Experts, FP8Linear
-from transformers.models.aria.modeling_aria import AriaExperts
 from transformers.models.llama4.modeling_llama4 import Llama4TextExperts
 from transformers.models.qwen3_vl_moe.modeling_qwen3_vl_moe import Qwen3VLMoeTextExperts
 from transformers.pytorch_utils import Conv1D
@@ -323,7 +322,7 @@ def make_self_dequantising(tmp_path) -> Form:
 
 def make_fp8(tmp_path) -> Form:
     """The last block is cut short; its kernel needs a GPU, so it is not run."""
-    module = FP8Linear(NEURONS, HIDDEN, block_size=(48, 80), has_bias=True)
+    module = hf.of("integrations.finegrained_fp8", "FP8Linear")(NEURONS, HIDDEN, block_size=(48, 80), has_bias=True)
     with torch.no_grad():
         module.weight.copy_(linear().weight)
         module.weight_scale_inv.copy_(torch.rand(2, 3) + 0.5)
@@ -347,21 +346,30 @@ def randomised(module: Any) -> Any:
     return module.eval()
 
 
+def qwen3_vl_moe_experts(config: Qwen3VLMoeTextConfig) -> nn.Module:
+    experts: Any = Qwen3VLMoeTextExperts(config)
+    if experts.gate_up_proj.shape[1] == HIDDEN:
+        lacking("stores these experts transposed")
+    return experts
+
+
 def make_qwen3_vl_moe(tmp_path) -> Form:
     config = Qwen3VLMoeTextConfig(hidden_size=HIDDEN, moe_intermediate_size=NEURONS, num_experts=EXPERTS)
-    module = randomised(Qwen3VLMoeTextExperts(config))
+    module = randomised(qwen3_vl_moe_experts(config))
     return Form(module, module.down_proj[2].detach().clone(), None, expert=2)
 
 
 def make_qwen3_vl_moe_square(tmp_path) -> Form:
     config = Qwen3VLMoeTextConfig(hidden_size=HIDDEN, moe_intermediate_size=HIDDEN, num_experts=EXPERTS)
-    module = randomised(Qwen3VLMoeTextExperts(config))
+    module = randomised(qwen3_vl_moe_experts(config))
     return Form(module, module.down_proj[2].detach().clone(), None, expert=2)
 
 
 def make_aria(tmp_path) -> Form:
     config = AriaTextConfig(hidden_size=HIDDEN, intermediate_size=NEURONS, moe_num_experts=EXPERTS)
-    module = randomised(AriaExperts(config))
+    module = randomised(hf.of("models.aria.modeling_aria", "AriaExperts")(config))
+    if not hasattr(module, "down_proj"):
+        lacking("Aria's experts are one product, without neurons of each")
     return Form(module, module.down_proj[2].detach().T, None, expert=2)
 
 
@@ -395,7 +403,7 @@ def make_experts_with_bias(tmp_path) -> Form:
 
 def make_fp8_experts(tmp_path) -> Form:
     config = Qwen3VLMoeTextConfig(hidden_size=HIDDEN, moe_intermediate_size=NEURONS, num_experts=EXPERTS)
-    module: Any = FP8Experts(config, block_size=(32, 64))
+    module = hf.of("integrations.finegrained_fp8", "FP8Experts")(config, block_size=(32, 64))
     with torch.no_grad():
         module.gate_up_proj.zero_()
         module.down_proj.copy_(torch.randn(EXPERTS, HIDDEN, NEURONS))

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
+from library import lacking
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -39,6 +41,24 @@ class Family:
     """Inputs with the pixels of one patch (row, column of `grid`) of the first picture changed."""
     facts: Mapping[str, str] | None = None
     """What a reader of the family's code sees, where the structure must find the same: see tests/test_families.py."""
+
+
+def runnable(build: Callable[[], PreTrainedModel]) -> Callable[[], PreTrainedModel]:
+    """The same, for a family that some version of transformers cannot run: the test is skipped there."""
+
+    def checked() -> PreTrainedModel:
+        model = build()
+        name = type(model).__name__
+        if "pixel_values" not in inspect.signature(model.forward).parameters:
+            lacking(f"{name} names its pixels otherwise")
+        try:
+            with torch.no_grad():
+                model(input_ids=torch.ones(1, 1, dtype=torch.long))
+        except (AttributeError, ValueError) as error:
+            lacking(f"{name} does not run on a word: {error}")
+        return model
+
+    return checked
 
 
 def randomise(model: PreTrainedModel, seed: int = 0) -> PreTrainedModel:

@@ -112,7 +112,7 @@ def vit_gpt2() -> PreTrainedModel:
         add_cross_attention=True,
         **TOKENS,
     )
-    config = VisionEncoderDecoderConfig(encoder=encoder, decoder=decoder, **TOKENS)
+    config = VisionEncoderDecoderConfig(encoder=encoder.to_dict(), decoder=decoder.to_dict(), **TOKENS)
     return settled(VisionEncoderDecoderModel(config), decoder_start_token_id=START)
 
 
@@ -124,7 +124,10 @@ def picture_alone(model: PreTrainedModel, rows: Sequence[Row]) -> Inputs:
 def git() -> PreTrainedModel:
     """GIT: the picture's features before the words, full attention among them, blocks in the manner of BERT."""
     config = GitConfig(
-        vision_config=GitVisionConfig(**VISION), hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, **TEXT
+        vision_config=GitVisionConfig(**VISION).to_dict(),
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+        **TEXT,
     )
     return settled(GitForCausalLM(config))
 
@@ -148,7 +151,12 @@ def mllama() -> PreTrainedModel:
         max_num_tiles=TILES,
         supported_aspect_ratios=RATIOS,
     )
-    text = MllamaTextConfig(**{**TEXT, "num_hidden_layers": 4}, num_key_value_heads=2, cross_attention_layers=[1, 3])
+    text = MllamaTextConfig(
+        **{**TEXT, "num_hidden_layers": 4},
+        num_key_value_heads=2,
+        cross_attention_layers=[1, 3],
+        rope_scaling={"rope_type": "default"},  # pyright: ignore[reportCallIssue]  # an alias it takes
+    )
     return settled(
         MllamaForConditionalGeneration(MllamaConfig(vision_config=vision, text_config=text, image_token_index=VOCAB))
     )

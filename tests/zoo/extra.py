@@ -7,19 +7,8 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from transformers import (
-    GraniteDoclingConfig,
-    GraniteDoclingForConditionalGeneration,
-    IdeficsConfig,
-    IdeficsForVisionText2Text,
-    PreTrainedModel,
-    Qwen3_5MoeConfig,
-    Qwen3_5MoeForConditionalGeneration,
-)
-from transformers.models.granite_docling.configuration_granite_docling import (
-    GraniteDoclingTextConfig,
-    GraniteDoclingVisionConfig,
-)
+from library import hf
+from transformers import IdeficsConfig, IdeficsForVisionText2Text, PreTrainedModel
 from transformers.models.idefics.configuration_idefics import IdeficsPerceiverConfig, IdeficsVisionConfig
 
 from . import qwen_like
@@ -47,22 +36,22 @@ TILE = 2 * PATCH * SIDE
 
 def granite_docling(residual_multiplier: float = 0.5, **text_changes: Any) -> PreTrainedModel:
     """Granite for Docling: scaled embedding, attention, residuals and logits; features of the tower in block 0 too."""
-    vision = GraniteDoclingVisionConfig(
+    vision = hf.of("models.granite_docling.configuration_granite_docling", "GraniteDoclingVisionConfig")(
         **{**VISION, "image_size": TILE},
         out_hidden_size=HIDDEN,
         scale_factor=2,
         deepstack_visual_indexes=[0],
         use_fine_route=False,
     )
-    text = GraniteDoclingTextConfig(
+    text = hf.of("models.granite_docling.configuration_granite_docling", "GraniteDoclingTextConfig")(
         **{**TEXT, **text_changes},
         num_key_value_heads=2,
         embedding_multiplier=3.0,
         logits_scaling=4.0,
         residual_multiplier=residual_multiplier,
     )
-    config = GraniteDoclingConfig(vision_config=vision, text_config=text, image_token_id=IMAGE, pad_token_id=PAD)
-    return settled(GraniteDoclingForConditionalGeneration(config))
+    config = hf.GraniteDoclingConfig(vision_config=vision, text_config=text, image_token_id=IMAGE, pad_token_id=PAD)
+    return settled(hf.GraniteDoclingForConditionalGeneration(config))
 
 
 def one_tile(model: PreTrainedModel, rows: Sequence[Row]) -> Inputs:
@@ -83,12 +72,12 @@ def qwen3_5_moe() -> PreTrainedModel:
     dense = DENSE.build().config
     text = {**dense.text_config.to_dict(), "model_type": "qwen3_5_moe_text", "num_experts": 4, "num_experts_per_tok": 2}
     sizes = {"moe_intermediate_size": 40, "shared_expert_intermediate_size": 72}
-    config = Qwen3_5MoeConfig(
+    config = hf.Qwen3_5MoeConfig(
         text_config={**text, **sizes},
         vision_config={**dense.vision_config.to_dict(), "model_type": "qwen3_5_moe_vision"},
         **{name: value for name, value in dense.to_dict().items() if name.endswith("_token_id")},
     )
-    return settled(Qwen3_5MoeForConditionalGeneration(config))
+    return settled(hf.Qwen3_5MoeForConditionalGeneration(config))
 
 
 LATENTS, FAKE = 6, VOCAB + 1  # the embedding's and the head's second part: <image>, then the mark around it

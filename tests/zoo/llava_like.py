@@ -8,9 +8,9 @@ from functools import partial
 from typing import Any
 
 import torch
-import transformers as hf
+from library import hf
 from torch import Tensor
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 from transformers.models.idefics2.configuration_idefics2 import Idefics2PerceiverConfig, Idefics2VisionConfig
 from transformers.models.idefics3.configuration_idefics3 import Idefics3VisionConfig
 from transformers.models.ovis2.configuration_ovis2 import Ovis2VisionConfig
@@ -22,7 +22,7 @@ PAD, BOS, IMAGE, START, END, BREAK = range(6)
 OTHERS = list(range(6, 12))  # ids of tokens that a family has besides these
 WORDS, VOCAB = 20, 150  # ids of text: from WORDS to VOCAB - 1
 Build = Callable[[], PreTrainedModel]
-Config = Callable[..., PreTrainedConfig]
+Config = Callable[..., PretrainedConfig]
 Feed = Callable[[PreTrainedModel, Sequence[Row]], Inputs]
 More = Callable[[Inputs], Inputs]
 
@@ -46,7 +46,7 @@ def built(kind: Callable[..., PreTrainedModel], config: Config, language: Config
 
     def build() -> PreTrainedModel:
         parts = deepcopy({"text_config": language, "vision_config": tower, **more})  # as configs write into lists
-        parts = {name: part() if isinstance(part, partial) else part for name, part in parts.items()}
+        parts = {name: part().to_dict() if isinstance(part, partial) else part for name, part in parts.items()}
         with torch.random.fork_rng(devices=[]):  # some vectors are drawn, and the tests add to them
             torch.manual_seed(0)
             model = kind(config(image_token_id=IMAGE, **parts)).eval()
@@ -177,7 +177,7 @@ FAMILIES: tuple[Family, ...] = (
     ),
     _tile(
         "vipllava",
-        built(hf.VipLlavaForConditionalGeneration, hf.VipLlavaConfig, LLAMA, CLIP, vision_feature_layer=(-2, -1, 0)),
+        built(hf.VipLlavaForConditionalGeneration, hf.VipLlavaConfig, LLAMA, CLIP, vision_feature_layers=(-2, -1, 0)),
         facts(),
         feed(SQUARE, 3, 40, 40),
     ),

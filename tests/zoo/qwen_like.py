@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
 import torch
-import transformers as hf
+from library import hf
 from transformers import PreTrainedModel
 from transformers.models.idefics3.configuration_idefics3 import Idefics3VisionConfig
 
-from .base import Family, Inputs, Perturb, Row, pixels
+from .base import Family, Inputs, Perturb, Row, pixels, runnable
 from .llava_like import (
     BOS,
     END,
@@ -48,6 +50,11 @@ def _rope(**changes: object) -> dict[str, object]:
     return {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 2, 2], **changes}
 
 
+def _config(family: str, name: str) -> Any:
+    """A class of configs that is exported in newer versions alone."""
+    return hf.of(f"models.{family}.configuration_{family}", name)
+
+
 def _tower(kind: Config, **changes: object) -> Config:
     """Sizes of a vision tower whose patches are 4 x 4 pixels, 2 x 2 of them to a token."""
     sizes = {"depth": 2, "hidden_size": 32, "intermediate_size": 56, "num_heads": 4, "patch_size": 4}
@@ -60,7 +67,8 @@ def _feed(model: PreTrainedModel, rows: Sequence[Row]) -> Inputs:
     frames = torch.stack([pixels(row, 60, 3, 1, 4, 4) for row in rows]).expand(-1, -1, -1, 2, -1, -1)
     batch["pixel_values"] = frames.reshape(60 * len(rows), 96)
     batch["image_grid_thw"] = torch.tensor([[1, 6, 10]] * len(rows))
-    return batch | image_tokens("mm_token_type_ids")(batch)
+    takes = inspect.signature(model.forward).parameters
+    return batch | image_tokens("mm_token_type_ids")(batch) if "mm_token_type_ids" in takes else batch
 
 
 def _perturb(model: PreTrainedModel, inputs: Inputs, row: int, column: int) -> Inputs:
@@ -108,9 +116,15 @@ FAMILIES: tuple[Family, ...] = (
         built(
             hf.Qwen2VLForConditionalGeneration,
             hf.Qwen2VLConfig,
-            text(hf.Qwen2VLTextConfig, rope_parameters=_rope()),
+            text(hf.Qwen2VLTextConfig, rope_scaling=_rope()),
             partial(
-                hf.Qwen2VLVisionConfig, depth=2, embed_dim=32, hidden_size=48, num_heads=4, mlp_ratio=2, patch_size=4
+                _config("qwen2_vl", "Qwen2VLVisionConfig"),
+                depth=2,
+                embed_dim=32,
+                hidden_size=48,
+                num_heads=4,
+                mlp_ratio=2,
+                patch_size=4,
             ),
             **MARKS,
         ),
@@ -121,8 +135,12 @@ FAMILIES: tuple[Family, ...] = (
         built(
             hf.Qwen2_5_VLForConditionalGeneration,
             hf.Qwen2_5_VLConfig,
-            text(hf.Qwen2_5_VLTextConfig, rope_parameters=_rope()),
-            _tower(hf.Qwen2_5_VLVisionConfig, window_size=16, fullatt_block_indexes=[1]),  # windows of 2 x 2 tokens
+            text(hf.Qwen2_5_VLTextConfig, rope_scaling=_rope()),
+            _tower(
+                _config("qwen2_5_vl", "Qwen2_5_VLVisionConfig"),
+                window_size=16,
+                fullatt_block_indexes=[1],
+            ),  # windows of 2 x 2 tokens
             **MARKS,
         ),
         facts(),
@@ -132,8 +150,12 @@ FAMILIES: tuple[Family, ...] = (
         built(
             hf.Qwen3VLForConditionalGeneration,
             hf.Qwen3VLConfig,
-            text(hf.Qwen3VLTextConfig, rope_parameters=_rope()),
-            _tower(hf.Qwen3VLVisionConfig, num_position_embeddings=36, deepstack_visual_indexes=[0, 1]),
+            text(hf.Qwen3VLTextConfig, rope_scaling=_rope()),
+            _tower(
+                _config("qwen3_vl", "Qwen3VLVisionConfig"),
+                num_position_embeddings=36,
+                deepstack_visual_indexes=[0, 1],
+            ),
             **MARKS,
         ),
         facts(),
@@ -145,13 +167,17 @@ FAMILIES: tuple[Family, ...] = (
             hf.Qwen3VLMoeConfig,
             text(
                 hf.Qwen3VLMoeTextConfig,
-                rope_parameters=_rope(),
+                rope_scaling=_rope(),
                 num_experts=4,
                 num_experts_per_tok=2,
                 moe_intermediate_size=40,
                 mlp_only_layers=[1],
             ),
-            _tower(hf.Qwen3VLMoeVisionConfig, num_position_embeddings=36, deepstack_visual_indexes=[0, 1]),
+            _tower(
+                _config("qwen3_vl_moe", "Qwen3VLMoeVisionConfig"),
+                num_position_embeddings=36,
+                deepstack_visual_indexes=[0, 1],
+            ),
             **MARKS,
         ),
         facts("mlp.experts.down_proj,mlp.down_proj"),
@@ -165,13 +191,13 @@ FAMILIES: tuple[Family, ...] = (
                 hf.Qwen3_5TextConfig,
                 layer_types=["linear_attention", "full_attention", "linear_attention"],
                 head_dim=16,
-                rope_parameters=_rope(partial_rotary_factor=0.75),
+                rope_scaling=_rope(partial_rotary_factor=0.75),
                 linear_key_head_dim=8,
                 linear_value_head_dim=10,
                 linear_num_key_heads=2,
                 linear_num_value_heads=4,
             ),
-            _tower(hf.Qwen3_5VisionConfig, num_position_embeddings=36),
+            _tower(_config("qwen3_5", "Qwen3_5VisionConfig"), num_position_embeddings=36),
             **MARKS,
         ),
         facts(final_norm="RMS 1+w"),
@@ -181,8 +207,8 @@ FAMILIES: tuple[Family, ...] = (
         built(
             hf.Glm4vForConditionalGeneration,
             hf.Glm4vConfig,
-            text(hf.Glm4vTextConfig, rope_parameters=_rope(partial_rotary_factor=0.5, mrope_section=[1, 1, 1])),
-            _tower(hf.Glm4vVisionConfig, image_size=24),
+            text(hf.Glm4vTextConfig, partial_rotary_factor=0.5, rope_scaling=_rope(mrope_section=[1, 1, 1])),
+            _tower(_config("glm4v", "Glm4vVisionConfig"), image_size=24),
             **GLM_MARKS,
         ),
         facts(kind="norm"),
@@ -201,29 +227,31 @@ FAMILIES: tuple[Family, ...] = (
     ),
     Family(
         "llama4",
-        built(
-            hf.Llama4ForConditionalGeneration,
-            hf.Llama4Config,
-            text(
-                hf.Llama4TextConfig,
-                intermediate_size=40,
-                intermediate_size_mlp=88,
-                moe_layers=[1],
-                num_local_experts=4,
-                num_experts_per_tok=1,
-                no_rope_layers=[1, 0, 1],
-                attention_chunk_size=64,
-            ),
-            sight(
-                hf.Llama4VisionConfig,
-                patch_size=5,
-                intermediate_size=128,  # 2 x 2 patches of 32: pixel shuffle feeds a matrix of this width
-                vision_output_dim=36,
-                projector_input_dim=36,
-                projector_output_dim=36,
-            ),
-            boi_token_id=START,
-            eoi_token_id=END,
+        runnable(
+            built(
+                hf.Llama4ForConditionalGeneration,
+                hf.Llama4Config,
+                text(
+                    hf.Llama4TextConfig,
+                    intermediate_size=40,
+                    intermediate_size_mlp=88,
+                    moe_layers=[1],
+                    num_local_experts=4,
+                    num_experts_per_tok=1,
+                    no_rope_layers=[1, 0, 1],
+                    attention_chunk_size=64,
+                ),
+                sight(
+                    hf.Llama4VisionConfig,
+                    patch_size=5,
+                    intermediate_size=128,  # 2 x 2 patches of 32: pixel shuffle feeds a matrix of this width
+                    vision_output_dim=36,
+                    projector_input_dim=36,
+                    projector_output_dim=36,
+                ),
+                boi_token_id=START,
+                eoi_token_id=END,
+            )
         ),
         feed(TAGGED, 3, 40, 40),
         (4, 4),

@@ -37,6 +37,8 @@ def routed(module: nn.Module, args: tuple[Tensor, ...], batch: int) -> Routed:
     n_experts = module.get_parameter("down_proj").shape[0]
     if len(args) == 3:
         hidden, experts, weights = (value.reshape(batch, -1, value.shape[-1]) for value in args)
+        if experts.is_floating_point():  # transformers 4: the weights first, one for every expert
+            experts, weights = weights, experts.gather(-1, weights)
         return Routed(hidden, experts, weights)
     if len(args) == 1 and args[0].shape[0] % n_experts == 0:  # every token for every expert, most of them zeros
         inputs = args[0].view(n_experts, batch, -1, args[0].shape[-1]).permute(1, 2, 0, 3)

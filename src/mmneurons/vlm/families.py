@@ -6,6 +6,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+import transformers
+from transformers import configuration_utils
+
+from mmneurons.errors import ModelError
+
+NEWER = ("aria", "git", "kosmos-2", "lfm2-vl", "lfm2_vl", "llama4", "paligemma", "qwen3_vl_moe")
+"""Types of model whose code in transformers 4 computes in other ways than in 5: what is read there is wrong."""
+
 
 @dataclass(frozen=True)
 class Family:
@@ -45,6 +53,21 @@ FAMILIES = {
         suffix={"token_type_ids": 1},
     ),
 }
+
+
+def check_version(config: Any) -> None:
+    """Refuse a type of model that is read rightly under newer versions of transformers alone.
+
+    Raises:
+        ModelError: if this version is too old for it.
+    """
+    is_5 = hasattr(configuration_utils, "PreTrainedConfig")  # spelled otherwise before
+    if config.model_type in NEWER and not is_5:
+        raise ModelError(
+            f"Models of type '{config.model_type}' are read rightly under transformers 5 alone.",
+            seen=f"transformers {transformers.__version__}",
+            fix="pip install 'transformers>=5'",
+        )
 
 
 def family_of(config: Any) -> Family:

@@ -10,13 +10,14 @@ from PIL import Image
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel
-from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
 from mmneurons import pocket
 from mmneurons.errors import ModelError
 from mmneurons.vlm import provenance
 from mmneurons.vlm.anatomy.find import find_anatomy
 from mmneurons.vlm.checkpoint import first_line, made_up_weights, original, read_checkpoint, refusal, running
+from mmneurons.vlm.families import check_version
 from mmneurons.vlm.processors import load_processor
 from mmneurons.vlm.vlm import VLM
 
@@ -70,6 +71,7 @@ def load(
         options["device_map"] = device_map
     _check_device(device if device_map is None else device_map)
     loaded, loading = read_checkpoint(source, options)
+    check_version(loaded.config)
     quantised = bool(getattr(loaded, "is_quantized", False))
     if device_map is None and not quantised:
         _move(loaded, source, device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -154,6 +156,7 @@ def _adopt(model: nn.Module, processor: Any, decoder: str | None) -> VLM:
         raise _not_a_model(model)
     _check_kind(model.config)
     _check_calls(model)
+    check_version(model.config)
     name = getattr(model.config, "_name_or_path", "") or type(model).__name__
     return VLM(model, processor, find_anatomy(model, decoder), name, getattr(model.config, "_commit_hash", None))
 
@@ -167,7 +170,7 @@ def _not_a_model(given: Any) -> ModelError:
 
 
 def _check_kind(config: Any) -> None:
-    if config.model_type not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
+    if type(config) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
         raise ModelError(
             f"A model of type '{config.model_type}' is not a vision-language model that transformers knows.",
             fix="Give a model for image-text-to-text, such as llava-hf/llava-1.5-7b-hf.",

@@ -136,13 +136,13 @@ def _without_torchvision(source: str, model_type: str, options: dict[str, Any], 
         raise refusal(source, error) from error
     name = _class_name(source, model_type, options) or ""
     kind = _processor_class(name)
-    if kind is None or (VIDEO not in kind.get_attributes() and not _is_hidden(name)):
+    if kind is None or (VIDEO not in _attributes(kind) and not _is_hidden(name)):
         raise refusal(source, error) from error
     try:
-        if VIDEO not in kind.get_attributes():
+        if VIDEO not in _attributes(kind):
             return kind.from_pretrained(source, **options)
         stored, _ = kind.get_processor_dict(source, **options)
-        parts = [_part(name, source, options) for name in kind.get_attributes()]
+        parts = [_part(name, source, options) for name in _attributes(kind)]
         return _images_only(kind).from_args_and_dict(parts, stored)
     except REFUSALS as second:
         # Some classes cannot do without a video processor: then torchvision is what is missing.
@@ -171,6 +171,11 @@ def _class_name(source: str, model_type: str, options: dict[str, Any]) -> str | 
 def _class_names() -> Mapping[str, str | None]:
     """The processor class of each type of model, as transformers knows them."""
     return transformers.models.auto.processing_auto.PROCESSOR_MAPPING_NAMES  # pyright: ignore[reportPrivateImportUsage]
+
+
+def _attributes(kind: Any) -> list[str]:
+    """The names of the parts that a processor is made of; transformers 4 lists them on the class."""
+    return kind.get_attributes() if hasattr(kind, "get_attributes") else kind.attributes
 
 
 def _is_hidden(name: str) -> bool:
