@@ -300,6 +300,24 @@ def test_a_real_run_has_no_other_fields(vlm, sample_paths, choices):
         assert type(value) in [JSON_TYPES[name] for name in fields[path][0].split(" or ")], path
 
 
+def test_rows_have_the_columns_and_types_of_the_table(vlm, sample_paths):
+    section = read(FORMAT).partition("## As a flat table")[2].partition("\n## ")[0]
+    columns = dict(re.findall(r"^\| `(\w+)` \| (.+?) \|", section, re.MULTILINE))
+    kinds = {"list<string>": tuple, "string": str, "int64": int, "double": float}
+    finding = mmn.find(vlm, sample_paths[0], blank=True)
+    rows = [*finding.rows(), *hand_made().rows()]
+    assert len(finding.rows()) == 10 * len(finding.nouns)
+    for row in rows:
+        assert list(row) == list(columns)
+        for name, value in row.items():
+            kind, _, null = columns[name].partition(" or ")
+            assert type(value) is kinds[kind] or (null and value is None), f"{name}: {value!r}"
+    best = finding.nouns[1].neurons[2]
+    (row,) = (row for row in finding.rows() if (row["noun"], row["rank"]) == (1, 2))
+    assert (row["neuron"], row["score"], row["activation"]) == (str(best.neuron), best.score, best.activation)
+    assert (row["layer"], row["index"], row["word"]) == (best.neuron.layer, best.neuron.index, finding.nouns[1].word)
+
+
 def test_the_schema_number_is_the_one_described():
     assert f"| `schema` | integer | {result.SCHEMA} |" in read(FORMAT)
     assert f"A file of schema {result.SCHEMA} has the fields of this page" in read(FORMAT)

@@ -363,6 +363,21 @@ GOLDEN = "c47fcae49d9bc06848b3c41e7af57859b8a1593cdb84bc503b283e4bcd8909c1"
 NAMES = ("L3.e5.u0", "L3.u1", "L3.e5.u2", "L3.u7")
 
 
+def test_a_notebook_shows_a_patch_in_a_line_and_a_table(random_vlm):
+    patch = replace(
+        a_patch(random_vlm, {0: [1, 5], 1: [2]}), provenance={"source": "<b>dog</b>\n" * 99, "target": None}
+    )
+    assert len(repr(patch)) < 150
+    assert "\n" not in repr(patch)
+    assert f"3 columns of 2 blocks, hash {patch.hash[:12]}" in repr(patch)
+    table = patch._repr_html_()
+    assert "<b>" not in table
+    assert "<tr><th>target</th><td>(anything else)</td></tr>" in table
+    longest = float(patch.deltas(patch.parts[1])[0].norm())
+    assert f"<tr><th>block 1</th><td>1 column, |change| up to {longest:.3g}</td></tr>" in table
+    assert "<table>" in Patch(4, ())._repr_html_()
+
+
 def test_a_rank_one_patch_is_small_at_any_width(tmp_path):
     n, hidden = 100, 4096
     hashes = torch.zeros(n, HASH_BYTES, dtype=torch.uint8)

@@ -591,6 +591,12 @@ def test_hostile_text_is_shown_as_text():
 
 
 @pytest.mark.parametrize("finding", [make_finding(), hostile()], ids=["plain", "hostile"])
+def test_a_notebook_shows_the_page_in_a_frame_of_its_own(finding: Finding):
+    [(tag, attrs)] = Page(finding._repr_html_()).elements
+    assert (tag, attrs["srcdoc"], attrs["sandbox"]) == ("iframe", render([finding]), "allow-scripts")
+
+
+@pytest.mark.parametrize("finding", [make_finding(), hostile()], ids=["plain", "hostile"])
 def test_the_page_loads_and_runs_nothing_but_itself(finding: Finding):
     page = page_of(finding, finding, title=finding.prompt)
     for tag, attrs in page.elements:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 import mmneurons as mmn
-from mmneurons.errors import FormatError
+from mmneurons.errors import FormatError, WordError
 from mmneurons.finding import result
 from mmneurons.finding.result import Finding, NeuronFinding, NounFinding, Parts
 from mmneurons.neurons import Neuron
@@ -135,6 +135,28 @@ def test_provenance_says_what_made_it(vlm, sample_paths):
     assert made_by["model"].keys() == {"id", "revision", "class", "weights_hash", "dtype", "device", "w_out_class"}
     assert made_by["packages"].keys() >= {"mmneurons", "torch", "transformers"}
     assert (made_by["settings"]["score"], made_by["settings"]["top"]) == ("logprob", 3)
+
+
+def test_a_noun_that_is_not_there_is_refused_with_those_that_are(vlm, sample_paths):
+    finding = mmn.find(vlm, sample_paths[0])
+    with pytest.raises(WordError, match=f"It has: {finding.nouns[0].word}, "):
+        finding.noun("zebra")
+    with pytest.raises(WordError, match="It has: no nouns"):
+        dataclasses.replace(finding, nouns=()).noun("zebra")
+
+
+def test_what_a_notebook_shows_is_one_short_line(vlm, sample_paths):
+    finding = mmn.find(vlm, sample_paths[0], maps=True)
+    long = dataclasses.replace(finding, caption="a dog\nand " * 500, nouns=finding.nouns * 100, images=("x" * 999,) * 9)
+    noun = finding.nouns[0]
+    card, word = mmn.explain_neuron(vlm, "L1.u2"), mmn.neurons_for(vlm, "dog")
+    for one in (vlm, finding, long, noun, noun.neurons[0], card, word):
+        assert len(repr(one)) < 250, repr(one)
+        assert "\n" not in repr(one)
+    assert noun.word in repr(finding)
+    assert finding.caption in repr(finding)
+    assert str(noun.neurons[0].neuron) in repr(noun)
+    assert "L1.u2" in repr(card)
 
 
 def test_saved_whole_or_not_at_all(tmp_path, vlm, sample_paths, monkeypatch):

@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from textwrap import shorten
 from typing import Any, Protocol
 
 import torch
@@ -113,6 +114,21 @@ class Patch:
                     bound = part.coefficients.abs().sum(1).max() * self.directions.abs().max()
                     if not bool(bound.isfinite()):
                         raise _unsound(f"Deltas of layer {part.layer} can be larger than float32 holds.")
+
+    def __repr__(self) -> str:
+        blocks = sorted({part.layer for part in self.parts})
+        where = f"block {blocks[0]}" if len(blocks) == 1 else f"{len(blocks)} blocks"
+        n_columns = sum(len(part.indices) for part in self.parts)
+        says = ", ".join(
+            f"{name} {self.provenance[name]!r}" for name in ("source", "target") if name in self.provenance
+        )
+        return f"Patch({shorten(says, 60)}{': ' if says else ''}{n_columns} columns of {where}, hash {self.hash[:12]})"
+
+    def _repr_html_(self) -> str:
+        """What it changes, and how much, as a table for a notebook."""
+        from mmneurons.report.patch import patch_html
+
+        return patch_html(self)
 
     def _numbers(self) -> Iterator[Tensor]:
         if self.directions is not None:

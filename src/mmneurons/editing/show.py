@@ -69,18 +69,19 @@ def describe_patch(patch: Patch, vlm: VLM | None = None, n_tokens: int = 10) -> 
     Raises:
         ModelError: the patch is of another model.
     """
-    changes = _sizes(patch) if vlm is None else _compared(patch, vlm, n_tokens)
+    changes = sizes_of(patch) if vlm is None else _compared(patch, vlm, n_tokens)
     return PatchDescription(
         hash=patch.hash,
         changes=tuple(sorted(changes, key=lambda change: (-change.size, change.neuron))),
         blocks=tuple(sorted({part.layer for part in patch.parts})),
         rank=_rank(patch),
         n_bytes=_n_bytes(patch),
-        facts=tuple(_facts(patch.provenance)),
+        facts=tuple(facts_of(patch.provenance)),
     )
 
 
-def _sizes(patch: Patch) -> Iterator[ColumnChange]:
+def sizes_of(patch: Patch) -> Iterator[ColumnChange]:
+    """How far each column moves, as far as the patch alone tells."""
     for part in patch.parts:
         for neuron, delta in zip(part.neurons, patch.deltas(part), strict=True):
             yield ColumnChange(neuron, float(delta.double().norm()), None, (), ())
@@ -153,12 +154,12 @@ def _n_bytes(patch: Patch) -> int:
         return path.stat().st_size
 
 
-def _facts(made_by: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+def facts_of(made_by: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     """What is known of what made a patch; it was read from a file, and may lack or hold anything."""
     stacked = made_by.get("stacked")
     if isinstance(stacked, Sequence) and not isinstance(stacked, str):
         for i, one in enumerate(stacked, start=1):
-            yield from ((f"{i}: {name}", text) for name, text in _facts(_mapping(one)))
+            yield from ((f"{i}: {name}", text) for name, text in facts_of(_mapping(one)))
         return
     if "source" in made_by:
         yield "source", str(made_by["source"])

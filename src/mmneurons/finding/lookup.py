@@ -49,6 +49,11 @@ class NeuronCard:
     neighbours: tuple[Neighbour, ...]
     """The neurons of the whole model with the largest cosines, of either sign, largest first."""
 
+    def __repr__(self) -> str:
+        says, suppresses = (" ".join(map(str.strip, tokens[:5])) for tokens in (self.tokens, self.suppressed))
+        near = f", {len(self.neighbours)} neighbours" if self.neighbours else ""
+        return f"NeuronCard({self.neuron}: says {says!r}, suppresses {suppresses!r}, length {self.norm:.3g}{near})"
+
     def to_dict(self) -> dict[str, Any]:
         """As plain data, for JSON."""
         near = [{"neuron": str(n.neuron), "cosine": n.cosine} for n in self.neighbours]
@@ -79,6 +84,10 @@ class WordNeurons:
     token_id: int
     neurons: tuple[WordNeuron, ...]
     """Lowest rank first; of the same rank, the largest cosine of either sign."""
+
+    def __repr__(self) -> str:
+        first = f", first {self.neurons[0].neuron}" if self.neurons else ""
+        return f"WordNeurons({self.word!r}, token {self.token!r}: {len(self.neurons)} neurons{first})"
 
     def to_dict(self) -> dict[str, Any]:
         """As plain data, for JSON."""

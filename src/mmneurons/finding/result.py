@@ -11,14 +11,16 @@ import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePath
+from textwrap import shorten
 from typing import Annotated, Any, Literal
 
 import msgspec
 from PIL import Image
 
-from mmneurons.errors import FormatError
+from mmneurons.errors import FormatError, WordError
 from mmneurons.files import check_facts, decode_json, read_text, write_whole
+from mmneurons.finding.rows import Row, rows_of
 from mmneurons.neurons import Neuron
 
 SCHEMA = 2
@@ -50,6 +52,9 @@ class NeuronFinding:
     """
     lost_without_image: float | None = None
     """Share of `score` that is lost when the same words are read with a blank image; None if not asked for."""
+
+    def __repr__(self) -> str:
+        return f"NeuronFinding({self.neuron} {self.score:+.3g}: {_line(' '.join(self.tokens))})"
 
 
 @dataclass(frozen=True)
@@ -105,6 +110,10 @@ class NounFinding:
     """For k = 1, 10, 50, 100, 500, 1000: per picture, the mean of the maps of the top k; empty if not asked for or
     without a grid."""
 
+    def __repr__(self) -> str:
+        best = f", first {self.neurons[0].neuron} {self.neurons[0].score:+.3g}" if self.neurons else ""
+        return f"NounFinding({_line(self.word)}, p {self.probability:.3g}: {len(self.neurons)} neurons{best})"
+
 
 @dataclass(frozen=True)
 class Finding:
@@ -133,12 +142,37 @@ class Finding:
         """The first noun written or lemmatised as `word`.
 
         Raises:
-            KeyError: if there is none.
+            WordError: there is none.
         """
         for noun in self.nouns:
             if word in (noun.word, noun.lemma):
                 return noun
-        raise KeyError(word)
+        there = ", ".join(dict.fromkeys(noun.word for noun in self.nouns)) or "no nouns"
+        raise WordError(
+            f"'{word}' is none of the nouns of this finding.",
+            seen=f"It has: {there}. The answer was: {self.caption}",
+            fix=f'Words of the answer that are no nouns are asked for: find(vlm, image, words=["{word}"])',
+        )
+
+    def rows(self) -> list[Row]:
+        """One flat row for each neuron of each noun, for a data frame or a table; the columns are in docs/format.md."""
+        return list(rows_of(self))
+
+    def __repr__(self) -> str:
+        images = _line(" + ".join(PurePath(image).name for image in self.images)) if self.images else "no image"
+        nouns = ", ".join(noun.word for noun in self.nouns)
+        return f"Finding({images}: {_line(self.caption)}; {len(self.nouns)} nouns: {shorten(nouns, 60)})"
+
+    def _repr_html_(self) -> str:
+        """The page of `write_report`, for a notebook."""
+        from mmneurons.report.page import framed
+
+        return framed(self)
+
+
+def _line(text: str) -> str:
+    """A text in one short line, quoted."""
+    return repr(shorten(text, 60, placeholder="..."))
 
 
 def to_json(findings: Finding | Iterable[Finding]) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import html
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -31,6 +32,8 @@ MEANINGS = {
 _UNITS = {"logit": "logits", "logprob": "nats", "paper": "the paper's units"}
 _FIRST_K = 10
 """The region a reader sees first."""
+_FRAME = 640
+"""Height in a notebook, in pixels; the page scrolls in it."""
 
 
 class Bar(NamedTuple):
@@ -134,6 +137,12 @@ def render(findings: Sequence[Finding], *, title: str | None = None) -> str:
         style_hash=policy_hash(style),
         script_hash=policy_hash(script),
     )
+
+
+def framed(finding: Finding) -> str:
+    """The page of one finding as a part of another page, a notebook's, neither of which changes how the other looks."""
+    page = html.escape(render([finding]).encode("utf-8", "replace").decode())
+    return f'<iframe srcdoc="{page}" sandbox="allow-scripts" width="100%" height="{_FRAME}"></iframe>'
 
 
 def environment() -> jinja2.Environment:

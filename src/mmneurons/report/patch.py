@@ -1,13 +1,15 @@
-"""What a patch changes, as plain text."""
+"""What a patch changes, as plain text and as a table for a notebook."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from html import escape
 from typing import TYPE_CHECKING
 
 from mmneurons.report.text import percent, printable
 
 if TYPE_CHECKING:
+    from mmneurons.editing.patch import Patch
     from mmneurons.editing.show import ColumnChange, PatchDescription
 
 LISTED = 20
@@ -38,6 +40,20 @@ def patch_text(description: PatchDescription, listed: int | None = LISTED) -> st
     if len(shown) < n:
         lines.append(f"... and {n - len(shown)} more")
     return "\n".join(lines)
+
+
+def patch_html(patch: Patch) -> str:
+    """What made a patch and how far it moves the columns of each block, as a table without a style of its own."""
+    from mmneurons.editing.show import facts_of, sizes_of
+
+    rows = [("hash", patch.hash[:16]), *facts_of(patch.provenance)]
+    sizes: dict[int, list[float]] = {}
+    for change in sizes_of(patch):
+        sizes.setdefault(change.neuron.layer, []).append(change.size)
+    for layer, moved in sorted(sizes.items()):
+        rows.append((f"block {layer}", f"{_count(len(moved), 'column')}, |change| up to {max(moved):.3g}"))
+    cells = (f"<tr><th>{escape(printable(name))}</th><td>{escape(printable(text))}</td></tr>" for name, text in rows)
+    return f"<table>{''.join(cells)}</table>"
 
 
 def _table(changes: Sequence[ColumnChange]) -> list[str]:

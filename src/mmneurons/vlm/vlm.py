@@ -80,6 +80,11 @@ class VLM:
     _facts: dict[str, Any] | None = field(default=None, init=False, repr=False)
     _token_texts: dict[int, str] = field(default_factory=dict, init=False, repr=False)
 
+    def __repr__(self) -> str:
+        kind, dtype = type(self.model).__name__, str(self.anatomy.dtype).removeprefix("torch.")
+        size = f"{len(self.anatomy.blocks)} blocks, {self.anatomy.n_neurons:,} neurons"
+        return f"VLM({self.model_id!r}, {kind}: {size}, {dtype} on {self.device})"
+
     def alone(self) -> AbstractContextManager[None]:
         """Within the `with` the model is this thread's; others wait for its end. It may be nested."""
         return alone(self.analysed.owner)
