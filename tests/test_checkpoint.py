@@ -217,6 +217,7 @@ def test_an_adapter_is_put_on_the_model_that_it_names(tmp_path, vlm, sample_path
         mmn.load(tmp_path)
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # within torch.compile itself
 def test_compiled_and_wrapped_models(random_vlm, sample_paths):
     processor, plain = random_vlm.processor, copy.deepcopy(random_vlm.model)
     wanted = random_vlm.caption(sample_paths[0])

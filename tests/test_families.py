@@ -691,7 +691,7 @@ def spoiled(one: Case, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[str, V
 
     def replaced(**parts: Any) -> VLM:
         vlm = copy.copy(one.vlm)
-        vlm.anatomy = dataclasses.replace(anatomy, **parts)
+        vlm.analysed = dataclasses.replace(anatomy, **parts)
         return vlm
 
     if has_bias(one):
