@@ -220,7 +220,7 @@ def test_doctor_notices_a_misread_norm_in_half_precision(name, dtype):
         dataclasses.replace(anatomy.norm, weight=1.3 * anatomy.norm.weight),
     )
     spoiled = [dataclasses.replace(anatomy, norm=norm) for norm in misread]
-    for vlm.anatomy in (anatomy, *spoiled):
+    for vlm.analysed in (anatomy, *spoiled):
         named = [check.name for check in failed(mmn.doctor(vlm, inputs=inputs, max_new_tokens=N_TOKENS))]
         assert any("each norm" in name for name in named) == (vlm.anatomy is not anatomy)
 
