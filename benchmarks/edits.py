@@ -29,7 +29,6 @@ from mmneurons import pocket
 from mmneurons.editing.baselines import NAMES, Name, Rival, baseline
 from mmneurons.editing.edit import METHODS, EditSettings, Method, edit
 from mmneurons.editing.evaluation import Before, Bench
-from mmneurons.editing.file import load_patch, save_patch
 from mmneurons.editing.judging import Question, judge
 from mmneurons.editing.patch import Patch, stack
 from mmneurons.editing.reference import Reference, make_reference
@@ -71,8 +70,8 @@ def made(folder: Path, name: str, make: Callable[[], Patch]) -> Patch:
     path = folder / "patches" / f"{name}.safetensors"
     path.parent.mkdir(parents=True, exist_ok=True)
     if not path.exists():
-        save_patch(make(), path)
-    return load_patch(path)
+        make().save(path)
+    return Patch.load(path)
 
 
 def jobs(vlm: VLM, what: str, folder: Path) -> dict[str, Question]:
@@ -152,7 +151,7 @@ def many(vlm: VLM, folder: Path) -> None:
 
 def undo(vlm: VLM, folder: Path, n_moves: int = 1000) -> None:
     """Patches of the folder put on and taken off in random order; whenever none is on, every bit is compared."""
-    patches = [load_patch(path) for path in sorted((folder / "patches").glob("*.safetensors"))]
+    patches = [Patch.load(path) for path in sorted((folder / "patches").glob("*.safetensors"))]
     random, active = np.random.default_rng(0), set[int]()
     usual = {name: tensor.clone() for name, tensor in vlm.model.state_dict().items()}
     looked = 0
@@ -182,7 +181,7 @@ def flips(vlm: VLM, folder: Path) -> None:
     bench = Bench([], [], [], texts)
     before = torch.cat(Before(vlm, bench).texts)
     for path in sorted((folder / "patches").glob("*.safetensors")):
-        with load_patch(path).applied(vlm):
+        with Patch.load(path).applied(vlm):
             after = torch.cat(Before(vlm, bench).texts)
         changed = Counter(text for text, same in zip(read, (before == after).tolist(), strict=True) if not same)
         print(f"{path.stem}: {sum(changed.values())} of {len(read)}, {changed.most_common(1)}", flush=True)

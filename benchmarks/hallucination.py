@@ -21,7 +21,6 @@ from PIL import Image
 
 import mmneurons as mmn
 from mmneurons import pocket
-from mmneurons.editing.file import load_patch, save_patch
 from mmneurons.editing.hallucination import DehallucinateSettings, dehallucinate, judge
 from mmneurons.editing.patch import Patch
 from mmneurons.editing.reference import Reference
@@ -76,9 +75,9 @@ def made(vlm: VLM, name: str, folder: Path, shown: list[Item], vocabulary: Vocab
             checkpoint=folder / f"{name}.part",
             progress=tell,
         )
-        save_patch(patch, path)
+        patch.save(path)
         (folder / f"{name}.part").unlink(missing_ok=True)
-    return load_patch(path)
+    return Patch.load(path)
 
 
 def line(name: str, found: Chair, usual: Chair) -> str:

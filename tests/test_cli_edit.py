@@ -34,7 +34,7 @@ def test_from_images_to_an_edited_checkpoint(capsys, monkeypatch, folder):
     assert code == 0, err
     assert "dog -> cat: 400 columns, strength" in out
     assert "turned 100% of the answers that said dog" in out
-    patch = mmn.load_patch("p.safetensors")
+    patch = mmn.Patch.load("p.safetensors")
     assert patch.provenance["images"] == 3
     assert patch.provenance["reference"]["images"] == 10
     assert patch.provenance["reference"]["texts"] == 2

@@ -24,7 +24,6 @@ from mmneurons import pocket
 from mmneurons.editing.baselines import HeadChange
 from mmneurons.editing.columns import Columns, moves_for, patch_of, writers
 from mmneurons.editing.edit import EditSettings, edit, harm_of
-from mmneurons.editing.file import load_patch, save_patch
 from mmneurons.editing.goals import Asked, Goal, goals_of
 from mmneurons.editing.ledger import ledger_of
 from mmneurons.editing.patch import HASH_BYTES, Patch, PatchPart, column_hashes
@@ -374,8 +373,8 @@ def test_a_patch_of_experts_beside_a_dense_ffn_is_the_same_from_a_file(tmp_path)
     """Whatever the order of its parts: a patch that was applied is taken back by the one that is read."""
     one = torch.tensor([0]), torch.zeros(1, HASH_BYTES, dtype=torch.uint8), torch.ones(1, 4)
     patch = Patch(4, tuple(PatchPart(2, expert, *one) for expert in (1, 0, None)))
-    save_patch(patch, tmp_path / "p.safetensors")
-    assert load_patch(tmp_path / "p.safetensors").hash == patch.hash
+    patch.save(tmp_path / "p.safetensors")
+    assert Patch.load(tmp_path / "p.safetensors").hash == patch.hash
 
 
 # Where what shall be said

@@ -212,7 +212,7 @@ def test_the_command_names_what_cannot_be_read_and_shows_the_pictures_it_judged(
     capsys, monkeypatch, vlm, patch, bench, tmp_path
 ):
     monkeypatch.chdir(tmp_path)
-    mmn.save_patch(patch, "p.safetensors")
+    patch.save("p.safetensors")
     for name, pictures in (("made", bench.edit[:1]), ("held", bench.held_out[:3]), ("rest", bench.unrelated[:2])):
         Path(name).mkdir()
         for i, picture in enumerate(pictures):

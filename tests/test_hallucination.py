@@ -639,7 +639,7 @@ def test_from_a_manifest_to_a_patch_its_figures_and_a_page(capsys, monkeypatch, 
     assert "on 24 images that the patch was not made with" in out
     assert "learning: 12 of 12 done" in err
     assert not Path("p.safetensors.part").exists()
-    assert mmn.load_patch("p.safetensors").provenance["settings"]["say"] == "image"
+    assert mmn.Patch.load("p.safetensors").provenance["settings"]["say"] == "image"
     figures = json.loads(Path("figures.json").read_text())
     assert set(figures) == {"before", "after", "rival", "texts", "absent"}
     assert len(figures["texts"]) == len(figures["absent"]) == 24

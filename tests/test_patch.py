@@ -15,7 +15,6 @@ from hypothesis import strategies as st
 
 import mmneurons as mmn
 from mmneurons.editing import ledger
-from mmneurons.editing.file import load_patch, save_patch
 from mmneurons.editing.judging import questions
 from mmneurons.editing.ledger import ledger_of
 from mmneurons.editing.patch import HASH_BYTES, Patch, PatchPart, column_hashes, stack
@@ -341,9 +340,9 @@ def test_patches_that_expect_different_columns_do_not_stack(edited, vlm):
 @pytest.mark.parametrize("rank_one", [True, False])
 def test_a_file_gives_the_same_patch_and_the_same_bytes(random_vlm, tmp_path, rank_one):
     patch = a_patch(random_vlm, {0: [1, 5], 2: [7]}, rank_one=rank_one)
-    save_patch(patch, tmp_path / "a.safetensors")
-    again = load_patch(tmp_path / "a.safetensors")
-    save_patch(again, tmp_path / "b.safetensors")
+    patch.save(tmp_path / "a.safetensors")
+    again = Patch.load(tmp_path / "a.safetensors")
+    again.save(tmp_path / "b.safetensors")
     assert again.hash == patch.hash
     assert again.provenance == {"seed": 0}
     assert (tmp_path / "a.safetensors").read_bytes() == (tmp_path / "b.safetensors").read_bytes()
@@ -354,9 +353,9 @@ def test_the_bytes_of_the_format_do_not_change_unnoticed(tmp_path):
     hashes = column_hashes(torch.arange(8.0).view(2, 4))
     full = PatchPart(3, None, torch.tensor([1, 7]), hashes, torch.arange(8.0).view(2, 4))
     thin = PatchPart(3, 5, torch.tensor([0, 2]), hashes, None, torch.tensor([[0.5], [-2.0]]))
-    save_patch(Patch(4, (full, thin), torch.ones(1, 4), {"source": "dog"}), tmp_path / "p.safetensors")
+    Patch(4, (full, thin), torch.ones(1, 4), {"source": "dog"}).save(tmp_path / "p.safetensors")
     assert hashlib.sha256((tmp_path / "p.safetensors").read_bytes()).hexdigest() == GOLDEN
-    assert load_patch(tmp_path / "p.safetensors").neurons == [Neuron.parse(n) for n in NAMES]
+    assert Patch.load(tmp_path / "p.safetensors").neurons == [Neuron.parse(n) for n in NAMES]
 
 
 GOLDEN = "c47fcae49d9bc06848b3c41e7af57859b8a1593cdb84bc503b283e4bcd8909c1"
@@ -382,7 +381,7 @@ def test_a_rank_one_patch_is_small_at_any_width(tmp_path):
     n, hidden = 100, 4096
     hashes = torch.zeros(n, HASH_BYTES, dtype=torch.uint8)
     part = PatchPart(20, None, torch.arange(n), hashes, None, torch.ones(n, 1))
-    save_patch(Patch(hidden, (part,), torch.ones(1, hidden)), tmp_path / "p.safetensors")
+    Patch(hidden, (part,), torch.ones(1, hidden)).save(tmp_path / "p.safetensors")
     assert (tmp_path / "p.safetensors").stat().st_size < 21_000
 
 
@@ -433,11 +432,11 @@ def damaged(good: bytes):
 
 def test_a_damaged_file_is_refused(random_vlm, tmp_path):
     path = tmp_path / "p.safetensors"
-    save_patch(a_patch(random_vlm, {0: [1, 5]}), path)
+    a_patch(random_vlm, {0: [1, 5]}).save(path)
     for name, content, message in damaged(path.read_bytes()):
         path.write_bytes(content)
         with pytest.raises(FormatError, match=r"p\.safetensors") as told:
-            load_patch(path)
+            Patch.load(path)
         assert message in str(told.value), name
 
 
@@ -457,7 +456,7 @@ made_by = st.dictionaries(
 def test_whatever_is_in_a_file_it_is_refused_or_can_be_shown(random_vlm, tmp_path_factory, data):
     """Bytes changed anywhere, or facts of any kind."""
     path = tmp_path_factory.mktemp("any") / "p.safetensors"
-    save_patch(replace(a_patch(random_vlm, {0: [1, 5]}, rank_one=True), provenance=data.draw(made_by)), path)
+    replace(a_patch(random_vlm, {0: [1, 5]}, rank_one=True), provenance=data.draw(made_by)).save(path)
     content = bytearray(path.read_bytes())
     for place, byte in data.draw(
         st.lists(st.tuples(st.integers(0, len(content) - 1), st.integers(0, 255)), max_size=3)
@@ -465,7 +464,7 @@ def test_whatever_is_in_a_file_it_is_refused_or_can_be_shown(random_vlm, tmp_pat
         content[place] = byte
     path.write_bytes(content[: data.draw(st.just(len(content)) | st.integers(0, len(content)))])
     try:
-        patch = load_patch(path)
+        patch = Patch.load(path)
     except FormatError:
         return
     patch_text(describe_patch(patch)).encode()
@@ -475,7 +474,7 @@ def test_whatever_is_in_a_file_it_is_refused_or_can_be_shown(random_vlm, tmp_pat
 
 def test_a_missing_file_is_told(tmp_path):
     with pytest.raises(FormatError, match="Cannot read"):
-        load_patch(tmp_path / "none.safetensors")
+        Patch.load(tmp_path / "none.safetensors")
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,6 @@ import pytest
 import torch
 
 import mmneurons as mmn
-from mmneurons.editing.file import save_patch
 from mmneurons.editing.ledger import ledger_of
 from mmneurons.editing.patch import HASH_BYTES, Patch, PatchPart, column_hashes, stack
 from mmneurons.editing.show import describe_patch
@@ -76,7 +75,7 @@ def test_without_a_model_there_are_sizes_alone(vlm, says_cat):
 
 
 def test_bytes_are_those_of_the_file(says_cat, tmp_path):
-    save_patch(says_cat, tmp_path / "p.safetensors")
+    says_cat.save(tmp_path / "p.safetensors")
     assert describe_patch(says_cat).n_bytes == (tmp_path / "p.safetensors").stat().st_size
 
 

@@ -21,8 +21,6 @@ if TYPE_CHECKING:  # each public name once: a type checker reads these lines, an
     from mmneurons.editing.edit import EditSettings as EditSettings
     from mmneurons.editing.edit import edit as edit
     from mmneurons.editing.export import export as export
-    from mmneurons.editing.file import load_patch as load_patch
-    from mmneurons.editing.file import save_patch as save_patch
     from mmneurons.editing.hallucination import DehallucinateSettings as DehallucinateSettings
     from mmneurons.editing.hallucination import dehallucinate as dehallucinate
     from mmneurons.editing.ledger import forget as forget

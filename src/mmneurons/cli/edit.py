@@ -140,9 +140,9 @@ def evaluate_edit(
 ) -> None:
     """Judge patches by what the model generates, each by itself, and write a page. Stopped, it goes on."""
     check_folder(folder)
-    from mmneurons.editing.file import load_patch
+    from mmneurons.editing.patch import Patch
 
-    loaded = [(path, load_patch(path)) for path in files]
+    loaded = [(path, Patch.load(path)) for path in files]
     shown, lines = readable_items(images) if images else None, lines_of(texts)
     _judge(load(), loaded, folder, shown, held_out, unrelated, lines, limit, batch_size)
 
@@ -156,11 +156,11 @@ def show(
     n: Annotated[int, typer.Option("--top", min=1, help="Neurons listed, those that change most first.")] = 20,
 ) -> None:
     """Show what a patch changes: neurons, their words, how far they move."""
-    from mmneurons.editing.file import load_patch
+    from mmneurons.editing.patch import Patch
     from mmneurons.editing.show import describe_patch
     from mmneurons.report.patch import patch_text
 
-    patch = load_patch(path)
+    patch = Patch.load(path)
     out.print(patch_text(describe_patch(patch, load() if words else None), n), soft_wrap=True)
 
 
@@ -173,9 +173,9 @@ def export(
 ) -> None:
     """Write a model with patches in it, as an ordinary checkpoint that transformers loads by itself."""
     from mmneurons.editing.export import export as write
-    from mmneurons.editing.file import load_patch
+    from mmneurons.editing.patch import Patch
 
-    loaded = [load_patch(path) for path in files]
+    loaded = [Patch.load(path) for path in files]
     vlm = load()
     with working(err, "writing"):
         write(vlm, loaded, folder)
@@ -253,10 +253,10 @@ def checked_patch_path(path: Path) -> Path:
             f"A patch is a .safetensors file, not {path}.", fix=f"--out {path.with_suffix('.safetensors')}"
         )
     if path.is_file():
-        from mmneurons.editing.file import load_patch
+        from mmneurons.editing.patch import Patch
 
         try:
-            load_patch(path)
+            Patch.load(path)
         except FormatError as error:
             raise SettingError(
                 f"{path} is there already, and is no patch.", seen=str(error), fix="Name another file with --out."
@@ -266,13 +266,11 @@ def checked_patch_path(path: Path) -> Path:
 
 def save(patch: Patch, path: Path) -> None:
     """Save a patch; where its place fails it after the work, somewhere else."""
-    from mmneurons.editing.file import save_patch
-
     try:
-        save_patch(patch, path)
+        patch.save(path)
     except SettingError as error:
         spare = Path(tempfile.mkdtemp(prefix="mmneurons-")) / path.name
-        save_patch(patch, spare)
+        patch.save(spare)
         raise SettingError(error.what, seen=error.seen, fix=f"The patch is kept: mv {spare} FOLDER") from error
 
 

@@ -1,6 +1,6 @@
 """An edited model as an ordinary Hugging Face folder, for those who do not have this package.
 
-export(vlm, [load_patch("dog-to-cat.safetensors")], "model-without-dogs")
+export(vlm, [Patch.load("dog-to-cat.safetensors")], "model-without-dogs")
 
 AutoModelForImageTextToText.from_pretrained("model-without-dogs")
 """

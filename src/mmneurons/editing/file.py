@@ -1,6 +1,6 @@
 """Patches as files: safetensors with a JSON header, written whole or not at all, read with suspicion.
 
-The form is that of docs/format.md.
+For `Patch.save` and `Patch.load`; the form is that of docs/format.md.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _NAME = re.compile(rf"L{_NUMBER}(?:\.e{_NUMBER})?\.({'|'.join(DTYPES)})")
 """Of a tensor: one spelling for each place."""
 
 
-def save_patch(patch: Patch, path: str | os.PathLike[str]) -> None:
+def write(patch: Patch, path: str | os.PathLike[str]) -> None:
     """Write a patch; the same patch gives the same bytes."""
     path = Path(path)
     tensors: dict[str, Tensor] = {} if patch.directions is None else {"directions": patch.directions.clone()}
@@ -54,8 +54,8 @@ def save_patch(patch: Patch, path: str | os.PathLike[str]) -> None:
     write_whole(path, content)
 
 
-def load_patch(path: str | os.PathLike[str]) -> Patch:
-    """Read a patch that `save_patch` wrote.
+def read(path: str | os.PathLike[str]) -> Patch:
+    """Read a patch that `write` wrote.
 
     Raises:
         FormatError: no such file, no patch, one of another schema, damaged or unsound.

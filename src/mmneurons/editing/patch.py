@@ -1,6 +1,6 @@
 """An edit as data: which columns of which `w_out` change, by how much, and what they must be before.
 
-    patch = load_patch("dog-to-cat.safetensors")
+    patch = Patch.load("dog-to-cat.safetensors")
     with patch.applied(vlm): ...
 
 Computing a patch never touches a model, and a patch never holds one: the ledger (`ledger.py`) writes and takes back.
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
@@ -114,6 +115,27 @@ class Patch:
                     bound = part.coefficients.abs().sum(1).max() * self.directions.abs().max()
                     if not bool(bound.isfinite()):
                         raise _unsound(f"Deltas of layer {part.layer} can be larger than float32 holds.")
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Patch:
+        """Read a patch that `save` wrote.
+
+        Raises:
+            FormatError: no such file, no patch, one of another schema, damaged or unsound.
+        """
+        from mmneurons.editing import file
+
+        return file.read(path)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write it, whole or not at all; the same patch gives the same bytes. The form is that of docs/format.md.
+
+        Raises:
+            SettingError: the file cannot be written.
+        """
+        from mmneurons.editing import file
+
+        file.write(self, path)
 
     def __repr__(self) -> str:
         blocks = sorted({part.layer for part in self.parts})

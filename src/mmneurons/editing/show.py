@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from mmneurons.editing.columns import Columns
-from mmneurons.editing.file import save_patch
 from mmneurons.editing.ledger import ledger_of
 from mmneurons.editing.patch import Patch, column_hashes
 from mmneurons.errors import ModelError, SettingError
@@ -150,7 +149,7 @@ def _scaled(matrix: Tensor) -> Tensor:
 
 def _n_bytes(patch: Patch) -> int:
     with TemporaryDirectory() as folder:
-        save_patch(patch, path := Path(folder) / "patch.safetensors")
+        patch.save(path := Path(folder) / "patch.safetensors")
         return path.stat().st_size
 
 
