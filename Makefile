@@ -32,6 +32,7 @@ test-with-%: .venv-matrix/%/installed
 	.venv-matrix/$*/bin/python -m pytest -W default $(BY_VERSION:%=tests/test_%.py)
 
 # Everything but transformers, and what it pins, is read from .venv.
+.PRECIOUS: .venv-matrix/%/installed
 .venv-matrix/%/installed: .venv/installed
 	$(BIN)/python -m venv --clear .venv-matrix/$*
 	$(BIN)/python -c "import sysconfig; print('import site; site.addsitedir(%r)' % sysconfig.get_path('purelib'))" \
