@@ -129,6 +129,7 @@ def test_what_is_no_image_is_told_before_a_model_is_loaded(capsys, monkeypatch, 
         (["--report", "/no/such/folder/r.html"], "mkdir -p"),
         (["--json", "."], "It is a folder"),
         (["--decoder", "nothing"], "nothing"),
+        (["--against", "\udcff"], "no token of its own"),
     ],
 )
 def test_a_users_mistake_ends_with_code_2_and_one_message(capsys, monkeypatch, sample, arguments, message):
@@ -207,6 +208,16 @@ def test_a_terminal_of_another_encoding_and_a_closed_one_cost_no_file(tmp_path, 
     captions = [json.loads((tmp_path / name).read_bytes())["findings"][0]["caption"] for name in ("f.json", "g.json")]
     assert captions[0] == captions[1]
     assert (tmp_path / "g.html").exists()
+
+
+def test_what_a_terminal_would_obey_is_shown(capsys, monkeypatch, tmp_path, sample):
+    (tmp_path / "a\x1b]0;title\x07.png").write_bytes(sample.read_bytes())
+    (tmp_path / "b\x1b[2J.png").write_bytes(b"none")
+    monkeypatch.chdir(tmp_path)
+    for command in (("caption", "a\x1b]0;title\x07.png"), ("inspect", "--images", ".", "--out", "x", "--top", 0)):
+        code, out, err = call(capsys, monkeypatch, *command)
+        assert "\x1b" not in out + err
+        assert "\u241b" in out + err, code
 
 
 def test_what_was_found_is_shown_where_the_disk_is_full(capsys, monkeypatch, sample):

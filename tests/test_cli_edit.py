@@ -10,6 +10,8 @@ from commands import call
 
 import mmneurons as mmn
 from mmneurons import pocket
+from mmneurons.cli.edit import lines_of
+from mmneurons.editing.patch import Patch
 from mmneurons.words import says
 
 
@@ -44,7 +46,7 @@ def test_from_images_to_an_edited_checkpoint(capsys, monkeypatch, folder):
         "--unrelated", "others", "--texts", "texts.txt", "--limit", 2, "--out", "judged",
     )  # fmt: skip
     assert code == 0, err
-    assert "efficacy                           1.000 [1.000, 1.000] of 1" in out
+    assert "efficacy                           1.000 of 1" in out
     assert "of 2" in next(line for line in out.splitlines() if line.strip().startswith("locality"))
     assert json.loads(Path("judged/edits.json").read_text())["edits"]["p.safetensors"]["source"] == "dog"
     assert "dog → cat" in Path("judged/edits.html").read_text(encoding="utf-8")
@@ -72,6 +74,7 @@ def test_from_images_to_an_edited_checkpoint(capsys, monkeypatch, folder):
         (("--from", "dog", "--to", "cat", "--out", "nowhere/p.safetensors"), "mkdir -p nowhere"),
         (("--from", "rocket", "--to", "cat", "--images", "dog0.png"), "says 'rocket' of none"),
         (("--from", "dog", "--to", "cat", "--images", "gone.png"), "gone.png"),
+        (("--from", "dog", "--to", "cat", "--images", "dog0.png", "--evaluate", "x", "--held-out", "gone.png"), "gone"),
         (("--from", "dog", "--to", "cat", "--images", "dog0.png", "--texts", "gone.txt"), "Cannot read gone.txt"),
     ],
 )
@@ -82,6 +85,24 @@ def test_what_cannot_be_done_is_told_and_leaves_nothing(capsys, monkeypatch, fol
     assert code == 2
     assert message in err
     assert not list(folder.rglob("*.safetensors"))
+
+
+def test_what_to_judge_on_is_read_before_a_model_is_loaded(capsys, monkeypatch, folder):
+    monkeypatch.chdir(folder)
+    Patch(8, (), provenance={}).save("unnamed.safetensors")
+    Path("texts.txt").write_bytes(b"\xef\xbb\xbfa dog\n")
+    assert lines_of(Path("texts.txt")) == ["a dog"]
+    monkeypatch.setattr("mmneurons.vlm.load.load", lambda *_, **__: pytest.fail("loaded"))
+    made_for = {"source": "dog", "settings": {"prompts": ["What?"], "answer_prefix": "", "max_new_tokens": 9}}
+    Patch(8, (), provenance=made_for).save("dog.safetensors")
+    for arguments, message in (
+        (("unnamed.safetensors",), "does not say which word"),
+        (("dog.safetensors", "--held-out", "gone.png"), "gone.png"),
+        (("dog.safetensors", "--unrelated", "gone.png"), "gone.png"),
+        (("dog.safetensors", "--texts", "/dev/zero"), "device"),
+    ):
+        code, _, err = call(capsys, monkeypatch, "evaluate-edit", *arguments, "--out", "made")
+        assert (code, message in err) == (2, True), err
 
 
 @pytest.mark.parametrize("command", [("patch", "show"), ("export",), ("evaluate-edit",)])

@@ -136,6 +136,7 @@ def test_a_removal_has_no_target_to_bleed(vlm, bench):
     assert found.bleed is None
     assert means(found, "efficacy") == [0.0]
     assert "rest of the answer unchanged" in dict(figures(found))
+    assert dict(figures(replace(found, generality=None)))["generality"] == "not measured"
 
 
 def test_entropy_by_hand():

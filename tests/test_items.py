@@ -222,6 +222,7 @@ def rgba(inside: tuple[int, ...], outside: tuple[int, ...]) -> Image.Image:
         rgba((0, 0, 0, 255), (0, 0, 0, 0)),
         rgba((255, 255, 255, 255), (255, 255, 255, 0)),
         rgba((90, 200, 30, 255), (7, 8, 9, 0)),
+        rgba((90, 200, 30, 1), (7, 8, 9, 0)),
         grey(255).convert("LA"),
         Image.fromarray(np.array([[255, 200, 0, 0], [255, 255, 0, 0]], np.uint8)),
     ],

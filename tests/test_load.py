@@ -106,6 +106,13 @@ def test_a_folder_that_lacks_a_file(tmp_path, missing, message):
         mmn.load(folder)
 
 
+def test_a_tokenizer_that_is_none_is_refused(tmp_path):
+    shutil.copytree(pocket.folder(), tmp_path / "model")
+    (tmp_path / "model" / "tokenizer.json").write_text("{}")
+    with pytest.raises(ModelError, match="Cannot load the processor"):
+        mmn.load(tmp_path / "model")
+
+
 def test_a_folder_that_does_not_exist():
     with pytest.raises(ModelError, match=r"Cannot load the model 'no/such-model'"):
         mmn.load("no/such-model")

@@ -24,7 +24,9 @@ def test_order_is_layer_then_index(neurons):
     assert keys == sorted(keys)
 
 
-@pytest.mark.parametrize("name", ["", "23.6012", "L23u6012", "L-1.u3", "L1.u2.e3", "L1.u2 and more"])
+@pytest.mark.parametrize(
+    "name", ["", "23.6012", "L23u6012", "L-1.u3", "L1.u2.e3", "L1.u2 and more", "L\uff11.u2", "L1.u" + 5000 * "9"]
+)
 def test_anything_else_is_refused_with_the_form(name):
     with pytest.raises(SettingError, match=r"L23\.u6012"):
         Neuron.parse(name)

@@ -8,7 +8,7 @@ from functools import total_ordering
 
 from mmneurons.errors import SettingError
 
-_NAME = re.compile(r"L(\d+)(?:\.e(\d+))?\.u(\d+)")
+_NAME = re.compile(r"L([0-9]{1,9})(?:\.e([0-9]{1,9}))?\.u([0-9]{1,9})")
 
 
 @total_ordering

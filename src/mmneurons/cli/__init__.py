@@ -39,10 +39,7 @@ def main() -> None:
     try:
         app()
     except MmneuronsError as error:
-        from mmneurons.report.text import printable  # slow to import
-
-        # Names in it can be anyone's: what a terminal would obey is shown instead.
-        err.print("\n".join(map(printable, str(error).splitlines())), style="red", soft_wrap=True)
+        err.print(str(error), style="red", soft_wrap=True)
         sys.exit(2)
     except OSError as error:  # a disk that is full, a folder that vanished: the system's word, not a traceback
         where = "" if error.filename is None else f": {error.filename}"

@@ -27,10 +27,11 @@ from mmneurons.cli.options import (
     out,
 )
 from mmneurons.errors import FormatError, ImageError, SettingError
-from mmneurons.files import check_folder
+from mmneurons.files import check_folder, read_text
 from mmneurons.progress import bar, bars, working
 
 if TYPE_CHECKING:
+    from mmneurons.editing.judging import Question
     from mmneurons.editing.patch import Patch
     from mmneurons.vlm.vlm import VLM
 
@@ -82,10 +83,11 @@ def edit(
         check_folder(evaluate)
     from mmneurons.editing.edit import EditSettings
     from mmneurons.editing.edit import edit as make_patch
+    from mmneurons.editing.judging import questions
     from mmneurons.editing.reference import make_reference
 
-    shown = readable_items([*(images or []), *(more or [])]) if images or more else None
-    kept = readable_items(reference) if reference else None
+    shown, kept = readable_items([*(images or []), *(more or [])]), readable_items(reference)
+    beyond, others = readable_items(held_out), readable_items(unrelated)
     lines = lines_of(texts)
     vlm = load()
     shown = or_pocket(vlm, shown, f"edit/{source}", "--images")
@@ -122,7 +124,7 @@ def edit(
         out.print(f"  at {search['flipped']:.2%} of the positions of texts another token is likeliest")
     out.print(f"wrote {path} ({path.stat().st_size / 1000:.1f} kB)", soft_wrap=True)
     if evaluate is not None:
-        _judge(vlm, [(path, patch)], evaluate, shown, held_out, unrelated, [], limit, batch_size)
+        _judge(vlm, questions({str(path): patch}), evaluate, shown, beyond, others, [], limit, batch_size)
 
 
 @app.command("evaluate-edit")
@@ -140,11 +142,13 @@ def evaluate_edit(
 ) -> None:
     """Judge patches by what the model generates, each by itself, and write a page. Stopped, it goes on."""
     check_folder(folder)
+    from mmneurons.editing.judging import questions
     from mmneurons.editing.patch import Patch
 
-    loaded = [(path, Patch.load(path)) for path in files]
-    shown, lines = readable_items(images) if images else None, lines_of(texts)
-    _judge(load(), loaded, folder, shown, held_out, unrelated, lines, limit, batch_size)
+    asked = questions({str(path): Patch.load(path) for path in files})
+    shown, beyond, others = map(readable_items, (images, held_out, unrelated))
+    lines = lines_of(texts)
+    _judge(load(), asked, folder, shown, beyond, others, lines, limit, batch_size)
 
 
 @patches.command("show")
@@ -184,21 +188,20 @@ def export(
 
 def _judge(
     vlm: VLM,
-    loaded: list[tuple[Path, Any]],
+    asked: Mapping[str, Question],
     folder: Path,
     shown: list[Any] | None,
-    held_out: list[str] | None,
-    unrelated: list[str] | None,
+    beyond: list[Any] | None,
+    others: list[Any] | None,
     texts: list[str],
     limit: int | None,
     batch_size: int,
 ) -> None:
     """Judge patches and show the figures."""
-    from mmneurons.editing.judging import judge, questions
+    from mmneurons.editing.judging import judge
     from mmneurons.report.edit import figures, write_edits
 
-    beyond = readable_items(held_out) if held_out else None
-    others = or_pocket(vlm, readable_items(unrelated) if unrelated else None, "locality-500", "--unrelated")[:limit]
+    others = or_pocket(vlm, others, "locality-500", "--unrelated")[:limit]
 
     def of_edit(source: str) -> list[Any]:
         return or_pocket(vlm, shown, f"edit/{source}", "--images")
@@ -208,7 +211,6 @@ def _judge(
         return or_pocket(vlm, beyond, f"held-out/{source}", "--held-out")
 
     texts = texts or pocket_texts(vlm, 1)
-    asked = questions({str(path): patch for path, patch in loaded})
     with bars(err, "edits") as progress, goes_on():
         judged = judge(
             vlm,
@@ -284,8 +286,10 @@ def items_of(sources: list[str], masks: Path | None = None) -> list[Any]:
     return [item for source in sources for item in read_items(source, masks, tell=tell)]
 
 
-def readable_items(sources: list[str]) -> list[Any]:
-    """The images of all sources that can be decoded to their end; the others are named."""
+def readable_items(sources: list[str] | None) -> list[Any] | None:
+    """The images of all sources that can be decoded to their end, None of no source; the others are named."""
+    if not sources:
+        return None
     from mmneurons.inspection.content import unreadable
 
     items = items_of(sources)
@@ -309,12 +313,7 @@ def tell_left_out(left_out: Mapping[str, str], n_images: int) -> None:
 
 def lines_of(path: Path | None) -> list[str]:
     """Of a file, those with something in them."""
-    if path is None:
-        return []
-    try:
-        return [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise SettingError(f"Cannot read {path}.", seen=str(error), fix="Name a file of text, a line each.") from error
+    return [] if path is None else [line for line in read_text(path).splitlines() if line.strip()]
 
 
 def pocket_texts(vlm: VLM, which: int) -> list[str]:

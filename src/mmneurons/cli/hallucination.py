@@ -87,9 +87,7 @@ def dehallucinate(
     from mmneurons.inspection.shelf import lock_of
     from mmneurons.report.hallucination import chair_json, chair_text, write_hallucination
 
-    shown = readable_items(images) if images else None
-    others = readable_items(held_out) if held_out else None
-    kept = readable_items(reference) if reference else None
+    shown, others, kept = map(readable_items, (images, held_out, reference))
     lines = lines_of(texts)
     table = None if synonyms is None else coco_synonyms() if synonyms == "coco" else read_synonyms(synonyms)
     vlm = load()

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich.console import Console
+from rich.text import Text
 
 from mmneurons.files import check_apart, check_writable, json_bytes
 from mmneurons.progress import working
@@ -28,8 +29,19 @@ app = typer.Typer(
 )
 
 
-out = Console(highlight=False, markup=False, emoji=False)
-err = Console(stderr=True, highlight=False, markup=False, emoji=False)
+class _Console(Console):
+    """What a terminal would obey is shown instead: names of files and answers of models can be anyone's."""
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        if not text.isprintable():
+            from mmneurons.report.text import printable  # slow to import
+
+            text = "\n".join(map(printable, text.split("\n")))
+        return super().render_str(text, **options)
+
+
+out = _Console(highlight=False, markup=False, emoji=False)
+err = _Console(stderr=True, highlight=False, markup=False, emoji=False)
 
 Images = Annotated[list[str] | None, typer.Argument(metavar="IMAGE...", help="Image files.")]
 Load = Callable[[], "VLM"]

@@ -96,7 +96,7 @@ class Training:
             raise _damaged(path, "Its numbers are not as they were written.")
         try:
             training = _rebuilt(from_bytes(content), vlm)
-        except (SafetensorError, ValueError, KeyError, IndexError, RuntimeError) as error:
+        except (SafetensorError, ValueError, KeyError, IndexError, TypeError, RuntimeError) as error:
             raise _damaged(path, str(error)) from error
         training.rounds = facts.rounds
         return training

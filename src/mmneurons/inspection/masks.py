@@ -49,7 +49,7 @@ def _from_alpha(image: Image.Image) -> Bool[np.ndarray, "height width"]:
         raise _UnclearError("All of it is transparent.")
     if alpha.min() == alpha.max():
         return _from_colours(rgba.convert("RGB"))
-    opaque = alpha > 127
+    opaque = alpha > alpha.max() / 2  # of numbers 0 and 1, too
     if np.array_equal(np.unique(np.asarray(rgba.convert("L"))[opaque]), [0, 255]):
         raise _UnclearError("It holds one mask in black and white and another in its transparency.")
     return opaque

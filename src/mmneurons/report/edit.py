@@ -50,7 +50,7 @@ class _Section(NamedTuple):
 
 
 def figures(judged: Judged) -> list[tuple[str, str]]:
-    """Every figure of an edit with its name, as text: mean, interval, number. What was not measured is left out."""
+    """Every figure of an edit with its name, as text: mean, interval, number, or that there was nothing to measure."""
     removal = judged.target is None
     named: list[tuple[str, Estimate | None]] = [
         ("efficacy", judged.efficacy),
@@ -61,10 +61,9 @@ def figures(judged: Judged) -> list[tuple[str, str]]:
         ("  place by place (MMEdit)", judged.m_locality_ranked),
         ("T-locality@1", judged.t_locality),
         ("  texts that name the source", judged.t_locality_source),
-        ("target bleed", judged.bleed),
-        ("rest of the answer unchanged", judged.rest_unchanged if removal else None),
+        ("rest of the answer unchanged", judged.rest_unchanged) if removal else ("target bleed", judged.bleed),
     ]
-    lines = [(name, f"{value} of {value.n}") for name, value in named if value is not None]
+    lines = [(name, "not measured" if value is None else f"{value} of {value.n}") for name, value in named]
     if judged.entropy is not None:
         lines.append(("n-gram entropy, before and after", "{:.2f} {:.2f} bits".format(*judged.entropy)))
     if judged.perplexity is not None:

@@ -23,7 +23,7 @@ import transformers  # its names are looked up where they are used: with a broke
 from mmneurons.errors import ModelError
 
 VIDEO = "video_processor"
-REFUSALS = (ImportError, OSError, ValueError, TypeError, AttributeError, RecursionError)
+REFUSALS = (ImportError, OSError, ValueError, TypeError, AttributeError, LookupError, RecursionError)
 """What transformers raises where a processor cannot be loaded."""
 
 

@@ -134,6 +134,7 @@ def tokens_of(tokenizer: Any, word: str) -> list[int]:
     """
     if isinstance(tokenizer, TokenIds):
         return [tokenizer.token_of(word)]
+    word = word.encode("utf-8", "replace").decode("utf-8")  # from a terminal come bytes that are no text
     rest: list[int] = []
     for before in ("a", "the", "of", ","):  # the first that keeps its own tokens when the word follows
         alone, both = _ids(tokenizer, before), _ids(tokenizer, f"{before} {word.strip()}")
