@@ -63,7 +63,7 @@ def draw(found: Inspection, tables: Sequence[Table], folder: Path, examples: Seq
             n = len(example.nouns)
             figure(f"example-{i}", 11, 3.4 * n, lambda f, example=example: _example(f, example))
     if "regions" in by_name:
-        figure("regions", 8, 3.2, lambda f: _regions(f, by_name["regions"]))
+        figure("regions", 8, 4.4, lambda f: _regions(f, by_name["regions"]))
     if found.specificity is not None:
         figure("overlap", 6.5, 3.2, lambda f: _overlap(f, by_name["overlap"]))
         figure("matrix", 7, 6.5, lambda f: _matrix(f, found))
@@ -148,7 +148,7 @@ def _regions(figure: Figure, table: Table) -> None:
                 )
                 _line(axes, points, name if which == "top" else f"{name}, {which}", **grey)
         axes.set(xscale="log", xlabel="k neurons")
-        axes.legend(fontsize=7, frameon=False)
+        axes.legend(fontsize=7, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.15))
         _tidy(axes)
 
 
