@@ -288,6 +288,7 @@ def _config(source: str, options: Mapping[str, Any]) -> dict[str, Any]:
 
 def _config_or_nothing(source: str, options: Mapping[str, Any]) -> dict[str, Any]:
     try:
-        return _config(source, options)
+        config = _config(source, options)
     except Exception:  # noqa: BLE001 - an unreadable config is what is being reported
         return {}
+    return config if isinstance(config, dict) else {}  # pyright: ignore[reportUnnecessaryIsInstance]  # a list is JSON too

@@ -32,8 +32,8 @@ _SHORT = 4
 def language_of(text: str) -> Language | None:
     """The language of a text, as far as HanTa's own words and a few articles tell it; in doubt English.
 
-    None for a text mostly in another script, and for one in Latin letters of which English words are fewer than words
-    of other languages, or so few that a foreign word, or accents, tell it from English with rare nouns.
+    None for a text mostly in another script, and for one in Latin letters with fewer English words than words of other
+    languages, or, from four words on, less than a quarter of them English; less than half where one is foreign.
     """
     words = [plain(word).lower() for word in _WORD.findall(text)]
     if len(_OTHER_LETTER.findall(text)) > sum(map(len, words)):
@@ -41,9 +41,7 @@ def language_of(text: str) -> Language | None:
     is_long = len(words) >= _SHORT
     foreign = sum(word in _FOREIGN or (is_long and word in _NAMES) for word in words)
     known = sum(word not in _FOREIGN and word in _english() for word in words)
-    accented = sum(not word.isascii() for word in words)
-    mixed, accents = 2 * known < len(words) and foreign > 0, 4 * known < len(words) <= 4 * accented
-    strange = is_long and (mixed or accents)
+    strange = is_long and (4 if foreign == 0 else 2) * known < len(words)
     if known >= foreign and not strange:
         return "en"
     german, dutch = (sum(word in mine for word in words) for mine in (_GERMAN, _DUTCH))
