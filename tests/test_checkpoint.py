@@ -179,6 +179,12 @@ def test_types_that_transformers_does_not_know(folder, values, trusted, said):
         mmn.load(folder, trust_remote_code=trusted)
 
 
+def test_a_config_that_is_no_object_is_refused(folder):
+    (folder / "config.json").write_text("[1]")
+    with pytest.raises(ModelError, match="not a vision-language model that transformers knows"):
+        mmn.load(folder)
+
+
 @pytest.mark.parametrize("device", ["cuda:99", "gpu", "meta"])
 def test_a_device_that_is_not_there_is_refused_before_anything_is_loaded(device, monkeypatch):
     monkeypatch.setattr("mmneurons.vlm.load.read_checkpoint", lambda *_: pytest.fail("loaded"))
