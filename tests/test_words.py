@@ -497,7 +497,8 @@ FOREIGN = """
 un perro y un gato en la hierba | un perro | el perro de la casa | Un hombre monta en bicicleta por la calle
 un chien et un chat sur l'herbe | un chien | un cane e un gatto sull'erba | um cachorro e um gato na grama
 Ruskea koira istuu nurmikolla punaisen pallon vieressä | Mbwa wa kahawia ameketi kwenye nyasi
-Txakur marroia belarrean eserita dago | Deux chats noirs dorment | pies i kot na trawie | en hund och en katt på gräset | en hund og en kat på græsset | koira ja kissa nurmikolla
+Txakur marroia belarrean eserita dago | Deux chats noirs dorment
+pies i kot na trawie | en hund och en katt på gräset | en hund og en kat på græsset | koira ja kissa nurmikolla
 çimenlerin üzerinde bir köpek ve bir kedi | con chó và con mèo trên cỏ | seekor anjing dan kucing di atas rumput
 pes a kočka na trávě | 草地上有一只狗和一只猫。 | 狗 | 芝生の上の犬とネコ | 개가 잔디 위에 있다
 собака и кошка на траве | كلب وقطة | घास पर एक कुत्ता | สุนัขและแมว | 一只 dog 和一只猫在草地上
