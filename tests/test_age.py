@@ -85,12 +85,21 @@ def test_running_and_reading_change_nothing(own, sample_paths):
 
 def test_edits_of_ours_are_no_change(own):
     anatomy, facts = own.anatomy, own.facts
-    with a_patch(own, {0: [1, 2]}).applied(own):
+    patch = a_patch(own, {0: [1, 2]})
+    with patch.applied(own):
         other = mmn.load(own.model, processor=own.processor)
         assert own.anatomy is anatomy
-        assert own.facts is facts
+        assert own.facts == facts | {"patches": [patch.hash]}
     assert own.anatomy is anatomy
+    assert own.facts is facts
     assert other.facts["weights_hash"] == weights_hash(own.model) == facts["weights_hash"]
+
+
+def test_what_was_found_under_a_patch_says_so(own, sample_paths):
+    patch = a_patch(own, {0: [3]})
+    with patch.applied(own):
+        assert mmn.find(own, sample_paths[0], token_ids=[]).provenance["model"]["patches"] == [patch.hash]
+    assert "patches" not in own.facts
 
 
 def test_a_change_below_a_patch_is_refused(own):

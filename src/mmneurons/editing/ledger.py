@@ -155,7 +155,7 @@ class Ledger:
                     change.view[:, change.index] = old
                 raise
             self._active = dict(active)
-            mark_edited(model, bool(active))
+            mark_edited(model, active)
             self._columns.clear()
             for change in plan if active else []:
                 columns = self._columns.setdefault(change.place, _Columns())

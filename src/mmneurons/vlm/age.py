@@ -7,7 +7,7 @@ version counter are; torch counts the version up at each write, but for writes t
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -59,7 +59,8 @@ class _Watch:
     age: int = 0
     changed: list[str] = field(default_factory=list)
     """What was changed by something else, until the model counts as older."""
-    edited: bool = False
+    patches: tuple[str, ...] = ()
+    """Hashes of the patches that are applied."""
     depth: int = 0
 
 
@@ -75,7 +76,7 @@ def age(model: nn.Module) -> int:
     watch = _watch(model)
     if watch.depth == 0:
         watch.changed = watch.changed or _changed(watch)
-        if watch.changed and watch.edited:
+        if watch.changed and watch.patches:
             names = [*watch.changed[:3], *(["..."] if len(watch.changed) > 3 else [])]
             raise ModelError(
                 "The model's weights were changed by something else while patches were applied.",
@@ -91,7 +92,7 @@ def renew(model: nn.Module) -> None:
     """Take the weights as they are now for unedited, and all that was known of the model for old."""
     watch = _watch(model)
     watch.age, watch.places, watch.changed = watch.age + 1, _look(model), []
-    watch.weights_hash, watch.edited = None, False
+    watch.weights_hash, watch.patches = None, ()
 
 
 def weights_hash(model: PreTrainedModel) -> str:
@@ -117,9 +118,14 @@ def editing(model: nn.Module) -> Iterator[None]:
         watch.depth -= 1
 
 
-def mark_edited(model: nn.Module, edited: bool) -> None:
-    """Note whether patches are applied: then the weights without them cannot be read off the model."""
-    _watch(model).edited = edited
+def mark_edited(model: nn.Module, patches: Iterable[str]) -> None:
+    """Note which patches are applied, by their hashes: with any, the weights without cannot be read off the model."""
+    _watch(model).patches = tuple(sorted(patches))
+
+
+def patches(model: nn.Module) -> tuple[str, ...]:
+    """Hashes of the patches that are applied to a model."""
+    return _watch(model).patches
 
 
 def _watch(model: nn.Module) -> _Watch:

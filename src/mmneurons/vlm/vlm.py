@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from mmneurons.errors import ModelError, SettingError
 from mmneurons.pocket import SIDE
 from mmneurons.vlm import provenance
-from mmneurons.vlm.age import age, weights_hash
+from mmneurons.vlm.age import age, patches, weights_hash
 from mmneurons.vlm.anatomy.find import find_anatomy
 from mmneurons.vlm.anatomy.parts import Anatomy, check_finite
 from mmneurons.vlm.checkpoint import Loading
@@ -130,7 +130,7 @@ class VLM:
     def facts(self) -> dict[str, Any]:
         """Id, revision, class, weights hash, dtype, device, form of the neurons' weights; the weights are read once.
 
-        The hash is that of the weights without patches.
+        The hash is that of the weights without patches; those that are applied are named beside it, if there are any.
         """
         kinds = dict.fromkeys(type(ffn.module).__name__ for ffn in self.anatomy.ffns)
         with self.alone():
@@ -138,7 +138,8 @@ class VLM:
                 weights = self.weights_hash or weights_hash(self.model)
                 known = provenance.model_facts(self.model, self.model_id, self.revision, weights, self.anatomy.dtype)
                 self._facts = known | {"w_out_class": ", ".join(kinds)}
-            return self._facts
+            applied = patches(self.model)
+            return {**self._facts, "patches": list(applied)} if applied else self._facts
 
     def _notice(self) -> None:
         if age(self.model) == self._age:
