@@ -164,7 +164,7 @@ def test_a_stop_ends_without_a_traceback(tmp_path, sample, number, code, command
             while psutil.Process(process.pid).cpu_times().user < 9:  # at work: what is imported may swallow the signal
                 time.sleep(0.5)
             process.send_signal(number)
-            _, err = process.communicate(timeout=100)
+            _, err = process.communicate(timeout=400)
         finally:
             process.kill()
     assert process.returncode == code
@@ -203,7 +203,7 @@ def test_a_terminal_of_another_encoding_and_a_closed_one_cost_no_file(tmp_path, 
     with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         process.stdout.close()
-        _, err = process.communicate(timeout=100)
+        _, err = process.communicate(timeout=400)
     assert "Traceback" not in err
     captions = [json.loads((tmp_path / name).read_bytes())["findings"][0]["caption"] for name in ("f.json", "g.json")]
     assert captions[0] == captions[1]

@@ -19,6 +19,7 @@ import pytest
 from PIL import Image
 
 import mmneurons as mmn
+from mmneurons.errors import SettingError
 from mmneurons.finding.result import Finding, Grid, NeuronFinding, NounFinding, Parts
 from mmneurons.maths import regions
 from mmneurons.neurons import Neuron
@@ -678,7 +679,7 @@ def test_a_page_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pyte
 
     with monkeypatch.context() as patched:
         patched.setattr("mmneurons.report.page.os.replace", fail)
-        with pytest.raises(OSError, match="disk full"):
+        with pytest.raises(SettingError, match="disk full"):
             write_report([make_finding()], path)
     with monkeypatch.context() as patched:
         patched.setattr("mmneurons.report.pictures.heat_over", fail)
