@@ -130,7 +130,8 @@ def run(tree: Tree, ffns: list[list[FoundFfn]]) -> Pass:
     for seen in blocks:
         _add_gated(seen, dense)
     dtype = max(set.union(*(seen.dtypes for seen in blocks)), key=lambda dtype: torch.finfo(dtype).eps)
-    norms += [part for part in blocks[-1].parts if is_norm(part.module)]
+    # Those of the last block count only where no norm behind it fits: before training, norms are all alike.
+    norms = [*(part for part in blocks[-1].parts if is_norm(part.module)), *norms]
     given, ramp = heads[-1]
     return Pass(blocks, norms, given, _logit_rule(ramp, logits[0, -1].float().cpu(), TOLERANCE[dtype]), dtype)
 
