@@ -285,7 +285,7 @@ def test_gates_at_and_near_zero_are_read(gate, dtype):
 
 
 def test_a_model_as_initialised_has_norms_that_are_all_alike():
-    """The last block of this Mllama attends to the picture through a gate of 0: its norm gives what the final one does."""
+    """The last block of this Mllama sees the picture through a gate of 0: its norm gives what the final one does."""
     model = BY_NAME["mllama"].build()
     vlm = mmn.load(model)  # pyright: ignore[reportArgumentType]
     assert vlm.anatomy.norm_name.endswith("language_model.norm")
