@@ -83,7 +83,7 @@ def test_a_full_disk_leaves_what_was_there(tmp_path, monkeypatch):
     [
         ("a/b.json", "mkdir -p"),
         (".", "It is a folder"),
-        ("file/b.json", "There is no folder"),
+        ("file/b.json", "file is a file"),
         ("x" * 300, "too long"),
         (files.PACKAGE / "pocket/data/samples/x.png", "in the installed package"),
     ],

@@ -141,6 +141,8 @@ def check_writable(path: str | os.PathLike[str]) -> None:
             raise _unwritable(path, "It lies in the installed package.")
         if target.is_dir():
             raise _unwritable(path, "It is a folder.", fix=f"Name a file in it: {Path(path) / 'found.out'}")
+        if target.parent.exists() and not target.parent.is_dir():
+            raise _unwritable(path, f"{folder} is a file.")
         if not target.parent.is_dir():
             raise _unwritable(path, f"There is no folder {folder}.", fix=f"Make it first: mkdir -p {folder}")
         _probe(target.parent)
