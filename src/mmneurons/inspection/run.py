@@ -32,7 +32,6 @@ from mmneurons.inspection.shelf import LOCK, Shelf, no_number, one_writer
 from mmneurons.inspection.specificity import NounScores, Specificity, noun_scores, specificity
 from mmneurons.inspection.truth import NounTruth, finder_truth, mean_activations
 from mmneurons.vlm import provenance
-from mmneurons.vlm.locking import by_one_thread
 from mmneurons.vlm.prompts import ANSWER_PREFIX, MAX_NEW_TOKENS, PROMPT
 from mmneurons.vlm.vlm import VLM
 
@@ -95,7 +94,6 @@ class _Rows:
     """Of the file."""
 
 
-@by_one_thread
 def inspect(
     vlm: VLM,
     items: Sequence[Item],
@@ -136,9 +134,11 @@ def inspect(
     if len(set(names)) < len(names):
         twice = next(name for name in names if names.count(name) > 1)
         raise SettingError(f"The image {twice} stands twice in the list.", fix="Name each image once.")
-    made_by = {"model": dict(vlm.facts), "packages": provenance.versions(), "settings": asdict(settings)}
-    bench = _Bench(vlm, items, Path(folder), settings, made_by, limit, batch_size, progress)
-    with one_writer(bench.folder, bench.folder / LOCK):
+    folder = Path(folder)
+    # The folder first: who may not write there is told so, and does not wait for a model that is busy for hours.
+    with one_writer(folder, folder / LOCK), vlm.alone():
+        made_by = {"model": dict(vlm.facts), "packages": provenance.versions(), "settings": asdict(settings)}
+        bench = _Bench(vlm, items, folder, settings, made_by, limit, batch_size, progress)
         found = {name: getattr(bench, name)() for name in dict.fromkeys(experiments)}
     pictures = {name: pixels for name, pixels in bench.pictures.items() if pixels is not None}
     return Inspection(settings, made_by, pictures, bench.left_out, **found)
