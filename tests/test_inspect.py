@@ -474,7 +474,7 @@ def test_what_needs_two_images_of_a_noun_is_missing_with_a_reason(capsys, monkey
 
 @pytest.mark.parametrize(
     ("images", "message"),
-    [("nowhere", "There is no file or folder nowhere"), ("pocket:find-5000", "find-5000")],
+    [("nowhere", "There is no file 'nowhere'"), ("pocket:find-5000", "find-5000")],
 )
 def test_bad_images_are_told(capsys, monkeypatch, tmp_path, images, message):
     monkeypatch.setattr("sys.argv", ["mmneurons", "inspect", "--images", images, "--out", str(tmp_path / "out")])

@@ -48,11 +48,12 @@ def a_patch(vlm, places, seed=0, rank_one=False):
     for layer, columns in places.items():
         indices = torch.tensor(sorted(columns))
         hashes = column_hashes(layers(vlm)[layer].detach()[:, indices].T)
-        width = 1 if rank_one else HIDDEN
+        width = 1 if rank_one else vlm.anatomy.hidden
         change = torch.randn(len(indices), width, generator=random)
         parts.append(PatchPart(layer, None, indices, hashes, *((None, change) if rank_one else (change, None))))
-    directions = torch.randn(1, HIDDEN, generator=random) if rank_one else None
-    return Patch(HIDDEN, tuple(parts), directions, {"seed": seed})
+    hidden = vlm.anatomy.hidden
+    directions = torch.randn(1, hidden, generator=random) if rank_one else None
+    return Patch(hidden, tuple(parts), directions, {"seed": seed})
 
 
 @pytest.fixture
