@@ -26,11 +26,12 @@ def sample():
 
 
 def test_defaults_are_those_of_the_library():
-    assert (options.PROMPT, options.ANSWER_PREFIX, options.MAX_NEW_TOKENS) == (
-        prompts.PROMPT,
-        prompts.ANSWER_PREFIX,
-        prompts.MAX_NEW_TOKENS,
-    )
+    assert (options.PROMPT, options.MAX_NEW_TOKENS) == (prompts.PROMPT, prompts.MAX_NEW_TOKENS)
+
+
+def test_help_names_the_prefix_of_the_default_prompt(capsys, monkeypatch):
+    _, out, _ = call(capsys, monkeypatch, "find", "--help")
+    assert f"Default: '{prompts.ANSWER_PREFIX}' with the default prompt" in " ".join(out.split())
 
 
 def test_the_version_is_that_of_the_package(capsys, monkeypatch):
@@ -251,4 +252,5 @@ def test_several_images_in_one_prompt_and_none(capsys, monkeypatch, sample):
     assert (code, finding["images"]) == (0, [str(sample), str(other)])
     arguments = ("find", "--no-image", "--prompt", "What is this?", "--json", "-", "--max-new-tokens", 3)
     code, out, _ = call(capsys, monkeypatch, *arguments)
-    assert (code, json.loads(out)["findings"][0]["images"]) == (0, [])
+    (finding,) = json.loads(out)["findings"]
+    assert (code, finding["images"], finding["answer_prefix"]) == (0, [], "")

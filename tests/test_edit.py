@@ -496,6 +496,8 @@ def test_several_prompts_are_each_asked_with_one_image(vlm):
     image = edit_images("dog")[:1]
     patch = edit(vlm, image, settings=EditSettings(prompts=prompts), **QUICK)
     assert patch.provenance["said_source"] == [1, 1]
+    assert patch.provenance["answer_prefixes"] == [ANSWER_PREFIX, ""]
+    assert patch.provenance["settings"]["answer_prefix"] == ANSWER_PREFIX
     with patch.applied(vlm):
         for prompt in prompts:
             assert share(vlm.caption(image, prompt), "cat", "dog") == 1

@@ -171,6 +171,16 @@ def test_parts_add_up_to_the_logit(vlm, sample_paths):
             assert parts.top == pytest.approx(sum(n.score for n in noun.neurons), rel=1e-4, abs=1e-5)
 
 
+def test_the_papers_prefix_goes_with_the_papers_prompt(vlm, images):
+    """A question of one's own is answered from its beginning, everywhere; what was used is recorded."""
+    for asked, prefix in [({}, "An image of"), ({"prompt": "What is this?"}, ""), ({"answer_prefix": "A"}, "A")]:
+        finding = mmn.find(vlm, images[0], **asked)
+        assert finding.answer_prefix == finding.provenance["settings"]["answer_prefix"] == prefix
+        assert vlm.caption(images[0], **asked) == finding.caption
+        assert vlm.caption(images[0], **(asked | {"answer_prefix": prefix})) == finding.caption
+        assert mmn.make_reference(vlm, [images[0]], **asked).answer_prefix == prefix
+
+
 def test_a_batch_gives_what_single_images_give(vlm, sample_paths):
     paths = list(sample_paths[:10])
     together = mmn.find(vlm, paths, batch_size=10)

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from mmneurons.cli.options import (
-    ANSWER_PREFIX,
     MAX_NEW_TOKENS,
     PROMPT,
     Batch,
@@ -67,7 +66,7 @@ def edit(
     top: Annotated[int, typer.Option(min=1, help="Columns that move.")] = 400,
     blocks: Annotated[int, typer.Option(min=0, help="Of so many of the last blocks; 0: of all.")] = 1,
     prompt: Annotated[list[str] | None, typer.Option(help="What the model is asked; repeatable.")] = None,
-    answer_prefix: Prefix = ANSWER_PREFIX,
+    answer_prefix: Prefix = None,
     max_new_tokens: Length = MAX_NEW_TOKENS,
     batch_size: Batch = 8,
     evaluate: Annotated[Path | None, typer.Option(metavar="DIR", help="Judge the patch, and write a page.")] = None,

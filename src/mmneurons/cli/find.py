@@ -8,7 +8,6 @@ from typing import Annotated, Any, Literal
 import typer
 
 from mmneurons.cli.options import (
-    ANSWER_PREFIX,
     MAX_NEW_TOKENS,
     PROMPT,
     Batch,
@@ -36,14 +35,16 @@ def caption(
     load: Load,
     images: Images = None,
     prompt: Prompt = PROMPT,
-    answer_prefix: Prefix = ANSWER_PREFIX,
+    answer_prefix: Prefix = None,
     max_new_tokens: Length = MAX_NEW_TOKENS,
     batch_size: Batch = 8,
 ) -> None:
     """Say what is in each image, or answer a question about it."""
     paths = images_or_sample(images)
     from mmneurons.vlm.images import open_image
+    from mmneurons.vlm.prompts import prefix_for
 
+    answer_prefix = prefix_for(prompt, answer_prefix)
     opened = [open_image(path) for path in paths]
     vlm = load()
     with working(err, f"captioning {len(paths)} images"):
@@ -61,7 +62,7 @@ def find(
     load: Load,
     images: Images = None,
     prompt: Prompt = PROMPT,
-    answer_prefix: Prefix = ANSWER_PREFIX,
+    answer_prefix: Prefix = None,
     top: Annotated[int, typer.Option(min=1, help="Neurons listed for each noun.")] = 10,
     score: Annotated[Literal["logit", "logprob", "paper"], typer.Option(help="See docs/method.md.")] = "logit",
     word: Annotated[list[str] | None, typer.Option(help="A word of the caption to explain; repeatable.")] = None,
@@ -187,7 +188,7 @@ def doctor(
     load: Load,
     image: Annotated[str | None, typer.Argument(metavar="IMAGE", help="Default: a sample image.")] = None,
     prompt: Prompt = PROMPT,
-    answer_prefix: Prefix = ANSWER_PREFIX,
+    answer_prefix: Prefix = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:
     """Show what was found in a model and check that its numbers add up; exit code 1 if a check fails."""

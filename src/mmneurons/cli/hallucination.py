@@ -18,7 +18,6 @@ from mmneurons.cli.edit import (
     save,
 )
 from mmneurons.cli.options import (
-    ANSWER_PREFIX,
     MAX_NEW_TOKENS,
     PROMPT,
     Batch,
@@ -70,7 +69,7 @@ def dehallucinate(
     rank: Annotated[int, typer.Option(min=1, help="Directions that they move along.")] = 32,
     steps: Annotated[int, typer.Option(min=1, help="Of gradient descent.")] = 900,
     prompt: Prompt = PROMPT,
-    answer_prefix: Prefix = ANSWER_PREFIX,
+    answer_prefix: Prefix = None,
     max_new_tokens: Length = MAX_NEW_TOKENS,
     batch_size: Batch = 8,
     json_path: Annotated[str | None, typer.Option("--json", metavar="FILE", help="Figures as JSON.")] = None,

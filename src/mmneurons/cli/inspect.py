@@ -9,7 +9,6 @@ import typer
 
 from mmneurons.cli.edit import items_of, tell_left_out
 from mmneurons.cli.options import (
-    ANSWER_PREFIX,
     MAX_NEW_TOKENS,
     PROMPT,
     Batch,
@@ -42,7 +41,7 @@ def inspect_(
     masks: Annotated[Path | None, typer.Option(metavar="DIR", help="For a folder: masks STEM.NOUN.png.")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Images. Default: all; 50 for causal, finders.")] = None,
     prompt: Prompt = PROMPT,
-    answer_prefix: Prefix = ANSWER_PREFIX,
+    answer_prefix: Prefix = None,
     top: Annotated[int, typer.Option(min=1, help="Top neurons of a noun (sensitivity).")] = 10,
     score: Annotated[Literal["logit", "logprob", "paper"], typer.Option(help="See docs/method.md.")] = "logit",
     seed: Annotated[int, typer.Option(help="Of noise, random neurons and shuffled patches.")] = 0,

@@ -46,13 +46,18 @@ err = _Console(stderr=True, highlight=False, markup=False, emoji=False)
 Images = Annotated[list[str] | None, typer.Argument(metavar="IMAGE...", help="Image files.")]
 Load = Callable[[], "VLM"]
 Prompt = Annotated[str, typer.Option(help="What the model is asked.")]
-Prefix = Annotated[str, typer.Option("--answer-prefix", help="Words the answer is made to begin with.")]
+Prefix = Annotated[
+    str | None,
+    typer.Option(
+        "--answer-prefix",
+        help="Words the answer begins with. Default: 'An image of' with the default prompt, none with another.",
+    ),
+]
 Length = Annotated[int, typer.Option("--max-new-tokens", min=1, help="Where to stop if the model does not.")]
 Batch = Annotated[int, typer.Option("--batch-size", min=1, help="Images in one batch.")]
 
 # The same words as in vlm/prompts.py, which would import torch through its package; a test compares them.
 PROMPT = "Describe the image in few words."
-ANSWER_PREFIX = "An image of"
 MAX_NEW_TOKENS = 32
 
 GOES_ON = "the same command goes on from here"

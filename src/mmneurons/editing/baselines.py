@@ -27,7 +27,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from mmneurons.editing.columns import Columns, writers
-from mmneurons.editing.edit import EditSettings, edit
+from mmneurons.editing.edit import EditSettings, asked_with, edit
 from mmneurons.editing.goals import Goal, ask, goals_of
 from mmneurons.editing.lessons import Task
 from mmneurons.editing.patch import Patch
@@ -150,7 +150,7 @@ def baseline(
         "source": source,
         "target": target,
         "seed": seed,
-        "settings": asdict(settings),
+        **asked_with(settings, asked),
         **facts,
         "seconds": time.perf_counter() - began,
         **_sizes(vlm, change),

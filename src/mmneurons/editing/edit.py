@@ -17,7 +17,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mmneurons.editing.columns import Columns, Move, lead, moves_for, patch_of, writers
-from mmneurons.editing.goals import ask, goals_of
+from mmneurons.editing.goals import Asked, ask, goals_of
 from mmneurons.editing.optimised import optimise
 from mmneurons.editing.patch import Patch
 from mmneurons.editing.reference import Reference
@@ -26,7 +26,7 @@ from mmneurons.errors import SettingError
 from mmneurons.neurons import Neuron
 from mmneurons.vlm import provenance
 from mmneurons.vlm.locking import by_one_thread
-from mmneurons.vlm.prompts import ANSWER_PREFIX, MAX_NEW_TOKENS, PROMPT
+from mmneurons.vlm.prompts import MAX_NEW_TOKENS, PROMPT
 from mmneurons.vlm.vlm import VLM, Picture, Pictures, as_list
 
 Method = Literal["selective", "closed_form", "optimised"]
@@ -47,7 +47,8 @@ class EditSettings:
     """Of "selective"; larger is nearer to "closed_form"."""
     prompts: tuple[str, ...] = (PROMPT,)
     """What the model is asked about each of the images."""
-    answer_prefix: str = ANSWER_PREFIX
+    answer_prefix: str | None = None
+    """None: "An image of" with the default prompt, none with another."""
     max_new_tokens: int = MAX_NEW_TOKENS
     batch_size: int = 8
 
@@ -113,7 +114,7 @@ def edit(
     made_by = {
         "source": source,
         "target": target,
-        "settings": asdict(settings),
+        **asked_with(settings, asked),
         "search": search,
         "images": len(images),
         "said_source": [len(one.saying) for one in asked],
@@ -122,6 +123,12 @@ def edit(
         "packages": provenance.versions(),
     }
     return replace(patch, provenance=made_by)
+
+
+def asked_with(settings: EditSettings, asked: Sequence[Asked]) -> dict[str, Any]:
+    """The settings as a patch records them: with the prefix of the first prompt, to be judged by, and of each."""
+    prefixes = [one.answer_prefix for one in asked]
+    return {"settings": asdict(settings) | {"answer_prefix": prefixes[0]}, "answer_prefixes": prefixes}
 
 
 def _check(vlm: VLM, settings: EditSettings) -> None:

@@ -23,7 +23,7 @@ from mmneurons.editing.steps import likeliest, no_neurons
 from mmneurons.inspection.causal import rest_unchanged
 from mmneurons.maths.statistics import Estimate, share
 from mmneurons.vlm.locking import by_one_thread
-from mmneurons.vlm.prompts import ANSWER_PREFIX, MAX_NEW_TOKENS, PROMPT, WORDINGS
+from mmneurons.vlm.prompts import MAX_NEW_TOKENS, PROMPT, WORDINGS, prefix_for
 from mmneurons.vlm.recording import record
 from mmneurons.vlm.vlm import VLM, Picture, batches, open_row
 from mmneurons.words import says, turned
@@ -47,11 +47,17 @@ class Bench:
     texts: Sequence[str] = ()
     """Texts without an image; those that name SOURCE are judged apart."""
     prompt: str = PROMPT
-    answer_prefix: str = ANSWER_PREFIX
+    answer_prefix: str | None = None
+    """None: "An image of" with the default prompt, none with another."""
     wordings: Sequence[str] = WORDINGS
     """Other ways to ask."""
     max_new_tokens: int = MAX_NEW_TOKENS
     batch_size: int = 8
+
+    @property
+    def prefix(self) -> str:
+        """The words that answers are made to begin with, whatever the wording."""
+        return prefix_for(self.prompt, self.answer_prefix)
 
 
 @dataclass(frozen=True)
@@ -173,12 +179,13 @@ def evaluate(
     held = _answers(vlm, bench.held_out, bench)
     shown = [i for i, text in enumerate(held.texts) if says(text, source)]
     images, usual = [bench.held_out[i] for i in shown], [held.texts[i] for i in shown]
-    reworded_before = [_answers(vlm, images, replace(bench, prompt=prompt)).texts for prompt in bench.wordings]
+    otherwise = [replace(bench, prompt=prompt, answer_prefix=bench.prefix) for prompt in bench.wordings]
+    reworded_before = [_answers(vlm, images, asked).texts for asked in otherwise]
     tell(0.2)
     with edit.applied(vlm):
         edited = _answers(vlm, bench.edit, bench)
         held_after = _answers(vlm, images, bench)
-        reworded = [_answers(vlm, images, replace(bench, prompt=prompt)).texts for prompt in bench.wordings]
+        reworded = [_answers(vlm, images, asked).texts for asked in otherwise]
         tell(0.4)
         after = _answers(vlm, [bench.unrelated[i] for i in kept], bench).texts
         tell(0.7)
@@ -230,7 +237,7 @@ def forced(
     """Logits at each step of answers that the model is given, image by image; float32, on the CPU."""
     start = 0
     for batch in batches([open_row(image) for image in images], 1 if vlm.family.one_at_a_time else bench.batch_size):
-        inputs = vlm.encode([[o.image for o in row] for row in batch], bench.prompt, bench.answer_prefix)
+        inputs = vlm.encode([[o.image for o in row] for row in batch], bench.prompt, bench.prefix)
         ids = token_ids[start : start + len(batch)]
         start += len(batch)
         given = vlm.given(inputs, ids)
@@ -269,7 +276,7 @@ def _answers(vlm: VLM, images: Sequence[Picture], bench: Bench) -> _Answers:
     texts: list[str] = []
     token_ids: list[tuple[int, ...]] = []
     for batch in batches([open_row(image) for image in images], 1 if vlm.family.one_at_a_time else bench.batch_size):
-        inputs = vlm.encode([[o.image for o in row] for row in batch], bench.prompt, bench.answer_prefix)
+        inputs = vlm.encode([[o.image for o in row] for row in batch], bench.prompt, bench.prefix)
         answers = vlm.generate(inputs, bench.max_new_tokens)
         texts += answers.texts
         token_ids += answers.token_ids

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mmneurons.editing.steps import Said, Steps, answer_steps, forced_steps, join, occurrences
 from mmneurons.errors import SettingError, WordError
-from mmneurons.vlm.prompts import tokens_of
+from mmneurons.vlm.prompts import prefix_for, tokens_of
 from mmneurons.vlm.vlm import VLM, Picture
 from mmneurons.words import Word, inflected, singular, turned
 
@@ -66,7 +66,7 @@ def ask(
     vlm: VLM,
     images: Sequence[Picture],
     prompts: Sequence[str],
-    answer_prefix: str,
+    answer_prefix: str | None,
     source: str,
     target: str | None,
     **limits: int,
@@ -87,8 +87,9 @@ def ask(
         )
     asked = []
     for prompt in prompts:
-        said = answer_steps(vlm, images, prompt, answer_prefix, **limits)  # pyright: ignore[reportArgumentType]
-        asked.append(Asked(images, prompt, answer_prefix, said, occurrences(vlm, said, source)))
+        prefix = prefix_for(prompt, answer_prefix)
+        said = answer_steps(vlm, images, prompt, prefix, **limits)  # pyright: ignore[reportArgumentType]
+        asked.append(Asked(images, prompt, prefix, said, occurrences(vlm, said, source)))
     if not any(one.found for one in asked):
         answers = "\n".join(f"  {one.answer_prefix} {text}" for one in asked for text in one.said.texts[:5])
         raise WordError(

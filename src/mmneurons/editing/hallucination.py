@@ -42,7 +42,7 @@ from mmneurons.inspection.shelf import lock_of, one_writer
 from mmneurons.vlm import provenance
 from mmneurons.vlm.locking import by_one_thread
 from mmneurons.vlm.modes import evaluating, frozen
-from mmneurons.vlm.prompts import ANSWER_PREFIX, MAX_NEW_TOKENS, PROMPT, tokens_of
+from mmneurons.vlm.prompts import MAX_NEW_TOKENS, PROMPT, prefix_for, tokens_of
 from mmneurons.vlm.vlm import VLM, Picture, open_row
 
 RATE = 0.15
@@ -79,7 +79,8 @@ class DehallucinateSettings:
     questions: int = 2000
     """Images of which it is asked as well whether something is there; these answers are to stay as they are."""
     prompt: str = PROMPT
-    answer_prefix: str = ANSWER_PREFIX
+    answer_prefix: str | None = None
+    """None: "An image of" with the default prompt, none with another."""
     max_new_tokens: int = MAX_NEW_TOKENS
     batch_size: int = 8
 
@@ -127,6 +128,8 @@ def dehallucinate(
     Source: ours. The loss is that of Deep Gamblers (see `descend`); CHAIR is Rohrbach et al.'s (EMNLP 2018).
     """
     settings = settings or DehallucinateSettings()
+    prefix = prefix_for(settings.prompt, settings.answer_prefix)
+    settings = replace(settings, answer_prefix=prefix)
     if len(images) != len(objects):
         raise SettingError("Each image needs its list of objects.", seen=f"{len(images)} images, {len(objects)} lists.")
     if settings.payoff <= 1 or min(settings.top, settings.rank, settings.steps) < 1:
@@ -136,7 +139,7 @@ def dehallucinate(
         raise SettingError(f"The model has {n_blocks} blocks.", seen=f"blocks={settings.blocks}")
     vocabulary, say = vocabulary or Vocabulary(objects), _token(vlm, settings.say)
     said = answers(
-        vlm, images, settings.prompt, settings.answer_prefix, **settings.limits,
+        vlm, images, settings.prompt, prefix, **settings.limits,
         progress=lambda done: progress("answering", done, len(images)),
     )  # fmt: skip
     there = [sorted(vocabulary.objects(one)) for one in objects]
@@ -157,7 +160,7 @@ def dehallucinate(
         lowest = n_blocks - (settings.blocks or n_blocks)
         reader = Reader(vlm, lowest, True, 1 if vlm.family.one_at_a_time else settings.batch_size)
         own = read_lessons(
-            reader, images, settings.prompt, settings.answer_prefix, taught,
+            reader, images, settings.prompt, prefix, taught,
             lambda done: progress("reading", done, len(taught)),
         )  # fmt: skip
         few = replace(reader, batch_size=min(reader.batch_size, REFERENCES))

@@ -20,7 +20,7 @@ from mmneurons.inspection.content import image_hash, key_of
 from mmneurons.inspection.items import Item
 from mmneurons.inspection.shelf import LOCK, Shelf, one_writer
 from mmneurons.vlm import provenance
-from mmneurons.vlm.prompts import ANSWER_PREFIX, MAX_NEW_TOKENS, PROMPT
+from mmneurons.vlm.prompts import MAX_NEW_TOKENS, PROMPT, prefix_for
 from mmneurons.vlm.vlm import VLM
 
 
@@ -33,7 +33,7 @@ class Question:
     source: str
     target: str | None
     prompt: str = PROMPT
-    answer_prefix: str = ANSWER_PREFIX
+    answer_prefix: str | None = None
     max_new_tokens: int = MAX_NEW_TOKENS
     key: str = ""
     """What tells it from all others: a patch's hash; "": its name does."""
@@ -131,7 +131,8 @@ def judge(
         shelf = Shelf(Path(folder) / "edits.jsonl", made_by, Judged)
         for done, (name, one) in enumerate(asked.items()):
             shown, beyond = ([item.image() for item in of(one.source)] for of in (edit, held_out))
-            asks = (one.source, one.target, one.prompt, one.answer_prefix, one.max_new_tokens)
+            prefix = prefix_for(one.prompt, one.answer_prefix)
+            asks = (one.source, one.target, one.prompt, prefix, one.max_new_tokens)
             key = key_of(
                 one.key or name, *asks, *([image_hash(image) for image in of] for of in (shown, beyond)), others
             )
@@ -142,11 +143,11 @@ def judge(
                     images,
                     texts,
                     one.prompt,
-                    one.answer_prefix,
+                    prefix,
                     max_new_tokens=one.max_new_tokens,
                     batch_size=batch_size,
                 )
-                before = befores.setdefault((one.prompt, one.answer_prefix, one.max_new_tokens), Before(vlm, bench))
+                before = befores.setdefault((one.prompt, prefix, one.max_new_tokens), Before(vlm, bench))
                 judged = evaluate(
                     vlm,
                     one.make(),

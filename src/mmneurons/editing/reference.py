@@ -14,7 +14,7 @@ from torch import Tensor
 from mmneurons.editing.steps import Said, Steps, answer_steps, join, likeliest, occurrences, text_steps
 from mmneurons.errors import SettingError
 from mmneurons.vlm.locking import by_one_thread
-from mmneurons.vlm.prompts import ANSWER_PREFIX, MAX_NEW_TOKENS, PROMPT
+from mmneurons.vlm.prompts import MAX_NEW_TOKENS, PROMPT, prefix_for
 from mmneurons.vlm.vlm import VLM, Picture
 
 
@@ -93,7 +93,7 @@ def make_reference(
     texts: Sequence[str] = (),
     *,
     prompt: str = PROMPT,
-    answer_prefix: str = ANSWER_PREFIX,
+    answer_prefix: str | None = None,
     max_new_tokens: int = MAX_NEW_TOKENS,
     batch_size: int = 8,
     progress: Callable[[int], None] | None = None,
@@ -105,7 +105,8 @@ def make_reference(
         images: Unlike each other and like what the edited model will see; 100 and more.
         texts: Sentences, read without an image.
         prompt: What the model is asked about each image.
-        answer_prefix: Words that the answer is made to begin with.
+        answer_prefix: Words that the answer is made to begin with; None: "An image of" with the default prompt, none
+            with another.
         max_new_tokens: Where to stop if the model does not.
         batch_size: Images in one batch.
         progress: Called with images done.
@@ -116,6 +117,7 @@ def make_reference(
     """
     if not images and not texts:
         raise SettingError("A reference needs images or texts.", fix="make_reference(vlm, [image, ...])")
+    answer_prefix = prefix_for(prompt, answer_prefix)
     options = {"max_new_tokens": max_new_tokens, "batch_size": batch_size, "progress": progress}
     said = answer_steps(vlm, images, prompt, answer_prefix, **options) if images else None
     read = text_steps(vlm, texts) if texts else None

@@ -17,7 +17,7 @@ from mmneurons.errors import ModelError, SettingError
 from mmneurons.vlm.anatomy.parts import Anatomy
 from mmneurons.vlm.anatomy.ways import Directions, frozen_rows
 from mmneurons.vlm.moments import Moments, pick_moments
-from mmneurons.vlm.prompts import ANSWER_PREFIX, MAX_NEW_TOKENS, PROMPT
+from mmneurons.vlm.prompts import MAX_NEW_TOKENS, PROMPT, prefix_for
 from mmneurons.vlm.recording import Recording, record
 from mmneurons.vlm.vlm import VLM, Inputs, Picture, batches, open_row
 from mmneurons.words import Word, find_words, says
@@ -84,7 +84,7 @@ def answer_steps(
     vlm: VLM,
     images: Sequence[Picture],
     prompt: str = PROMPT,
-    answer_prefix: str = ANSWER_PREFIX,
+    answer_prefix: str | None = None,
     *,
     max_new_tokens: int = MAX_NEW_TOKENS,
     batch_size: int = 8,
@@ -96,7 +96,7 @@ def answer_steps(
         vlm: The model, from `load`.
         images: Paths, PIL images or arrays.
         prompt: What the model is asked.
-        answer_prefix: Words that the answer is made to begin with.
+        answer_prefix: Words that the answer is made to begin with; None: see `prefix_for`.
         max_new_tokens: Where to stop if the model does not.
         batch_size: Images in one batch.
         progress: Called with images done.
@@ -107,6 +107,7 @@ def answer_steps(
     """
     if not images:
         raise SettingError("There is no image.", fix="Give at least one.")
+    answer_prefix = prefix_for(prompt, answer_prefix)
     parts: list[Steps] = []
     texts: list[str] = []
     token_ids: list[tuple[int, ...]] = []
@@ -128,10 +129,10 @@ def answer_steps(
 
 
 def forced_steps(
-    vlm: VLM, image: Picture, ids: Sequence[int], prompt: str = PROMPT, answer_prefix: str = ANSWER_PREFIX
+    vlm: VLM, image: Picture, ids: Sequence[int], prompt: str = PROMPT, answer_prefix: str | None = None
 ) -> Steps:
     """What the model would say at each step of an answer that it is given: n tokens give n + 1 steps."""
-    inputs = vlm.encode([[o.image for o in open_row(image)]], prompt, answer_prefix)
+    inputs = vlm.encode([[o.image for o in open_row(image)]], prompt, prefix_for(prompt, answer_prefix))
     given = vlm.given(inputs, [ids])
     with record(vlm.anatomy, lambda values: values[:, given.n_prompt - 1 :]) as recording:
         vlm.read(inputs, given)

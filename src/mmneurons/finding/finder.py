@@ -21,7 +21,7 @@ from mmneurons.vlm.doctor import tolerance
 from mmneurons.vlm.grid import find_grids, model_view
 from mmneurons.vlm.images import OpenedImage
 from mmneurons.vlm.locking import by_one_thread
-from mmneurons.vlm.prompts import ANSWER_PREFIX, MAX_NEW_TOKENS, PROMPT, token_of
+from mmneurons.vlm.prompts import MAX_NEW_TOKENS, PROMPT, prefix_for, token_of
 from mmneurons.vlm.recording import record
 from mmneurons.vlm.vlm import VLM, Answers, Inputs, Picture, Pictures, as_list, batches, open_row
 from mmneurons.words import Tagger, Word, find_nouns, find_words, says, tagger_for
@@ -47,7 +47,7 @@ def find(  # pyright: ignore[reportInconsistentOverload]  # the overloads say wh
     images: Picture | Pictures | None = None,
     *,
     prompt: str = PROMPT,
-    answer_prefix: str = ANSWER_PREFIX,
+    answer_prefix: str | None = None,
     top: int = 10,
     score: Score = "logit",
     words: str | Sequence[str] | None = None,
@@ -68,7 +68,8 @@ def find(  # pyright: ignore[reportInconsistentOverload]  # the overloads say wh
         images: A path, PIL image or array, or a list of them, one prompt each; a list in the list is several images
             in one prompt; None for a prompt of words alone.
         prompt: What the model is asked.
-        answer_prefix: Words that the answer is made to begin with; they are no nouns.
+        answer_prefix: Words that the answer is made to begin with; they are no nouns. None: "An image of" with the
+            default prompt, none with another.
         top: How many neurons to list for each noun.
         score: "logit": how many logits of the word a neuron wrote. "logprob": how far it pushes log p of the word, to
             first order. "paper": what the released MM_Neurons code prints. See docs/method.md.
@@ -105,6 +106,7 @@ def find(  # pyright: ignore[reportInconsistentOverload]  # the overloads say wh
     _check_asked(vlm, images, inputs, words, token_ids, blank)
     wanted = (words,) if isinstance(words, str) else tuple(words or ()) or None
     ids = None if token_ids is None else tuple(token_ids)
+    answer_prefix = prefix_for(prompt, answer_prefix)
     if inputs is not None:
         prompt = answer_prefix = ""
     choices = Choices(prompt, answer_prefix, top, score, wanted, ids, against, maps, blank, max_new_tokens, tagger)

@@ -22,7 +22,7 @@ from torch import Tensor
 from mmneurons.errors import SettingError
 from mmneurons.finding.finder import targets_of
 from mmneurons.finding.scoring import SCORES, Choices, score_targets
-from mmneurons.vlm.prompts import ANSWER_PREFIX, MAX_NEW_TOKENS, PROMPT
+from mmneurons.vlm.prompts import MAX_NEW_TOKENS, PROMPT, prefix_for
 from mmneurons.vlm.replay import Replay, replays
 from mmneurons.vlm.vlm import VLM, Picture, open_row
 from mmneurons.words import Word
@@ -50,7 +50,7 @@ def judge(
     finders: Sequence[Finder] = FINDERS,
     *,
     prompt: str = PROMPT,
-    answer_prefix: str = ANSWER_PREFIX,
+    answer_prefix: str | None = None,
     words: Sequence[str] | None = None,
     max_new_tokens: int = MAX_NEW_TOKENS,
     seed: int = 0,
@@ -62,7 +62,7 @@ def judge(
         image: A path, PIL image or array.
         finders: Which; see the table above.
         prompt: What the model is asked.
-        answer_prefix: Words that the answer is made to begin with.
+        answer_prefix: Words that the answer is made to begin with; None: see `prefix_for`.
         words: Words of the answer to explain instead of its nouns; those that are not in it are left out.
         max_new_tokens: Where to stop if the model does not.
         seed: Of `random`.
@@ -77,6 +77,7 @@ def judge(
     unknown = [finder for finder in finders if finder not in FINDERS]
     if unknown:
         raise SettingError(f"There is no finder '{unknown[0]}'.", fix=f"Choose of: {', '.join(FINDERS)}.")
+    answer_prefix = prefix_for(prompt, answer_prefix)
     inputs = vlm.encode([[opened.image for opened in open_row(image)]], prompt, answer_prefix)
     wanted = None if words is None else tuple(words)
     choices = Choices(prompt, answer_prefix, 1, "logit", wanted, None, None, False, False, max_new_tokens)

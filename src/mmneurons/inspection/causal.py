@@ -19,7 +19,7 @@ from mmneurons.inspection.items import Item
 from mmneurons.inspection.matching import DRAWS, column_norms, loudness, matched
 from mmneurons.maths.ranking import top_k
 from mmneurons.vlm.interventions import Intervention, intervene
-from mmneurons.vlm.prompts import ANSWER_PREFIX, MAX_NEW_TOKENS, PROMPT
+from mmneurons.vlm.prompts import MAX_NEW_TOKENS, PROMPT
 from mmneurons.vlm.replay import Replay
 from mmneurons.vlm.vlm import VLM
 from mmneurons.words import says
@@ -85,7 +85,7 @@ def causal(
     ways: Sequence[How] = HOW,
     draws: int = DRAWS,
     prompt: str = PROMPT,
-    answer_prefix: str = ANSWER_PREFIX,
+    answer_prefix: str | None = None,
     max_new_tokens: int = MAX_NEW_TOKENS,
     batch_size: int = 8,
     seed: int = 0,
@@ -101,7 +101,7 @@ def causal(
         ways: How.
         draws: Of noise, and of matched random neurons.
         prompt: What the model is asked.
-        answer_prefix: Words that the answer is made to begin with.
+        answer_prefix: Words that the answer is made to begin with; None: see `prefix_for`.
         max_new_tokens: Where to stop if the model does not.
         batch_size: Captions made at once, each with its own neurons disturbed.
         seed: Of noise and of random neurons.

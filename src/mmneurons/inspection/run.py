@@ -32,7 +32,7 @@ from mmneurons.inspection.shelf import LOCK, Shelf, no_number, one_writer
 from mmneurons.inspection.specificity import NounScores, Specificity, noun_scores, specificity
 from mmneurons.inspection.truth import NounTruth, finder_truth, mean_activations
 from mmneurons.vlm import provenance
-from mmneurons.vlm.prompts import ANSWER_PREFIX, MAX_NEW_TOKENS, PROMPT
+from mmneurons.vlm.prompts import MAX_NEW_TOKENS, PROMPT, prefix_for
 from mmneurons.vlm.vlm import VLM
 
 Experiment = Literal["sensitivity", "specificity", "causal", "finders"]
@@ -55,7 +55,7 @@ class Settings:
     score: Score = "logit"
     top: int = 10
     prompt: str = PROMPT
-    answer_prefix: str = ANSWER_PREFIX
+    answer_prefix: str | None = None
     max_new_tokens: int = MAX_NEW_TOKENS
     seed: int = 0
 
@@ -127,6 +127,7 @@ def inspect(
         FormatError: what the folder holds is damaged.
     """
     settings = settings or Settings()
+    settings = replace(settings, answer_prefix=prefix_for(settings.prompt, settings.answer_prefix))
     n_neurons = sum(ffn.size for ffn in vlm.anatomy.ffns)
     if not 1 <= settings.top <= n_neurons:
         raise SettingError(f"There is no top {settings.top} of the model's {n_neurons} neurons.", fix="--top 10")

@@ -20,7 +20,7 @@ from mmneurons.inspection.matching import DRAWS, Matched, column_norms, loudness
 from mmneurons.inspection.regions import RegionMatch, match, mean_match
 from mmneurons.vlm.grid import Grids, find_grids, model_view
 from mmneurons.vlm.interventions import shuffled
-from mmneurons.vlm.prompts import ANSWER_PREFIX, MAX_NEW_TOKENS, PROMPT
+from mmneurons.vlm.prompts import MAX_NEW_TOKENS, PROMPT, prefix_for
 from mmneurons.vlm.recording import record
 from mmneurons.vlm.vlm import VLM, Answers, Inputs
 
@@ -91,7 +91,7 @@ def sensitivity(
     score: Score = "logit",
     top: int = 10,
     prompt: str = PROMPT,
-    answer_prefix: str = ANSWER_PREFIX,
+    answer_prefix: str | None = None,
     max_new_tokens: int = MAX_NEW_TOKENS,
     seed: int = 0,
 ) -> list[NounSensitivity]:
@@ -104,7 +104,7 @@ def sensitivity(
         score: Which neurons are the top ones.
         top: How many of them.
         prompt: What the model is asked.
-        answer_prefix: Words that the answer is made to begin with.
+        answer_prefix: Words that the answer is made to begin with; None: see `prefix_for`.
         max_new_tokens: Where to stop if the model does not.
         seed: Of the order of shuffled patches, and of random neurons.
 
@@ -114,7 +114,7 @@ def sensitivity(
     Raises:
         ImageError: the image, or a mask, cannot be read or used.
     """
-    image = item.image()
+    image, answer_prefix = item.image(), prefix_for(prompt, answer_prefix)
     choices = Choices(prompt, answer_prefix, top, score, None, None, None, True, True, max_new_tokens)
     inputs = vlm.encode([[image]], prompt, answer_prefix)
     with record(vlm.anatomy, gates=score == "paper") as recording:

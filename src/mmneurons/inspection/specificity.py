@@ -15,7 +15,7 @@ from mmneurons.finding.result import Score
 from mmneurons.finding.scoring import Choices, score_targets
 from mmneurons.inspection.items import Item
 from mmneurons.maths.statistics import Estimate, estimate, over_pairs
-from mmneurons.vlm.prompts import ANSWER_PREFIX, MAX_NEW_TOKENS, PROMPT
+from mmneurons.vlm.prompts import MAX_NEW_TOKENS, PROMPT, prefix_for
 from mmneurons.vlm.recording import record
 from mmneurons.vlm.vlm import VLM
 
@@ -72,12 +72,13 @@ def noun_scores(
     *,
     score: Score = "logit",
     prompt: str = PROMPT,
-    answer_prefix: str = ANSWER_PREFIX,
+    answer_prefix: str | None = None,
     max_new_tokens: int = MAX_NEW_TOKENS,
 ) -> list[NounScores]:
     """What every neuron gives to every noun that the model says of these images, run as one batch."""
     if not items:
         return []
+    answer_prefix = prefix_for(prompt, answer_prefix)
     choices = Choices(prompt, answer_prefix, 1, score, None, None, None, False, False, max_new_tokens)
     inputs = vlm.encode([[item.image()] for item in items], prompt, answer_prefix)
     with record(vlm.anatomy, gates=score == "paper") as recording:

@@ -16,7 +16,7 @@ from mmneurons.finding.scoring import as_read, columns_of, said, texts
 from mmneurons.inspection.matching import DRAWS, column_norms, loudness, matched
 from mmneurons.maths.ranking import top_k
 from mmneurons.maths.statistics import spearman
-from mmneurons.vlm.prompts import ANSWER_PREFIX, MAX_NEW_TOKENS, PROMPT
+from mmneurons.vlm.prompts import MAX_NEW_TOKENS, PROMPT, prefix_for
 from mmneurons.vlm.recording import record
 from mmneurons.vlm.replay import Replay
 from mmneurons.vlm.vlm import VLM, Picture, open_row
@@ -90,7 +90,7 @@ def finder_truth(
     batch_size: int = 256,
     progress: Callable[[int, int], None] | None = None,
     prompt: str = PROMPT,
-    answer_prefix: str = ANSWER_PREFIX,
+    answer_prefix: str | None = None,
     max_new_tokens: int = MAX_NEW_TOKENS,
 ) -> list[NounTruth]:
     """Silence neurons one by one and top ones together, for each noun of the answer, and compare with each finder.
@@ -105,7 +105,7 @@ def finder_truth(
         batch_size: Silences computed at once.
         progress: Called with neurons silenced and neurons to silence.
         prompt: What the model is asked.
-        answer_prefix: Words that the answer is made to begin with.
+        answer_prefix: Words that the answer is made to begin with; None: see `prefix_for`.
         max_new_tokens: Where to stop if the model does not.
 
     Source: deletion as in Pan et al. (2024), section 4.4, at the scored position only; matched controls are ours.
@@ -155,7 +155,7 @@ def mean_activations(
     images: Sequence[Picture],
     *,
     prompt: str = PROMPT,
-    answer_prefix: str = ANSWER_PREFIX,
+    answer_prefix: str | None = None,
     max_new_tokens: int = MAX_NEW_TOKENS,
 ) -> list[Float[Tensor, "neurons"]]:
     """Each neuron's mean activation where the model writes its answers to these images, run as one batch.
@@ -164,6 +164,7 @@ def mean_activations(
         Per FFN, float32 on the CPU, experts one after the other; of an expert's neurons the mean where it is asked,
         0 where it never is.
     """
+    answer_prefix = prefix_for(prompt, answer_prefix)
     inputs = vlm.encode([[opened.image for opened in open_row(image)] for image in images], prompt, answer_prefix)
     with record(vlm.anatomy, writes=False) as recording:
         answers = vlm.generate(inputs, max_new_tokens)

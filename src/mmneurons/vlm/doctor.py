@@ -22,7 +22,7 @@ from mmneurons.vlm.images import open_image
 from mmneurons.vlm.locking import by_one_thread, restored
 from mmneurons.vlm.modes import hooked
 from mmneurons.vlm.moments import Moments, pick_moments, written
-from mmneurons.vlm.prompts import ANSWER_PREFIX, PROMPT
+from mmneurons.vlm.prompts import PROMPT, prefix_for
 from mmneurons.vlm.recording import Recording, record
 from mmneurons.vlm.vlm import VLM, Answers, Inputs, Picture
 
@@ -66,7 +66,7 @@ def doctor(
     vlm: VLM,
     image: Picture | None = None,
     prompt: str = PROMPT,
-    answer_prefix: str = ANSWER_PREFIX,
+    answer_prefix: str | None = None,
     *,
     inputs: Inputs | None = None,
     max_new_tokens: int = 16,
@@ -82,7 +82,8 @@ def doctor(
         vlm: The model, from `load`.
         image: What to ask about.
         prompt: What to ask.
-        answer_prefix: Words that the answer is made to begin with.
+        answer_prefix: Words that the answer is made to begin with; None: "An image of" with the default prompt, none
+            with another.
         inputs: Ready-made model inputs instead of image and prompt, of one row or several; needed for a model without
             a processor.
         max_new_tokens: How many tokens to check.
@@ -91,7 +92,7 @@ def doctor(
         ModelError: if the model has no processor and no `inputs` are given.
         SettingError: if `inputs` have several rows and this model's prompts run one at a time.
     """
-    picture = None
+    picture, answer_prefix = None, prefix_for(prompt, answer_prefix)
     if inputs is None:
         picture = open_image(pocket.samples()[0].path if image is None else image).image
         inputs = vlm.encode([picture], prompt, answer_prefix)

@@ -28,7 +28,7 @@ from mmneurons.vlm.families import Family, family_of
 from mmneurons.vlm.images import OpenedImage, check_scaled, open_image
 from mmneurons.vlm.locking import alone
 from mmneurons.vlm.modes import evaluating, greedy, hooked, input_device, placeholder_ids, stop_ids
-from mmneurons.vlm.prompts import ANSWER_PREFIX, MAX_NEW_TOKENS, PROMPT, encode_prompt
+from mmneurons.vlm.prompts import MAX_NEW_TOKENS, PROMPT, encode_prompt, prefix_for
 from mmneurons.vlm.tokens import TokenIds, pieces
 
 Picture = str | os.PathLike[str] | Image.Image | np.ndarray
@@ -158,16 +158,18 @@ class VLM:
         return self._token_texts[token_id]
 
     @overload
-    def caption(self, images: Pictures, prompt: str = ..., answer_prefix: str = ..., **limits: int) -> list[str]: ...
+    def caption(
+        self, images: Pictures, prompt: str = ..., answer_prefix: str | None = ..., **limits: int
+    ) -> list[str]: ...
     @overload
     def caption(
-        self, images: Picture | None = ..., prompt: str = ..., answer_prefix: str = ..., **limits: int
+        self, images: Picture | None = ..., prompt: str = ..., answer_prefix: str | None = ..., **limits: int
     ) -> str: ...
     def caption(  # pyright: ignore[reportInconsistentOverload]
         self,
         images: Picture | Pictures | None = None,
         prompt: str = PROMPT,
-        answer_prefix: str = ANSWER_PREFIX,
+        answer_prefix: str | None = None,
         *,
         max_new_tokens: int = MAX_NEW_TOKENS,
         batch_size: int = 8,
@@ -178,8 +180,8 @@ class VLM:
             images: A path, PIL image or array, or a list of them; a list in the list is several images in one prompt;
                 None for a prompt without an image.
             prompt: What is asked.
-            answer_prefix: Words that the answer is made to begin with; not part of what is returned. Spaces around them
-                do not matter.
+            answer_prefix: Words that the answer is made to begin with; not part of what is returned. None: "An image
+                of" with the default prompt, none with another. Spaces around them do not matter.
             max_new_tokens: Where to stop if the model does not.
             batch_size: Prompts generated for at once.
 
@@ -191,6 +193,7 @@ class VLM:
         """
         if batch_size < 1:
             raise SettingError("A batch holds at least one image.", seen=f"batch_size={batch_size}")
+        answer_prefix = prefix_for(prompt, answer_prefix)
         texts: list[str] = []
         for rows in batches([open_row(row) for row in as_list(images)], 1 if self.family.one_at_a_time else batch_size):
             inputs = self.encode([[o.image for o in row] for row in rows], prompt, answer_prefix)
