@@ -103,7 +103,7 @@ def test_shares_are_those_of_the_answers_themselves(vlm, bench, patch, judged):
 
 def test_forced_logits_are_those_of_the_raw_model(vlm, bench):
     [image] = bench.unrelated[:1]
-    inputs = vlm.encode([image], bench.prompt, bench.answer_prefix)
+    inputs = vlm.encode([image], bench.prompt, bench.prefix)
     answers = vlm.generate(inputs)
     ids = answers.token_ids[0]
     [logits] = forced(vlm, [image], [ids], bench)
@@ -116,9 +116,7 @@ def test_forced_logits_are_those_of_the_raw_model(vlm, bench):
 
 
 def test_answers_of_different_lengths_are_forced_each_as_if_alone(vlm, bench):
-    ids = [
-        vlm.generate(vlm.encode([image], bench.prompt, bench.answer_prefix)).token_ids[0] for image in bench.unrelated
-    ]
+    ids = [vlm.generate(vlm.encode([image], bench.prompt, bench.prefix)).token_ids[0] for image in bench.unrelated]
     assert len(set(map(len, ids))) > 1
     together = list(forced(vlm, bench.unrelated, ids, bench))
     alone = [next(iter(forced(vlm, [image], [one], bench))) for image, one in zip(bench.unrelated, ids, strict=True)]

@@ -35,14 +35,64 @@ NO_TAGGER = (
 
 
 @overload
-def find(vlm: VLM, images: Pictures, **choices: Any) -> list[Finding]: ...
-@overload
-def find(  # pyright: ignore[reportOverlappingOverload]  # the next one takes it for one of its choices
-    vlm: VLM, images: None = ..., *, inputs: Inputs, **choices: Any
+def find(
+    vlm: VLM,
+    images: Pictures,
+    *,
+    prompt: str = ...,
+    answer_prefix: str | None = ...,
+    top: int = ...,
+    score: Score = ...,
+    words: str | Sequence[str] | None = ...,
+    token_ids: Sequence[int] | None = ...,
+    against: str | None = ...,
+    tagger: Tagger | None = ...,
+    maps: bool = ...,
+    blank: bool = ...,
+    max_new_tokens: int = ...,
+    batch_size: int = ...,
+    progress: Callable[[int], None] | None = ...,
 ) -> list[Finding]: ...
 @overload
-def find(vlm: VLM, images: Picture | None = ..., **choices: Any) -> Finding: ...
-def find(  # pyright: ignore[reportInconsistentOverload]  # the overloads say what is returned, this what is taken
+def find(
+    vlm: VLM,
+    images: None = ...,
+    *,
+    inputs: Inputs,
+    prompt: str = ...,
+    answer_prefix: str | None = ...,
+    top: int = ...,
+    score: Score = ...,
+    words: str | Sequence[str] | None = ...,
+    token_ids: Sequence[int] | None = ...,
+    against: str | None = ...,
+    tagger: Tagger | None = ...,
+    maps: bool = ...,
+    blank: bool = ...,
+    max_new_tokens: int = ...,
+    batch_size: int = ...,
+    progress: Callable[[int], None] | None = ...,
+) -> list[Finding]: ...
+@overload
+def find(
+    vlm: VLM,
+    images: Picture | None = ...,
+    *,
+    prompt: str = ...,
+    answer_prefix: str | None = ...,
+    top: int = ...,
+    score: Score = ...,
+    words: str | Sequence[str] | None = ...,
+    token_ids: Sequence[int] | None = ...,
+    against: str | None = ...,
+    tagger: Tagger | None = ...,
+    maps: bool = ...,
+    blank: bool = ...,
+    max_new_tokens: int = ...,
+    batch_size: int = ...,
+    progress: Callable[[int], None] | None = ...,
+) -> Finding: ...
+def find(
     vlm: VLM,
     images: Picture | Pictures | None = None,
     *,

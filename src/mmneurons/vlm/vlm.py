@@ -159,12 +159,14 @@ class VLM:
 
     @overload
     def caption(
-        self, images: Pictures, prompt: str = ..., answer_prefix: str | None = ..., **limits: int
-    ) -> list[str]: ...
+        self, images: Pictures, prompt: str = ..., answer_prefix: str | None = ..., *,
+        max_new_tokens: int = ..., batch_size: int = ...,
+    ) -> list[str]: ...  # fmt: skip
     @overload
     def caption(
-        self, images: Picture | None = ..., prompt: str = ..., answer_prefix: str | None = ..., **limits: int
-    ) -> str: ...
+        self, images: Picture | None = ..., prompt: str = ..., answer_prefix: str | None = ..., *,
+        max_new_tokens: int = ..., batch_size: int = ...,
+    ) -> str: ...  # fmt: skip
     def caption(  # pyright: ignore[reportInconsistentOverload]
         self,
         images: Picture | Pictures | None = None,
