@@ -157,8 +157,9 @@ def test_help_is_quick_because_it_needs_no_torch():
 )
 def test_a_stop_ends_without_a_traceback(tmp_path, sample, number, code, command, said):
     filled = [sys.executable, "-m", "mmneurons.cli", *(str(sample) if word == "SAMPLE" else word for word in command)]
-    # Whoever runs the tests in the background has the signal ignored, in all that they start.
-    started: dict[str, Any] = {"preexec_fn": lambda: signal.signal(number, signal.SIG_DFL), "cwd": tmp_path}
+    # Who runs the tests in the background has Ctrl-C ignored, in all that they start: so here, but where it is sent.
+    ctrl_c = signal.SIG_DFL if number == signal.SIGINT else signal.SIG_IGN
+    started: dict[str, Any] = {"preexec_fn": lambda: signal.signal(signal.SIGINT, ctrl_c), "cwd": tmp_path}
     pipes: dict[str, Any] = {"stderr": subprocess.PIPE, "stdout": subprocess.DEVNULL, "text": True}
     with subprocess.Popen(filled, **pipes, **started) as process:
         try:

@@ -33,7 +33,7 @@ def main() -> None:
 
     def terminate(number: int, _: object) -> None:
         terminated.append(number)
-        signal.raise_signal(signal.SIGINT)
+        raise KeyboardInterrupt  # not by SIGINT, which is ignored where a shell runs the program in the background
 
     usual = signal.signal(signal.SIGTERM, terminate)
     try:
