@@ -185,6 +185,9 @@ def test_an_output_is_no_input(capsys, monkeypatch, tmp_path, sample):
         assert "would be overwritten" in err
     code, _, err = call(capsys, monkeypatch, "inspect", "--images", tmp_path, "--out", tmp_path)
     assert (code, "holds the images" in err) == (2, True)
+    monkeypatch.chdir(tmp_path)
+    code, _, err = call(capsys, monkeypatch, "inspect", "--images", "nothing", "--out", ".")
+    assert (code, "holds the images" in err) == (2, False)
     weights = pocket.folder() / "model.safetensors"
     code, _, err = call(capsys, monkeypatch, "edit", "--from", "dog", "--to", "cat", "--out", weights)
     assert (code, "is no patch" in err) == (2, True)

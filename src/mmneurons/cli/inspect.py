@@ -52,9 +52,8 @@ def inspect_(
 ) -> None:
     """Test whether neurons are sensitive, specific and causal, and their ranking true. Stopped, it goes on."""
     check_folder(out_folder)
-    if out_folder.is_dir() and any(
-        Path(place).is_dir() and out_folder.samefile(place) for place in (images, masks or "")
-    ):
+    sources = [Path(place) for place in (images, masks) if place is not None]
+    if out_folder.is_dir() and any(place.is_dir() and place.samefile(out_folder) for place in sources):
         raise SettingError(
             f"{out_folder} holds the images: plots would lie among them.", fix="Name another folder with --out."
         )

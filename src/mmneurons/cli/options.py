@@ -65,9 +65,9 @@ GOES_ON = "the same command goes on from here"
 
 def _show_version(asked: bool) -> None:
     if asked:
-        from importlib import metadata
+        import mmneurons
 
-        out.print(metadata.version("mmneurons"))
+        out.print(mmneurons.__version__)
         raise typer.Exit
 
 
