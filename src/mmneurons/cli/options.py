@@ -65,9 +65,9 @@ GOES_ON = "the same command goes on from here"
 
 def _show_version(asked: bool) -> None:
     if asked:
-        import mmneurons
+        from importlib import metadata
 
-        out.print(mmneurons.__version__)
+        out.print(metadata.version("mmneurons"))
         raise typer.Exit
 
 
