@@ -223,6 +223,18 @@ def test_an_adapter_is_put_on_the_model_that_it_names(tmp_path, vlm, sample_path
         mmn.load(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("base", "message"),
+    [(None, "does not say which model it is for"), ("no/such-base", "Cannot load the model 'no/such-base'")],
+)
+def test_an_adapter_whose_model_is_not_there_is_told(tmp_path, base, message):
+    pytest.importorskip("peft")
+    facts = {"peft_type": "LORA", "base_model_name_or_path": base}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(facts), encoding="utf-8")
+    with pytest.raises(ModelError, match=message):
+        mmn.load(tmp_path)
+
+
 @pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # within torch.compile itself
 def test_compiled_and_wrapped_models(random_vlm, sample_paths):
     processor, plain = random_vlm.processor, copy.deepcopy(random_vlm.model)

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from bounds import bounded
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -339,11 +340,9 @@ def mutants(draw, seeds) -> bytes:
 @given(data=mutants([MANIFEST, INSTANCES]) | st.binary(max_size=50))
 def test_any_manifest_gives_items_or_our_error(folder, data):
     (folder / "list.json").write_bytes(data)
-    try:
+    with contextlib.suppress(MmneuronsError), bounded():
         for item in read_items(folder / "list.json"):
             item.masks()
-    except MmneuronsError:
-        pass
 
 
 def test_the_seeds_of_the_mutants_are_sound(folder):
@@ -359,5 +358,5 @@ def test_any_bytes_are_a_mask_or_our_error(folder, data):
     for _ in range(data.draw(st.integers(0, 4))):
         seed[data.draw(st.integers(0, len(seed) - 1))] = data.draw(st.integers(0, 255))
     (folder / "mask").write_bytes(seed)
-    with contextlib.suppress(MmneuronsError):
+    with contextlib.suppress(MmneuronsError), bounded():
         assert read_mask(folder / "mask").dtype == bool

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 import weight_forms
+from bounds import bounded
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -464,13 +465,14 @@ def test_whatever_is_in_a_file_it_is_refused_or_can_be_shown(random_vlm, tmp_pat
     ):
         content[place] = byte
     path.write_bytes(content[: data.draw(st.just(len(content)) | st.integers(0, len(content)))])
-    try:
-        patch = Patch.load(path)
-    except FormatError:
-        return
-    patch_text(describe_patch(patch)).encode()
-    with contextlib.suppress(SettingError):
-        questions({"p": patch})
+    with bounded():
+        try:
+            patch = Patch.load(path)
+        except FormatError:
+            return
+        patch_text(describe_patch(patch)).encode()
+        with contextlib.suppress(SettingError):
+            questions({"p": patch})
 
 
 def test_a_missing_file_is_told(tmp_path):

@@ -41,9 +41,10 @@ from mmneurons.neurons import Neuron
 from mmneurons.vlm import provenance
 from mmneurons.vlm.locking import by_one_thread, restored
 from mmneurons.vlm.modes import hooked
+from mmneurons.vlm.pictures import Picture
 from mmneurons.vlm.prompts import tokens_of
 from mmneurons.vlm.replay import Replay
-from mmneurons.vlm.vlm import VLM, Picture
+from mmneurons.vlm.vlm import VLM
 from mmneurons.words import inflected
 
 Name = Literal["finetune", "lora", "rome", "memit", "random", "logit_bias", "head_rows"]

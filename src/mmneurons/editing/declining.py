@@ -16,8 +16,9 @@ from torch.nn import functional as F
 
 from mmneurons.editing.forced import Batch, Given, Reader
 from mmneurons.inspection.hallucination import Vocabulary
+from mmneurons.vlm.pictures import Picture, open_row
 from mmneurons.vlm.prompts import tokens_of
-from mmneurons.vlm.vlm import VLM, Picture, open_row
+from mmneurons.vlm.vlm import VLM
 from mmneurons.words import Word, inflected, words_at
 
 FOLLOW, KEEP = 0.3, 1.0

@@ -26,8 +26,9 @@ from mmneurons.errors import SettingError
 from mmneurons.neurons import Neuron
 from mmneurons.vlm import provenance
 from mmneurons.vlm.locking import by_one_thread
+from mmneurons.vlm.pictures import Picture, Pictures, as_list
 from mmneurons.vlm.prompts import MAX_NEW_TOKENS, PROMPT
-from mmneurons.vlm.vlm import VLM, Picture, Pictures, as_list
+from mmneurons.vlm.vlm import VLM
 
 Method = Literal["selective", "closed_form", "optimised"]
 METHODS: tuple[Method, ...] = get_args(Method)

@@ -23,9 +23,10 @@ from mmneurons.editing.steps import likeliest, no_neurons
 from mmneurons.inspection.causal import rest_unchanged
 from mmneurons.maths.statistics import Estimate, share
 from mmneurons.vlm.locking import by_one_thread
+from mmneurons.vlm.pictures import Picture, batches, open_row
 from mmneurons.vlm.prompts import MAX_NEW_TOKENS, PROMPT, WORDINGS, prefix_for
 from mmneurons.vlm.recording import record
-from mmneurons.vlm.vlm import VLM, Picture, batches, open_row
+from mmneurons.vlm.vlm import VLM
 from mmneurons.words import says, turned
 
 TOP = 10

@@ -24,7 +24,8 @@ from mmneurons.editing.steps import text_batches
 from mmneurons.vlm.calls import Catcher, repeated
 from mmneurons.vlm.doctor import tolerance
 from mmneurons.vlm.modes import hooked
-from mmneurons.vlm.vlm import VLM, Inputs, Picture, batches, open_row
+from mmneurons.vlm.pictures import Picture, batches, open_row
+from mmneurons.vlm.vlm import VLM, Inputs
 
 
 @dataclass(frozen=True, eq=False)

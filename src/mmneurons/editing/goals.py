@@ -11,8 +11,9 @@ from torch import Tensor
 
 from mmneurons.editing.steps import Said, Steps, answer_steps, forced_steps, join, occurrences
 from mmneurons.errors import SettingError, WordError
+from mmneurons.vlm.pictures import Picture
 from mmneurons.vlm.prompts import prefix_for, tokens_of
-from mmneurons.vlm.vlm import VLM, Picture
+from mmneurons.vlm.vlm import VLM
 from mmneurons.words import Word, inflected, singular, turned
 
 

@@ -42,8 +42,9 @@ from mmneurons.inspection.shelf import lock_of, one_writer
 from mmneurons.vlm import provenance
 from mmneurons.vlm.locking import by_one_thread
 from mmneurons.vlm.modes import evaluating, frozen
+from mmneurons.vlm.pictures import Picture, open_row
 from mmneurons.vlm.prompts import MAX_NEW_TOKENS, PROMPT, prefix_for, tokens_of
-from mmneurons.vlm.vlm import VLM, Picture, open_row
+from mmneurons.vlm.vlm import VLM
 
 RATE = 0.15
 """Of Adam; shares and directions are of the order of 1. Reached after `WARM` steps, from where it falls to nothing."""

@@ -23,7 +23,8 @@ from mmneurons.editing.goals import Asked, rewritten, share_turned
 from mmneurons.editing.reference import Reference
 from mmneurons.editing.steps import Steps
 from mmneurons.vlm.modes import evaluating, hooked
-from mmneurons.vlm.vlm import VLM, Picture, open_row
+from mmneurons.vlm.pictures import Picture, open_row
+from mmneurons.vlm.vlm import VLM
 
 REFERENCES = 128
 """Reference images that are learned from, drawn by seed."""

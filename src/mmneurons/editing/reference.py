@@ -14,8 +14,9 @@ from torch import Tensor
 from mmneurons.editing.steps import Said, Steps, answer_steps, join, likeliest, occurrences, text_steps
 from mmneurons.errors import SettingError
 from mmneurons.vlm.locking import by_one_thread
+from mmneurons.vlm.pictures import Picture
 from mmneurons.vlm.prompts import MAX_NEW_TOKENS, PROMPT, prefix_for
-from mmneurons.vlm.vlm import VLM, Picture
+from mmneurons.vlm.vlm import VLM
 
 
 @dataclass(frozen=True, eq=False)

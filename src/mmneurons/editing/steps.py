@@ -17,9 +17,10 @@ from mmneurons.errors import ModelError, SettingError
 from mmneurons.vlm.anatomy.parts import Anatomy
 from mmneurons.vlm.anatomy.ways import Directions, frozen_rows
 from mmneurons.vlm.moments import Moments, pick_moments
+from mmneurons.vlm.pictures import Picture, batches, open_row
 from mmneurons.vlm.prompts import MAX_NEW_TOKENS, PROMPT, prefix_for
 from mmneurons.vlm.recording import Recording, record
-from mmneurons.vlm.vlm import VLM, Inputs, Picture, batches, open_row
+from mmneurons.vlm.vlm import VLM, Inputs
 from mmneurons.words import Word, find_words, says
 
 

@@ -21,9 +21,10 @@ from mmneurons.vlm.doctor import tolerance
 from mmneurons.vlm.grid import find_grids, model_view
 from mmneurons.vlm.images import OpenedImage
 from mmneurons.vlm.locking import by_one_thread
+from mmneurons.vlm.pictures import Picture, Pictures, as_list, batches, open_row
 from mmneurons.vlm.prompts import MAX_NEW_TOKENS, PROMPT, prefix_for, token_of
 from mmneurons.vlm.recording import record
-from mmneurons.vlm.vlm import VLM, Answers, Inputs, Picture, Pictures, as_list, batches, open_row
+from mmneurons.vlm.vlm import VLM, Answers, Inputs
 from mmneurons.words import Tagger, Word, find_nouns, find_words, says, tagger_for
 
 BLANK = (128, 128, 128)

@@ -22,9 +22,10 @@ from torch import Tensor
 from mmneurons.errors import SettingError
 from mmneurons.finding.finder import targets_of
 from mmneurons.finding.scoring import SCORES, Choices, score_targets
+from mmneurons.vlm.pictures import Picture, open_row
 from mmneurons.vlm.prompts import MAX_NEW_TOKENS, PROMPT, prefix_for
 from mmneurons.vlm.replay import Replay, replays
-from mmneurons.vlm.vlm import VLM, Picture, open_row
+from mmneurons.vlm.vlm import VLM
 from mmneurons.words import Word
 
 Finder = Literal["logit", "logprob", "paper", "activation", "gradient", "integrated", "random"]

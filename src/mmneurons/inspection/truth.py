@@ -16,10 +16,11 @@ from mmneurons.finding.scoring import as_read, columns_of, said, texts
 from mmneurons.inspection.matching import DRAWS, column_norms, loudness, matched
 from mmneurons.maths.ranking import top_k
 from mmneurons.maths.statistics import spearman
+from mmneurons.vlm.pictures import Picture, open_row
 from mmneurons.vlm.prompts import MAX_NEW_TOKENS, PROMPT, prefix_for
 from mmneurons.vlm.recording import record
 from mmneurons.vlm.replay import Replay
-from mmneurons.vlm.vlm import VLM, Picture, open_row
+from mmneurons.vlm.vlm import VLM
 
 DELETED = (1, 2, 5, 10, 20, 50, 100)
 """How many top neurons are silenced together."""

@@ -34,6 +34,8 @@ CONVERTED = {
     "florence": "florence-community/Florence-2-base",
 }
 """By how the type of a checkpoint in its authors' own layout begins: one that transformers reads by itself."""
+USUAL = ("dtype", "revision", "trust_remote_code")
+"""What `load` itself passes on."""
 PICKLES = ("*.bin", "*.pt", "*.pth")
 
 
@@ -64,6 +66,7 @@ def read_checkpoint(source: str, options: Mapping[str, Any]) -> tuple[PreTrained
     Raises:
         ModelError: if it cannot be loaded.
     """
+    asked = source
     try:
         adapter = _adapter(source, options)
         if adapter is None:
@@ -75,14 +78,15 @@ def read_checkpoint(source: str, options: Mapping[str, Any]) -> tuple[PreTrained
                 fix='pip install "mmneurons[peft]"',
             )
         else:
-            base = adapter["base_model_name_or_path"]
-            model, said = _from_pretrained(base, {**options, "revision": adapter.get("revision")})
+            asked = _base(source, adapter)
+            model, said = _from_pretrained(asked, {**options, "revision": adapter.get("revision")})
+            asked = source
             more = model.load_adapter(source, adapter_kwargs={"revision": options.get("revision")})
             reports = [said] if more is None else [said, more.to_dict()]  # transformers 4 says nothing of adapters
     except MmneuronsError:
         raise
     except Exception as error:  # a config or code of somebody's own can raise anything
-        raise refusal(source, error, options) from error
+        raise refusal(asked, error, options) from error
     made_up = {name: why for report in reports for name, why in _made_up(model, report)}
     unexpected = sorted({name for report in reports for name in report["unexpected_keys"]})
     return model.eval(), Loading(made_up, tuple(unexpected))
@@ -159,7 +163,7 @@ def refusal(source: str, error: Exception, options: Mapping[str, Any]) -> ModelE
             seen=seen,
             fix=f"pip install {package}",
         )
-    if isinstance(error, torch.OutOfMemoryError):
+    if is_out_of_memory(error):
         return ModelError(
             f"'{source}' does not fit into the memory of the device.",
             seen=seen,
@@ -194,17 +198,32 @@ def refusal(source: str, error: Exception, options: Mapping[str, Any]) -> ModelE
             seen=seen,
             fix=f"Give a model for image-text-to-text, such as {_converted('')}.",
         )
-    return ModelError(
-        f"Cannot load the model '{source}'.",
-        seen=seen,
-        fix="Give a hub id, or a folder with config.json and model.safetensors.",
-    )
+    given = {name: value for name, value in options.items() if name not in USUAL}
+    if isinstance(error, OSError) or not (given or kind):
+        what = f"Cannot load the model '{source}'."
+        fix = "Give a hub id, or a folder with config.json and model.safetensors."
+    elif given:
+        said = ", ".join(f"{name}={value!r}"[:100] for name, value in given.items())
+        what = f"Cannot load the model '{source}' with {said}."
+        fix = "Give other options, or none; any others are passed to transformers' from_pretrained."
+    else:
+        what = f"transformers cannot build the model that the config.json of '{source}' describes."
+        fix = "Mend the entry of which it speaks, or take the config.json of the model that this one was made from."
+    return ModelError(what, seen=seen, fix=fix)
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether there was not enough memory, a GPU's or the machine's."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
 
 
 def first_line(error: Exception) -> str:
-    """The first line that says something; transformers' messages run to hundreds of lines."""
+    """The first line that says something, and what it announces; transformers' messages run to hundreds of lines."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0][:300] if lines else type(error).__name__
+    if not lines:
+        return type(error).__name__
+    said = " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
+    return f"{type(error).__name__}: {said}"[:300] if isinstance(error, LookupError) else said[:300]
 
 
 def _from_pretrained(source: str, options: Mapping[str, Any]) -> tuple[PreTrainedModel, dict[str, Any]]:
@@ -223,6 +242,19 @@ def _adapter(source: str, options: Mapping[str, Any]) -> dict[str, Any] | None:
     if found is None or (Path(found).parent / "config.json").exists():
         return None
     return json.loads(Path(found).read_text(encoding="utf-8"))
+
+
+def _base(source: str, adapter: Mapping[str, Any]) -> str:
+    """Which model an adapter is for."""
+    base = adapter.get("base_model_name_or_path")
+    if isinstance(base, str) and base:
+        return base
+    raise ModelError(
+        f"The adapter '{source}' does not say which model it is for.",
+        seen=f"adapter_config.json: base_model_name_or_path is {base!r}",
+        fix="Write the hub id or folder of that model there; or put the adapter on, and give the model: "
+        "load(PeftModel.from_pretrained(model, adapter), processor=...)",
+    )
 
 
 def _own_code(source: str, kind: str, seen: str, *, trusted: bool) -> ModelError:

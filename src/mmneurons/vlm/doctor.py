@@ -22,9 +22,10 @@ from mmneurons.vlm.images import open_image
 from mmneurons.vlm.locking import by_one_thread, restored
 from mmneurons.vlm.modes import hooked
 from mmneurons.vlm.moments import Moments, pick_moments, written
+from mmneurons.vlm.pictures import Picture
 from mmneurons.vlm.prompts import PROMPT, prefix_for
 from mmneurons.vlm.recording import Recording, record
-from mmneurons.vlm.vlm import VLM, Answers, Inputs, Picture
+from mmneurons.vlm.vlm import VLM, Answers, Inputs
 
 TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-4, torch.bfloat16: 3e-2, torch.float16: 5e-3}
 """Largest error of the additivity identity, by the dtype that the language model computes in (ours is float32

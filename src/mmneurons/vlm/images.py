@@ -7,6 +7,7 @@ start Ghostscript. Pixel values are taken as stored: a colour profile is neither
 from __future__ import annotations
 
 import difflib
+import io
 import os
 import re
 import shlex
@@ -196,7 +197,7 @@ def _opened(name: str) -> Iterator[Image.Image]:
     try:
         if not path.is_file():
             raise _no_file(name, path)
-        with path.open("rb") as file, _pillow(name), _header(file, name) as image:
+        with _File(path.open("rb", 0)) as file, _pillow(name), _header(file, name) as image:
             try:
                 yield image
             finally:
@@ -206,6 +207,14 @@ def _opened(name: str) -> Iterator[Image.Image]:
         raise ImageError(what, seen=str(error), fix=f"chmod u+r {shlex.quote(str(path))}") from error
     except (OSError, ValueError) as error:  # a name too long, a null byte in it, a failing disk
         raise ImageError(f"{_quoted(name)} cannot be opened.", seen=_quoted(str(error)), fix=_GIVE) from error
+
+
+class _File(io.BufferedReader):
+    """Makes room for what a file has left, not for what a decoder asks for: a chunk may claim to have gigabytes."""
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        left = os.fstat(self.fileno()).st_size - self.tell()
+        return super().read(size if size is None or size < left else max(left, 0))
 
 
 def _no_file(name: str, path: Path) -> ImageError:

@@ -16,7 +16,15 @@ from mmneurons import pocket
 from mmneurons.errors import ModelError
 from mmneurons.vlm import provenance
 from mmneurons.vlm.anatomy.find import find_anatomy
-from mmneurons.vlm.checkpoint import first_line, made_up_weights, original, read_checkpoint, refusal, running
+from mmneurons.vlm.checkpoint import (
+    first_line,
+    is_out_of_memory,
+    made_up_weights,
+    original,
+    read_checkpoint,
+    refusal,
+    running,
+)
 from mmneurons.vlm.families import check_version
 from mmneurons.vlm.processors import load_processor
 from mmneurons.vlm.vlm import VLM
@@ -202,5 +210,7 @@ def _check_device(device: Any) -> None:
 def _move(model: PreTrainedModel, source: str, device: str | torch.device) -> None:
     try:
         model.to(device)  # pyright: ignore[reportArgumentType]
-    except torch.OutOfMemoryError as error:
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
         raise refusal(source, error, {}) from error

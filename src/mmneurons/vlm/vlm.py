@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import inspect
-import os
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from typing import Any, cast, overload
 
-import numpy as np
 import torch
 from jaxtyping import Float, Int
 from PIL import Image
@@ -23,19 +21,15 @@ from mmneurons.vlm import provenance
 from mmneurons.vlm.age import age, patches, weights_hash
 from mmneurons.vlm.anatomy.find import find_anatomy
 from mmneurons.vlm.anatomy.parts import Anatomy, check_finite
-from mmneurons.vlm.checkpoint import Loading
+from mmneurons.vlm.checkpoint import Loading, first_line, is_out_of_memory
 from mmneurons.vlm.families import Family, family_of
-from mmneurons.vlm.images import OpenedImage, check_scaled, open_image
+from mmneurons.vlm.images import OpenedImage, check_scaled
 from mmneurons.vlm.locking import alone
 from mmneurons.vlm.modes import evaluating, greedy, hooked, input_device, placeholder_ids, stop_ids
+from mmneurons.vlm.pictures import Picture, Pictures, as_list, batches, open_row
 from mmneurons.vlm.prompts import MAX_NEW_TOKENS, PROMPT, encode_prompt, prefix_for
 from mmneurons.vlm.tokens import TokenIds, pieces
 
-Picture = str | os.PathLike[str] | Image.Image | np.ndarray
-"""What `open_image` takes."""
-Pictures = list[Any] | tuple[Any, ...]
-"""Several of them, one prompt each; a list in the list is several pictures in one prompt. `Any`, because a list of
-paths is no list of `Picture` to a type checker."""
 Inputs = Mapping[str, Any]
 """What the model takes, as tensors by name."""
 
@@ -249,14 +243,22 @@ class VLM:
             )
 
     def generate(self, inputs: Inputs, max_new_tokens: int = MAX_NEW_TOKENS) -> Answers:
-        """Greedy answers for one encoded batch, with a KV cache and nothing compiled."""
+        """Greedy answers for one encoded batch, with a KV cache and nothing compiled.
+
+        Raises:
+            SettingError: no token is asked for, or the prompt leaves no place for one.
+            ModelError: the model's own code fails on these inputs, there is not enough memory, or the logits are NaN.
+        """
         if max_new_tokens < 1:
             raise SettingError("An answer has at least one token.", seen=f"max_new_tokens={max_new_tokens}")
         self._check_length(inputs)
         watch = _Chosen(placeholder_ids(self.model.config))
         watching = hooked([partial(self.anatomy.owner.register_forward_hook, watch)])
         with self.alone(), watching, torch.inference_mode(), greedy(self.model, self.tokenizer, max_new_tokens):
-            made = cast(Any, self.model).generate(**inputs)
+            try:
+                made = cast(Any, self.model).generate(**inputs)
+            except (RuntimeError, ValueError, TypeError, LookupError, MemoryError) as error:  # what model code raises
+                raise _unanswered(error) from error
         n_prompt = made.shape[1] - len(watch.logits)
         stops = stop_ids(self.model, self.tokenizer)
         rows = tuple(_until_stop(row, stops) for row in made[:, n_prompt:].tolist())
@@ -369,27 +371,21 @@ class _Chosen:
         self.logits.append(scores.max(-1).values)
 
 
-def as_list(images: Picture | Pictures | None) -> list[Any]:
-    """One prompt or several, as a list."""
-    return list(images) if isinstance(images, list | tuple) else [images]
-
-
-def open_row(row: Picture | Pictures | None) -> list[OpenedImage]:
-    """The pictures of one prompt, opened: one, several, or none."""
-    if row is None:
-        return []
-    return [open_image(picture) for picture in (row if isinstance(row, list | tuple) else [row])]
-
-
-def batches(rows: Sequence[list[OpenedImage]], size: int) -> list[list[list[OpenedImage]]]:
-    """Rows in batches of at most `size`, in order; the rows of one batch hold equally many pictures."""
-    made: list[list[list[OpenedImage]]] = []
-    for row in rows:
-        if made and len(made[-1]) < size and len(made[-1][0]) == len(row):
-            made[-1].append(row)
-        else:
-            made.append([row])
-    return made
+def _unanswered(error: Exception) -> ModelError:
+    """What to tell a user whose model does not take what its processor, or the user, makes for it."""
+    if is_out_of_memory(error):
+        return ModelError(
+            "There is not enough memory for this batch.",
+            seen=first_line(error),
+            fix='Ask about fewer images at once (batch_size=1), or load the model smaller: dtype="bfloat16"    '
+            "CLI: --batch-size 1, --dtype bfloat16, --bits 4",
+        )
+    return ModelError(
+        "The model's own code fails on this prompt.",
+        seen=f"{type(error).__name__}: {first_line(error)}",
+        fix="Its config.json, its processor and this version of transformers must fit each other: take the config and "
+        "the processor of the model that it was made from. Ready-made inputs must be as that processor makes them.",
+    )
 
 
 def _until_stop(row: list[int], stops: set[int]) -> tuple[int, ...]:
