@@ -17,8 +17,8 @@ from mmneurons.finding.finders import judge
 from mmneurons.inspection.items import Item, read_items
 from mmneurons.inspection.regions import match
 from mmneurons.inspection.sensitivity import HALF
+from mmneurons.settings import ANSWER_PREFIX, PROMPT
 from mmneurons.vlm.grid import find_grids
-from mmneurons.vlm.prompts import ANSWER_PREFIX, PROMPT
 from mmneurons.vlm.recording import record
 from mmneurons.vlm.vlm import VLM
 

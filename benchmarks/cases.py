@@ -13,7 +13,7 @@ from rivals import Said, generate, released
 import mmneurons as mmn
 from mmneurons.finding.result import Score
 from mmneurons.finding.scoring import Choices, Target, score_targets
-from mmneurons.vlm.prompts import ANSWER_PREFIX, PROMPT
+from mmneurons.settings import ANSWER_PREFIX, PROMPT, Question
 from mmneurons.vlm.recording import Recording, record
 from mmneurons.vlm.vlm import Answers
 from mmneurons.words import Word
@@ -171,7 +171,7 @@ def _without(case: Case, noun: Said, layer: int) -> float:
 
 def choices_of(score: Score) -> Choices:
     """What `find` would be asked for."""
-    return Choices(PROMPT, ANSWER_PREFIX, 10, score, None, None, None, False, False, NEW_TOKENS)
+    return Choices(Question(max_new_tokens=NEW_TOKENS), score=score)
 
 
 def target_at(step: int, token_id: int) -> Target:

@@ -29,7 +29,7 @@ from mmneurons import pocket
 from mmneurons.editing.baselines import NAMES, Name, Rival, baseline
 from mmneurons.editing.edit import METHODS, EditSettings, Method, edit
 from mmneurons.editing.evaluation import Before, Bench
-from mmneurons.editing.judging import Question, judge
+from mmneurons.editing.judging import Case, judge
 from mmneurons.editing.patch import Patch, stack
 from mmneurons.editing.reference import Reference, make_reference
 from mmneurons.inspection.items import read_items
@@ -74,7 +74,7 @@ def made(folder: Path, name: str, make: Callable[[], Patch]) -> Patch:
     return Patch.load(path)
 
 
-def jobs(vlm: VLM, what: str, folder: Path) -> dict[str, Question]:
+def jobs(vlm: VLM, what: str, folder: Path) -> dict[str, Case]:
     """What is judged; each edit is made when its turn comes."""
     known: list[Reference] = []
 
@@ -96,10 +96,10 @@ def jobs(vlm: VLM, what: str, folder: Path) -> dict[str, Question]:
         return baseline(vlm, name, images, source=pair.source, target=pair.target, reference=reference())
 
     if what == "removal":
-        return {f"removal {source}": Question(partial(patch, source, None), source, None) for source in REMOVED}
+        return {f"removal {source}": Case(partial(patch, source, None), source, None) for source in REMOVED}
     if what == "rivals":
         return {
-            f"{name} {pair.source}": Question(partial(rival, name, pair), pair.source, pair.target)
+            f"{name} {pair.source}": Case(partial(rival, name, pair), pair.source, pair.target)
             for pair in RIVAL_PAIRS
             for name in NAMES
         }
@@ -110,7 +110,7 @@ def jobs(vlm: VLM, what: str, folder: Path) -> dict[str, Question]:
     }
     method, pairs = methods[what]
     return {
-        f"{method} {pair.source}": Question(partial(patch, pair.source, pair.target, method), pair.source, pair.target)
+        f"{method} {pair.source}": Case(partial(patch, pair.source, pair.target, method), pair.source, pair.target)
         for pair in pairs
     }
 

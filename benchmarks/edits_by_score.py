@@ -21,7 +21,7 @@ from torch import Tensor
 import mmneurons as mmn
 from mmneurons import pocket
 from mmneurons.editing.edit import edit
-from mmneurons.editing.judging import Question, judge
+from mmneurons.editing.judging import Case, judge
 from mmneurons.editing.patch import Patch
 from mmneurons.finding.finders import Finder
 from mmneurons.finding.finders import judge as judge_finders
@@ -81,7 +81,7 @@ def main() -> None:
             continue
         name = f"{score},{scope},{top}"
         make = partial(patch, f"{name}-{pair.source}", pair, (score, scope, top), 100 * number)
-        asked[f"{name} {pair.source}"] = Question(make, pair.source, pair.target)
+        asked[f"{name} {pair.source}"] = Case(make, pair.source, pair.target)
     judge(
         vlm,
         asked,

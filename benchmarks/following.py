@@ -30,7 +30,7 @@ from mmneurons.inspection.items import read_items
 from mmneurons.maths.ranking import top_k
 from mmneurons.maths.readout import jacobian_direction
 from mmneurons.maths.statistics import Estimate, estimate, spearman
-from mmneurons.vlm.prompts import ANSWER_PREFIX, MAX_NEW_TOKENS, PROMPT
+from mmneurons.settings import ANSWER_PREFIX, MAX_NEW_TOKENS, PROMPT
 from mmneurons.vlm.recording import Recording, record
 from mmneurons.vlm.replay import Replay, replays
 from mmneurons.vlm.vlm import VLM

@@ -20,7 +20,7 @@ from PIL import Image
 from rivals import Said, generate
 from torch import Tensor, nn
 
-from mmneurons.vlm.prompts import ANSWER_PREFIX, PROMPT
+from mmneurons.settings import ANSWER_PREFIX, PROMPT
 from mmneurons.vlm.vlm import VLM
 
 STEPS = 20

@@ -24,7 +24,6 @@ from mmneurons.maths.readout import Norm, frozen_direction, jacobian_direction
 from mmneurons.vlm import weights
 from mmneurons.vlm.anatomy.norms import measure_norm
 from mmneurons.vlm.moments import Moments, pick_moments
-from mmneurons.vlm.prompts import ANSWER_PREFIX, MAX_NEW_TOKENS, PROMPT
 from mmneurons.vlm.recording import Recording
 from mmneurons.vlm.vlm import VLM
 
@@ -206,7 +205,7 @@ def final_direction(vlm: VLM, traced: Traced, score: Score) -> Float[Tensor, "n 
 
 def choices(score: Score) -> Choices:
     """What `find` is asked for."""
-    return Choices(PROMPT, ANSWER_PREFIX, 1, score, None, None, None, False, False, MAX_NEW_TOKENS)
+    return Choices(top=1, score=score)
 
 
 @torch.inference_mode()

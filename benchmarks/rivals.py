@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from mmneurons.finding.scoring import texts
 from mmneurons.maths.ranking import top_k
 from mmneurons.neurons import Neuron
+from mmneurons.settings import ANSWER_PREFIX, PROMPT
 from mmneurons.vlm import weights
-from mmneurons.vlm.prompts import ANSWER_PREFIX, PROMPT
 from mmneurons.vlm.vlm import VLM, Inputs
 
 TOP = 10

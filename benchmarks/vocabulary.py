@@ -12,7 +12,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 import mmneurons as mmn
-from mmneurons.vlm.prompts import ANSWER_PREFIX
+from mmneurons.settings import ANSWER_PREFIX
 from mmneurons.words import HantaTagger, Noun, nouns
 
 NOUNS_PER_CAPTION = 3

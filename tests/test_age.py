@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 import mmneurons as mmn
 from mmneurons.errors import ModelError
+from mmneurons.vlm import age as ages
 from mmneurons.vlm.age import age, editing
 from mmneurons.vlm.provenance import weights_hash
 
@@ -117,6 +118,20 @@ def test_what_is_written_within_editing_ages_nothing(own):
     with torch.no_grad():
         weight.add_(1)
     assert age(own.model) == age(own.model) == 1
+
+
+def test_what_another_thread_edits_while_this_one_looks_ages_nothing(own, monkeypatch):
+    weight: Tensor = own.model.lm_head.weight
+    looked = ages._changed
+
+    def while_another_edits(watch):
+        monkeypatch.setattr(ages, "_changed", looked)
+        with editing(own.model), torch.no_grad():
+            weight.add_(1)
+            return [place.name for place in watch.places if not place.is_as_it_was]
+
+    monkeypatch.setattr(ages, "_changed", while_another_edits)
+    assert age(own.model) == age(own.model) == 0
 
 
 def test_a_watched_model_is_let_go(random_vlm):

@@ -1,13 +1,20 @@
 """What is asked and answered: prompts that mean something else than they say, answers that are no words."""
 
 import copy
+import math
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
 import mmneurons as mmn
-from mmneurons.errors import ModelError, SettingError
+from mmneurons.errors import ImageError, ModelError, SettingError
+from mmneurons.settings import Question
+from mmneurons.vlm import pictures
+from mmneurons.vlm.asking import ask
+from mmneurons.vlm.prompts import continued
 
 
 def test_spaces_around_the_prefix_change_nothing(vlm, sample_paths):
@@ -22,6 +29,94 @@ def test_spaces_around_the_prefix_change_nothing(vlm, sample_paths):
 def test_what_stands_for_a_picture_is_no_word(vlm, sample_paths, asked):
     with pytest.raises(SettingError, match=r"(?s)holds '<image>', which stands for a picture.*Leave '<image>' out"):
         mmn.find(vlm, sample_paths[0], **asked)
+
+
+@pytest.mark.parametrize("score", ["logit", "logprob", "paper"])
+def test_an_answer_that_is_given_scores_as_if_it_had_been_said(vlm, sample_paths, score):
+    how = {"score": score, "maps": True, "blank": True, "batch_size": 3}
+    said = mmn.find(vlm, list(sample_paths[:5]), **how)
+    read = mmn.find(vlm, list(sample_paths[:5]), caption=[one.caption for one in said], **how)
+    for one, other in zip(said, read, strict=True):
+        assert other.token_ids == one.token_ids[:-1]  # all but the end of the text
+        assert one.notes == other.notes[:-1]
+        assert "did not choose it" in other.notes[-1]
+        assert other.provenance["settings"] == one.provenance["settings"] | {"decoding": "given"}
+        assert [noun.word for noun in other.nouns] == [noun.word for noun in one.nouns]
+        for noun, again in zip(one.nouns, other.nouns, strict=True):
+            for field in ("logit", "probability"):
+                assert getattr(again, field) == pytest.approx(getattr(noun, field), abs=1e-4)
+            twins = {twin.neuron: twin for twin in again.neurons}
+            for neuron in noun.neurons:
+                if (twin := twins.get(neuron.neuron)) is None:  # the last of the list may be as good as the next
+                    assert neuron.score == pytest.approx(noun.neurons[-1].score, abs=1e-4)
+                    continue
+                assert twin.score == pytest.approx(neuron.score, abs=1e-4)
+                assert twin.lost_without_image == pytest.approx(neuron.lost_without_image, rel=1e-3, abs=1e-3)
+                assert np.allclose(twin.maps, neuron.maps, atol=1e-4)
+
+
+def test_words_that_the_model_would_not_say_are_scored_where_they_stand(vlm, random_vlm, sample_paths):
+    """Of each the logit and log p are those of a pass of the bare model over prompt and answer."""
+    finding = mmn.find(vlm, sample_paths[0], caption="a banana behind two anchors")
+    assert [noun.lemma for noun in finding.nouns] == ["banana", "anchor"]
+    inputs = vlm.encode([Image.open(sample_paths[0])], answer_prefix="An image of a banana behind two anchors")
+    with torch.inference_mode():
+        log_p = vlm.model(**inputs).logits[0].float().log_softmax(-1)
+    ids = inputs["input_ids"][0].tolist()
+    for noun in finding.nouns:
+        place = len(ids) - len(finding.token_ids) + noun.step
+        assert ids[place] == noun.token_id == finding.token_ids[noun.step]
+        assert math.log(noun.probability) == pytest.approx(float(log_p[place - 1, noun.token_id]), rel=1e-4)
+        assert noun.parts.total == pytest.approx(noun.logit, rel=1e-4)
+    own = mmn.find(random_vlm, [sample_paths[0], sample_paths[1]], caption="a dog", prompt="What is it?")
+    assert [one.caption for one in own] == ["a dog", "a dog"]
+
+
+@pytest.mark.parametrize(
+    ("images", "caption", "message"),
+    [(2, ["a dog"], "2 prompts, 1 answers"), (1, " ", "no word in the answer"), (1, [""], "Each prompt|no word")],
+)
+def test_answers_that_fit_nothing_are_refused(vlm, sample_paths, images, caption, message):
+    with pytest.raises(SettingError, match=message):
+        mmn.find(vlm, list(sample_paths[:images]), caption=caption)
+
+
+def test_an_answer_is_not_put_behind_ready_made_inputs(vlm, sample_paths):
+    inputs = vlm.encode([Image.open(sample_paths[0])])
+    with pytest.raises(SettingError, match="behind ready-made inputs"):
+        mmn.find(vlm, inputs=inputs, caption="a dog")
+
+
+@pytest.mark.parametrize(
+    ("before", "joint"), [("An image of", " "), ("assistant\n", ""), ("", ""), ("USER: <image> ASSISTANT:", " ")]
+)
+def test_an_answer_goes_on_where_the_prompt_ends(vlm, before, joint):
+    tokenizer = vlm.tokenizer
+    whole = tokenizer(f"{before}{joint}a dog", add_special_tokens=False).input_ids
+    assert continued(tokenizer, before, "a dog") == whole[-len(continued(tokenizer, before, "a dog")) :]
+    assert tokenizer.decode(continued(tokenizer, before, "a dog")).strip() == "a dog"
+
+
+def test_pictures_are_opened_batch_by_batch_and_headers_before_any(vlm, sample_paths, monkeypatch, tmp_path):
+    opened: list[str] = []
+    really_open = pictures.open_image
+
+    def watched(path):
+        opened.append(str(path))
+        return really_open(path)
+
+    monkeypatch.setattr(pictures, "open_image", watched)
+    batches = ask(vlm, list(sample_paths[:5]), Question(batch_size=2, max_new_tokens=2))
+    assert opened == []
+    assert next(batches).first == 0
+    assert opened == list(sample_paths[:2])
+    assert [batch.first for batch in batches] == [2, 4]
+    assert opened == list(sample_paths[:5])
+    (tmp_path / "none.png").write_bytes(b"no picture")
+    opened.clear()
+    with pytest.raises(ImageError, match=r"none\.png"):
+        vlm.caption([*sample_paths[:4], tmp_path / "none.png"], batch_size=1)
+    assert opened == []
 
 
 def test_a_prompt_longer_than_the_context_is_refused(vlm, sample_paths):
@@ -62,9 +157,9 @@ def test_logits_that_are_no_numbers_are_refused(random_vlm, sample_paths, dtype,
         vlm.anatomy.logits(torch.full((1, vlm.anatomy.hidden), torch.nan, dtype=dtype))
     projector = model.model.multi_modal_projector.linear_2
     projector.register_forward_hook(lambda module, args, output: output * torch.inf)  # in pictures alone
-    for ask in (vlm.caption, lambda path: mmn.find(vlm, path)):
+    for answered in (vlm.caption, lambda path: mmn.find(vlm, path)):
         with pytest.raises(ModelError, match=f"(?s)The logits are NaN in {name}.*{fix}"):
-            ask(sample_paths[0])
+            answered(sample_paths[0])
     with torch.no_grad():
         model.model.language_model.layers[1].mlp.up_proj.weight.fill_(torch.nan)
     with pytest.raises(ModelError, match=f"(?s)The logits are NaN in {name}.*{fix}"):

@@ -1,6 +1,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,7 +18,7 @@ from PIL import Image
 import mmneurons as mmn
 from mmneurons import pocket
 from mmneurons.cli import options
-from mmneurons.vlm import prompts
+from mmneurons.settings import ANSWER_PREFIX
 
 
 @pytest.fixture
@@ -25,13 +26,9 @@ def sample():
     return pocket.samples()[0].path
 
 
-def test_defaults_are_those_of_the_library():
-    assert (options.PROMPT, options.MAX_NEW_TOKENS) == (prompts.PROMPT, prompts.MAX_NEW_TOKENS)
-
-
 def test_help_names_the_prefix_of_the_default_prompt(capsys, monkeypatch):
     _, out, _ = call(capsys, monkeypatch, "find", "--help")
-    assert f"Default: '{prompts.ANSWER_PREFIX}' with the default prompt" in " ".join(out.split())
+    assert f"Default: '{ANSWER_PREFIX}' with the default prompt" in " ".join(out.split())
 
 
 def test_the_version_is_that_of_the_package(capsys, monkeypatch):
@@ -58,6 +55,30 @@ def test_json_on_stdout_is_nothing_but_json(capsys, monkeypatch, sample):
     code, out, _ = call(capsys, monkeypatch, "find", sample, "--json", "-")
     assert code == 0
     assert json.loads(out)["findings"][0]["images"] == [str(sample)]
+
+
+def test_an_answer_that_is_given_is_scored(capsys, monkeypatch, sample):
+    code, out, _ = call(capsys, monkeypatch, "find", sample, "--caption", "a banana", "--json", "-", "--no-maps")
+    assert code == 0
+    assert json.loads(out)["findings"][0]["caption"] == "a banana"
+    code, _, err = call(capsys, monkeypatch, "find", sample, "--caption", "a dog", "--caption", "a cat")
+    assert code == 2
+    assert "1 prompts, 2 answers" in err
+
+
+def test_a_processor_that_lies_apart(capsys, monkeypatch, tmp_path, sample):
+    model, processor = tmp_path / "model", tmp_path / "processor"
+    for folder in (model, processor):
+        shutil.copytree(pocket.folder(), folder)
+    (processor / "config.json").unlink()
+    (model / "tokenizer.json").unlink()
+    usual = call(capsys, monkeypatch, "caption", sample)[1]
+    code, _, err = call(capsys, monkeypatch, "caption", sample, "--model", model, "--dtype", "float32")
+    assert (code, "Cannot load the processor" in err) == (2, True)
+    code, out, err = call(
+        capsys, monkeypatch, "caption", sample, "--model", model, "--dtype", "float32", "--processor", processor
+    )
+    assert (code, out) == (0, usual), err
 
 
 def test_without_an_image_a_sample_is_used_and_said(capsys, monkeypatch):

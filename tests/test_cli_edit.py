@@ -56,6 +56,14 @@ def test_from_images_to_an_edited_checkpoint(capsys, monkeypatch, folder):
     assert str(patch.neurons[0])[:2] in out
     assert "cat" in out
 
+    code, out, err = call(capsys, monkeypatch, "find", "dog2.png", "--patch", "p.safetensors", "--json", "-")
+    assert code == 0, err
+    found = json.loads(out)
+    assert says(found["findings"][0]["caption"], "cat")
+    assert found["provenance"]["model"]["patches"] == [patch.hash]
+    code, out, err = call(capsys, monkeypatch, "caption", "dog2.png", "--patch", "gone.safetensors")
+    assert (code, "gone.safetensors" in err) == (2, True)
+
     code, out, err = call(capsys, monkeypatch, "export", "p.safetensors", "--out", "edited")
     assert code == 0, err
     said = mmn.load("edited").caption("dog2.png")

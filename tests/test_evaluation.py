@@ -19,13 +19,15 @@ from mmneurons import pocket
 from mmneurons.editing import judging
 from mmneurons.editing.edit import EditSettings, edit
 from mmneurons.editing.evaluation import Before, Bench, Judged, evaluate, forced, ngram_entropy, relative_size
-from mmneurons.editing.judging import judge, questions
+from mmneurons.editing.judging import cases, judge
 from mmneurons.editing.patch import Patch
 from mmneurons.editing.reference import make_reference
 from mmneurons.errors import SettingError
 from mmneurons.inspection.items import read_items
 from mmneurons.report.edit import figures, render_edits, write_edits
 from mmneurons.report.pictures import small
+from mmneurons.settings import Question
+from mmneurons.vlm.asking import ask
 from mmneurons.words import says
 
 TEXTS = ("A dog is a kind of animal.", "A dog can bark.", "A car has wheels.", "An apple is red.")
@@ -103,10 +105,10 @@ def test_shares_are_those_of_the_answers_themselves(vlm, bench, patch, judged):
 
 def test_forced_logits_are_those_of_the_raw_model(vlm, bench):
     [image] = bench.unrelated[:1]
-    inputs = vlm.encode([image], bench.prompt, bench.prefix)
+    inputs = vlm.encode([image], bench.question.prompt, bench.question.prefix)
     answers = vlm.generate(inputs)
     ids = answers.token_ids[0]
-    [logits] = forced(vlm, [image], [ids], bench)
+    [logits] = forced(vlm, [image], [ids], bench.question)
     sequence = answers.sequences[:, : answers.n_prompt + len(ids)]
     given = dict(inputs) | {"input_ids": sequence, "attention_mask": torch.ones_like(sequence)}
     with torch.inference_mode():
@@ -116,10 +118,12 @@ def test_forced_logits_are_those_of_the_raw_model(vlm, bench):
 
 
 def test_answers_of_different_lengths_are_forced_each_as_if_alone(vlm, bench):
-    ids = [vlm.generate(vlm.encode([image], bench.prompt, bench.prefix)).token_ids[0] for image in bench.unrelated]
+    ids = [ids for batch in ask(vlm, bench.unrelated, Question(batch_size=1)) for ids in batch.answers.token_ids]
     assert len(set(map(len, ids))) > 1
-    together = list(forced(vlm, bench.unrelated, ids, bench))
-    alone = [next(iter(forced(vlm, [image], [one], bench))) for image, one in zip(bench.unrelated, ids, strict=True)]
+    together = list(forced(vlm, bench.unrelated, ids, bench.question))
+    alone = [
+        next(iter(forced(vlm, [image], [one], bench.question))) for image, one in zip(bench.unrelated, ids, strict=True)
+    ]
     for a, b in zip(together, alone, strict=True):
         torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
 
@@ -155,7 +159,7 @@ def test_relative_size_by_hand(vlm, patch):
 def sources(vlm: mmn.VLM, folder, patches: dict[str, Patch], **other) -> dict[str, Judged]:
     return judge(
         vlm,
-        questions(patches),
+        cases(patches),
         folder,
         edit=lambda source: read_items(f"pocket:edit/{source}")[:2],
         held_out=lambda source: read_items(f"pocket:held-out/{source}")[:2],
@@ -203,7 +207,7 @@ def test_other_images_or_texts_are_judged_anew(vlm, patch, tmp_path, monkeypatch
     others.append({"texts": ["A bus has wheels."]})  # as many as before
     for n, other in enumerate(others, start=1):
         for _ in range(2):
-            found = judge(vlm, questions({"a": patch}), tmp_path / "out", **(how | other))
+            found = judge(vlm, cases({"a": patch}), tmp_path / "out", **(how | other))
             assert found["a"].n_columns == len(calls) == n
 
 

@@ -28,9 +28,11 @@ import mmneurons as mmn
 from mmneurons.errors import ModelError, SettingError
 from mmneurons.finding.result import Finding
 from mmneurons.neurons import Neuron
+from mmneurons.settings import Question
 from mmneurons.vlm import experts, families, weights
 from mmneurons.vlm.anatomy import norms
 from mmneurons.vlm.anatomy.parts import Anatomy, Ffn, LogitRule, steps
+from mmneurons.vlm.asking import answer
 from mmneurons.vlm.doctor import TOLERANCE, Check, Report, additivity_error, describe_anatomy, tolerance
 from mmneurons.vlm.grid import Grids, find_grids
 from mmneurons.vlm.interventions import Intervention, intervene, parts_of
@@ -414,9 +416,10 @@ def test_a_batch_and_one_pass_record_what_single_prompts_do(name):
         asked = [(one.batch, answers, [0, 1, 2])]
     rows: list[list[Tensor]] = []
     for inputs, answers, places in asked:
-        last = torch.arange(-N_TOKENS - 1, -1)
-        with record(one.anatomy, lambda values, last=last: values[:, last]) as at_once:
-            one.vlm.read(inputs, answers)
+        read, at_once = answer(one.vlm, inputs, Question(), given=answers.token_ids, recorder=record)
+        assert torch.equal(read.sequences, answers.sequences)
+        for ours, chosen in ((read.logits, answers.logits), (read.log_totals, answers.log_totals)):
+            torch.testing.assert_close(ours, chosen, rtol=0, atol=LIMIT * float(answers.log_totals.abs().max()))
         rows += [fired(at_once, [[row, step] for _, step in at]) for row in places]
     for ours, expected in zip(rows, alone, strict=True):
         assert_same_activations(ours, expected)

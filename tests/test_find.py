@@ -178,7 +178,7 @@ def test_the_papers_prefix_goes_with_the_papers_prompt(vlm, images):
         assert finding.answer_prefix == finding.provenance["settings"]["answer_prefix"] == prefix
         assert vlm.caption(images[0], **asked) == finding.caption
         assert vlm.caption(images[0], **(asked | {"answer_prefix": prefix})) == finding.caption
-        assert mmn.make_reference(vlm, [images[0]], **asked).answer_prefix == prefix
+        assert mmn.make_reference(vlm, [images[0]], **asked).question.prefix == prefix
 
 
 def test_a_batch_gives_what_single_images_give(vlm, sample_paths):
@@ -375,8 +375,8 @@ def test_a_caption_without_nouns_says_so(vlm, images, monkeypatch):
     ("choice", "message"),
     [
         ({"score": "grad"}, "logit, logprob, paper"),
-        ({"top": 0}, "start at 1"),
-        ({"batch_size": 0}, "start at 1"),
+        ({"top": 0}, "one neuron"),
+        ({"batch_size": 0}, "at least one prompt"),
         ({"max_new_tokens": 0}, "at least one token"),
     ],
 )

@@ -105,7 +105,7 @@ def test_given_the_same_activations_scores_are_those_of_the_dequantised_copy(pac
     from mmneurons.finding import finder
     from mmneurons.finding.scoring import Choices
 
-    choices = Choices("", "An image of", 10, "logit", None, None, None, False, False, 8)
+    choices = Choices()
     targets = finder.targets_of(vlm, answers, 0, choices)
     assert targets
     ours = score_targets(vlm, recording, answers, targets, choices)

@@ -48,8 +48,9 @@ from mmneurons.inspection.hallucination import (
     yes_or_no,
 )
 from mmneurons.pocket.scenes import Scene
+from mmneurons.settings import ANSWER_PREFIX, PROMPT, Question
 from mmneurons.vlm.modes import evaluating, frozen
-from mmneurons.vlm.prompts import ANSWER_PREFIX, PROMPT, tokens_of
+from mmneurons.vlm.prompts import tokens_of
 
 
 @pytest.fixture(scope="module")
@@ -279,12 +280,12 @@ def test_each_image_is_asked_about_an_object_that_is_there_and_one_that_is_not(v
     asked: list[tuple[str, int]] = []
     read = Reader.read
 
-    def watched(reader, pictures, prompt, prefix, given):
-        assert prefix == ""
-        asked.extend((prompt, images.index(picture)) for picture in pictures)
+    def watched(reader, pictures, question, given):
+        assert question.prefix == ""
+        asked.extend((question.prompt, images.index(picture)) for picture in pictures)
         assert all(one.turn == {} and set(one.kept) == set(range(len(one.token_ids))) for one in given)
         assert {vlm.tokenizer.decode(one.token_ids, skip_special_tokens=True).strip() for one in given} <= {"yes", "no"}
-        return read(reader, pictures, prompt, prefix, given)
+        return read(reader, pictures, question, given)
 
     monkeypatch.setattr(Reader, "read", watched)
     done: list[int] = []
@@ -320,13 +321,13 @@ def case(vlm, scenes) -> Case:
 
 def case_of(vlm: mmn.VLM, scenes: list[Scene]) -> Case:
     images, objects = [scene.image for scene in scenes], [scene.objects for scene in scenes]
-    said = answers(vlm, images, PROMPT, ANSWER_PREFIX, max_new_tokens=32, batch_size=4)
+    said = answers(vlm, images, Question(batch_size=4))
     named = objects_named(vlm, said, objects, Vocabulary([pocket.nouns()]))
     made = lessons(vlm, said, objects, named, token(vlm, "image"))
     reader = Reader(vlm, 0, True, 4)
     reference = mmn.make_reference(vlm, images[:3], ["a dog is an animal"])
     with frozen(vlm.model), evaluating(vlm.model):
-        own = read_lessons(reader, images, PROMPT, ANSWER_PREFIX, made, lambda done: None)
+        own = read_lessons(reader, images, Question(), made, lambda done: None)
         return Case(reader, own, reader.read_reference(reference, None), made, images)
 
 

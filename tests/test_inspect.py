@@ -27,7 +27,7 @@ from mmneurons.inspection.truth import mean_activations
 from mmneurons.maths.statistics import Estimate
 from mmneurons.report import plots
 from mmneurons.report.inspection import write_inspection
-from mmneurons.vlm.prompts import ANSWER_PREFIX, PROMPT
+from mmneurons.settings import ANSWER_PREFIX, PROMPT
 
 NONE = Meaning(None, None, "none", None, {"BERTScore": "none here", "CLIPScore": "none here"})
 

@@ -14,7 +14,7 @@ import pytest
 SOURCE = Path(__file__).parents[1] / "src" / "mmneurons"
 PACKAGE = SOURCE.name
 LAYERS: Sequence[str] = (
-    "errors files neurons pocket maths vlm words finding inspection editing report progress cli".split()
+    "errors files neurons settings pocket maths vlm words finding inspection editing report progress cli".split()
 )
 """A module imports from its own layer and from those before it."""
 ONLY_OF_VLM = {"mmneurons.vlm.images"}
@@ -25,6 +25,7 @@ WITHOUT_TORCH = [
     "errors",
     "files",
     "neurons",
+    "settings",
     "pocket",
     "words",
     "finding.result",

@@ -18,11 +18,10 @@ from mmneurons.editing.ledger import ledger_of
 from mmneurons.editing.optimised import optimise
 from mmneurons.editing.patch import Patch
 from mmneurons.editing.reference import Reference, make_reference
-from mmneurons.editing.steps import answer_steps, occurrences
+from mmneurons.editing.steps import ASKED, answer_steps, occurrences
 from mmneurons.errors import ModelError, SettingError
 from mmneurons.neurons import Neuron
 from mmneurons.vlm.modes import evaluating, frozen
-from mmneurons.vlm.prompts import ANSWER_PREFIX, PROMPT
 from mmneurons.vlm.vlm import VLM
 from mmneurons.words import says
 
@@ -38,7 +37,7 @@ class Case:
 
     def optimise(self, vlm: VLM, target: str | None = "cat", **options: Any) -> Patch:
         columns = options.pop("columns", self.columns)
-        usual: dict[str, Any] = {"max_new_tokens": 32, "batch_size": 8, "tell": lambda what: None}
+        usual: dict[str, Any] = {"tell": lambda what: None}
         return optimise(vlm, columns, self.asked, "dog", target, self.reference, **(usual | options))
 
 
@@ -56,7 +55,7 @@ def case_of(vlm: VLM) -> Case:
     """Everything but the patch."""
     images = [scene.image for scene in pocket.edit_set("dog").edit]
     said = answer_steps(vlm, images)
-    asked = [Asked(images, PROMPT, ANSWER_PREFIX, said, occurrences(vlm, said, "dog"))]
+    asked = [Asked(images, ASKED, said, occurrences(vlm, said, "dog"))]
     reference = make_reference(vlm, [pocket.scene(650_000_000 + i).image for i in range(20)], ["a house on a table"])
     columns = writers(vlm, goals_of(vlm, asked, "cat"), 100, 1)
     return Case(asked, columns, reference, Patch(vlm.anatomy.hidden, ()))
@@ -101,7 +100,7 @@ def test_only_the_chosen_columns_change(vlm, case):
 
 def read(vlm: VLM, case: Case, reader: Reader, target: str | None = "cat"):
     one = case.asked[0]
-    own = reader.read(one.images, PROMPT, ANSWER_PREFIX, optimised.given(vlm, one, target))
+    own = reader.read(one.images, ASKED, optimised.given(vlm, one, target))
     return own, reader.read_reference(case.reference, "dog")
 
 
@@ -223,9 +222,9 @@ def test_nothing_is_left_behind_by_an_exception(vlm, case, error: type[BaseExcep
 
 
 def test_what_cannot_be_done_is_said(vlm, case, monkeypatch):
-    silent = [Asked(one.images, one.prompt, one.answer_prefix, one.said, []) for one in case.asked]
+    silent = [Asked(one.images, one.question, one.said, []) for one in case.asked]
     with pytest.raises(SettingError, match="None of these answers says 'dog'"):
-        optimise(vlm, case.columns, silent, "dog", "cat", None, max_new_tokens=8, batch_size=8, tell=lambda what: None)
+        optimise(vlm, case.columns, silent, "dog", "cat", None, tell=lambda what: None)
     monkeypatch.setattr(optimised, "STEPS", 0)
     with pytest.raises(SettingError, match="No change makes the model say 'cat'"):
         case.optimise(vlm)

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 import mmneurons as mmn
 from mmneurons.editing import ledger
-from mmneurons.editing.judging import questions
+from mmneurons.editing.judging import cases
 from mmneurons.editing.ledger import ledger_of
 from mmneurons.editing.patch import HASH_BYTES, Patch, PatchPart, column_hashes, stack
 from mmneurons.editing.show import describe_patch
@@ -472,7 +472,7 @@ def test_whatever_is_in_a_file_it_is_refused_or_can_be_shown(random_vlm, tmp_pat
             return
         patch_text(describe_patch(patch)).encode()
         with contextlib.suppress(SettingError):
-            questions({"p": patch})
+            cases({"p": patch})
 
 
 def test_a_missing_file_is_told(tmp_path):

@@ -8,8 +8,9 @@ from processor_zoo import FAMILIES, byte_level, metaspace_bpe, picture, processo
 from transformers import BatchFeature
 
 from mmneurons.errors import ModelError, SettingError, WordError
+from mmneurons.settings import ANSWER_PREFIX, PROMPT
 from mmneurons.vlm.processors import ImageAndTokenizer
-from mmneurons.vlm.prompts import ANSWER_PREFIX, PROMPT, encode_prompt, prompt_text, token_of
+from mmneurons.vlm.prompts import encode_prompt, prompt_text, token_of
 
 # Of processors of transformers 5.23 that give a tensor to numpy 2.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")

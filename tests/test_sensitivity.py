@@ -8,8 +8,8 @@ from mmneurons.finding.scoring import Choices, score_targets
 from mmneurons.inspection.items import Item
 from mmneurons.inspection.sensitivity import sensitivity
 from mmneurons.inspection.tables import sensitivity_tables
+from mmneurons.settings import ANSWER_PREFIX, PROMPT
 from mmneurons.vlm.grid import find_grids
-from mmneurons.vlm.prompts import ANSWER_PREFIX, MAX_NEW_TOKENS, PROMPT
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +61,7 @@ def test_as_many_random_neurons_are_beside_each_region(told):
 def test_maps_of_the_top_as_a_set_are_its_region(vlm, scene):
     """What random neurons are mapped with gives, for the top k, what `find` shows."""
     finding = mmn.find(vlm, scene.image, maps=True)
-    choices = Choices(PROMPT, ANSWER_PREFIX, 10, "logit", None, None, None, True, False, MAX_NEW_TOKENS)
+    choices = Choices(maps=True)
     inputs = vlm.encode([[scene.image]], PROMPT, ANSWER_PREFIX)
     with mmn.record(vlm.anatomy) as recording:
         answers = vlm.generate(inputs)

@@ -30,7 +30,8 @@ from PIL import Image
 import mmneurons as mmn
 from mmneurons import pocket
 from mmneurons.pocket import Scene, facts, scenes, world
-from mmneurons.vlm.prompts import ANSWER_PREFIX, WORDINGS
+from mmneurons.settings import ANSWER_PREFIX
+from mmneurons.vlm.prompts import WORDINGS
 from mmneurons.vlm.vlm import VLM
 from mmneurons.words import says
 

@@ -26,7 +26,8 @@ from transformers import (
 )
 
 from mmneurons.pocket import facts, scenes, world
-from mmneurons.vlm.prompts import ANSWER_PREFIX, PROMPT, WORDINGS
+from mmneurons.settings import ANSWER_PREFIX, PROMPT
+from mmneurons.vlm.prompts import WORDINGS
 
 PATCH = 14
 GRID = scenes.SIDE // PATCH

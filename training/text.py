@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from mmneurons.pocket import scenes, world
-from mmneurons.vlm.prompts import ANSWER_PREFIX, PROMPT, WORDINGS
+from mmneurons.settings import ANSWER_PREFIX, PROMPT
+from mmneurons.vlm.prompts import WORDINGS
 
 
 def caption(objects: Sequence[str], background: str) -> str:

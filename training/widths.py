@@ -29,7 +29,7 @@ from train import WORK, State, normalised, run_stage, untrained
 
 from mmneurons import pocket
 from mmneurons.pocket import world
-from mmneurons.vlm.prompts import PROMPT
+from mmneurons.settings import PROMPT
 
 TOP = 10
 CPU = torch.device("cpu")

@@ -11,8 +11,6 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from mmneurons.cli.options import (
-    MAX_NEW_TOKENS,
-    PROMPT,
     Batch,
     Length,
     Load,
@@ -28,9 +26,10 @@ from mmneurons.cli.options import (
 from mmneurons.errors import FormatError, ImageError, SettingError
 from mmneurons.files import check_folder, read_text
 from mmneurons.progress import bar, bars, working
+from mmneurons.settings import MAX_NEW_TOKENS, PROMPT
 
 if TYPE_CHECKING:
-    from mmneurons.editing.judging import Question
+    from mmneurons.editing.judging import Case
     from mmneurons.editing.patch import Patch
     from mmneurons.vlm.vlm import VLM
 
@@ -82,7 +81,7 @@ def edit(
         check_folder(evaluate)
     from mmneurons.editing.edit import EditSettings
     from mmneurons.editing.edit import edit as make_patch
-    from mmneurons.editing.judging import questions
+    from mmneurons.editing.judging import cases
     from mmneurons.editing.reference import make_reference
 
     shown, kept = readable_items([*(images or []), *(more or [])]), readable_items(reference)
@@ -123,7 +122,7 @@ def edit(
         out.print(f"  at {search['flipped']:.2%} of the positions of texts another token is likeliest")
     out.print(f"wrote {path} ({path.stat().st_size / 1000:.1f} kB)", soft_wrap=True)
     if evaluate is not None:
-        _judge(vlm, questions({str(path): patch}), evaluate, shown, beyond, others, [], limit, batch_size)
+        _judge(vlm, cases({str(path): patch}), evaluate, shown, beyond, others, [], limit, batch_size)
 
 
 @app.command("evaluate-edit")
@@ -141,10 +140,10 @@ def evaluate_edit(
 ) -> None:
     """Judge patches by what the model generates, each by itself, and write a page. Stopped, it goes on."""
     check_folder(folder)
-    from mmneurons.editing.judging import questions
+    from mmneurons.editing.judging import cases
     from mmneurons.editing.patch import Patch
 
-    asked = questions({str(path): Patch.load(path) for path in files})
+    asked = cases({str(path): Patch.load(path) for path in files})
     shown, beyond, others = map(readable_items, (images, held_out, unrelated))
     lines = lines_of(texts)
     _judge(load(), asked, folder, shown, beyond, others, lines, limit, batch_size)
@@ -168,7 +167,7 @@ def show(
 
 
 @app.command()
-@loads_model
+@functools.partial(loads_model, without={"patch"})  # the patches that are named are those that are written
 def export(
     load: Load,
     files: Annotated[list[Path], typer.Argument(metavar="PATCH...", help="Patches, from mmneurons edit.")],
@@ -187,7 +186,7 @@ def export(
 
 def _judge(
     vlm: VLM,
-    asked: Mapping[str, Question],
+    asked: Mapping[str, Case],
     folder: Path,
     shown: list[Any] | None,
     beyond: list[Any] | None,

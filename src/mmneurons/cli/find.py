@@ -8,8 +8,6 @@ from typing import Annotated, Any, Literal
 import typer
 
 from mmneurons.cli.options import (
-    MAX_NEW_TOKENS,
-    PROMPT,
     Batch,
     Images,
     Length,
@@ -26,7 +24,8 @@ from mmneurons.cli.options import (
     write_stdout,
 )
 from mmneurons.errors import SettingError
-from mmneurons.progress import bar, working
+from mmneurons.progress import bar
+from mmneurons.settings import MAX_NEW_TOKENS, PROMPT, Question
 
 
 @app.command()
@@ -41,18 +40,23 @@ def caption(
 ) -> None:
     """Say what is in each image, or answer a question about it."""
     paths = images_or_sample(images)
+    question = Question(prompt, answer_prefix, max_new_tokens, batch_size)
+    from mmneurons.vlm.asking import ask
     from mmneurons.vlm.images import open_image
-    from mmneurons.vlm.prompts import prefix_for
 
-    answer_prefix = prefix_for(prompt, answer_prefix)
-    opened = [open_image(path) for path in paths]
+    for path in paths:  # one that cannot be read to its end is told before a model is loaded
+        open_image(path)
     vlm = load()
-    with working(err, f"captioning {len(paths)} images"):
-        pictures = [o.image for o in opened]
-        texts = vlm.caption(pictures, prompt, answer_prefix, max_new_tokens=max_new_tokens, batch_size=batch_size)
-    for o, text in zip(opened, texts, strict=True):
-        out.print(f"{o.name}: {answer_prefix} {text}".strip(), soft_wrap=True)
-        for note in vlm.notes(o):
+    said: list[tuple[str, str, tuple[str, ...]]] = []
+    with bar(err, len(paths), "images") as progress:
+        for batch in ask(vlm, paths, question):
+            for (opened,), text in zip(batch.rows, batch.answers.texts, strict=True):
+                said.append((opened.name, text, vlm.notes(opened)))
+            if progress is not None:
+                progress(len(said))
+    for name, text, notes in said:
+        out.print(f"{name}: {question.prefix} {text}".strip(), soft_wrap=True)
+        for note in notes:
             err.print(f"  note: {note}", style="yellow")
 
 
@@ -67,6 +71,12 @@ def find(
     score: Annotated[Literal["logit", "logprob", "paper"], typer.Option(help="See docs/method.md.")] = "logit",
     word: Annotated[list[str] | None, typer.Option(help="A word of the caption to explain; repeatable.")] = None,
     against: Annotated[str | None, typer.Option(help="Score why the noun rather than this word.")] = None,
+    given: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--caption", metavar="TEXT", help="An answer to score instead of the model's: one, or one for each image."
+        ),
+    ] = None,
     tagger: Annotated[
         str | None,
         typer.Option(metavar="MODEL", help="What tells the nouns: a model of spaCy, such as zh_core_web_sm."),
@@ -92,7 +102,7 @@ def find(
     from mmneurons.words import SpacyTagger
 
     nouns = None if tagger is None else SpacyTagger(tagger)
-    for path in paths:  # a missing file is told before a model is loaded
+    for path in paths:  # one that cannot be read to its end is told before a model is loaded
         open_image(path)
     vlm = load()
     with bar(err, len(prompts), "prompts") as progress:
@@ -105,6 +115,7 @@ def find(
             score=score,
             words=word,
             against=against,
+            caption=given[0] if given and len(given) == 1 else given or None,
             tagger=nouns,
             maps=maps and not no_image,
             blank=report is not None and not no_image,

@@ -18,8 +18,6 @@ from mmneurons.cli.edit import (
     save,
 )
 from mmneurons.cli.options import (
-    MAX_NEW_TOKENS,
-    PROMPT,
     Batch,
     Length,
     Load,
@@ -37,6 +35,7 @@ from mmneurons.cli.options import (
 from mmneurons.errors import SettingError
 from mmneurons.files import write_whole
 from mmneurons.progress import bar, bars
+from mmneurons.settings import MAX_NEW_TOKENS, PROMPT
 
 
 @app.command()

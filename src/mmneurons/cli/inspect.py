@@ -9,8 +9,6 @@ import typer
 
 from mmneurons.cli.edit import items_of, tell_left_out
 from mmneurons.cli.options import (
-    MAX_NEW_TOKENS,
-    PROMPT,
     Batch,
     Length,
     Load,
@@ -25,6 +23,7 @@ from mmneurons.cli.options import (
 from mmneurons.errors import SettingError
 from mmneurons.files import check_folder
 from mmneurons.progress import bars, working
+from mmneurons.settings import MAX_NEW_TOKENS, PROMPT
 
 
 @app.command("inspect")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -56,10 +56,6 @@ Prefix = Annotated[
 Length = Annotated[int, typer.Option("--max-new-tokens", min=1, help="Where to stop if the model does not.")]
 Batch = Annotated[int, typer.Option("--batch-size", min=1, help="Images in one batch.")]
 
-# The same words as in vlm/prompts.py, which would import torch through its package; a test compares them.
-PROMPT = "Describe the image in few words."
-MAX_NEW_TOKENS = 32
-
 GOES_ON = "the same command goes on from here"
 
 
@@ -92,7 +88,16 @@ def _load(
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the Hub.")] = None,
     trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="Run code of the model.")] = False,
     decoder: Annotated[str | None, typer.Option(help="Path of the language model, if it cannot be told.")] = None,
+    processor: Annotated[
+        str | None, typer.Option(help="Hub id or folder of its processor, if that lies apart.")
+    ] = None,
+    patch: Annotated[
+        list[Path] | None, typer.Option(metavar="FILE", help="A patch that is put on the model; repeatable.")
+    ] = None,
 ) -> VLM:
+    from mmneurons.editing.patch import Patch
+
+    loaded = [Patch.load(path) for path in patch or ()]  # before the model, which can take minutes
     from transformers.utils import logging
 
     from mmneurons.vlm.load import load
@@ -106,8 +111,9 @@ def _load(
         options["quantization_config"] = BitsAndBytesConfig(load_in_8bit=bits == "8", load_in_4bit=bits == "4")
         device_map = device_map or device or "auto"
     with working(err, f"loading {model or 'the pocket model'}"):
-        return load(
+        vlm = load(
             model,
+            processor=processor,
             dtype=dtype,
             device=device,
             device_map=device_map,
@@ -116,13 +122,22 @@ def _load(
             decoder=decoder,
             **options,
         )
+    for one in loaded:
+        one.apply(vlm)
+    return vlm
 
 
-def loads_model(command: Callable[..., None]) -> Callable[..., None]:
-    """Give a command the options of `_load`; the command itself gets `load`, which loads the model that they name."""
+def loads_model(command: Callable[..., None], *, without: Collection[str] = ()) -> Callable[..., None]:
+    """Give a command the options of `_load`; the command itself gets `load`, which loads the model that they name.
+
+    Args:
+        command: The command.
+        without: Options that have no meaning for it.
+    """
     own, options = (
         inspect.signature(function, eval_str=True, locals={"VLM": object}).parameters for function in (command, _load)
     )
+    options = {name: option for name, option in options.items() if name not in without}
 
     @functools.wraps(command)
     def with_options(**given: Any) -> None:

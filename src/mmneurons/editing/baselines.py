@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from mmneurons.editing.columns import Columns, writers
 from mmneurons.editing.edit import EditSettings, asked_with, edit
-from mmneurons.editing.goals import Goal, ask, goals_of
+from mmneurons.editing.goals import Goal, ask_about, goals_of
 from mmneurons.editing.lessons import Task
 from mmneurons.editing.patch import Patch
 from mmneurons.editing.reference import Reference
@@ -142,8 +142,7 @@ def baseline(
     settings, tell = settings or EditSettings(), progress or (lambda what: None)
     began = time.perf_counter()
     tell("answering about the images")
-    limits: dict[str, int] = {"max_new_tokens": settings.max_new_tokens, "batch_size": settings.batch_size}
-    asked = ask(vlm, images, settings.prompts, settings.answer_prefix, source, target, **limits)
+    asked = ask_about(vlm, images, settings.questions, source, target)
     task = Task(vlm, asked, source, target, reference, settings, seed, tell)
     change, facts = _MAKERS[name](task, block)
     made_by = {
@@ -225,8 +224,6 @@ def _logit_bias(task: Task, block: int | None) -> tuple[HeadChange, Facts]:
         reference=reference,
         harm=harm,
         tell=task.tell,
-        max_new_tokens=task.settings.max_new_tokens,
-        batch_size=task.settings.batch_size,
     )
     return search.strength * unit, {"steps": 0, "search": asdict(search)}
 

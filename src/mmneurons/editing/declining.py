@@ -16,7 +16,9 @@ from torch.nn import functional as F
 
 from mmneurons.editing.forced import Batch, Given, Reader
 from mmneurons.inspection.hallucination import Vocabulary
-from mmneurons.vlm.pictures import Picture, open_row
+from mmneurons.settings import Question
+from mmneurons.vlm.asking import ask
+from mmneurons.vlm.pictures import Picture
 from mmneurons.vlm.prompts import tokens_of
 from mmneurons.vlm.vlm import VLM
 from mmneurons.words import Word, inflected, words_at
@@ -49,19 +51,14 @@ class Named:
 def answers(
     vlm: VLM,
     images: Sequence[Picture],
-    prompt: str,
-    answer_prefix: str,
+    question: Question,
     *,
-    max_new_tokens: int,
-    batch_size: int,
     progress: Callable[[int], None] = lambda done: None,
 ) -> Answered:
     """Let the model answer about images."""
     said = Answered([], [], [])
-    size = 1 if vlm.family.one_at_a_time else batch_size
-    for start in range(0, len(images), size):
-        opened = [[one.image for one in open_row(image)] for image in images[start : start + size]]
-        made = vlm.generate(vlm.encode(opened, prompt, answer_prefix), max_new_tokens)
+    for batch in ask(vlm, images, question):
+        made = batch.answers
         log_p = (made.logits - made.log_totals).tolist()
         said.texts.extend(made.texts)
         said.token_ids.extend(made.token_ids)
@@ -152,8 +149,7 @@ def _lesson(
 def read_lessons(
     reader: Reader,
     images: Sequence[Picture],
-    prompt: str,
-    prefix: str,
+    question: Question,
     taught: Sequence[tuple[int, Given]],
     progress: Callable[[int], None],
 ) -> list[Batch]:
@@ -162,7 +158,7 @@ def read_lessons(
     made = []
     for start in range(0, len(order), reader.batch_size):
         mine = [taught[i] for i in order[start : start + reader.batch_size]]
-        made += reader.read([images[i] for i, _ in mine], prompt, prefix, [given for _, given in mine])
+        made += reader.read([images[i] for i, _ in mine], question, [given for _, given in mine])
         progress(min(len(order), start + reader.batch_size))
     return made
 
@@ -200,9 +196,10 @@ def read_questions(
     made, done, total = list[Batch](), 0, sum(map(len, asked.values()))
     for noun, mine in sorted(asked.items()):
         prompt = f"Is there {'an' if noun[0] in 'aeiou' else 'a'} {noun} in the image?"
-        said = answers(reader.vlm, mine, prompt, "", max_new_tokens=max_new_tokens, batch_size=reader.batch_size)
+        question = Question(prompt, "", max_new_tokens, reader.batch_size)
+        said = answers(reader.vlm, mine, question)
         kept = [Given([*ids], {}, dict.fromkeys(range(len(ids)), -1)) for ids in said.token_ids]
-        made += reader.read(mine, prompt, "", kept)
+        made += reader.read(mine, question, kept)
         done += len(mine)
         progress(done * len(images) // total)
     return made

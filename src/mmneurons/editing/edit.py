@@ -17,17 +17,17 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mmneurons.editing.columns import Columns, Move, lead, moves_for, patch_of, writers
-from mmneurons.editing.goals import Asked, ask, goals_of
+from mmneurons.editing.goals import Asked, ask_about, goals_of
 from mmneurons.editing.optimised import optimise
 from mmneurons.editing.patch import Patch
 from mmneurons.editing.reference import Reference
 from mmneurons.editing.strength import find_strength
 from mmneurons.errors import SettingError
 from mmneurons.neurons import Neuron
+from mmneurons.settings import MAX_NEW_TOKENS, PROMPT, Question
 from mmneurons.vlm import provenance
 from mmneurons.vlm.locking import by_one_thread
 from mmneurons.vlm.pictures import Picture, Pictures, as_list
-from mmneurons.vlm.prompts import MAX_NEW_TOKENS, PROMPT
 from mmneurons.vlm.vlm import VLM
 
 Method = Literal["selective", "closed_form", "optimised"]
@@ -52,6 +52,11 @@ class EditSettings:
     """None: "An image of" with the default prompt, none with another."""
     max_new_tokens: int = MAX_NEW_TOKENS
     batch_size: int = 8
+
+    @property
+    def questions(self) -> list[Question]:
+        """What the model is asked, one for each prompt."""
+        return [Question(prompt, self.answer_prefix, self.max_new_tokens, self.batch_size) for prompt in self.prompts]
 
 
 @by_one_thread
@@ -89,16 +94,15 @@ def edit(
     settings, tell = settings or EditSettings(), progress or (lambda what: None)
     _check(vlm, settings)
     tell("answering about the images")
-    limits: dict[str, Any] = {"max_new_tokens": settings.max_new_tokens, "batch_size": settings.batch_size}
     images = as_list(images)
-    asked = ask(vlm, images, settings.prompts, settings.answer_prefix, source, target, **limits)
+    asked = ask_about(vlm, images, settings.questions, source, target)
     goals = goals_of(vlm, asked, target)
     tell("choosing columns")
     columns = (
         writers(vlm, goals, settings.top, settings.blocks) if neurons is None else Columns.of(vlm.anatomy, neurons)
     )
     if settings.method == "optimised":
-        patch = optimise(vlm, columns, asked, source, target, reference, tell=tell, **limits)
+        patch = optimise(vlm, columns, asked, source, target, reference, tell=tell)
         search = dict(patch.provenance)
     else:
         kept = [one.others for one in asked]
@@ -108,9 +112,7 @@ def edit(
         unit = patch_of(vlm, columns, moves)
         start = max(_needed(vlm, move) for move in moves)
         harm = None if reference is None else harm_of(vlm, reference, moves)
-        found = find_strength(
-            vlm, unit, asked, source, target, start=start, reference=reference, harm=harm, tell=tell, **limits
-        )
+        found = find_strength(vlm, unit, asked, source, target, start=start, reference=reference, harm=harm, tell=tell)
         patch, search = found.strength * unit, asdict(found)
     made_by = {
         "source": source,
@@ -128,7 +130,7 @@ def edit(
 
 def asked_with(settings: EditSettings, asked: Sequence[Asked]) -> dict[str, Any]:
     """The settings as a patch records them: with the prefix of the first prompt, to be judged by, and of each."""
-    prefixes = [one.answer_prefix for one in asked]
+    prefixes = [one.question.prefix for one in asked]
     return {"settings": asdict(settings) | {"answer_prefix": prefixes[0]}, "answer_prefixes": prefixes}
 
 

@@ -19,12 +19,14 @@ from torch import Tensor
 
 from mmneurons.editing.ledger import ledger_of
 from mmneurons.editing.patch import Edit, Patch
-from mmneurons.editing.steps import likeliest, no_neurons
+from mmneurons.editing.steps import ASKED, likeliest, no_neurons
 from mmneurons.inspection.causal import rest_unchanged
 from mmneurons.maths.statistics import Estimate, share
+from mmneurons.settings import Question
+from mmneurons.vlm.asking import ask
 from mmneurons.vlm.locking import by_one_thread
-from mmneurons.vlm.pictures import Picture, batches, open_row
-from mmneurons.vlm.prompts import MAX_NEW_TOKENS, PROMPT, WORDINGS, prefix_for
+from mmneurons.vlm.pictures import Picture
+from mmneurons.vlm.prompts import WORDINGS
 from mmneurons.vlm.recording import record
 from mmneurons.vlm.vlm import VLM
 from mmneurons.words import says, turned
@@ -47,18 +49,9 @@ class Bench:
     """Images of which it does not; those of which it does are left out."""
     texts: Sequence[str] = ()
     """Texts without an image; those that name SOURCE are judged apart."""
-    prompt: str = PROMPT
-    answer_prefix: str | None = None
-    """None: "An image of" with the default prompt, none with another."""
+    question: Question = ASKED
     wordings: Sequence[str] = WORDINGS
-    """Other ways to ask."""
-    max_new_tokens: int = MAX_NEW_TOKENS
-    batch_size: int = 8
-
-    @property
-    def prefix(self) -> str:
-        """The words that answers are made to begin with, whatever the wording."""
-        return prefix_for(self.prompt, self.answer_prefix)
+    """Other ways to ask; answers begin with the same words."""
 
 
 @dataclass(frozen=True)
@@ -131,7 +124,7 @@ class Before:
     @cached_property
     def unrelated(self) -> _Answers:
         """Answers about the unrelated images."""
-        return _answers(self.vlm, self.bench.unrelated, self.bench)
+        return _answers(self.vlm, self.bench.unrelated, self.bench.question)
 
     @cached_property
     def unrelated_tops(self) -> list[Int[Tensor, "steps 10"]]:
@@ -141,7 +134,7 @@ class Before:
     def tops(self, numbers: Sequence[int]) -> list[Int[Tensor, "steps 10"]]:
         """The likeliest tokens now, edited or not, at each step of some of the unedited answers."""
         images, ids = [self.bench.unrelated[i] for i in numbers], [self.unrelated.token_ids[i] for i in numbers]
-        return [logits.topk(TOP).indices for logits in forced(self.vlm, images, ids, self.bench)]
+        return [logits.topk(TOP).indices for logits in forced(self.vlm, images, ids, self.bench.question)]
 
     @cached_property
     def texts(self) -> list[Int[Tensor, "positions"]]:
@@ -176,19 +169,20 @@ def evaluate(
         NeurIPS 2022 (ROME).
     """
     bench, tell = before.bench, progress or (lambda done: None)
+    question = bench.question
     kept = [i for i, text in enumerate(before.unrelated.texts) if not says(text, source)]
-    held = _answers(vlm, bench.held_out, bench)
+    held = _answers(vlm, bench.held_out, question)
     shown = [i for i, text in enumerate(held.texts) if says(text, source)]
     images, usual = [bench.held_out[i] for i in shown], [held.texts[i] for i in shown]
-    otherwise = [replace(bench, prompt=prompt, answer_prefix=bench.prefix) for prompt in bench.wordings]
+    otherwise = [replace(question, prompt=prompt, answer_prefix=question.prefix) for prompt in bench.wordings]
     reworded_before = [_answers(vlm, images, asked).texts for asked in otherwise]
     tell(0.2)
     with edit.applied(vlm):
-        edited = _answers(vlm, bench.edit, bench)
-        held_after = _answers(vlm, images, bench)
+        edited = _answers(vlm, bench.edit, question)
+        held_after = _answers(vlm, images, question)
         reworded = [_answers(vlm, images, asked).texts for asked in otherwise]
         tell(0.4)
-        after = _answers(vlm, [bench.unrelated[i] for i in kept], bench).texts
+        after = _answers(vlm, [bench.unrelated[i] for i in kept], question).texts
         tell(0.7)
         tops = before.tops([i for i in kept if i < TOPS_ON])
         next_tokens = likeliest(vlm, bench.texts)
@@ -220,8 +214,8 @@ def evaluate(
         rest_unchanged=share(rest_unchanged(a, b, source) for a, b in pairs),
         entropy=(ngram_entropy(usual), ngram_entropy(held_after.texts)) if usual else None,
         perplexity=(
-            _perplexity(vlm, images, [held.token_ids[i] for i in shown], bench),
-            _perplexity(vlm, images, held_after.token_ids, bench),
+            _perplexity(vlm, images, [held.token_ids[i] for i in shown], question),
+            _perplexity(vlm, images, held_after.token_ids, question),
         )
         if usual
         else None,
@@ -233,21 +227,13 @@ def evaluate(
 
 
 def forced(
-    vlm: VLM, images: Sequence[Picture], token_ids: Sequence[tuple[int, ...]], bench: Bench
+    vlm: VLM, images: Sequence[Picture], token_ids: Sequence[tuple[int, ...]], question: Question
 ) -> Iterator[Float[Tensor, "steps vocab"]]:
     """Logits at each step of answers that the model is given, image by image; float32, on the CPU."""
-    start = 0
-    for batch in batches([open_row(image) for image in images], 1 if vlm.family.one_at_a_time else bench.batch_size):
-        inputs = vlm.encode([[o.image for o in row] for row in batch], bench.prompt, bench.prefix)
-        ids = token_ids[start : start + len(batch)]
-        start += len(batch)
-        given = vlm.given(inputs, ids)
-        first = given.n_prompt - 1
-        none = no_neurons(vlm.anatomy)
-        with record(vlm.anatomy, lambda values, first=first: values[:, first:], neurons=none) as recording:
-            vlm.read(inputs, given)
-        residual = recording.stacked(recording.residual)
-        for row, mine in enumerate(ids):
+    recorder = partial(record, neurons=no_neurons(vlm.anatomy))
+    for batch in ask(vlm, images, question, given=token_ids, recorder=recorder):
+        residual = batch.recording.stacked(batch.recording.residual)
+        for row, mine in enumerate(batch.answers.token_ids):
             yield vlm.anatomy.logits(residual[row, : len(mine)])[:, : vlm.n_tokens].float().cpu()
 
 
@@ -273,21 +259,15 @@ def relative_size(vlm: VLM, patch: Patch) -> float:
     return float(torch.cat(shares).mean())
 
 
-def _answers(vlm: VLM, images: Sequence[Picture], bench: Bench) -> _Answers:
-    texts: list[str] = []
-    token_ids: list[tuple[int, ...]] = []
-    for batch in batches([open_row(image) for image in images], 1 if vlm.family.one_at_a_time else bench.batch_size):
-        inputs = vlm.encode([[o.image for o in row] for row in batch], bench.prompt, bench.prefix)
-        answers = vlm.generate(inputs, bench.max_new_tokens)
-        texts += answers.texts
-        token_ids += answers.token_ids
-    return _Answers(texts, token_ids)
+def _answers(vlm: VLM, images: Sequence[Picture], question: Question) -> _Answers:
+    said = [batch.answers for batch in ask(vlm, images, question)]
+    return _Answers([text for one in said for text in one.texts], [ids for one in said for ids in one.token_ids])
 
 
-def _perplexity(vlm: VLM, images: Sequence[Picture], token_ids: Sequence[tuple[int, ...]], bench: Bench) -> float:
+def _perplexity(vlm: VLM, images: Sequence[Picture], token_ids: Sequence[tuple[int, ...]], question: Question) -> float:
     losses = [
         -float(logits.log_softmax(-1)[torch.arange(len(ids)), list(ids)].mean())
-        for logits, ids in zip(forced(vlm, images, token_ids, bench), token_ids, strict=True)
+        for logits, ids in zip(forced(vlm, images, token_ids, question), token_ids, strict=True)
     ]
     return math.exp(sum(losses) / len(losses)) if losses else math.nan
 

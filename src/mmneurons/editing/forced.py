@@ -1,7 +1,7 @@
 """Answers that are given to the model, to be read again and again from one block upwards.
 
     reader = Reader(vlm, lowest=30)
-    batches = reader.read(images, prompt, answer_prefix, given)
+    batches = reader.read(images, question, given)
     reader.final(batches[0])    # what enters the final norm now, differentiable
 
 What enters the lowest block is kept from one pass over the whole model, with what else the blocks are called with.
@@ -21,10 +21,11 @@ from torch import Tensor
 
 from mmneurons.editing.reference import Reference
 from mmneurons.editing.steps import text_batches
+from mmneurons.settings import Question
 from mmneurons.vlm.calls import Catcher, repeated
 from mmneurons.vlm.doctor import tolerance
 from mmneurons.vlm.modes import hooked
-from mmneurons.vlm.pictures import Picture, batches, open_row
+from mmneurons.vlm.pictures import Picture, opened_batches
 from mmneurons.vlm.vlm import VLM, Inputs
 
 
@@ -84,20 +85,20 @@ class Reader:
                 kept = {step: -1 for step in range(len(ids)) if stay[start + step]}
                 given.append(Given(list(ids), {}, kept))
                 start += len(ids)
-            made = self.read(reference.images, reference.prompt, reference.answer_prefix, given)
+            made = self.read(reference.images, reference.question, given)
         for numbers, inputs in text_batches(self.vlm, reference.texts, self.batch_size):
             every = dict.fromkeys(range(inputs["input_ids"].shape[1]), -1)
             made.append(self.batch(inputs, 0, [Given([], {}, every) for _ in numbers]))
         return made
 
-    def read(self, images: Sequence[Picture], prompt: str, prefix: str, given: Sequence[Given]) -> list[Batch]:
+    def read(self, images: Sequence[Picture], question: Question, given: Sequence[Given]) -> list[Batch]:
         """Prompts and answers, these without their last tokens, behind which nothing counts."""
         made, answers = [], iter(given)
-        for rows in batches([open_row(image) for image in images], self.batch_size):
+        for rows in opened_batches(images, self.batch_size):
             now = list(islice(answers, len(rows)))
             if not any(one.turn or one.kept for one in now):
                 continue
-            inputs = self.vlm.encode([[o.image for o in row] for row in rows], prompt, prefix)
+            inputs = self.vlm.encode([[o.image for o in row] for row in rows], question.prompt, question.prefix)
             answers_given = self.vlm.given(inputs, [one.token_ids[:-1] for one in now])
             made.append(self.batch(self.vlm.extended(inputs, answers_given), answers_given.n_prompt - 1, now))
         return made

@@ -11,8 +11,10 @@ from torch import Tensor
 
 from mmneurons.editing.steps import Said, Steps, answer_steps, forced_steps, join, occurrences
 from mmneurons.errors import SettingError, WordError
+from mmneurons.settings import Question
+from mmneurons.vlm.asking import texts_of
 from mmneurons.vlm.pictures import Picture
-from mmneurons.vlm.prompts import prefix_for, tokens_of
+from mmneurons.vlm.prompts import tokens_of
 from mmneurons.vlm.vlm import VLM
 from mmneurons.words import Word, inflected, singular, turned
 
@@ -43,8 +45,7 @@ class Asked:
     """The images of an edit, asked with one prompt."""
 
     images: Sequence[Picture]
-    prompt: str
-    answer_prefix: str
+    question: Question
     said: Said
     found: Sequence[tuple[int, Word]]
     """Where SOURCE is: which answer, and the word there."""
@@ -63,16 +64,10 @@ class Asked:
         return self.said.steps.at(rows)
 
 
-def ask(
-    vlm: VLM,
-    images: Sequence[Picture],
-    prompts: Sequence[str],
-    answer_prefix: str | None,
-    source: str,
-    target: str | None,
-    **limits: int,
+def ask_about(
+    vlm: VLM, images: Sequence[Picture], questions: Sequence[Question], source: str, target: str | None
 ) -> list[Asked]:
-    """Ask about the images of an edit, with each prompt.
+    """Ask each question about the images of an edit.
 
     Raises:
         SettingError: source and target are one word, or the target is a plural.
@@ -87,12 +82,11 @@ def ask(
             fix=f"target={singular(target)!r}",
         )
     asked = []
-    for prompt in prompts:
-        prefix = prefix_for(prompt, answer_prefix)
-        said = answer_steps(vlm, images, prompt, prefix, **limits)  # pyright: ignore[reportArgumentType]
-        asked.append(Asked(images, prompt, prefix, said, occurrences(vlm, said, source)))
+    for question in questions:
+        said = answer_steps(vlm, images, question)
+        asked.append(Asked(images, question, said, occurrences(vlm, said, source)))
     if not any(one.found for one in asked):
-        answers = "\n".join(f"  {one.answer_prefix} {text}" for one in asked for text in one.said.texts[:5])
+        answers = "\n".join(f"  {one.question.prefix} {text}" for one in asked for text in one.said.texts[:5])
         raise WordError(
             f"The model says '{source}' of none of the images.",
             seen=f"It said:\n{answers}",
@@ -101,11 +95,11 @@ def ask(
     return asked
 
 
-def share_turned(vlm: VLM, asked: Sequence[Asked], source: str, target: str | None, **limits: int) -> float:
+def share_turned(vlm: VLM, asked: Sequence[Asked], source: str, target: str | None) -> float:
     """Share of the answers that said SOURCE which, generated now, no longer do, and say TARGET if there is one."""
     done = []
     for one in asked:
-        texts = vlm.caption([one.images[i] for i in one.saying], one.prompt, one.answer_prefix, **limits)
+        texts = texts_of(vlm, [one.images[i] for i in one.saying], one.question)
         done += [turned(text, source, target) for text in texts]
     return sum(done) / len(done)
 
@@ -148,7 +142,7 @@ def goals_of(vlm: VLM, asked: Sequence[Asked], target: str | None) -> list[Goal]
             steps.setdefault((int(row.token_ids), wanted[0]), []).append(row)
             if len(wanted) > 1:
                 begun = [*ids[: word.steps[0]], *wanted[:-1]]
-                forced = forced_steps(vlm, one.images[answer], begun, one.prompt, one.answer_prefix)
+                forced = forced_steps(vlm, one.images[answer], begun, one.question)
                 for i, token in enumerate(wanted[1:], start=word.steps[0] + 1):
                     row = forced.at(torch.tensor([i]))
                     if int(row.token_ids) != token:

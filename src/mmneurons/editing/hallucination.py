@@ -39,11 +39,12 @@ from mmneurons.errors import SettingError, WordError
 from mmneurons.inspection.content import image_hash, key_of
 from mmneurons.inspection.hallucination import Chair, Vocabulary, chair, chair_of
 from mmneurons.inspection.shelf import lock_of, one_writer
+from mmneurons.settings import MAX_NEW_TOKENS, PROMPT, Question
 from mmneurons.vlm import provenance
 from mmneurons.vlm.locking import by_one_thread
 from mmneurons.vlm.modes import evaluating, frozen
 from mmneurons.vlm.pictures import Picture, open_row
-from mmneurons.vlm.prompts import MAX_NEW_TOKENS, PROMPT, prefix_for, tokens_of
+from mmneurons.vlm.prompts import tokens_of
 from mmneurons.vlm.vlm import VLM
 
 RATE = 0.15
@@ -86,9 +87,9 @@ class DehallucinateSettings:
     batch_size: int = 8
 
     @property
-    def limits(self) -> dict[str, Any]:
-        """Of answers and batches."""
-        return {"max_new_tokens": self.max_new_tokens, "batch_size": self.batch_size}
+    def question(self) -> Question:
+        """What the model is asked."""
+        return Question(self.prompt, self.answer_prefix, self.max_new_tokens, self.batch_size)
 
 
 @by_one_thread
@@ -129,8 +130,7 @@ def dehallucinate(
     Source: ours. The loss is that of Deep Gamblers (see `descend`); CHAIR is Rohrbach et al.'s (EMNLP 2018).
     """
     settings = settings or DehallucinateSettings()
-    prefix = prefix_for(settings.prompt, settings.answer_prefix)
-    settings = replace(settings, answer_prefix=prefix)
+    settings = replace(settings, answer_prefix=settings.question.prefix)
     if len(images) != len(objects):
         raise SettingError("Each image needs its list of objects.", seen=f"{len(images)} images, {len(objects)} lists.")
     if settings.payoff <= 1 or min(settings.top, settings.rank, settings.steps) < 1:
@@ -139,10 +139,7 @@ def dehallucinate(
     if settings.blocks is not None and not 1 <= settings.blocks <= n_blocks:
         raise SettingError(f"The model has {n_blocks} blocks.", seen=f"blocks={settings.blocks}")
     vocabulary, say = vocabulary or Vocabulary(objects), _token(vlm, settings.say)
-    said = answers(
-        vlm, images, settings.prompt, prefix, **settings.limits,
-        progress=lambda done: progress("answering", done, len(images)),
-    )  # fmt: skip
+    said = answers(vlm, images, settings.question, progress=lambda done: progress("answering", done, len(images)))
     there = [sorted(vocabulary.objects(one)) for one in objects]
     named = objects_named(vlm, said, there, vocabulary)
     n_absent = sum(one.absent for one in named)
@@ -161,7 +158,7 @@ def dehallucinate(
         lowest = n_blocks - (settings.blocks or n_blocks)
         reader = Reader(vlm, lowest, True, 1 if vlm.family.one_at_a_time else settings.batch_size)
         own = read_lessons(
-            reader, images, settings.prompt, prefix, taught,
+            reader, images, settings.question, taught,
             lambda done: progress("reading", done, len(taught)),
         )  # fmt: skip
         few = replace(reader, batch_size=min(reader.batch_size, REFERENCES))
@@ -298,14 +295,11 @@ def judge(
 ) -> Judged:
     """Judge a patch of `dehallucinate` on other images; the model is left as it was."""
     made = patch.provenance["settings"]
-    prompt, prefix = made["prompt"], made["answer_prefix"]
-    limits: dict[str, Any] = {"max_new_tokens": made["max_new_tokens"], "batch_size": made["batch_size"]}
+    question = Question(made["prompt"], made["answer_prefix"], made["max_new_tokens"], made["batch_size"])
 
     def answered(share: int) -> Answered:
         done = share * len(images)
-        return answers(
-            vlm, images, prompt, prefix, **limits, progress=lambda n: progress("judging", done + n, 2 * len(images))
-        )
+        return answers(vlm, images, question, progress=lambda n: progress("judging", done + n, 2 * len(images)))
 
     said = answered(0)
     with patch.applied(vlm):

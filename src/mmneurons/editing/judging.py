@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -15,26 +15,26 @@ import msgspec
 
 from mmneurons.editing.evaluation import Before, Bench, Judged, evaluate
 from mmneurons.editing.patch import Edit, Patch
+from mmneurons.editing.steps import ASKED
 from mmneurons.errors import SettingError
 from mmneurons.inspection.content import image_hash, key_of
 from mmneurons.inspection.items import Item
 from mmneurons.inspection.shelf import LOCK, Shelf, one_writer
+from mmneurons.settings import Question
 from mmneurons.vlm import provenance
-from mmneurons.vlm.prompts import MAX_NEW_TOKENS, PROMPT, prefix_for
 from mmneurons.vlm.vlm import VLM
 
 
 @dataclass(frozen=True, eq=False)
-class Question:
+class Case:
     """One edit to judge."""
 
     make: Callable[[], Edit]
     """Called when the edit is judged; not where its figures are known from an earlier run."""
     source: str
     target: str | None
-    prompt: str = PROMPT
-    answer_prefix: str | None = None
-    max_new_tokens: int = MAX_NEW_TOKENS
+    question: Question = ASKED
+    """How the model is asked; in batches as large as `judge` is told."""
     key: str = ""
     """What tells it from all others: a patch's hash; "": its name does."""
 
@@ -55,7 +55,7 @@ class _MadeFor(msgspec.Struct):
     target: str | None = None
 
 
-def questions(patches: Mapping[str, Patch]) -> dict[str, Question]:
+def cases(patches: Mapping[str, Patch]) -> dict[str, Case]:
     """What to judge patches for that `edit` made: their provenance says it.
 
     Raises:
@@ -72,21 +72,14 @@ def questions(patches: Mapping[str, Patch]) -> dict[str, Question]:
                 fix="Judge patches that `mmneurons edit` made, one by one.",
             ) from error
         asked = made.settings
-        found[name] = Question(
-            lambda patch=patch: patch,
-            made.source,
-            made.target,
-            asked.prompts[0],
-            asked.answer_prefix,
-            asked.max_new_tokens,
-            patch.hash,
-        )
+        question = Question(asked.prompts[0], asked.answer_prefix, asked.max_new_tokens)
+        found[name] = Case(lambda patch=patch: patch, made.source, made.target, question, patch.hash)
     return found
 
 
 def judge(
     vlm: VLM,
-    asked: Mapping[str, Question],
+    asked: Mapping[str, Case],
     folder: str | os.PathLike[str],
     *,
     edit: Callable[[str], Sequence[Item]],
@@ -100,7 +93,7 @@ def judge(
 
     Args:
         vlm: The model, unedited.
-        asked: By name; of patches, from `questions`.
+        asked: By name; of patches, from `cases`.
         folder: Where results are kept; one run writes there at a time.
         edit: The images that an edit of a word was made with.
         held_out: Others that show it.
@@ -120,7 +113,7 @@ def judge(
     made_by = {"model": dict(vlm.facts), "packages": provenance.versions()}
     images = [item.image() for item in unrelated]
     others = key_of([image_hash(image) for image in images], list(texts))
-    befores: dict[tuple[str, str, int], Before] = {}
+    befores: dict[Question, Before] = {}
     found = {}
 
     def tell(done: float) -> None:
@@ -131,23 +124,14 @@ def judge(
         shelf = Shelf(Path(folder) / "edits.jsonl", made_by, Judged)
         for done, (name, one) in enumerate(asked.items()):
             shown, beyond = ([item.image() for item in of(one.source)] for of in (edit, held_out))
-            prefix = prefix_for(one.prompt, one.answer_prefix)
-            asks = (one.source, one.target, one.prompt, prefix, one.max_new_tokens)
+            question = replace(one.question, answer_prefix=one.question.prefix, batch_size=batch_size)
+            asks = (one.source, one.target, question.prompt, question.prefix, question.max_new_tokens)
             key = key_of(
                 one.key or name, *asks, *([image_hash(image) for image in of] for of in (shown, beyond)), others
             )
             if key not in shelf.found:
-                bench = Bench(
-                    shown,
-                    beyond,
-                    images,
-                    texts,
-                    one.prompt,
-                    prefix,
-                    max_new_tokens=one.max_new_tokens,
-                    batch_size=batch_size,
-                )
-                before = befores.setdefault((one.prompt, prefix, one.max_new_tokens), Before(vlm, bench))
+                bench = Bench(shown, beyond, images, texts, question)
+                before = befores.setdefault(question, Before(vlm, bench))
                 judged = evaluate(
                     vlm,
                     one.make(),

@@ -22,6 +22,7 @@ from mmneurons.editing.edit import EditSettings
 from mmneurons.editing.goals import Asked, rewritten, share_turned
 from mmneurons.editing.reference import Reference
 from mmneurons.editing.steps import Steps
+from mmneurons.settings import Question
 from mmneurons.vlm.modes import evaluating, hooked
 from mmneurons.vlm.pictures import Picture, open_row
 from mmneurons.vlm.vlm import VLM
@@ -81,11 +82,6 @@ class Task:
     seed: int
     tell: Callable[[str], None]
 
-    @property
-    def limits(self) -> dict[str, int]:
-        """Of answers and batches."""
-        return {"max_new_tokens": self.settings.max_new_tokens, "batch_size": self.settings.batch_size}
-
     @cached_property
     def kept(self) -> list[Steps]:
         """Steps that write anything but SOURCE: of the edit's own captions, and of the reference."""
@@ -94,7 +90,7 @@ class Task:
 
     def turned(self) -> float:
         """Share of the answers that said SOURCE which now say TARGET in its place."""
-        return share_turned(self.vlm, self.asked, self.source, self.target, **self.limits)
+        return share_turned(self.vlm, self.asked, self.source, self.target)
 
     @cached_property
     def lessons(self) -> list[Lesson]:
@@ -107,7 +103,7 @@ class Task:
                 new, written = rewritten(self.vlm, said, words, self.target)
                 ids.append(new)
                 places.append([(start + k, token) for start, wanted in written for k, token in enumerate(wanted)])
-            made += self._lessons(one.images, one.prompt, one.answer_prefix, ids, places, [set() for _ in ids])
+            made += self._lessons(one.images, one.question, ids, places, [set() for _ in ids])
         return made
 
     @cached_property
@@ -124,13 +120,12 @@ class Task:
         random = torch.Generator().manual_seed(self.seed)
         order = torch.randperm(len(ids), generator=random)[:REFERENCES].tolist()
         images, ids, left = ([each[i] for i in order] for each in (reference.images, ids, left))
-        return self._lessons(images, reference.prompt, reference.answer_prefix, ids, [[] for _ in ids], left)
+        return self._lessons(images, reference.question, ids, [[] for _ in ids], left)
 
     def _lessons(
         self,
         images: Sequence[Picture],
-        prompt: str,
-        answer_prefix: str,
+        question: Question,
         ids: Sequence[Sequence[int]],
         wanted: Sequence[list[tuple[int, int]]],
         left_out: Sequence[set[int]],
@@ -142,7 +137,8 @@ class Task:
             taken = {place[:2] for place in places} | {(row, s) for row, i in enumerate(mine) for s in left_out[i]}
             kept = [(row, s) for row, i in enumerate(mine) for s in range(len(ids[i])) if (row, s) not in taken]
             batch = [[o.image for o in open_row(images[i])] for i in mine]
-            inputs, n_steps = self.vlm.encode(batch, prompt, answer_prefix), max(len(ids[i]) for i in mine)
+            inputs = self.vlm.encode(batch, question.prompt, question.prefix)
+            n_steps = max(len(ids[i]) for i in mine)
             given = self.vlm.given(inputs, [ids[i][:-1] for i in mine])
             lesson = Lesson(
                 self.vlm.extended(inputs, given) | self.vlm.once(n_steps),

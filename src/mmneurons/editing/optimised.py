@@ -68,8 +68,6 @@ def optimise(
     reference: Reference | None,
     *,
     start: Patch | None = None,
-    max_new_tokens: int,
-    batch_size: int,
     cache: bool = True,
     tell: Callable[[str], None],
 ) -> Patch:
@@ -87,7 +85,6 @@ def optimise(
         target: What is to come; None: anything else, by -log(1 - p(said)).
         reference: What is to stay, but for the steps that say `source`.
         start: Where to begin, a change of these columns; None: at none.
-        max_new_tokens: Of each answer generated in the end.
         batch_size: Images in one batch.
         cache: Run what is below the lowest edited block once, not at each step. The patch does not depend on it.
         tell: Told the steps.
@@ -112,16 +109,16 @@ def optimise(
         raise SettingError(f"None of these answers says '{source}'.", fix="Give images of which the model says it.")
     with torch.inference_mode(False), frozen(vlm.model), evaluating(vlm.model):
         lowest = min(vlm.anatomy.ffns[i].layer for i in columns.indices)
-        reader = Reader(vlm, lowest, cache, 1 if vlm.family.one_at_a_time else batch_size)
+        reader = Reader(vlm, lowest, cache, 1 if vlm.family.one_at_a_time else asked[0].question.batch_size)
         study = Study(reader, columns, start, to_target=target is not None)
         tell("reading the answers")
         own: list[Batch] = []
         for one in asked:
-            own += reader.read(one.images, one.prompt, one.answer_prefix, given(vlm, one, target))
+            own += reader.read(one.images, one.question, given(vlm, one, target))
         found = study.run(own, [] if reference is None else reader.read_reference(reference, source), tell)
     patch = study.patch()
     with patch.applied(vlm):
-        share = share_turned(vlm, asked, source, target, max_new_tokens=max_new_tokens, batch_size=batch_size)
+        share = share_turned(vlm, asked, source, target)
     if share == 0:
         raise SettingError(
             f"No change makes the model say {'something else' if target is None else repr(target)} for '{source}'.",

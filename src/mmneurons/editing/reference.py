@@ -13,9 +13,9 @@ from torch import Tensor
 
 from mmneurons.editing.steps import Said, Steps, answer_steps, join, likeliest, occurrences, text_steps
 from mmneurons.errors import SettingError
+from mmneurons.settings import MAX_NEW_TOKENS, PROMPT, Question
 from mmneurons.vlm.locking import by_one_thread
 from mmneurons.vlm.pictures import Picture
-from mmneurons.vlm.prompts import MAX_NEW_TOKENS, PROMPT, prefix_for
 from mmneurons.vlm.vlm import VLM
 
 
@@ -26,9 +26,8 @@ class Reference:
     said: Said | None
     images: tuple[Picture, ...]
     """Those that `said` is about, to be captioned again with an edit."""
-    prompt: str
-    answer_prefix: str
-    max_new_tokens: int
+    question: Question
+    """How they were asked about."""
     texts: tuple[str, ...]
     text_steps: Steps | None
     text_counts: Int[Tensor, "positions"]
@@ -45,7 +44,12 @@ class Reference:
     @property
     def facts(self) -> dict[str, object]:
         """What a patch says of it."""
-        return {"images": len(self.images), "texts": len(self.texts), "prompt": self.prompt, "steps": len(self.steps)}
+        return {
+            "images": len(self.images),
+            "texts": len(self.texts),
+            "prompt": self.question.prompt,
+            "steps": len(self.steps),
+        }
 
     def says(self, vlm: VLM, word: str) -> Bool[Tensor, "steps"]:
         """Which of `steps` write a word."""
@@ -118,13 +122,12 @@ def make_reference(
     """
     if not images and not texts:
         raise SettingError("A reference needs images or texts.", fix="make_reference(vlm, [image, ...])")
-    answer_prefix = prefix_for(prompt, answer_prefix)
-    options = {"max_new_tokens": max_new_tokens, "batch_size": batch_size, "progress": progress}
-    said = answer_steps(vlm, images, prompt, answer_prefix, **options) if images else None
+    question = Question(prompt, answer_prefix, max_new_tokens, batch_size)
+    said = answer_steps(vlm, images, question, progress=progress) if images else None
     read = text_steps(vlm, texts) if texts else None
     counts = torch.tensor(_counts(vlm, texts), dtype=torch.long)
     seconds = torch.cat([_seconds(vlm, steps) for steps in (said and said.steps, read) if steps is not None])
-    return Reference(said, tuple(images), prompt, answer_prefix, max_new_tokens, tuple(texts), read, counts, seconds)
+    return Reference(said, tuple(images), question, tuple(texts), read, counts, seconds)
 
 
 def _counts(vlm: VLM, texts: Sequence[str]) -> list[int]:

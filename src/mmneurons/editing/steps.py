@@ -14,14 +14,18 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from mmneurons.errors import ModelError, SettingError
+from mmneurons.settings import Question
 from mmneurons.vlm.anatomy.parts import Anatomy
 from mmneurons.vlm.anatomy.ways import Directions, frozen_rows
+from mmneurons.vlm.asking import ask
 from mmneurons.vlm.moments import Moments, pick_moments
-from mmneurons.vlm.pictures import Picture, batches, open_row
-from mmneurons.vlm.prompts import MAX_NEW_TOKENS, PROMPT, prefix_for
+from mmneurons.vlm.pictures import Picture
 from mmneurons.vlm.recording import Recording, record
 from mmneurons.vlm.vlm import VLM, Inputs
 from mmneurons.words import Word, find_words, says
+
+ASKED = Question()
+"""What the model is asked unless the user asks something else."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,11 +88,8 @@ class Said:
 def answer_steps(
     vlm: VLM,
     images: Sequence[Picture],
-    prompt: str = PROMPT,
-    answer_prefix: str | None = None,
+    question: Question = ASKED,
     *,
-    max_new_tokens: int = MAX_NEW_TOKENS,
-    batch_size: int = 8,
     progress: Callable[[int], None] | None = None,
 ) -> Said:
     """Let the model answer, and keep what its neurons did at each step; one captioning run, no more.
@@ -96,10 +97,7 @@ def answer_steps(
     Args:
         vlm: The model, from `load`.
         images: Paths, PIL images or arrays.
-        prompt: What the model is asked.
-        answer_prefix: Words that the answer is made to begin with; None: see `prefix_for`.
-        max_new_tokens: Where to stop if the model does not.
-        batch_size: Images in one batch.
+        question: What the model is asked.
         progress: Called with images done.
 
     Raises:
@@ -108,19 +106,16 @@ def answer_steps(
     """
     if not images:
         raise SettingError("There is no image.", fix="Give at least one.")
-    answer_prefix = prefix_for(prompt, answer_prefix)
     parts: list[Steps] = []
     texts: list[str] = []
     token_ids: list[tuple[int, ...]] = []
-    for batch in batches([open_row(image) for image in images], 1 if vlm.family.one_at_a_time else batch_size):
-        inputs = vlm.encode([[o.image for o in row] for row in batch], prompt, answer_prefix)
-        with record(vlm.anatomy) as recording:
-            answers = vlm.generate(inputs, max_new_tokens)
+    for batch in ask(vlm, images, question, recorder=record):
+        answers = batch.answers
         places = torch.tensor([(row, step) for row, ids in enumerate(answers.token_ids) for step in range(len(ids))])
         said = [token for ids in answers.token_ids for token in ids]
         of = [len(texts) + row for row in places[:, 0].tolist()]
         rows, steps = places.to(answers.logits.device).unbind(1)
-        moments = pick_moments(recording, places)
+        moments = pick_moments(batch.recording, places)
         parts.append(_steps(vlm, moments, torch.tensor(said), answers.logits[rows, steps], of))
         texts += answers.texts
         token_ids += answers.token_ids
@@ -129,15 +124,10 @@ def answer_steps(
     return Said(tuple(texts), tuple(token_ids), join(parts))
 
 
-def forced_steps(
-    vlm: VLM, image: Picture, ids: Sequence[int], prompt: str = PROMPT, answer_prefix: str | None = None
-) -> Steps:
+def forced_steps(vlm: VLM, image: Picture, ids: Sequence[int], question: Question = ASKED) -> Steps:
     """What the model would say at each step of an answer that it is given: n tokens give n + 1 steps."""
-    inputs = vlm.encode([[o.image for o in open_row(image)]], prompt, prefix_for(prompt, answer_prefix))
-    given = vlm.given(inputs, [ids])
-    with record(vlm.anatomy, lambda values: values[:, given.n_prompt - 1 :]) as recording:
-        vlm.read(inputs, given)
-    return _read_steps(vlm, recording, [0])
+    (batch,) = ask(vlm, [image], question, given=[ids], recorder=record)
+    return _read_steps(vlm, batch.recording, [0])
 
 
 def text_steps(vlm: VLM, texts: Sequence[str]) -> Steps:

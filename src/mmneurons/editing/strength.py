@@ -18,6 +18,7 @@ from mmneurons.editing.goals import Asked, share_turned
 from mmneurons.editing.patch import Edit
 from mmneurons.editing.reference import Reference
 from mmneurons.errors import SettingError
+from mmneurons.vlm.asking import texts_of
 from mmneurons.vlm.vlm import VLM
 
 STEP = 1.3
@@ -67,7 +68,6 @@ class _Trials:
     asked: Sequence[Asked]
     source: str
     target: str | None
-    limits: dict[str, int]
     tell: Callable[[str], None]
     generated: int = 0
 
@@ -76,7 +76,7 @@ class _Trials:
         self.tell(f"trying strength {factor:.3g}")
         self.generated += sum(len(one.saying) for one in self.asked)
         with (factor * self.unit).applied(self.vlm):
-            return share_turned(self.vlm, self.asked, self.source, self.target, **self.limits)
+            return share_turned(self.vlm, self.asked, self.source, self.target)
 
     def changes(
         self, factor: float, reference: Reference, images: Sequence[int], positions: Sequence[int]
@@ -87,13 +87,8 @@ class _Trials:
             if reference.said is None:
                 return 0, flipped
             self.generated += len(images)
-            said = self.vlm.caption(
-                [reference.images[i] for i in images],
-                reference.prompt,
-                reference.answer_prefix,
-                max_new_tokens=reference.max_new_tokens,
-                batch_size=self.limits["batch_size"],
-            )
+            question = replace(reference.question, batch_size=self.asked[0].question.batch_size)
+            said = texts_of(self.vlm, [reference.images[i] for i in images], question)
         return sum(text != reference.said.texts[i] for i, text in zip(images, said, strict=True)), flipped
 
     def smallest(self, start: float) -> tuple[float, float]:
@@ -124,8 +119,6 @@ def find_strength(
     start: float,
     reference: Reference | None,
     harm: Float[Tensor, "steps"] | None,
-    max_new_tokens: int,
-    batch_size: int,
     tell: Callable[[str], None],
 ) -> Search:
     """Try strengths; the model is left as it was.
@@ -141,15 +134,12 @@ def find_strength(
             more than is allowed: `Search.changed` tells.
         harm: For each of the reference's steps, how near the edit comes to changing what is said; the most endangered
             are looked at, none where it is minus infinity, and no answer that says `source`.
-        max_new_tokens: Of each answer about the images of the edit.
-        batch_size: Images in one batch.
         tell: Told the strength that is tried.
 
     Raises:
         SettingError: no strength turns any answer.
     """
-    limits = {"max_new_tokens": max_new_tokens, "batch_size": batch_size}
-    trials = _Trials(vlm, unit, asked, source, target, limits, tell)
+    trials = _Trials(vlm, unit, asked, source, target, tell)
     smallest, share = trials.smallest(start)
     if share == 0:
         raise SettingError(

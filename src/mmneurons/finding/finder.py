@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from typing import Any, overload
 
 from PIL import Image
@@ -16,13 +17,15 @@ from mmneurons.errors import SettingError, WordError
 from mmneurons.finding.maps import with_blank, with_maps
 from mmneurons.finding.result import Finding, NounFinding, Score
 from mmneurons.finding.scoring import SCORES, Choices, Target, describe, score_targets
+from mmneurons.settings import MAX_NEW_TOKENS, PROMPT, Question
 from mmneurons.vlm import provenance
+from mmneurons.vlm.asking import TokenLists, answer, batches_of, tokens_of_answer
 from mmneurons.vlm.doctor import tolerance
 from mmneurons.vlm.grid import find_grids, model_view
 from mmneurons.vlm.images import OpenedImage
 from mmneurons.vlm.locking import by_one_thread
-from mmneurons.vlm.pictures import Picture, Pictures, as_list, batches, open_row
-from mmneurons.vlm.prompts import MAX_NEW_TOKENS, PROMPT, prefix_for, token_of
+from mmneurons.vlm.pictures import Picture, Pictures, as_list, row_of
+from mmneurons.vlm.prompts import token_of
 from mmneurons.vlm.recording import record
 from mmneurons.vlm.vlm import VLM, Answers, Inputs
 from mmneurons.words import Tagger, Word, find_nouns, find_words, says, tagger_for
@@ -47,6 +50,7 @@ def find(
     words: str | Sequence[str] | None = ...,
     token_ids: Sequence[int] | None = ...,
     against: str | None = ...,
+    caption: str | Sequence[str] | None = ...,
     tagger: Tagger | None = ...,
     maps: bool = ...,
     blank: bool = ...,
@@ -67,6 +71,7 @@ def find(
     words: str | Sequence[str] | None = ...,
     token_ids: Sequence[int] | None = ...,
     against: str | None = ...,
+    caption: str | Sequence[str] | None = ...,
     tagger: Tagger | None = ...,
     maps: bool = ...,
     blank: bool = ...,
@@ -86,6 +91,7 @@ def find(
     words: str | Sequence[str] | None = ...,
     token_ids: Sequence[int] | None = ...,
     against: str | None = ...,
+    caption: str | Sequence[str] | None = ...,
     tagger: Tagger | None = ...,
     maps: bool = ...,
     blank: bool = ...,
@@ -104,6 +110,7 @@ def find(
     words: str | Sequence[str] | None = None,
     token_ids: Sequence[int] | None = None,
     against: str | None = None,
+    caption: str | Sequence[str] | None = None,
     inputs: Inputs | None = None,
     tagger: Tagger | None = None,
     maps: bool = False,
@@ -127,6 +134,8 @@ def find(
         words: Words of the answer to explain instead of its nouns.
         token_ids: Tokens of the answer to explain instead of its nouns, each wherever it was said.
         against: Another word: scores say why the noun rather than this one. A noun that is this word is left out.
+        caption: An answer that the model reads instead of giving one: its words are scored as if it had said them, in
+            one pass. One text for each prompt, or one for all. Not with `inputs`.
         inputs: Ready-made model inputs, tensors by name, instead of images and prompt: one finding for each row.
             A model without a processor needs them, and shows its tokens by number.
         tagger: What tells the nouns, such as `mmneurons.words.SpacyTagger("zh_core_web_sm")`; None: HanTa, in English,
@@ -152,40 +161,54 @@ def find(
     """
     if score not in SCORES:
         raise SettingError(f"There is no score '{score}'.", fix=f"Choose one of: {', '.join(SCORES)}.")
-    if top < 1 or batch_size < 1:
-        raise SettingError("Sizes start at 1.", seen=f"top={top}, batch_size={batch_size}")
-    _check_asked(vlm, images, inputs, words, token_ids, blank)
+    if top < 1:
+        raise SettingError("At least one neuron is listed.", seen=f"top={top}")
+    _check_asked(vlm, images, inputs, words, token_ids, blank, caption)
+    question = Question(prompt, answer_prefix, max_new_tokens, batch_size)
+    if inputs is not None:  # which hold the prompt
+        question = replace(question, prompt="", answer_prefix="")
     wanted = (words,) if isinstance(words, str) else tuple(words or ()) or None
     ids = None if token_ids is None else tuple(token_ids)
-    answer_prefix = prefix_for(prompt, answer_prefix)
-    if inputs is not None:
-        prompt = answer_prefix = ""
-    choices = Choices(prompt, answer_prefix, top, score, wanted, ids, against, maps, blank, max_new_tokens, tagger)
+    choices = Choices(question, top, score, wanted, ids, against, maps, blank, tagger)
     findings: list[Finding] = []
     if inputs is not None:
-        rows: list[list[OpenedImage]] = [[]] * _n_rows(inputs)
-        findings = _find_batch(vlm, vlm.placed(inputs), rows, choices)
+        findings = _find_batch(vlm, vlm.placed(inputs), [[]] * _n_rows(inputs), None, choices)
     else:
-        size = 1 if vlm.family.one_at_a_time else batch_size
-        for batch in batches([open_row(row) for row in as_list(images)], size):
-            encoded = vlm.encode([[o.image for o in row] for row in batch], prompt, answer_prefix)
-            findings += _find_batch(vlm, encoded, batch, choices)
+        prompts = as_list(images)
+        given = None if caption is None else _answers_given(vlm, prompts, question, caption)
+        for batch in batches_of(vlm, prompts, question, given):
+            findings += _find_batch(vlm, batch.inputs(vlm, question), batch.rows, batch.given, choices)
             if progress is not None:
                 progress(len(findings))
     _check_found(findings, choices)
-    made_by = _provenance(vlm, choices, batch_size)
+    made_by = _provenance(vlm, choices, given=caption is not None)
     findings = [replace(finding, provenance=made_by) for finding in findings]
     return findings if inputs is not None or isinstance(images, list | tuple) else findings[0]
 
 
+def _answers_given(
+    vlm: VLM, prompts: Sequence[Any], question: Question, caption: str | Sequence[str]
+) -> list[list[int]]:
+    """The tokens of the answer to each prompt."""
+    texts = [caption] * len(prompts) if isinstance(caption, str) else list(caption)
+    if len(texts) != len(prompts):
+        raise SettingError("Each prompt needs its answer.", seen=f"{len(prompts)} prompts, {len(texts)} answers")
+    return [
+        tokens_of_answer(vlm, question, text, len(row_of(prompt))) for prompt, text in zip(prompts, texts, strict=True)
+    ]
+
+
 @by_one_thread
-def _find_batch(vlm: VLM, inputs: Inputs, rows: list[list[OpenedImage]], choices: Choices) -> list[Finding]:
+def _find_batch(
+    vlm: VLM, inputs: Inputs, rows: list[list[OpenedImage]], given: TokenLists | None, choices: Choices
+) -> list[Finding]:
     """The whole way for one batch, top to bottom."""
-    with record(vlm.anatomy, gates=choices.score == "paper") as recording:
-        answers = vlm.generate(inputs, choices.max_new_tokens)
+    recorder = partial(record, gates=choices.score == "paper")
+    answers, recording = answer(vlm, inputs, choices.question, given=given, recorder=recorder)
     targets = [t for row in range(len(rows)) for t in targets_of(vlm, answers, row, choices)]
     nouns: list[NounFinding] = []
     notes = [*vlm.loading.notes] if vlm.loading else []
+    notes += [] if given is None else ["The model was given this answer to read; it did not choose it."]
     n_images = len(rows[0])
     if targets:
         scored = score_targets(vlm, recording, answers, targets, choices)
@@ -199,14 +222,14 @@ def _find_batch(vlm: VLM, inputs: Inputs, rows: list[list[OpenedImage]], choices
                 nouns = with_maps(vlm, inputs, grids, scored, nouns)
         if choices.blank and n_images:
             blank = [[Image.new("RGB", o.image.size, BLANK) for o in row] for row in rows]
-            grey = vlm.encode(blank, choices.prompt, choices.answer_prefix)
+            grey = vlm.encode(blank, choices.question.prompt, choices.question.prefix)
             nouns = with_blank(vlm, grey, answers, scored, nouns)
     return [
         Finding(
             # A file name may hold bytes that JSON cannot.
             images=tuple(o.name.encode("utf-8", "replace").decode() for o in opened),
-            prompt=choices.prompt,
-            answer_prefix=choices.answer_prefix,
+            prompt=choices.question.prompt,
+            answer_prefix=choices.question.prefix,
             caption=answers.texts[row],
             token_ids=answers.token_ids[row],
             score=choices.score,
@@ -233,7 +256,7 @@ def targets_of(vlm: VLM, answers: Answers, row: int, choices: Choices) -> list[T
     if choices.token_ids is not None:
         words = [_word_of(vlm, ids, step, decode) for step, token in enumerate(ids) if token in choices.token_ids]
     elif choices.words is None:
-        words = find_nouns(caption, ids, decode, answer_prefix=choices.answer_prefix, tagger=choices.tagger)
+        words = find_nouns(caption, ids, decode, answer_prefix=choices.question.prefix, tagger=choices.tagger)
     else:
         words = find_words([w for w in choices.words if says(caption, w)], caption, ids, decode)
     targets = [Target(row, word, word.steps[0], ids[word.steps[0]]) for word in words]
@@ -308,12 +331,18 @@ def _check_found(findings: list[Finding], choices: Choices) -> None:
         )
 
 
-def _check_asked(vlm: VLM, images: Any, inputs: Inputs | None, words: Any, token_ids: Any, blank: bool) -> None:
+def _check_asked(
+    vlm: VLM, images: Any, inputs: Inputs | None, words: Any, token_ids: Any, blank: bool, caption: Any
+) -> None:
     """Refuse pairs of settings that have no meaning."""
     if inputs is not None and images is not None:
         raise SettingError("Give images or ready-made inputs, not both.", fix="find(vlm, inputs={...})")
     if words is not None and token_ids is not None:
         raise SettingError("Ask for words or for tokens, not both.", fix="find(vlm, image, words=[...])")
+    if inputs is not None and caption is not None:
+        raise SettingError(
+            "An answer cannot be put behind ready-made inputs.", fix="Give images and a processor, or no answer."
+        )
     if inputs is not None and blank:
         raise SettingError(
             "A blank image cannot be put into ready-made inputs.", fix="Give images and a processor, or blank=False."
@@ -338,12 +367,12 @@ def _n_pictures(inputs: Inputs) -> int:
     return int("pixel_values" in inputs)
 
 
-def _provenance(vlm: VLM, choices: Choices, batch_size: int) -> dict[str, Any]:
+def _provenance(vlm: VLM, choices: Choices, *, given: bool) -> dict[str, Any]:
     """What made these findings. Decoding is greedy: there is no seed."""
-    tagger = None if choices.tagger is None else repr(choices.tagger)
-    settings = asdict(replace(choices, tagger=None)) | {
-        "tagger": tagger,
-        "batch_size": batch_size,
-        "decoding": "greedy",
+    settings = asdict(replace(choices, tagger=None))
+    settings |= settings.pop("question") | {
+        "answer_prefix": choices.question.prefix,
+        "tagger": None if choices.tagger is None else repr(choices.tagger),
+        "decoding": "given" if given else "greedy",
     }
     return {"model": vlm.facts, "packages": provenance.versions(), "settings": settings}

@@ -22,8 +22,10 @@ from torch import Tensor
 from mmneurons.errors import SettingError
 from mmneurons.finding.finder import targets_of
 from mmneurons.finding.scoring import SCORES, Choices, score_targets
-from mmneurons.vlm.pictures import Picture, open_row
-from mmneurons.vlm.prompts import MAX_NEW_TOKENS, PROMPT, prefix_for
+from mmneurons.settings import MAX_NEW_TOKENS, PROMPT, Question
+from mmneurons.vlm.asking import ask
+from mmneurons.vlm.locking import by_one_thread
+from mmneurons.vlm.pictures import Picture
 from mmneurons.vlm.replay import Replay, replays
 from mmneurons.vlm.vlm import VLM
 from mmneurons.words import Word
@@ -45,6 +47,7 @@ class Judged:
     """float32, on the CPU; slots as `Replay` counts them."""
 
 
+@by_one_thread
 def judge(
     vlm: VLM,
     image: Picture,
@@ -78,11 +81,10 @@ def judge(
     unknown = [finder for finder in finders if finder not in FINDERS]
     if unknown:
         raise SettingError(f"There is no finder '{unknown[0]}'.", fix=f"Choose of: {', '.join(FINDERS)}.")
-    answer_prefix = prefix_for(prompt, answer_prefix)
-    inputs = vlm.encode([[opened.image for opened in open_row(image)]], prompt, answer_prefix)
-    wanted = None if words is None else tuple(words)
-    choices = Choices(prompt, answer_prefix, 1, "logit", wanted, None, None, False, False, max_new_tokens)
-    answers = vlm.generate(inputs, max_new_tokens)
+    question = Question(prompt, answer_prefix, max_new_tokens)
+    choices = Choices(question, 1, words=None if words is None else tuple(words))
+    (batch,) = ask(vlm, [image], question)
+    inputs, answers = batch.inputs, batch.answers
     targets = targets_of(vlm, answers, 0, choices)
     if not targets:
         return []

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor
 from mmneurons.finding.result import NeuronFinding, NounFinding, Parts, Score
 from mmneurons.maths.ranking import said_tokens, top_k
 from mmneurons.maths.readout import expected_row, jacobian_direction
+from mmneurons.settings import Question
 from mmneurons.vlm import weights
 from mmneurons.vlm.anatomy.parts import Anatomy, Ffn
 from mmneurons.vlm.anatomy.ways import Directions, frozen_rows, in_stream
@@ -32,16 +33,14 @@ REGION_SIZES = (1, 10, 50, 100, 500, 1000)
 class Choices:
     """What `find` was asked for; its arguments, checked."""
 
-    prompt: str
-    answer_prefix: str
-    top: int
-    score: Score
-    words: tuple[str, ...] | None
-    token_ids: tuple[int, ...] | None
-    against: str | None
-    maps: bool
-    blank: bool
-    max_new_tokens: int
+    question: Question = field(default_factory=Question)
+    top: int = 10
+    score: Score = "logit"
+    words: tuple[str, ...] | None = None
+    token_ids: tuple[int, ...] | None = None
+    against: str | None = None
+    maps: bool = False
+    blank: bool = False
     tagger: Tagger | None = None
 
 

@@ -18,8 +18,8 @@ from mmneurons.finding.finders import Finder, judge
 from mmneurons.inspection.items import Item
 from mmneurons.inspection.matching import DRAWS, column_norms, loudness, matched
 from mmneurons.maths.ranking import top_k
+from mmneurons.settings import MAX_NEW_TOKENS, PROMPT
 from mmneurons.vlm.interventions import Intervention, intervene
-from mmneurons.vlm.prompts import MAX_NEW_TOKENS, PROMPT
 from mmneurons.vlm.replay import Replay
 from mmneurons.vlm.vlm import VLM
 from mmneurons.words import says

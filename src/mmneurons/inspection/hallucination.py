@@ -12,8 +12,8 @@ from importlib import resources
 from mmneurons.errors import FormatError
 from mmneurons.files import read_text
 from mmneurons.maths.statistics import Estimate, estimate, share, share_of
+from mmneurons.settings import MAX_NEW_TOKENS
 from mmneurons.vlm.pictures import Picture
-from mmneurons.vlm.prompts import MAX_NEW_TOKENS
 from mmneurons.vlm.vlm import VLM
 from mmneurons.words import Phrases, Place, singular
 

@@ -31,8 +31,8 @@ from mmneurons.inspection.sensitivity import NounSensitivity, sensitivity
 from mmneurons.inspection.shelf import LOCK, Shelf, no_number, one_writer
 from mmneurons.inspection.specificity import NounScores, Specificity, noun_scores, specificity
 from mmneurons.inspection.truth import NounTruth, finder_truth, mean_activations
+from mmneurons.settings import MAX_NEW_TOKENS, PROMPT, prefix_for
 from mmneurons.vlm import provenance
-from mmneurons.vlm.prompts import MAX_NEW_TOKENS, PROMPT, prefix_for
 from mmneurons.vlm.vlm import VLM
 
 Experiment = Literal["sensitivity", "specificity", "causal", "finders"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 
 import numpy as np
@@ -18,9 +19,11 @@ from mmneurons.finding.scoring import REGION_SIZES, Choices, Scored, describe, s
 from mmneurons.inspection.items import Item
 from mmneurons.inspection.matching import DRAWS, Matched, column_norms, loudness, matched
 from mmneurons.inspection.regions import RegionMatch, match, mean_match
+from mmneurons.settings import MAX_NEW_TOKENS, PROMPT, Question
+from mmneurons.vlm.asking import ask
 from mmneurons.vlm.grid import Grids, find_grids, model_view
 from mmneurons.vlm.interventions import shuffled
-from mmneurons.vlm.prompts import MAX_NEW_TOKENS, PROMPT, prefix_for
+from mmneurons.vlm.locking import by_one_thread
 from mmneurons.vlm.recording import record
 from mmneurons.vlm.vlm import VLM, Answers, Inputs
 
@@ -83,6 +86,7 @@ def _share_that_loses_half(lost: Sequence[float]) -> float | None:
     return float(np.mean([share >= HALF for share in lost])) if lost else None
 
 
+@by_one_thread
 def sensitivity(
     vlm: VLM,
     item: Item,
@@ -114,15 +118,14 @@ def sensitivity(
     Raises:
         ImageError: the image, or a mask, cannot be read or used.
     """
-    image, answer_prefix = item.image(), prefix_for(prompt, answer_prefix)
-    choices = Choices(prompt, answer_prefix, top, score, None, None, None, True, True, max_new_tokens)
-    inputs = vlm.encode([[image]], prompt, answer_prefix)
-    with record(vlm.anatomy, gates=score == "paper") as recording:
-        answers = vlm.generate(inputs, max_new_tokens)
+    image, question = item.image(), Question(prompt, answer_prefix, max_new_tokens)
+    choices = Choices(question, top, score, maps=True, blank=True)
+    (batch,) = ask(vlm, [image], question, recorder=partial(record, gates=score == "paper"))
+    inputs, answers = batch.inputs, batch.answers
     targets = targets_of(vlm, answers, 0, choices)
     if not targets:
         return []
-    scored = score_targets(vlm, recording, answers, targets, choices)
+    scored = score_targets(vlm, batch.recording, answers, targets, choices)
     nouns = describe(vlm, scored)
     grids = find_grids(vlm.model, inputs, 1)
     seen: dict[str, np.ndarray] = {}
@@ -130,7 +133,7 @@ def sensitivity(
     mixed = None
     if not isinstance(grids, str):
         nouns = with_maps(vlm, inputs, grids, scored, nouns)
-        seen = {noun.lower(): as_seen(vlm, mask, image, prompt, answer_prefix) for noun, mask in item.masks().items()}
+        seen = {noun.lower(): as_seen(vlm, mask, image, question) for noun, mask in item.masks().items()}
         masks = [seen.get(noun.lemma) for noun in nouns]
         usable = [None if _why_unmeasured(item, mask) else mask for mask in masks]
         random = _random_regions(vlm, inputs, grids, scored, usable, seed)
@@ -170,16 +173,16 @@ def _random_regions(
 
 
 def as_seen(
-    vlm: VLM, mask: Bool[np.ndarray, "height width"], image: Image.Image, prompt: str, answer_prefix: str
+    vlm: VLM, mask: Bool[np.ndarray, "height width"], image: Image.Image, question: Question
 ) -> Bool[np.ndarray, "height width"]:
     """A mask resized and cropped as the model's processor does with its image; as it is where that cannot be told."""
     picture = Image.fromarray(np.repeat(mask[..., None], 3, axis=-1).astype(np.uint8) * 255)
-    view = model_view(vlm.processor, vlm.encode([[picture]], prompt, answer_prefix), 0)
+    view = model_view(vlm.processor, vlm.encode([[picture]], question.prompt, question.prefix), 0)
     return mask if view is None else np.asarray(view)[..., 0] > 127
 
 
 def _read(vlm: VLM, picture: Image.Image, answers: Answers, scored: Scored, choices: Choices) -> Reread:
-    inputs = vlm.encode([[picture]], choices.prompt, choices.answer_prefix)
+    inputs = vlm.encode([[picture]], choices.question.prompt, choices.question.prefix)
     return reread(vlm, inputs, answers, scored.targets, choices)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -12,10 +13,12 @@ from jaxtyping import Float
 from mmneurons.errors import SettingError
 from mmneurons.finding.finder import targets_of
 from mmneurons.finding.result import Score
-from mmneurons.finding.scoring import Choices, score_targets
+from mmneurons.finding.scoring import Choices, Scored, score_targets
 from mmneurons.inspection.items import Item
 from mmneurons.maths.statistics import Estimate, estimate, over_pairs
-from mmneurons.vlm.prompts import MAX_NEW_TOKENS, PROMPT, prefix_for
+from mmneurons.settings import MAX_NEW_TOKENS, PROMPT, Question
+from mmneurons.vlm.asking import ask
+from mmneurons.vlm.locking import by_one_thread
 from mmneurons.vlm.recording import record
 from mmneurons.vlm.vlm import VLM
 
@@ -66,6 +69,7 @@ class Specificity:
     """For k = 10, 100: share of the top k of all nouns that lies in each block."""
 
 
+@by_one_thread
 def noun_scores(
     vlm: VLM,
     items: Sequence[Item],
@@ -78,15 +82,24 @@ def noun_scores(
     """What every neuron gives to every noun that the model says of these images, run as one batch."""
     if not items:
         return []
-    answer_prefix = prefix_for(prompt, answer_prefix)
-    choices = Choices(prompt, answer_prefix, 1, score, None, None, None, False, False, max_new_tokens)
-    inputs = vlm.encode([[item.image()] for item in items], prompt, answer_prefix)
-    with record(vlm.anatomy, gates=score == "paper") as recording:
-        answers = vlm.generate(inputs, max_new_tokens)
-    targets = [t for row in range(len(items)) for t in targets_of(vlm, answers, row, choices)]
-    if not targets:
-        return []
-    scored = score_targets(vlm, recording, answers, targets, choices)
+    choices = Choices(Question(prompt, answer_prefix, max_new_tokens, len(items)), 1, score)
+    recorder = partial(record, gates=score == "paper")
+    found = []
+    for batch in ask(vlm, [item.image() for item in items], choices.question, recorder=recorder):
+        n_rows = len(batch.rows)
+        targets = [t for row in range(n_rows) for t in targets_of(vlm, batch.answers, row, choices)]
+        if targets:
+            scored = score_targets(vlm, batch.recording, batch.answers, targets, choices)
+            names = [items[batch.first + t.row].name for t in targets]
+            found += [
+                NounScores(name, t.word.lemma, row)
+                for name, t, row in zip(names, targets, _of_neurons(vlm, scored), strict=True)
+            ]
+    return found
+
+
+def _of_neurons(vlm: VLM, scored: Scored) -> Float[np.ndarray, "targets neurons"]:
+    """Scores of slots as those of all neurons, float32."""
     parts = []
     start = 0
     for i, ffn in enumerate(vlm.anatomy.ffns):
@@ -97,12 +110,11 @@ def noun_scores(
             parts.append(mine)
         else:
             parts.append(
-                torch.zeros(len(targets), ffn.size, dtype=torch.float32).scatter_add(
+                torch.zeros(len(mine), ffn.size, dtype=torch.float32).scatter_add(
                     1, scored.moments.neurons(i).cpu(), mine
                 )
             )
-    whole = torch.cat(parts, dim=1).float().numpy()
-    return [NounScores(items[t.row].name, t.word.lemma, row) for t, row in zip(targets, whole, strict=True)]
+    return torch.cat(parts, dim=1).float().numpy()
 
 
 def specificity(

@@ -16,11 +16,12 @@ from mmneurons.finding.scoring import as_read, columns_of, said, texts
 from mmneurons.inspection.matching import DRAWS, column_norms, loudness, matched
 from mmneurons.maths.ranking import top_k
 from mmneurons.maths.statistics import spearman
-from mmneurons.vlm.pictures import Picture, open_row
-from mmneurons.vlm.prompts import MAX_NEW_TOKENS, PROMPT, prefix_for
-from mmneurons.vlm.recording import record
+from mmneurons.settings import MAX_NEW_TOKENS, PROMPT, Question
+from mmneurons.vlm.asking import ask
+from mmneurons.vlm.pictures import Picture
+from mmneurons.vlm.recording import Recording, record
 from mmneurons.vlm.replay import Replay
-from mmneurons.vlm.vlm import VLM
+from mmneurons.vlm.vlm import VLM, Answers
 
 DELETED = (1, 2, 5, 10, 20, 50, 100)
 """How many top neurons are silenced together."""
@@ -159,21 +160,26 @@ def mean_activations(
     answer_prefix: str | None = None,
     max_new_tokens: int = MAX_NEW_TOKENS,
 ) -> list[Float[Tensor, "neurons"]]:
-    """Each neuron's mean activation where the model writes its answers to these images, run as one batch.
+    """Each neuron's mean activation where the model writes its answers to these images.
+
+    They are run as one batch, where the model allows that.
 
     Returns:
         Per FFN, float32 on the CPU, experts one after the other; of an expert's neurons the mean where it is asked,
         0 where it never is.
     """
-    answer_prefix = prefix_for(prompt, answer_prefix)
-    inputs = vlm.encode([[opened.image for opened in open_row(image)] for image in images], prompt, answer_prefix)
-    with record(vlm.anatomy, writes=False) as recording:
-        answers = vlm.generate(inputs, max_new_tokens)
+    question = Question(prompt, answer_prefix, max_new_tokens, len(images))
+    sums = [torch.zeros(2, ffn.size, dtype=torch.float64) for ffn in vlm.anatomy.ffns]
+    for batch in ask(vlm, images, question, recorder=partial(record, writes=False)):
+        _add(batch.recording, batch.answers, sums)
+    return [(total / count.clamp(min=1)).float() for total, count in sums]
+
+
+def _add(recording: Recording, answers: Answers, sums: Sequence[Float[Tensor, "2 neurons"]]) -> None:
+    """Add, per FFN, each neuron's activations at the steps of some answers, and how often it was asked."""
     n_steps = max(map(len, answers.token_ids))
     answered = torch.tensor([[step < len(ids) for step in range(n_steps)] for ids in answers.token_ids])
-    means = []
-    for i, ffn in enumerate(vlm.anatomy.ffns):
-        total, count = torch.zeros(ffn.size, dtype=torch.float64), torch.zeros(ffn.size, dtype=torch.float32)
+    for i, (ffn, (total, count)) in enumerate(zip(recording.anatomy.ffns, sums, strict=True)):
         for step in range(n_steps):
             fired = recording.raw[i][step][:, -1].double().cpu()[answered[:, step]]
             if ffn.n_experts is None:
@@ -184,9 +190,7 @@ def mean_activations(
             width = ffn.n_neurons
             places = (of[..., None] * width + torch.arange(width)).flatten()
             total.index_add_(0, places, fired.flatten())
-            count.index_add_(0, places, torch.ones(len(places), dtype=torch.float32))
-        means.append((total / count.clamp(min=1)).float())
-    return means
+            count.index_add_(0, places, torch.ones(len(places), dtype=torch.float64))
 
 
 def _of_slots(replay: Replay, means: Sequence[Float[Tensor, "neurons"]]) -> Float[Tensor, "slots"]:

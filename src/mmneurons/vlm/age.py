@@ -62,6 +62,9 @@ class _Watch:
     patches: tuple[str, ...] = ()
     """Hashes of the patches that are applied."""
     depth: int = 0
+    """Edits of ours that are being made, one in the other."""
+    edits: int = 0
+    """How many were begun so far."""
 
 
 _WATCHES: WeakKeyDictionary[nn.Module, _Watch] = WeakKeyDictionary()
@@ -74,8 +77,9 @@ def age(model: nn.Module) -> int:
         ModelError: if it was changed while patches were applied, so that nobody knows its weights without them.
     """
     watch = _watch(model)
-    if watch.depth == 0:
-        watch.changed = watch.changed or _changed(watch)
+    edits, found = watch.edits, _changed(watch)
+    if watch.depth == 0 and watch.edits == edits:  # else another thread began an edit while this one looked
+        watch.changed = watch.changed or found
         if watch.changed and watch.patches:
             names = [*watch.changed[:3], *(["..."] if len(watch.changed) > 3 else [])]
             raise ModelError(
@@ -109,6 +113,7 @@ def editing(model: nn.Module) -> Iterator[None]:
     """Within it, what is changed is an edit of ours: the model stays as old as it was."""
     watch = _watch(model)
     watch.changed = watch.changed or _changed(watch)  # told to who asks for its age, not to who takes a patch back
+    watch.edits += 1  # before anything is written: see `age`
     watch.depth += 1
     try:
         yield

@@ -23,6 +23,7 @@ from transformers.utils.peft_utils import find_adapter_config_file
 
 from mmneurons.errors import MmneuronsError, ModelError
 from mmneurons.vlm.age import editing
+from mmneurons.vlm.failures import first_line, is_out_of_memory
 from mmneurons.vlm.processors import is_installed, missing_package
 
 if TYPE_CHECKING:
@@ -210,20 +211,6 @@ def refusal(source: str, error: Exception, options: Mapping[str, Any]) -> ModelE
         what = f"transformers cannot build the model that the config.json of '{source}' describes."
         fix = "Mend the entry of which it speaks, or take the config.json of the model that this one was made from."
     return ModelError(what, seen=seen, fix=fix)
-
-
-def is_out_of_memory(error: Exception) -> bool:
-    """Whether there was not enough memory, a GPU's or the machine's."""
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
-
-
-def first_line(error: Exception) -> str:
-    """The first line that says something, and what it announces; transformers' messages run to hundreds of lines."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    if not lines:
-        return type(error).__name__
-    said = " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
-    return f"{type(error).__name__}: {said}"[:300] if isinstance(error, LookupError) else said[:300]
 
 
 def _from_pretrained(source: str, options: Mapping[str, Any]) -> tuple[PreTrainedModel, dict[str, Any]]:

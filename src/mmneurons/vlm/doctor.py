@@ -13,6 +13,7 @@ from torch import Tensor
 
 from mmneurons import pocket
 from mmneurons.errors import ModelError
+from mmneurons.settings import PROMPT, prefix_for
 from mmneurons.vlm import provenance, weights
 from mmneurons.vlm.anatomy import norms
 from mmneurons.vlm.anatomy.parts import Anatomy, normed, steps
@@ -23,7 +24,6 @@ from mmneurons.vlm.locking import by_one_thread, restored
 from mmneurons.vlm.modes import hooked
 from mmneurons.vlm.moments import Moments, pick_moments, written
 from mmneurons.vlm.pictures import Picture
-from mmneurons.vlm.prompts import PROMPT, prefix_for
 from mmneurons.vlm.recording import Recording, record
 from mmneurons.vlm.vlm import VLM, Answers, Inputs
 

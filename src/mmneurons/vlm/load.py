@@ -16,15 +16,8 @@ from mmneurons import pocket
 from mmneurons.errors import ModelError
 from mmneurons.vlm import provenance
 from mmneurons.vlm.anatomy.find import find_anatomy
-from mmneurons.vlm.checkpoint import (
-    first_line,
-    is_out_of_memory,
-    made_up_weights,
-    original,
-    read_checkpoint,
-    refusal,
-    running,
-)
+from mmneurons.vlm.checkpoint import made_up_weights, original, read_checkpoint, refusal, running
+from mmneurons.vlm.failures import first_line, is_out_of_memory
 from mmneurons.vlm.families import check_version
 from mmneurons.vlm.processors import load_processor
 from mmneurons.vlm.vlm import VLM
@@ -52,8 +45,8 @@ def load(
     Args:
         model: A hub id, a folder, or a loaded model, also one with LoRA attached (PEFT); None (or "pocket") for the
             pocket model. A loaded model is used as it is: nothing in it is moved, cast or changed.
-        processor: Its processor; found beside the weights if None. A loaded model without one works on ready-made
-            inputs: `find(vlm, inputs={...})`, `doctor(vlm, inputs={...})`.
+        processor: Its processor, or the hub id or folder of one; found beside the weights if None. A loaded model
+            without one works on ready-made inputs: `find(vlm, inputs={...})`, `doctor(vlm, inputs={...})`.
         dtype: "float32", "bfloat16", "float16", a torch dtype, or None for the checkpoint's own (pocket: float32).
         device: Where to put it; None for the first GPU if there is one, else the CPU. Not with a model object.
         device_map: Passed to transformers instead of `device` (needs the extra `accelerate`).
@@ -67,7 +60,7 @@ def load(
             told.
     """
     if isinstance(model, nn.Module):
-        return _adopt(_unwrapped(model), processor, decoder)
+        return _adopt(_unwrapped(model), processor, decoder, trust_remote_code=trust_remote_code)
     if model is not None and not isinstance(model, str | os.PathLike):
         raise _not_a_model(model)
     is_pocket = model is None or model == POCKET
@@ -89,7 +82,7 @@ def load(
     try:
         vlm = VLM(
             model=loaded,
-            processor=_processor(source, loaded.config.model_type, options) if processor is None else processor,
+            processor=_processor(source, loaded.config.model_type, options, processor),
             analysed=find_anatomy(loaded, decoder),
             model_id=POCKET if is_pocket else source,
             revision=getattr(loaded.config, "_commit_hash", None) or revision,
@@ -107,8 +100,12 @@ def load(
     return vlm
 
 
-def _processor(source: str, model_type: str, options: dict[str, Any]) -> Any:
-    """The processor beside the weights; of a fine-tuned model without one, that of the model that it was made from."""
+def _processor(source: str, model_type: str, options: dict[str, Any], given: Any) -> Any:
+    """The one given; else the one beside the weights, or of a fine-tuned model without one that of its original."""
+    if isinstance(given, str | os.PathLike):
+        return load_processor(os.fspath(given), model_type=model_type, trust_remote_code=options["trust_remote_code"])
+    if given is not None:
+        return given
     revision, trusted = options["revision"], options["trust_remote_code"]
     try:
         return load_processor(source, model_type=model_type, revision=revision, trust_remote_code=trusted)
@@ -150,7 +147,7 @@ def _check_calls(model: PreTrainedModel) -> None:
             )
 
 
-def _adopt(model: nn.Module, processor: Any, decoder: str | None) -> VLM:
+def _adopt(model: nn.Module, processor: Any, decoder: str | None, *, trust_remote_code: bool) -> VLM:
     """Use a model object as it is."""
     wrapped = getattr(model, "get_base_model", None)  # of PEFT; the adapters stay inside the model
     if wrapped is not None and hasattr(model, "peft_config"):
@@ -165,6 +162,9 @@ def _adopt(model: nn.Module, processor: Any, decoder: str | None) -> VLM:
     _check_kind(model.config)
     _check_calls(model)
     check_version(model.config)
+    if isinstance(processor, str | os.PathLike):
+        kind = model.config.model_type
+        processor = load_processor(os.fspath(processor), model_type=kind, trust_remote_code=trust_remote_code)
     name = getattr(model.config, "_name_or_path", "") or type(model).__name__
     return VLM(model, processor, find_anatomy(model, decoder), name, getattr(model.config, "_commit_hash", None))
 

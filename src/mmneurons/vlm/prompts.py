@@ -17,25 +17,10 @@ from mmneurons.vlm.locking import restored
 from mmneurons.vlm.processors import ImageAndTokenizer
 from mmneurons.vlm.tokens import TokenIds
 
-PROMPT = "Describe the image in few words."
-"""Asked unless the user asks something else (Pan et al., section 4)."""
-ANSWER_PREFIX = "An image of"
-"""The words an answer to `PROMPT` is made to begin with, so that nouns come first (Pan et al., section 4)."""
 WORDINGS = ("What is in the image?", "Write a short caption.", "What do you see?")
 """Other ways to ask for a caption."""
-MAX_NEW_TOKENS = 32
 REFUSALS = (ValueError, TypeError, AttributeError, IndexError, KeyError, AssertionError, NotImplementedError)
 """What processors raise at a text or a layout of pictures that is not theirs."""
-
-
-def prefix_for(prompt: str, answer_prefix: str | None) -> str:
-    """The words that an answer is made to begin with: those given; else the paper's, with the paper's prompt only.
-
-    Behind a question of one's own, "An image of" would turn the answer into something else.
-    """
-    if answer_prefix is not None:
-        return answer_prefix
-    return ANSWER_PREFIX if prompt == PROMPT else ""
 
 
 def prompt_text(
@@ -125,6 +110,15 @@ def encode_prompt(
         for name in set(batch) - {*names, "decoder_input_ids"}:
             del batch[name]
     return batch
+
+
+def continued(tokenizer: Any, before: str, text: str) -> list[int]:
+    """The tokens of a text behind another one, as a model would go on: a space between them, unless one is there."""
+    joint = "" if not before or before[-1].isspace() else " "
+    alone, both = _ids(tokenizer, before), _ids(tokenizer, f"{before}{joint}{text}")
+    if both[: len(alone)] == alone:
+        return both[len(alone) :]
+    return _ids(tokenizer, f"{joint}{text}")  # the first letters were written together with what stands before
 
 
 def token_of(tokenizer: Any, word: str) -> int:

@@ -52,6 +52,11 @@ class Recording:
     residual: list[Float[Tensor, "batch kept hidden"]] = field(default_factory=list)
     """The residual stream as it enters the final norm."""
 
+    @staticmethod
+    def nothing(anatomy: Anatomy) -> Recording:
+        """A recording for which nothing was asked."""
+        return Recording(anatomy, [], [], [], [], [], [])
+
     @property
     def n_passes(self) -> int:
         """Forward passes recorded."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from typing import Any, cast, overload
 
@@ -17,17 +17,20 @@ from transformers import PreTrainedModel
 
 from mmneurons.errors import ModelError, SettingError
 from mmneurons.pocket import SIDE
+from mmneurons.settings import MAX_NEW_TOKENS, PROMPT, Question
 from mmneurons.vlm import provenance
 from mmneurons.vlm.age import age, patches, weights_hash
 from mmneurons.vlm.anatomy.find import find_anatomy
 from mmneurons.vlm.anatomy.parts import Anatomy, check_finite
-from mmneurons.vlm.checkpoint import Loading, first_line, is_out_of_memory
+from mmneurons.vlm.asking import texts_of
+from mmneurons.vlm.checkpoint import Loading
+from mmneurons.vlm.failures import unanswered
 from mmneurons.vlm.families import Family, family_of
 from mmneurons.vlm.images import OpenedImage, check_scaled
 from mmneurons.vlm.locking import alone
 from mmneurons.vlm.modes import evaluating, greedy, hooked, input_device, placeholder_ids, stop_ids
-from mmneurons.vlm.pictures import Picture, Pictures, as_list, batches, open_row
-from mmneurons.vlm.prompts import MAX_NEW_TOKENS, PROMPT, encode_prompt, prefix_for
+from mmneurons.vlm.pictures import Picture, Pictures, as_list
+from mmneurons.vlm.prompts import encode_prompt
 from mmneurons.vlm.tokens import TokenIds, pieces
 
 Inputs = Mapping[str, Any]
@@ -187,13 +190,8 @@ class VLM:
         Raises:
             ImageError: if something is not an image.
         """
-        if batch_size < 1:
-            raise SettingError("A batch holds at least one image.", seen=f"batch_size={batch_size}")
-        answer_prefix = prefix_for(prompt, answer_prefix)
-        texts: list[str] = []
-        for rows in batches([open_row(row) for row in as_list(images)], 1 if self.family.one_at_a_time else batch_size):
-            inputs = self.encode([[o.image for o in row] for row in rows], prompt, answer_prefix)
-            texts += self.generate(inputs, max_new_tokens).texts
+        question = Question(prompt, answer_prefix, max_new_tokens, batch_size)
+        texts = texts_of(self, as_list(images), question)
         return texts if isinstance(images, list | tuple) else texts[0]
 
     def encode(
@@ -257,8 +255,10 @@ class VLM:
         with self.alone(), watching, torch.inference_mode(), greedy(self.model, self.tokenizer, max_new_tokens):
             try:
                 made = cast(Any, self.model).generate(**inputs)
-            except (RuntimeError, ValueError, TypeError, LookupError, MemoryError) as error:  # what model code raises
-                raise _unanswered(error) from error
+            except Exception as error:
+                if (told := unanswered(error)) is None:
+                    raise
+                raise told from error
         n_prompt = made.shape[1] - len(watch.logits)
         stops = stop_ids(self.model, self.tokenizer)
         rows = tuple(_until_stop(row, stops) for row in made[:, n_prompt:].tolist())
@@ -291,7 +291,8 @@ class VLM:
         filled = [[*row, *longest[len(row) :]] for row in token_ids]
         fed = torch.tensor(filled, dtype=prompts.dtype, device=prompts.device).view(len(filled), len(longest))
         nothing, n_prompt = torch.empty(len(filled), 0, dtype=torch.float32), prompts.shape[1]
-        rows, texts = tuple(map(tuple, token_ids)), ("",) * len(filled)
+        rows = tuple(map(tuple, token_ids))
+        texts = tuple(self.tokenizer.decode(row, skip_special_tokens=True).strip() for row in rows)
         return Answers(rows, texts, torch.cat([prompts, fed], dim=1), nothing, nothing, n_prompt)
 
     def read(self, inputs: Inputs, answers: Answers | None = None) -> None:
@@ -299,6 +300,17 @@ class VLM:
         batch = dict(inputs) if answers is None else self.extended(inputs, answers)
         with self.alone(), torch.inference_mode(), evaluating(self.model):
             self.model(**batch, **self.once())
+
+    def scored(self, inputs: Inputs, answers: Answers) -> Answers:
+        """The same answers with the logits that the model gives to their tokens, in one pass over prompt and answer."""
+        n_added = answers.sequences.shape[1] - answers.n_prompt
+        with self.alone(), torch.inference_mode(), evaluating(self.model):
+            output = self.model(**self.extended(inputs, answers), **self.once(n_added + 1))
+        logits = output.logits[:, -n_added - 1 : -1].float()
+        totals = logits.logsumexp(-1)
+        check_finite(totals, self.model.dtype)
+        said = answers.sequences[:, answers.n_prompt :, None].to(logits.device)
+        return replace(answers, logits=logits.gather(-1, said)[..., 0], log_totals=totals)
 
     def once(self, n_logits: int = 1) -> dict[str, Any]:
         """Options of a pass that nothing follows, as far as the model takes them: the logits of its last positions."""
@@ -369,23 +381,6 @@ class _Chosen:
         self.log_totals.append(scores.logsumexp(-1))
         scores[:, [token for token in self.unsaid if token < scores.shape[1]]] = -torch.inf
         self.logits.append(scores.max(-1).values)
-
-
-def _unanswered(error: Exception) -> ModelError:
-    """What to tell a user whose model does not take what its processor, or the user, makes for it."""
-    if is_out_of_memory(error):
-        return ModelError(
-            "There is not enough memory for this batch.",
-            seen=first_line(error),
-            fix='Ask about fewer images at once (batch_size=1), or load the model smaller: dtype="bfloat16"    '
-            "CLI: --batch-size 1, --dtype bfloat16, --bits 4",
-        )
-    return ModelError(
-        "The model's own code fails on this prompt.",
-        seen=f"{type(error).__name__}: {first_line(error)}",
-        fix="Its config.json, its processor and this version of transformers must fit each other: take the config and "
-        "the processor of the model that it was made from. Ready-made inputs must be as that processor makes them.",
-    )
 
 
 def _until_stop(row: list[int], stops: set[int]) -> tuple[int, ...]:
