@@ -21,7 +21,8 @@ from mmneurons.editing.columns import writers
 from mmneurons.editing.forced import Reader
 from mmneurons.editing.goals import Asked, goals_of
 from mmneurons.editing.reference import make_reference
-from mmneurons.editing.steps import ASKED, answer_steps, occurrences
+from mmneurons.editing.steps import answer_steps, occurrences
+from mmneurons.settings import Question
 from mmneurons.vlm.modes import evaluating, frozen
 
 SOURCE, TARGET, TOP = "dog", "cat", 100
@@ -35,7 +36,7 @@ def main() -> None:
     vlm = mmn.load(dtype="float32", device="cpu")
     images = [scene.image for scene in pocket.edit_set(SOURCE).edit]
     said = answer_steps(vlm, images)
-    asked = Asked(images, ASKED, said, occurrences(vlm, said, SOURCE))
+    asked = Asked(images, Question(), said, occurrences(vlm, said, SOURCE))
     goals = goals_of(vlm, [asked], TARGET)
     reference = make_reference(vlm, [pocket.scene(650_000_000 + i).image for i in range(optimised.SAMPLE)])
     print("| columns of | cached, ms a step | whole model, ms a step | whole / cached |\n| --- | --- | --- | --- |")
@@ -45,7 +46,7 @@ def main() -> None:
         with frozen(vlm.model), evaluating(vlm.model):
             for name, cache in (("cached", True), ("whole", False)):
                 reader = Reader(vlm, len(vlm.anatomy.blocks) - blocks, cache, 8)
-                own = reader.read(images, ASKED, optimised.given(vlm, asked, TARGET))
+                own = reader.read(images, Question(), optimised.given(vlm, asked, TARGET))
                 others = reader.read_reference(reference, SOURCE)
                 studies.append(optimised.Study(reader, columns, None, to_target=True))
                 for delta in studies[-1].deltas.values():

@@ -20,7 +20,7 @@ from mmneurons.editing.goals import Asked, goals_of
 from mmneurons.editing.lessons import Schedule, Task
 from mmneurons.editing.patch import Patch
 from mmneurons.editing.reference import Reference, make_reference
-from mmneurons.editing.steps import ASKED, answer_steps, occurrences
+from mmneurons.editing.steps import answer_steps, occurrences
 from mmneurons.editing.trained import carried, spread
 from mmneurons.errors import ModelError, SettingError, WordError
 from mmneurons.settings import Question
@@ -50,7 +50,7 @@ def reference(model: VLM) -> Reference:
 @pytest.fixture(scope="module")
 def task(model: VLM, reference: Reference) -> Task:
     said = answer_steps(model, IMAGES, Question(batch_size=20))
-    asked = Asked(IMAGES, ASKED, said, occurrences(model, said, "dog"))
+    asked = Asked(IMAGES, Question(), said, occurrences(model, said, "dog"))
     return Task(model, [asked], "dog", "cat", reference, SETTINGS, 0, lambda what: None)
 
 

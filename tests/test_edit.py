@@ -28,7 +28,7 @@ from mmneurons.editing.goals import Asked, Goal, goals_of
 from mmneurons.editing.ledger import ledger_of
 from mmneurons.editing.patch import HASH_BYTES, Patch, PatchPart, column_hashes
 from mmneurons.editing.reference import make_reference
-from mmneurons.editing.steps import ASKED, Said, answer_steps, forced_steps, likeliest, occurrences
+from mmneurons.editing.steps import Said, answer_steps, forced_steps, likeliest, occurrences
 from mmneurons.editing.strength import ALLOWED_FLIPS, MARGINS, find_strength
 from mmneurons.errors import MmneuronsError, SettingError, WordError
 from mmneurons.maths.edits import selective, smallest
@@ -263,7 +263,7 @@ def test_the_effect_is_that_on_the_logits_and_one_in_the_mean(vlm, method):
     images = edit_images("dog")[:4]
     said = answer_steps(vlm, images)
     found = occurrences(vlm, said, "dog")
-    asked = Asked(images, ASKED, said, found)
+    asked = Asked(images, Question(), said, found)
     (goal,) = goals_of(vlm, [asked], "cat")
     columns = writers(vlm, [goal], 50, blocks=1)
     rest = torch.ones(len(said.steps), dtype=torch.bool)
@@ -327,7 +327,7 @@ def test_a_selective_edit_moves_along_what_spares_other_tokens(vlm):
     """For what it does to what is wanted, it does less to the logits of all tokens than the steepest direction."""
     said = answer_steps(vlm, edit_images("dog")[:2])
     found = occurrences(vlm, said, "dog")
-    (goal,) = goals_of(vlm, [Asked(edit_images("dog")[:2], ASKED, said, found)], "cat")
+    (goal,) = goals_of(vlm, [Asked(edit_images("dog")[:2], Question(), said, found)], "cat")
     columns, layer = writers(vlm, [goal], 50, blocks=1), last(vlm)
     row = goal.row(vlm.anatomy.unembed)
     reads = goal.steps.at(torch.zeros(vlm.n_tokens, dtype=torch.long)).directions(vlm.anatomy.unembed[: vlm.n_tokens])
@@ -392,7 +392,7 @@ def test_each_form_has_its_own_goal(vlm):
     said = written(vlm, IMAGE, "Foxes and a fox and a Fox")
     found = occurrences(vlm, said, "fox")
     assert [word.text for _, word in found] == ["Foxes", "fox", "Fox"]
-    goals = goals_of(vlm, [Asked([IMAGE], ASKED, said, found)], "wolf")
+    goals = goals_of(vlm, [Asked([IMAGE], Question(), said, found)], "wolf")
     wanted: dict[tuple[int, int], int] = {}
     for (_, word), form in zip(found, ("Wolves", "wolf", "Wolf"), strict=True):
         pair = (said.token_ids[0][word.steps[0]], tokens_of(vlm.tokenizer, form)[0])
@@ -410,7 +410,7 @@ def test_each_form_has_its_own_goal(vlm):
 def test_further_tokens_of_the_target_are_wanted_behind_those_before(vlm):
     said = answer_steps(vlm, edit_images("dog")[:1])
     found = occurrences(vlm, said, "dog")
-    goals = goals_of(vlm, [Asked(edit_images("dog")[:1], ASKED, said, found)], "kiwi")
+    goals = goals_of(vlm, [Asked(edit_images("dog")[:1], Question(), said, found)], "kiwi")
     target = tokens_of(vlm.tokenizer, "kiwi")
     assert len(target) > 1
     begun = list(said.token_ids[0][: found[0][1].steps[0]])
@@ -425,7 +425,7 @@ def test_further_tokens_of_the_target_are_wanted_behind_those_before(vlm):
 def test_a_removal_wants_what_is_next_best(vlm):
     said = answer_steps(vlm, edit_images("dog")[:2])
     found = occurrences(vlm, said, "dog")
-    (goal,) = goals_of(vlm, [Asked(edit_images("dog")[:2], ASKED, said, found)], None)
+    (goal,) = goals_of(vlm, [Asked(edit_images("dog")[:2], Question(), said, found)], None)
     assert goal.wanted is None
     # Towards what would be said next best there, step by step.
     logits = vlm.anatomy.logits(goal.steps.residual)
@@ -580,7 +580,7 @@ def test_text_positions_count_once_and_for_all_that_read_the_same(vlm, with_text
 def test_harm_is_one_over_the_strength_at_which_something_else_is_said(vlm, with_texts):
     said = answer_steps(vlm, edit_images("ball")[:2])
     found = occurrences(vlm, said, "ball")
-    goals = goals_of(vlm, [Asked(edit_images("ball")[:2], ASKED, said, found)], "bear")
+    goals = goals_of(vlm, [Asked(edit_images("ball")[:2], Question(), said, found)], "bear")
     columns = writers(vlm, goals, 50, blocks=1)
     moves = moves_for(vlm, columns, goals, [with_texts.steps], 0.1)
     harm = harm_of(vlm, with_texts, moves)[-len(with_texts.text_counts) :]
@@ -605,7 +605,7 @@ def test_texts_of_the_reference_hold_an_edit_back(vlm):
     """A bias on two logits is as strong as these texts bear: the largest margin at which few of them change."""
     images = edit_images("dog")[:2]
     said = answer_steps(vlm, images)
-    asked = [Asked(images, ASKED, said, occurrences(vlm, said, "dog"))]
+    asked = [Asked(images, Question(), said, occurrences(vlm, said, "dog"))]
     dog, cat = (tokens_of(vlm.tokenizer, word)[0] for word in ("dog", "cat"))
     unit = HeadChange(((dog, cat),), 1.0)
     options: dict[str, Any] = {"start": 4.0, "max_new_tokens": 32, "batch_size": 8, "tell": lambda what: None}
@@ -693,7 +693,7 @@ def test_a_target_that_begins_the_source_is_refused(vlm):
     said = written(vlm, IMAGE, "an eggplant")
     (target,) = tokens_of(vlm.tokenizer, "e")
     assert tokens_of(vlm.tokenizer, "eggplant")[0] == target
-    asked = Asked([IMAGE], ASKED, said, occurrences(vlm, said, "eggplant"))
+    asked = Asked([IMAGE], Question(), said, occurrences(vlm, said, "eggplant"))
     with pytest.raises(WordError, match="begins with all tokens of 'e'"):
         goals_of(vlm, [asked], "e")
 

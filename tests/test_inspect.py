@@ -27,7 +27,7 @@ from mmneurons.inspection.truth import mean_activations
 from mmneurons.maths.statistics import Estimate
 from mmneurons.report import plots
 from mmneurons.report.inspection import write_inspection
-from mmneurons.settings import ANSWER_PREFIX, PROMPT
+from mmneurons.settings import ANSWER_PREFIX, PROMPT, Question
 
 NONE = Meaning(None, None, "none", None, {"BERTScore": "none here", "CLIPScore": "none here"})
 
@@ -398,8 +398,8 @@ def test_a_text_model_that_is_not_there_is_told(tmp_path):
 
 def test_mean_activations_are_those_of_what_is_said(random_vlm):
     images = [mmn.pocket.scene(seed, ["dog"]).image for seed in (1, 2)]
-    together = mean_activations(random_vlm, images, max_new_tokens=3)
-    apart = [mean_activations(random_vlm, [image], max_new_tokens=3) for image in images]
+    together = mean_activations(random_vlm, images, question=Question(max_new_tokens=3))
+    apart = [mean_activations(random_vlm, [image], question=Question(max_new_tokens=3)) for image in images]
     for whole, first, second in zip(together, *apart, strict=True):
         np.testing.assert_allclose(whole, (first + second) / 2, rtol=1e-3, atol=1e-4)
     with mmn.record(random_vlm.anatomy) as recording:

@@ -18,9 +18,10 @@ from mmneurons.editing.ledger import ledger_of
 from mmneurons.editing.optimised import optimise
 from mmneurons.editing.patch import Patch
 from mmneurons.editing.reference import Reference, make_reference
-from mmneurons.editing.steps import ASKED, answer_steps, occurrences
+from mmneurons.editing.steps import answer_steps, occurrences
 from mmneurons.errors import ModelError, SettingError
 from mmneurons.neurons import Neuron
+from mmneurons.settings import Question
 from mmneurons.vlm.modes import evaluating, frozen
 from mmneurons.vlm.vlm import VLM
 from mmneurons.words import says
@@ -55,7 +56,7 @@ def case_of(vlm: VLM) -> Case:
     """Everything but the patch."""
     images = [scene.image for scene in pocket.edit_set("dog").edit]
     said = answer_steps(vlm, images)
-    asked = [Asked(images, ASKED, said, occurrences(vlm, said, "dog"))]
+    asked = [Asked(images, Question(), said, occurrences(vlm, said, "dog"))]
     reference = make_reference(vlm, [pocket.scene(650_000_000 + i).image for i in range(20)], ["a house on a table"])
     columns = writers(vlm, goals_of(vlm, asked, "cat"), 100, 1)
     return Case(asked, columns, reference, Patch(vlm.anatomy.hidden, ()))
@@ -100,7 +101,7 @@ def test_only_the_chosen_columns_change(vlm, case):
 
 def read(vlm: VLM, case: Case, reader: Reader, target: str | None = "cat"):
     one = case.asked[0]
-    own = reader.read(one.images, ASKED, optimised.given(vlm, one, target))
+    own = reader.read(one.images, Question(), optimised.given(vlm, one, target))
     return own, reader.read_reference(case.reference, "dog")
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from mmneurons.editing.ledger import ledger_of
 from mmneurons.editing.patch import Edit, Patch
-from mmneurons.editing.steps import ASKED, likeliest, no_neurons
+from mmneurons.editing.steps import likeliest, no_neurons
 from mmneurons.inspection.causal import rest_unchanged
 from mmneurons.maths.statistics import Estimate, share
 from mmneurons.settings import Question
@@ -49,7 +49,7 @@ class Bench:
     """Images of which it does not; those of which it does are left out."""
     texts: Sequence[str] = ()
     """Texts without an image; those that name SOURCE are judged apart."""
-    question: Question = ASKED
+    question: Question = Question()
     wordings: Sequence[str] = WORDINGS
     """Other ways to ask; answers begin with the same words."""
 

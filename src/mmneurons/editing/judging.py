@@ -15,7 +15,6 @@ import msgspec
 
 from mmneurons.editing.evaluation import Before, Bench, Judged, evaluate
 from mmneurons.editing.patch import Edit, Patch
-from mmneurons.editing.steps import ASKED
 from mmneurons.errors import SettingError
 from mmneurons.inspection.content import image_hash, key_of
 from mmneurons.inspection.items import Item
@@ -33,7 +32,7 @@ class Case:
     """Called when the edit is judged; not where its figures are known from an earlier run."""
     source: str
     target: str | None
-    question: Question = ASKED
+    question: Question = Question()
     """How the model is asked; in batches as large as `judge` is told."""
     key: str = ""
     """What tells it from all others: a patch's hash; "": its name does."""

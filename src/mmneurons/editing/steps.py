@@ -24,9 +24,6 @@ from mmneurons.vlm.recording import Recording, record
 from mmneurons.vlm.vlm import VLM, Inputs
 from mmneurons.words import Word, find_words, says
 
-ASKED = Question()
-"""What the model is asked unless the user asks something else."""
-
 
 @dataclass(frozen=True, eq=False)
 class Steps:
@@ -88,7 +85,7 @@ class Said:
 def answer_steps(
     vlm: VLM,
     images: Sequence[Picture],
-    question: Question = ASKED,
+    question: Question = Question(),
     *,
     progress: Callable[[int], None] | None = None,
 ) -> Said:
@@ -124,7 +121,7 @@ def answer_steps(
     return Said(tuple(texts), tuple(token_ids), join(parts))
 
 
-def forced_steps(vlm: VLM, image: Picture, ids: Sequence[int], question: Question = ASKED) -> Steps:
+def forced_steps(vlm: VLM, image: Picture, ids: Sequence[int], question: Question = Question()) -> Steps:
     """What the model would say at each step of an answer that it is given: n tokens give n + 1 steps."""
     (batch,) = ask(vlm, [image], question, given=[ids], recorder=record)
     return _read_steps(vlm, batch.recording, [0])

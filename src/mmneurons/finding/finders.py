@@ -22,7 +22,7 @@ from torch import Tensor
 from mmneurons.errors import SettingError
 from mmneurons.finding.finder import targets_of
 from mmneurons.finding.scoring import SCORES, Choices, score_targets
-from mmneurons.settings import MAX_NEW_TOKENS, PROMPT, Question
+from mmneurons.settings import Question
 from mmneurons.vlm.asking import ask
 from mmneurons.vlm.locking import by_one_thread
 from mmneurons.vlm.pictures import Picture
@@ -53,11 +53,9 @@ def judge(
     image: Picture,
     finders: Sequence[Finder] = FINDERS,
     *,
-    prompt: str = PROMPT,
-    answer_prefix: str | None = None,
     words: Sequence[str] | None = None,
-    max_new_tokens: int = MAX_NEW_TOKENS,
     seed: int = 0,
+    question: Question = Question(),
 ) -> list[Judged]:
     """Let the model answer, and every finder score all neurons for each noun of the answer.
 
@@ -65,11 +63,9 @@ def judge(
         vlm: The model, from `load`.
         image: A path, PIL image or array.
         finders: Which; see the table above.
-        prompt: What the model is asked.
-        answer_prefix: Words that the answer is made to begin with; None: see `prefix_for`.
         words: Words of the answer to explain instead of its nouns; those that are not in it are left out.
-        max_new_tokens: Where to stop if the model does not.
         seed: Of `random`.
+        question: What the model is asked.
 
     Returns:
         One entry for each noun; none if there is none.
@@ -81,7 +77,6 @@ def judge(
     unknown = [finder for finder in finders if finder not in FINDERS]
     if unknown:
         raise SettingError(f"There is no finder '{unknown[0]}'.", fix=f"Choose of: {', '.join(FINDERS)}.")
-    question = Question(prompt, answer_prefix, max_new_tokens)
     choices = Choices(question, 1, words=None if words is None else tuple(words))
     (batch,) = ask(vlm, [image], question)
     inputs, answers = batch.inputs, batch.answers

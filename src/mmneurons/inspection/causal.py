@@ -18,7 +18,8 @@ from mmneurons.finding.finders import Finder, judge
 from mmneurons.inspection.items import Item
 from mmneurons.inspection.matching import DRAWS, column_norms, loudness, matched
 from mmneurons.maths.ranking import top_k
-from mmneurons.settings import MAX_NEW_TOKENS, PROMPT
+from mmneurons.settings import Question
+from mmneurons.vlm.asking import texts_of
 from mmneurons.vlm.interventions import Intervention, intervene
 from mmneurons.vlm.replay import Replay
 from mmneurons.vlm.vlm import VLM
@@ -84,9 +85,7 @@ def causal(
     sizes: Sequence[int] = SIZES,
     ways: Sequence[How] = HOW,
     draws: int = DRAWS,
-    prompt: str = PROMPT,
-    answer_prefix: str | None = None,
-    max_new_tokens: int = MAX_NEW_TOKENS,
+    question: Question = Question(),
     batch_size: int = 8,
     seed: int = 0,
     progress: Callable[[int, int], None] | None = None,
@@ -100,9 +99,7 @@ def causal(
         sizes: How many of them at once; sizes larger than half of the model are left out.
         ways: How.
         draws: Of noise, and of matched random neurons.
-        prompt: What the model is asked.
-        answer_prefix: Words that the answer is made to begin with; None: see `prefix_for`.
-        max_new_tokens: Where to stop if the model does not.
+        question: What the model is asked.
         batch_size: Captions made at once, each with its own neurons disturbed.
         seed: Of noise and of random neurons.
         progress: Called with captions made and captions to make.
@@ -112,8 +109,8 @@ def causal(
     """
     image = item.image()
     norms = column_norms(vlm.anatomy)
-    judged = judge(vlm, image, [finder], prompt=prompt, answer_prefix=answer_prefix, max_new_tokens=max_new_tokens)
-    usual = vlm.caption(image, prompt, answer_prefix, max_new_tokens=max_new_tokens)
+    judged = judge(vlm, image, [finder], question=question)
+    (usual,) = texts_of(vlm, [image], question)
     trials = [_trials(one.replay, one.scores[finder], norms, sizes, ways, draws, seed) for one in judged]
     changes = [change for mine in trials for trial in mine for change in trial.changes]
     said: list[str] = []
@@ -123,8 +120,7 @@ def causal(
         with ExitStack() as disturbed:
             for row, change in enumerate(batch):
                 disturbed.enter_context(intervene(vlm, replace(change, rows=(row,))))
-            images = [image] * len(batch)
-            said += vlm.caption(images, prompt, answer_prefix, max_new_tokens=max_new_tokens, batch_size=width)
+            said += texts_of(vlm, [image] * len(batch), replace(question, batch_size=width))
         if progress is not None:
             progress(len(said), len(changes))
     captions = iter(said)

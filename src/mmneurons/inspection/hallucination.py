@@ -12,7 +12,8 @@ from importlib import resources
 from mmneurons.errors import FormatError
 from mmneurons.files import read_text
 from mmneurons.maths.statistics import Estimate, estimate, share, share_of
-from mmneurons.settings import MAX_NEW_TOKENS
+from mmneurons.settings import Question
+from mmneurons.vlm.asking import texts_of
 from mmneurons.vlm.pictures import Picture
 from mmneurons.vlm.vlm import VLM
 from mmneurons.words import Phrases, Place, singular
@@ -196,9 +197,7 @@ def pope(
     said: list[bool | None] = [None] * len(questions)
     for question in dict.fromkeys(questions):
         mine = [i for i, one in enumerate(questions) if one == question]
-        texts = vlm.caption(
-            [images[i] for i in mine], question, "", max_new_tokens=MAX_NEW_TOKENS, batch_size=batch_size
-        )
+        texts = texts_of(vlm, [images[i] for i in mine], Question(question, "", batch_size=batch_size))
         for i, text in zip(mine, texts, strict=True):
             said[i] = yes_or_no(text)
     n, n_yes = max(1, len(said)), said.count(True)

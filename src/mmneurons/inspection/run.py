@@ -31,7 +31,7 @@ from mmneurons.inspection.sensitivity import NounSensitivity, sensitivity
 from mmneurons.inspection.shelf import LOCK, Shelf, no_number, one_writer
 from mmneurons.inspection.specificity import NounScores, Specificity, noun_scores, specificity
 from mmneurons.inspection.truth import NounTruth, finder_truth, mean_activations
-from mmneurons.settings import MAX_NEW_TOKENS, PROMPT, prefix_for
+from mmneurons.settings import MAX_NEW_TOKENS, PROMPT, Question
 from mmneurons.vlm import provenance
 from mmneurons.vlm.vlm import VLM
 
@@ -60,13 +60,9 @@ class Settings:
     seed: int = 0
 
     @property
-    def answer(self) -> dict[str, Any]:
-        """The part that decides the answers."""
-        return {
-            "prompt": self.prompt,
-            "answer_prefix": self.answer_prefix,
-            "max_new_tokens": self.max_new_tokens,
-        }
+    def question(self) -> Question:
+        """What the model is asked."""
+        return Question(self.prompt, self.answer_prefix, self.max_new_tokens)
 
 
 @dataclass(frozen=True)
@@ -127,7 +123,7 @@ def inspect(
         FormatError: what the folder holds is damaged.
     """
     settings = settings or Settings()
-    settings = replace(settings, answer_prefix=prefix_for(settings.prompt, settings.answer_prefix))
+    settings = replace(settings, answer_prefix=settings.question.prefix)
     n_neurons = sum(ffn.size for ffn in vlm.anatomy.ffns)
     if not 1 <= settings.top <= n_neurons:
         raise SettingError(f"There is no top {settings.top} of the model's {n_neurons} neurons.", fix="--top 10")
@@ -148,9 +144,8 @@ def inspect(
 def examples(vlm: VLM, items: Sequence[Item], settings: Settings) -> list[Finding]:
     """Findings with maps of the first few images, to be drawn for each k."""
     shown = items[:EXAMPLES]
-    found = find(
-        vlm, [item.image() for item in shown], top=settings.top, score=settings.score, maps=True, **settings.answer
-    )
+    asked = asdict(settings.question)
+    found = find(vlm, [item.image() for item in shown], top=settings.top, score=settings.score, maps=True, **asked)
     return [replace(one, images=(item.name,)) for one, item in zip(found, shown, strict=True)]
 
 
@@ -174,7 +169,7 @@ class _Bench:
 
         def one(item: Item, tell: Callable[[int, int], None]) -> list[NounSensitivity]:
             s, other = self.settings, self._another(item)
-            how = {"score": s.score, "top": s.top, "seed": s.seed, **s.answer}
+            how = {"score": s.score, "top": s.top, "seed": s.seed, "question": s.question}
             try:
                 return sensitivity(self.vlm, item, None if other is None else other.image(), **how)
             except ImageError:  # perhaps of the other one, which this one is not to pay for
@@ -191,8 +186,8 @@ class _Bench:
 
         def one(item: Item, tell: Callable[[int, int], None]) -> list[NounCausal]:
             s = self.settings
-            how = {"finder": s.score, "seed": s.seed, "batch_size": self.batch_size}
-            return causal(self.vlm, item, progress=tell, **how, **s.answer)
+            how = {"finder": s.score, "seed": s.seed, "batch_size": self.batch_size, "question": s.question}
+            return causal(self.vlm, item, progress=tell, **how)
 
         return self._each("causal", list[NounCausal], self._items(SLOW_LIMIT), one, self._key)
 
@@ -203,11 +198,12 @@ class _Bench:
 
         @cache  # when the first image asks: a run that finds all of its results there needs none
         def means() -> list[Tensor]:
-            return mean_activations(self.vlm, [item.image() for item in answering], **self.settings.answer)
+            return mean_activations(self.vlm, [item.image() for item in answering], question=self.settings.question)
 
         def one(item: Item, tell: Callable[[int, int], None]) -> list[NounTruth]:
             s = self.settings
-            return finder_truth(self.vlm, item.image(), FINDERS, means=means(), seed=s.seed, progress=tell, **s.answer)
+            how = {"means": means(), "seed": s.seed, "question": s.question}
+            return finder_truth(self.vlm, item.image(), FINDERS, progress=tell, **how)
 
         def key(item: Item) -> str:
             return self._key(item, means_of)
@@ -242,7 +238,7 @@ class _Bench:
     def _noun_scores(self, items: Sequence[Item]) -> list[tuple[Item, list[NounScores]]]:
         """Of each image by itself, run as one batch; where one of them cannot be used, the others one by one."""
         try:
-            found = noun_scores(self.vlm, items, score=self.settings.score, **self.settings.answer)
+            found = noun_scores(self.vlm, items, score=self.settings.score, question=self.settings.question)
         except ImageError as error:
             if len(items) > 1:
                 return [pair for item in items for pair in self._noun_scores([item])]

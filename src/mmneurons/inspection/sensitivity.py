@@ -19,7 +19,7 @@ from mmneurons.finding.scoring import REGION_SIZES, Choices, Scored, describe, s
 from mmneurons.inspection.items import Item
 from mmneurons.inspection.matching import DRAWS, Matched, column_norms, loudness, matched
 from mmneurons.inspection.regions import RegionMatch, match, mean_match
-from mmneurons.settings import MAX_NEW_TOKENS, PROMPT, Question
+from mmneurons.settings import Question
 from mmneurons.vlm.asking import ask
 from mmneurons.vlm.grid import Grids, find_grids, model_view
 from mmneurons.vlm.interventions import shuffled
@@ -94,9 +94,7 @@ def sensitivity(
     *,
     score: Score = "logit",
     top: int = 10,
-    prompt: str = PROMPT,
-    answer_prefix: str | None = None,
-    max_new_tokens: int = MAX_NEW_TOKENS,
+    question: Question = Question(),
     seed: int = 0,
 ) -> list[NounSensitivity]:
     """Find the neurons of each noun, then read the same words with a blank image, another one, and shuffled patches.
@@ -107,9 +105,7 @@ def sensitivity(
         other: Another image, to be read in place of this one; left out where None.
         score: Which neurons are the top ones.
         top: How many of them.
-        prompt: What the model is asked.
-        answer_prefix: Words that the answer is made to begin with; None: see `prefix_for`.
-        max_new_tokens: Where to stop if the model does not.
+        question: What the model is asked.
         seed: Of the order of shuffled patches, and of random neurons.
 
     Returns:
@@ -118,7 +114,7 @@ def sensitivity(
     Raises:
         ImageError: the image, or a mask, cannot be read or used.
     """
-    image, question = item.image(), Question(prompt, answer_prefix, max_new_tokens)
+    image = item.image()
     choices = Choices(question, top, score, maps=True, blank=True)
     (batch,) = ask(vlm, [image], question, recorder=partial(record, gates=score == "paper"))
     inputs, answers = batch.inputs, batch.answers

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
@@ -16,7 +16,7 @@ from mmneurons.finding.result import Score
 from mmneurons.finding.scoring import Choices, Scored, score_targets
 from mmneurons.inspection.items import Item
 from mmneurons.maths.statistics import Estimate, estimate, over_pairs
-from mmneurons.settings import MAX_NEW_TOKENS, PROMPT, Question
+from mmneurons.settings import Question
 from mmneurons.vlm.asking import ask
 from mmneurons.vlm.locking import by_one_thread
 from mmneurons.vlm.recording import record
@@ -75,14 +75,12 @@ def noun_scores(
     items: Sequence[Item],
     *,
     score: Score = "logit",
-    prompt: str = PROMPT,
-    answer_prefix: str | None = None,
-    max_new_tokens: int = MAX_NEW_TOKENS,
+    question: Question = Question(),
 ) -> list[NounScores]:
     """What every neuron gives to every noun that the model says of these images, run as one batch."""
     if not items:
         return []
-    choices = Choices(Question(prompt, answer_prefix, max_new_tokens, len(items)), 1, score)
+    choices = Choices(replace(question, batch_size=len(items)), 1, score)
     recorder = partial(record, gates=score == "paper")
     found = []
     for batch in ask(vlm, [item.image() for item in items], choices.question, recorder=recorder):

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -16,7 +15,7 @@ from mmneurons.finding.scoring import as_read, columns_of, said, texts
 from mmneurons.inspection.matching import DRAWS, column_norms, loudness, matched
 from mmneurons.maths.ranking import top_k
 from mmneurons.maths.statistics import spearman
-from mmneurons.settings import MAX_NEW_TOKENS, PROMPT, Question
+from mmneurons.settings import Question
 from mmneurons.vlm.asking import ask
 from mmneurons.vlm.pictures import Picture
 from mmneurons.vlm.recording import Recording, record
@@ -91,9 +90,7 @@ def finder_truth(
     seed: int = 0,
     batch_size: int = 256,
     progress: Callable[[int, int], None] | None = None,
-    prompt: str = PROMPT,
-    answer_prefix: str | None = None,
-    max_new_tokens: int = MAX_NEW_TOKENS,
+    question: Question = Question(),
 ) -> list[NounTruth]:
     """Silence neurons one by one and top ones together, for each noun of the answer, and compare with each finder.
 
@@ -106,15 +103,12 @@ def finder_truth(
         seed: Of random neurons.
         batch_size: Silences computed at once.
         progress: Called with neurons silenced and neurons to silence.
-        prompt: What the model is asked.
-        answer_prefix: Words that the answer is made to begin with; None: see `prefix_for`.
-        max_new_tokens: Where to stop if the model does not.
+        question: What the model is asked.
 
     Source: deletion as in Pan et al. (2024), section 4.4, at the scored position only; matched controls are ours.
     """
     norms = column_norms(vlm.anatomy)
-    answer: dict[str, Any] = {"prompt": prompt, "answer_prefix": answer_prefix, "max_new_tokens": max_new_tokens}
-    judged = judge(vlm, image, finders, words=words, seed=seed, **answer)
+    judged = judge(vlm, image, finders, words=words, seed=seed, question=question)
     pools = [_pool(one, seed + i) for i, one in enumerate(judged)]
     total = sum(len(slots) for pool in pools for slots in pool) * (1 if means is None else 2)
     found: list[NounTruth] = []
@@ -156,9 +150,7 @@ def mean_activations(
     vlm: VLM,
     images: Sequence[Picture],
     *,
-    prompt: str = PROMPT,
-    answer_prefix: str | None = None,
-    max_new_tokens: int = MAX_NEW_TOKENS,
+    question: Question = Question(),
 ) -> list[Float[Tensor, "neurons"]]:
     """Each neuron's mean activation where the model writes its answers to these images.
 
@@ -168,7 +160,7 @@ def mean_activations(
         Per FFN, float32 on the CPU, experts one after the other; of an expert's neurons the mean where it is asked,
         0 where it never is.
     """
-    question = Question(prompt, answer_prefix, max_new_tokens, len(images))
+    question = replace(question, batch_size=max(1, len(images)))
     sums = [torch.zeros(2, ffn.size, dtype=torch.float64) for ffn in vlm.anatomy.ffns]
     for batch in ask(vlm, images, question, recorder=partial(record, writes=False)):
         _add(batch.recording, batch.answers, sums)
