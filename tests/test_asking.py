@@ -10,7 +10,7 @@ from PIL import Image
 from torch import nn
 
 import mmneurons as mmn
-from mmneurons.errors import ImageError, ModelError, SettingError
+from mmneurons.errors import ImageError, ModelError, SettingError, WordError
 from mmneurons.settings import Question
 from mmneurons.vlm import pictures
 from mmneurons.vlm.asking import ask
@@ -88,13 +88,60 @@ def test_an_answer_is_not_put_behind_ready_made_inputs(vlm, sample_paths):
 
 
 @pytest.mark.parametrize(
-    ("before", "joint"), [("An image of", " "), ("assistant\n", ""), ("", ""), ("USER: <image> ASSISTANT:", " ")]
+    ("before", "joint"), [("An image of", " "), ("assistant\n", ""), ("", ""), ("USER: a </s>", ""), ("</s>what", " ")]
 )
 def test_an_answer_goes_on_where_the_prompt_ends(vlm, before, joint):
     tokenizer = vlm.tokenizer
-    whole = tokenizer(f"{before}{joint}a dog", add_special_tokens=False).input_ids
-    assert continued(tokenizer, before, "a dog") == whole[-len(continued(tokenizer, before, "a dog")) :]
-    assert tokenizer.decode(continued(tokenizer, before, "a dog")).strip() == "a dog"
+    written = tokenizer(before, add_special_tokens=False).input_ids
+    text = before.rpartition("</s>")[2]
+    whole = tokenizer(f"{text}{joint}a dog", add_special_tokens=False).input_ids
+    ids = continued(tokenizer, written, " a dog\n")
+    assert ids == whole[-len(ids) :]
+    assert tokenizer.decode(ids).strip() == "a dog"
+    assert continued(tokenizer, written, "a \udcff") == continued(tokenizer, written, "a ?")  # bytes that are no text
+
+
+@pytest.mark.parametrize("images", [None, "one"])
+@pytest.mark.parametrize("caption", ["a <image> dog", "a dog</s> a cat"])
+def test_an_answer_holds_no_token_that_is_no_text(vlm, sample_paths, images, caption):
+    with pytest.raises(SettingError, match="which is no text to this model"):
+        mmn.find(vlm, sample_paths[0] if images else None, caption=caption)
+
+
+def test_an_answer_beyond_the_context_is_refused(vlm, sample_paths):
+    with pytest.raises(SettingError, match="longer than what the model was made to read"):
+        mmn.find(vlm, sample_paths[0], caption="a dog " * 600)
+
+
+def test_a_word_that_a_given_answer_does_not_hold_is_told(vlm, sample_paths):
+    with pytest.raises(WordError, match=r"(?s)Not in the answer: cat.*The answer:.*a dog"):
+        mmn.find(vlm, sample_paths[0], caption="a dog", words="cat")
+
+
+@pytest.mark.parametrize("said", ["CUDA error: out of memory", "MPS backend out of memory", "CUBLAS ALLOC_FAILED"])
+def test_too_little_memory_is_told_in_every_pass(random_vlm, sample_paths, said):
+    def full(*_):
+        raise RuntimeError(said)
+
+    hook = random_vlm.model.model.language_model.layers[1].register_forward_hook(full)
+    try:
+        for caption in (None, "a dog"):
+            with pytest.raises(ModelError, match="not enough memory for this batch"):
+                mmn.find(random_vlm, sample_paths[0], caption=caption)
+    finally:
+        hook.remove()
+
+
+def test_what_a_users_hook_raises_stays_what_it_is(random_vlm, sample_paths):
+    def clumsy(module, args, output):
+        torch.nn.functional.pad(output[0], "x")  # pyright: ignore[reportArgumentType] - raised within torch
+
+    hook = random_vlm.model.model.language_model.layers[1].register_forward_hook(clumsy)
+    try:
+        with pytest.raises(TypeError):
+            mmn.find(random_vlm, sample_paths[0])
+    finally:
+        hook.remove()
 
 
 def test_pictures_are_opened_batch_by_batch_and_headers_before_any(vlm, sample_paths, monkeypatch, tmp_path):
@@ -117,6 +164,9 @@ def test_pictures_are_opened_batch_by_batch_and_headers_before_any(vlm, sample_p
     with pytest.raises(ImageError, match=r"none\.png"):
         vlm.caption([*sample_paths[:4], tmp_path / "none.png"], batch_size=1)
     assert opened == []
+    with pytest.raises(ImageError, match="cannot be used as an image"):
+        vlm.caption([*sample_paths[:4], 5], batch_size=1)
+    assert opened == ["5"]
 
 
 def test_a_prompt_longer_than_the_context_is_refused(vlm, sample_paths):

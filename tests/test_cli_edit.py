@@ -61,6 +61,8 @@ def test_from_images_to_an_edited_checkpoint(capsys, monkeypatch, folder):
     found = json.loads(out)
     assert says(found["findings"][0]["caption"], "cat")
     assert found["provenance"]["model"]["patches"] == [patch.hash]
+    code, _, err = call(capsys, monkeypatch, "find", "dog2.png", "--patch", "p.safetensors", "--json", "p.safetensors")
+    assert (code, mmn.Patch.load("p.safetensors").hash) == (2, patch.hash), err
     code, out, err = call(capsys, monkeypatch, "caption", "dog2.png", "--patch", "gone.safetensors")
     assert (code, "gone.safetensors" in err) == (2, True)
 

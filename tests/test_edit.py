@@ -21,6 +21,7 @@ from zoo import randomise
 
 import mmneurons as mmn
 from mmneurons import pocket
+from mmneurons.editing import goals
 from mmneurons.editing.baselines import HeadChange
 from mmneurons.editing.columns import Columns, moves_for, patch_of, writers
 from mmneurons.editing.edit import EditSettings, edit, harm_of
@@ -608,7 +609,7 @@ def test_texts_of_the_reference_hold_an_edit_back(vlm):
     asked = [Asked(images, Question(), said, occurrences(vlm, said, "dog"))]
     dog, cat = (tokens_of(vlm.tokenizer, word)[0] for word in ("dog", "cat"))
     unit = HeadChange(((dog, cat),), 1.0)
-    options: dict[str, Any] = {"start": 4.0, "max_new_tokens": 32, "batch_size": 8, "tell": lambda what: None}
+    options: dict[str, Any] = {"start": 4.0, "tell": lambda what: None}
     smallest_that_turns = find_strength(vlm, unit, asked, "dog", "cat", reference=None, harm=None, **options).smallest
     _, changed = flips_of(vlm, 1.5 * smallest_that_turns * unit, TEXTS)
     lengths = [len(vlm.tokenizer(text).input_ids) for text in TEXTS]
@@ -628,15 +629,15 @@ def test_texts_of_the_reference_hold_an_edit_back(vlm):
 
 
 def test_the_model_is_as_it_was_whatever_happens(vlm, monkeypatch):
-    before, calls, caption = weights_hash(vlm.model), [], vlm.caption
+    before, calls, really_ask = weights_hash(vlm.model), [], goals.texts_of
 
     def interrupted(*args, **options):
         calls.append(ledger_of(vlm).active)
         if len(calls) == 2:
             raise KeyboardInterrupt
-        return caption(*args, **options)
+        return really_ask(*args, **options)
 
-    monkeypatch.setattr(vlm, "caption", interrupted)
+    monkeypatch.setattr(goals, "texts_of", interrupted)
     with pytest.raises(KeyboardInterrupt):
         edit(vlm, edit_images("dog")[:2], **QUICK)
     assert [len(active) for active in calls] == [1, 1]  # it was being tried
@@ -649,7 +650,7 @@ def test_an_edit_leaves_the_model_as_it_was(vlm, to_cat):
 
 
 def test_no_strength_is_told(vlm, monkeypatch):
-    monkeypatch.setattr(vlm, "caption", lambda images, *_, **__: ["a dog and a cat"] * len(images))
+    monkeypatch.setattr(goals, "texts_of", lambda vlm, images, question: ["a dog and a cat"] * len(images))
     with pytest.raises(SettingError, match=r"(?s)No strength makes the model say 'cat' for 'dog'.*Tried up to"):
         edit(vlm, edit_images("dog")[:1], **QUICK)
     with pytest.raises(SettingError, match="say something else for 'dog'"):

@@ -26,6 +26,7 @@ from mmneurons.editing.export import export
 from mmneurons.editing.ledger import ledger_of
 from mmneurons.editing.patch import Patch, PatchPart, column_hashes
 from mmneurons.errors import ModelError, SettingError
+from mmneurons.settings import PROMPT
 from mmneurons.vlm.provenance import weights_hash
 from mmneurons.vlm.vlm import VLM
 
@@ -97,7 +98,7 @@ def test_plain_transformers_says_the_same_without_us(vlm, tmp_path):
     assert expected != usual
     folder = export(vlm, [patch], tmp_path / "out")
     done = subprocess.run(
-        [sys.executable, "-c", PLAIN, str(folder), mmn.vlm.prompts.PROMPT, *paths],
+        [sys.executable, "-c", PLAIN, str(folder), PROMPT, *paths],
         capture_output=True,
         text=True,
         check=False,

@@ -39,6 +39,7 @@ from mmneurons.editing.low_rank import LowRank, slopes
 from mmneurons.editing.patch import Patch
 from mmneurons.editing.training import MOMENTS, Training
 from mmneurons.errors import FormatError, MmneuronsError, SettingError, WordError
+from mmneurons.inspection import hallucination as judging
 from mmneurons.inspection.hallucination import (
     Vocabulary,
     chair,
@@ -149,7 +150,7 @@ def test_captions_that_name_nothing_have_no_chair():
 
 def test_pope_by_hand(vlm, monkeypatch):
     answers = {"a?": ["yes", "Answer: Yes, there is", "no"], "b?": ["nothing"]}
-    monkeypatch.setattr(vlm, "caption", lambda images, question, *_, **__: answers[question][: len(images)])
+    monkeypatch.setattr(judging, "texts_of", lambda vlm, images, asked: answers[asked.prompt][: len(images)])
     found = pope(vlm, [None] * 4, ["a?", "b?", "a?", "a?"], [True, True, False, False])  # pyright: ignore[reportArgumentType]
     assert found.accuracy == pytest.approx(2 / 4)
     assert found.precision == pytest.approx(1 / 2)
@@ -161,7 +162,7 @@ def test_pope_by_hand(vlm, monkeypatch):
 
 
 def test_an_answer_that_is_neither_is_wrong_whatever_is_true(vlm, monkeypatch):
-    monkeypatch.setattr(vlm, "caption", lambda images, *_, **__: ["a dog"] * len(images))
+    monkeypatch.setattr(judging, "texts_of", lambda vlm, images, asked: ["a dog"] * len(images))
     found = pope(vlm, [None] * 2, ["a?", "a?"], [True, False])  # pyright: ignore[reportArgumentType]
     assert (found.accuracy, found.yes, found.neither) == (0, 0, 1)
 

@@ -132,16 +132,6 @@ def test_a_config_that_contradicts_its_processor_or_itself_is_told(tmp_path, pat
         mmn.load(folder, device="cpu").caption(Image.new("RGB", (112, 112)))
 
 
-@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory. Tried 2 GiB"), MemoryError()])
-def test_too_little_memory_for_an_answer_is_told(vlm, monkeypatch, error):
-    def full(**_):
-        raise error
-
-    monkeypatch.setattr(vlm.model, "generate", full)
-    with pytest.raises(ModelError, match=r"(?s)not enough memory for this batch.*batch-size 1"):
-        vlm.caption(Image.new("RGB", (112, 112)))
-
-
 def test_a_tokenizer_that_is_none_is_refused(tmp_path):
     shutil.copytree(pocket.folder(), tmp_path / "model")
     (tmp_path / "model" / "tokenizer.json").write_text("{}")
@@ -206,7 +196,7 @@ def test_one_changed_weight_changes_the_hash(random_vlm):
         (ImportError("requires accelerate: `pip install 'accelerate>=1.1.0'`"), "accelerate", "pip install accelerate"),
         (ValueError("requires `accelerate`. You can install it"), "package accelerate", "pip install accelerate"),
         (ImportError("`pip install -U bitsandbytes>=0.46.1`"), "package bitsandbytes", "pip install bitsandbytes"),
-        (ValueError("Some modules are dispatched on the CPU"), "with device_map='auto'", "other options"),
+        (ValueError("Some modules are dispatched on the CPU"), "with device_map", "other options"),
         (OSError("is not a valid model identifier"), "Cannot load the model", "hub id"),
         (ValueError("Too old: `pip install --upgrade transformers`"), "Cannot load the model", "other options"),
         (ValueError("Unrecognized configuration class"), "not a vision-language model", "llava"),

@@ -40,7 +40,7 @@ def read_file(path: str | os.PathLike[str], *, limit: int = LARGEST) -> bytes:
             facts = os.fstat(file.fileno())
             if not stat.S_ISREG(facts.st_mode):
                 raise FormatError(f"Cannot read {path}.", seen="It is no file, but a device or a pipe.")
-            content = file.read() if facts.st_size <= limit else b""
+            content = file.read(facts.st_size + 1) if facts.st_size <= limit else b""
     except OSError as error:
         raise FormatError(f"Cannot read {path}.", seen=error.strerror or str(error)) from error
     except ValueError as error:  # a name with a null character

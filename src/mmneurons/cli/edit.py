@@ -76,7 +76,7 @@ def edit(
     """Make a patch with which the model says TARGET where it says SOURCE. The model's files stay as they are."""
     source, target = _words(source, target, remove)
     path = _patch_path(out_path, source, target)
-    check_outputs([path], given_files(images, more, reference, texts, held_out, unrelated))
+    check_outputs([path], given_files(images, more, reference, texts, held_out, unrelated, load.files))
     if evaluate is not None:
         check_folder(evaluate)
     from mmneurons.editing.edit import EditSettings
@@ -111,6 +111,7 @@ def edit(
             settings=settings, progress=status.update,
         )  # fmt: skip
     save(patch, path)
+    tell_patched(vlm)
     search, wanted = patch.provenance["search"], target or "anything else"
     strength = f", strength {search['strength']:.3g}" if "strength" in search else ""
     out.print(f"{source} -> {wanted}: {len(patch.neurons)} columns{strength}")
@@ -307,6 +308,12 @@ def tell_left_out(left_out: Mapping[str, str], n_images: int) -> None:
         err.print(f"  {name}: {why}", soft_wrap=True, markup=False)
     if len(left_out) > NAMED:
         err.print(f"  and {len(left_out) - NAMED} more")
+
+
+def tell_patched(vlm: VLM) -> None:
+    """Say that an edit was made on top of others, and means little without them."""
+    if on := vlm.facts.get("patches"):
+        err.print(f"made with {len(on)} other patches on the model (--patch): put them on with it", style="yellow")
 
 
 def lines_of(path: Path | None) -> list[str]:

@@ -94,14 +94,16 @@ def find(
         raise SettingError("--no-image goes without image files.", seen=f"Got {', '.join(images)}.")
     paths = [] if no_image else images_or_sample(images)
     prompts: list[Any] = [paths] if together else [None] if no_image else paths
-    check_outputs([json_path, report], paths)
+    check_outputs([json_path, report], [*paths, *load.files])
     from mmneurons.finding import result
+    from mmneurons.finding.finder import captions_for
     from mmneurons.finding.finder import find as find_neurons
     from mmneurons.report.terminal import show
     from mmneurons.vlm.images import open_image
     from mmneurons.words import SpacyTagger
 
     nouns = None if tagger is None else SpacyTagger(tagger)
+    captions = captions_for(len(prompts), given[0] if len(given) == 1 else given) if given else None
     for path in paths:  # one that cannot be read to its end is told before a model is loaded
         open_image(path)
     vlm = load()
@@ -115,7 +117,7 @@ def find(
             score=score,
             words=word,
             against=against,
-            caption=given[0] if given and len(given) == 1 else given or None,
+            caption=captions,
             tagger=nouns,
             maps=maps and not no_image,
             blank=report is not None and not no_image,

@@ -16,6 +16,7 @@ from mmneurons.cli.edit import (
     pocket_texts,
     readable_items,
     save,
+    tell_patched,
 )
 from mmneurons.cli.options import (
     Batch,
@@ -77,7 +78,7 @@ def dehallucinate(
     """Make a patch with which the model names fewer objects that are not there, and judge it. Stopped, it goes on."""
     path = checked_patch_path(out_path)
     partly = path.with_name(f"{path.name}.part")
-    check_outputs([path, partly, json_path, report], given_files(images, held_out, reference, texts))
+    check_outputs([path, partly, json_path, report], given_files(images, held_out, reference, texts, load.files))
     from mmneurons.editing.hallucination import DehallucinateSettings, judge
     from mmneurons.editing.hallucination import dehallucinate as make_patch
     from mmneurons.editing.reference import make_reference
@@ -122,6 +123,7 @@ def dehallucinate(
             reference=held_back, settings=settings, checkpoint=partly, progress=tell,
         )  # fmt: skip
         save(patch, path)
+        tell_patched(vlm)
         for left in (partly, lock_of(partly)):
             left.unlink(missing_ok=True)
         objects = [item.objects for item in others]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import sys
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -44,7 +44,6 @@ out = _Console(highlight=False, markup=False, emoji=False)
 err = _Console(stderr=True, highlight=False, markup=False, emoji=False)
 
 Images = Annotated[list[str] | None, typer.Argument(metavar="IMAGE...", help="Image files.")]
-Load = Callable[[], "VLM"]
 Prompt = Annotated[str, typer.Option(help="What the model is asked.")]
 Prefix = Annotated[
     str | None,
@@ -127,6 +126,22 @@ def _load(
     return vlm
 
 
+class Load:
+    """Loads the model that a command's options name, and puts patches on it."""
+
+    def __init__(self, options: Mapping[str, Any]) -> None:
+        self._options = options
+
+    def __call__(self) -> VLM:
+        """The model, loaded anew."""
+        return _load(**self._options)
+
+    @property
+    def files(self) -> list[Path]:
+        """What is read besides the model."""
+        return list(self._options.get("patch") or ())
+
+
 def loads_model(command: Callable[..., None], *, without: Collection[str] = ()) -> Callable[..., None]:
     """Give a command the options of `_load`; the command itself gets `load`, which loads the model that they name.
 
@@ -141,7 +156,7 @@ def loads_model(command: Callable[..., None], *, without: Collection[str] = ()) 
 
     @functools.wraps(command)
     def with_options(**given: Any) -> None:
-        load = functools.partial(_load, **{name: given.pop(name) for name in options})
+        load = Load({name: given.pop(name) for name in options})
         try:
             command(load=load, **given)
         except KeyboardInterrupt as stop:  # typer would end the program without a word
@@ -173,7 +188,7 @@ def check_outputs(outputs: Iterable[str | Path | None], inputs: Iterable[str | P
         check_writable(path)
 
 
-def given_files(*sources: str | Path | Sequence[str] | None) -> list[str | Path]:
+def given_files(*sources: str | Path | Sequence[str | Path] | None) -> list[str | Path]:
     """The files among what a command reads."""
     named = [[one] if isinstance(one, str | Path) else one or [] for one in sources]
     return [path for group in named for path in group if Path(path).is_file()]

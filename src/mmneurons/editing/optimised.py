@@ -85,7 +85,6 @@ def optimise(
         target: What is to come; None: anything else, by -log(1 - p(said)).
         reference: What is to stay, but for the steps that say `source`.
         start: Where to begin, a change of these columns; None: at none.
-        batch_size: Images in one batch.
         cache: Run what is below the lowest edited block once, not at each step. The patch does not depend on it.
         tell: Told the steps.
 

@@ -116,6 +116,7 @@ def answer_steps(
         parts.append(_steps(vlm, moments, torch.tensor(said), answers.logits[rows, steps], of))
         texts += answers.texts
         token_ids += answers.token_ids
+        del batch  # its recording is not to live beside the next one
         if progress is not None:
             progress(len(texts))
     return Said(tuple(texts), tuple(token_ids), join(parts))

@@ -19,12 +19,12 @@ from mmneurons.finding.result import Finding, NounFinding, Score
 from mmneurons.finding.scoring import SCORES, Choices, Target, describe, score_targets
 from mmneurons.settings import MAX_NEW_TOKENS, PROMPT, Question
 from mmneurons.vlm import provenance
-from mmneurons.vlm.asking import TokenLists, answer, batches_of, tokens_of_answer
+from mmneurons.vlm.asking import answer, batches_of, tokens_of_answer
 from mmneurons.vlm.doctor import tolerance
 from mmneurons.vlm.grid import find_grids, model_view
 from mmneurons.vlm.images import OpenedImage
 from mmneurons.vlm.locking import by_one_thread
-from mmneurons.vlm.pictures import Picture, Pictures, as_list, row_of
+from mmneurons.vlm.pictures import Picture, Pictures, as_list
 from mmneurons.vlm.prompts import token_of
 from mmneurons.vlm.recording import record
 from mmneurons.vlm.vlm import VLM, Answers, Inputs
@@ -175,34 +175,38 @@ def find(
         findings = _find_batch(vlm, vlm.placed(inputs), [[]] * _n_rows(inputs), None, choices)
     else:
         prompts = as_list(images)
-        given = None if caption is None else _answers_given(vlm, prompts, question, caption)
-        for batch in batches_of(vlm, prompts, question, given):
-            findings += _find_batch(vlm, batch.inputs(vlm, question), batch.rows, batch.given, choices)
+        texts = None if caption is None else captions_for(len(prompts), caption)
+        for batch in batches_of(vlm, prompts, question):
+            mine = None if texts is None else texts[batch.first : batch.first + len(batch.rows)]
+            findings += _find_batch(vlm, batch.inputs(vlm, question), batch.rows, mine, choices)
             if progress is not None:
                 progress(len(findings))
-    _check_found(findings, choices)
+    _check_found(findings, choices, given=caption is not None)
     made_by = _provenance(vlm, choices, given=caption is not None)
     findings = [replace(finding, provenance=made_by) for finding in findings]
     return findings if inputs is not None or isinstance(images, list | tuple) else findings[0]
 
 
-def _answers_given(
-    vlm: VLM, prompts: Sequence[Any], question: Question, caption: str | Sequence[str]
-) -> list[list[int]]:
-    """The tokens of the answer to each prompt."""
-    texts = [caption] * len(prompts) if isinstance(caption, str) else list(caption)
-    if len(texts) != len(prompts):
-        raise SettingError("Each prompt needs its answer.", seen=f"{len(prompts)} prompts, {len(texts)} answers")
-    return [
-        tokens_of_answer(vlm, question, text, len(row_of(prompt))) for prompt, text in zip(prompts, texts, strict=True)
-    ]
+def captions_for(n_prompts: int, caption: str | Sequence[str]) -> list[str]:
+    """The answer to each prompt: one for each, or the same for all.
+
+    Raises:
+        SettingError: another number of answers than of prompts, or one without a word.
+    """
+    texts = [caption] * n_prompts if isinstance(caption, str) else list(caption)
+    if len(texts) != n_prompts:
+        raise SettingError("Each prompt needs its answer.", seen=f"{n_prompts} prompts, {len(texts)} answers")
+    if empty := [text for text in texts if not text.strip()]:
+        raise SettingError("There is no word in the answer that is to be scored.", seen=repr(empty[0]))
+    return texts
 
 
 @by_one_thread
 def _find_batch(
-    vlm: VLM, inputs: Inputs, rows: list[list[OpenedImage]], given: TokenLists | None, choices: Choices
+    vlm: VLM, inputs: Inputs, rows: list[list[OpenedImage]], captions: list[str] | None, choices: Choices
 ) -> list[Finding]:
     """The whole way for one batch, top to bottom."""
+    given = None if captions is None else [tokens_of_answer(vlm, inputs, text) for text in captions]
     recorder = partial(record, gates=choices.score == "paper")
     answers, recording = answer(vlm, inputs, choices.question, given=given, recorder=recorder)
     targets = [t for row in range(len(rows)) for t in targets_of(vlm, answers, row, choices)]
@@ -319,15 +323,16 @@ def _shown(word: str | int) -> str:
     return f"'{word}'" if isinstance(word, str) else f"token {word}"
 
 
-def _check_found(findings: list[Finding], choices: Choices) -> None:
+def _check_found(findings: list[Finding], choices: Choices, *, given: bool) -> None:
     missing = (set(_missing(finding.caption, finding.token_ids, choices)) for finding in findings)
     everywhere = set.intersection(*missing) if findings else set()
     if everywhere:
         answers = "\n".join(f"  {finding.answer_prefix} {finding.caption}" for finding in findings[:5])
+        said = "The answer" if given else "The model said"
         raise WordError(
             f"Not in the answer: {', '.join(sorted(map(str, everywhere)))}.",
-            seen=f"The model said:\n{answers}",
-            fix="Ask for a word that it said, or for none, to take the nouns.",
+            seen=f"{said}:\n{answers}",
+            fix="Ask for a word that is in it, or for none, to take the nouns.",
         )
 
 

@@ -236,7 +236,7 @@ class _Bench:
         return specificity(found, layers, seed=self.settings.seed)
 
     def _noun_scores(self, items: Sequence[Item]) -> list[tuple[Item, list[NounScores]]]:
-        """Of each image by itself, run as one batch; where one of them cannot be used, the others one by one."""
+        """Of each image by itself, run together; where one of them cannot be used, the others one by one."""
         try:
             found = noun_scores(self.vlm, items, score=self.settings.score, question=self.settings.question)
         except ImageError as error:

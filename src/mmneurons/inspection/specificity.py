@@ -77,7 +77,7 @@ def noun_scores(
     score: Score = "logit",
     question: Question = Question(),
 ) -> list[NounScores]:
-    """What every neuron gives to every noun that the model says of these images, run as one batch."""
+    """What every neuron gives to every noun that the model says of these images; one batch where it allows one."""
     if not items:
         return []
     choices = Choices(replace(question, batch_size=len(items)), 1, score)

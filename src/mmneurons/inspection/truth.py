@@ -164,6 +164,7 @@ def mean_activations(
     sums = [torch.zeros(2, ffn.size, dtype=torch.float64) for ffn in vlm.anatomy.ffns]
     for batch in ask(vlm, images, question, recorder=partial(record, writes=False)):
         _add(batch.recording, batch.answers, sums)
+        del batch  # its recording is not to live beside the next one
     return [(total / count.clamp(min=1)).float() for total, count in sums]
 
 

@@ -113,8 +113,8 @@ def editing(model: nn.Module) -> Iterator[None]:
     """Within it, what is changed is an edit of ours: the model stays as old as it was."""
     watch = _watch(model)
     watch.changed = watch.changed or _changed(watch)  # told to who asks for its age, not to who takes a patch back
-    watch.edits += 1  # before anything is written: see `age`
     watch.depth += 1
+    watch.edits += 1  # before anything is written: see `age`
     try:
         yield
     finally:

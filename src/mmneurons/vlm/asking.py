@@ -11,12 +11,12 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from mmneurons.errors import ModelError, SettingError
+from mmneurons.errors import SettingError
 from mmneurons.settings import Question
 from mmneurons.vlm.anatomy.parts import Anatomy
 from mmneurons.vlm.images import OpenedImage
 from mmneurons.vlm.pictures import opened_batches
-from mmneurons.vlm.prompts import continued, prompt_text
+from mmneurons.vlm.prompts import continued
 from mmneurons.vlm.recording import Keep, Recording, last_position
 
 if TYPE_CHECKING:
@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 Recorder = Callable[[Anatomy, Keep], AbstractContextManager[Recording]]
 """`record`, or `partial(record, ...)` with what is to be recorded."""
+TAIL = 16
+"""Tokens of a prompt that decide how the words behind them are written."""
 TokenLists = Sequence[Sequence[int]]
 """Answers as tokens, one prompt after the other."""
 
@@ -36,8 +38,6 @@ class Batch:
     """How many prompts were asked before."""
     rows: list[list[OpenedImage]]
     """The pictures of each prompt, as many in each."""
-    given: TokenLists | None
-    """The answers that the model is given to read; None: it chooses them itself."""
 
     def inputs(self, vlm: VLM, question: Question) -> Inputs:
         """The prompts as the model takes them."""
@@ -67,22 +67,30 @@ def ask(
 ) -> Iterator[AnswerBatch]:
     """Let the model answer, or read answers that it is given, batch by batch.
 
-    Whoever reads weights as well has to hold the model over both, by `vlm.alone`: see `batches_of` and `answer`.
+    Whoever reads weights as well has to hold the model over both, by `vlm.alone`: see `batches_of` and `answer`. Who
+    lets go of a batch (`del`) before asking for the next one has one recording in memory, not two.
 
     Args:
         vlm: The model.
         images: One prompt each, as `find` takes them; files are opened when their turn comes.
         question: What is asked.
-        given: Answers to read instead of generating.
+        given: Answers to read instead of generating; what the model would have said is not looked at.
         recorder: What to record.
 
     Raises:
         ImageError: something is not an image; headers of files are looked at before the first batch.
     """
-    for batch in batches_of(vlm, images, question, given):
-        inputs = batch.inputs(vlm, question)
-        answers, recording = answer(vlm, inputs, question, given=batch.given, recorder=recorder)
-        yield AnswerBatch(batch.first, batch.rows, inputs, answers, recording)
+    for batch in batches_of(vlm, images, question):
+        mine = None if given is None else given[batch.first : batch.first + len(batch.rows)]
+        yield _answered(vlm, batch, question, mine, recorder)
+
+
+def _answered(
+    vlm: VLM, batch: Batch, question: Question, given: TokenLists | None, recorder: Recorder | None
+) -> AnswerBatch:
+    inputs = batch.inputs(vlm, question)
+    answers, recording = answer(vlm, inputs, question, given=given, recorder=recorder, scored=False)
+    return AnswerBatch(batch.first, batch.rows, inputs, answers, recording)
 
 
 def texts_of(vlm: VLM, images: Sequence[Any], question: Question) -> list[str]:
@@ -90,11 +98,11 @@ def texts_of(vlm: VLM, images: Sequence[Any], question: Question) -> list[str]:
     return [text for batch in ask(vlm, images, question) for text in batch.answers.texts]
 
 
-def batches_of(vlm: VLM, images: Sequence[Any], question: Question, given: TokenLists | None = None) -> Iterator[Batch]:
+def batches_of(vlm: VLM, images: Sequence[Any], question: Question) -> Iterator[Batch]:
     """Prompts in batches, in order, not yet asked; each batch is opened when its turn comes."""
     first = 0
     for rows in opened_batches(images, 1 if vlm.family.one_at_a_time else question.batch_size):
-        yield Batch(first, rows, None if given is None else given[first : first + len(rows)])
+        yield Batch(first, rows)
         first += len(rows)
 
 
@@ -105,8 +113,18 @@ def answer(
     *,
     given: TokenLists | None = None,
     recorder: Recorder | None = None,
+    scored: bool = True,
 ) -> tuple[Answers, Recording]:
-    """Answer one encoded batch: the model generates, or reads the answers that it is given in one pass."""
+    """Answer one encoded batch: the model generates, or reads the answers that it is given in one pass.
+
+    Args:
+        vlm: The model.
+        inputs: From `VLM.encode`, or ready-made.
+        question: How long an answer may be.
+        given: Answers to read.
+        recorder: What to record.
+        scored: Whether the logits of answers that are given are wanted; those of generated ones are there anyway.
+    """
     recorder = recorder or (lambda anatomy, keep: nullcontext(Recording.nothing(anatomy)))
     if given is None:
         with recorder(vlm.anatomy, last_position) as recording:
@@ -117,25 +135,23 @@ def answer(
     # behind the answer.
     n_kept = answers.sequences.shape[1] - answers.n_prompt + 1
     with recorder(vlm.anatomy, lambda values: values[:, -n_kept:]) as recording:
-        answers = vlm.scored(inputs, answers)
+        if scored:
+            answers = vlm.scored(inputs, answers)
+        else:
+            vlm.read(inputs, answers)
     return answers, recording
 
 
-def tokens_of_answer(vlm: VLM, question: Question, text: str, n_images: int = 1) -> list[int]:
-    """The tokens of an answer, as the model would write them behind the question.
+def tokens_of_answer(vlm: VLM, inputs: Inputs, text: str) -> list[int]:
+    """The tokens of an answer, as the model would write them behind encoded prompts, which all end alike.
 
     Raises:
-        SettingError: the answer is empty.
-        ModelError: the model came without a processor, which alone knows tokens.
+        SettingError: a token of the answer is no text, but stands for a picture or for the end.
     """
-    if vlm.processor is None:
-        raise ModelError(
-            "This model came without a processor: an answer in words cannot be turned into tokens.",
-            fix="load(model, processor=...)",
+    written = inputs["decoder_input_ids" if vlm.is_encoder_decoder else "input_ids"][0, -TAIL:].tolist()
+    ids, special = continued(vlm.tokenizer, written, text), {*vlm.tokenizer.all_special_ids}
+    if held := [vlm.token_text(token) for token in ids if token in special]:
+        raise SettingError(
+            f"The answer holds '{held[0]}', which is no text to this model.", seen=repr(text), fix="Leave it out."
         )
-    if not text.strip():
-        raise SettingError("There is no word in the answer that is to be scored.", seen=repr(text))
-    before = question.prefix
-    if not vlm.is_encoder_decoder:  # whose decoder reads nothing but the answer
-        before = prompt_text(vlm.processor, question.prompt, question.prefix, n_images)
-    return continued(vlm.tokenizer, before, text.strip())
+    return ids

@@ -23,6 +23,7 @@ from transformers.utils.peft_utils import find_adapter_config_file
 
 from mmneurons.errors import MmneuronsError, ModelError
 from mmneurons.vlm.age import editing
+from mmneurons.vlm.anatomy.parts import NotFiniteError
 from mmneurons.vlm.failures import first_line, is_out_of_memory
 from mmneurons.vlm.processors import is_installed, missing_package
 
@@ -130,7 +131,7 @@ def running(vlm: VLM, names: Iterable[str], picture: Image.Image) -> set[str]:
                     tensor.fill_(torch.nan)
             after = vlm.generate(inputs, 2)
             same = torch.equal(before.logits, after.logits) and torch.equal(before.log_totals, after.log_totals)
-        except ModelError:  # the logits are NaN
+        except NotFiniteError:
             same = False
         finally:
             with torch.no_grad():
@@ -199,14 +200,13 @@ def refusal(source: str, error: Exception, options: Mapping[str, Any]) -> ModelE
             seen=seen,
             fix=f"Give a model for image-text-to-text, such as {_converted('')}.",
         )
-    given = {name: value for name, value in options.items() if name not in USUAL}
+    given = [name for name in options if name not in USUAL]
     if isinstance(error, OSError) or not (given or kind):
         what = f"Cannot load the model '{source}'."
         fix = "Give a hub id, or a folder with config.json and model.safetensors."
     elif given:
-        said = ", ".join(f"{name}={value!r}"[:100] for name, value in given.items())
-        what = f"Cannot load the model '{source}' with {said}."
-        fix = "Give other options, or none; any others are passed to transformers' from_pretrained."
+        what = f"Cannot load the model '{source}' with {', '.join(given)}."  # values can be secrets
+        fix = "Give other options, or none; if that does not help, its config.json is at fault."
     else:
         what = f"transformers cannot build the model that the config.json of '{source}' describes."
         fix = "Mend the entry of which it speaks, or take the config.json of the model that this one was made from."

@@ -2,44 +2,62 @@
 
 from __future__ import annotations
 
+import re
+import sys
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
 
 import torch
 
 from mmneurons.errors import MmneuronsError, ModelError
 
-MODEL_CODE = ("torch", "transformers", "transformers_modules", "accelerate", "bitsandbytes", "peft")
-"""Packages that run when a model does; the third holds code that came with one."""
+FULL = re.compile("out of memory|not enough memory|can't allocate memory|ALLOC_FAILED", re.IGNORECASE)
+"""What torch and its back ends say where there is no memory left."""
 
 
-def unanswered(error: Exception) -> ModelError | None:
-    """What to say of an error in generating: the model does not take what its processor, or the user, made for it.
+@contextmanager
+def told() -> Iterator[None]:
+    """Within it a model runs; what its code raises is told as an error of ours.
 
-    None for an error of somebody else's code, such as a hook of the user's own, and for one of ours.
+    What the code of somebody else raises, such as a hook of the user's own, stays what it is.
     """
-    if isinstance(error, MmneuronsError):
-        return None
-    if is_out_of_memory(error):
-        return ModelError(
-            "There is not enough memory for this batch.",
-            seen=first_line(error),
-            fix='Ask about fewer images at once (batch_size=1), or load the model smaller: dtype="bfloat16"    '
-            "CLI: --batch-size 1, --dtype bfloat16, --bits 4",
-        )
-    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
-    if str(frame.f_globals.get("__name__")).partition(".")[0] not in MODEL_CODE:
-        return None
-    return ModelError(
-        "The model's own code fails on this prompt.",
-        seen=f"{type(error).__name__}: {first_line(error)}",
-        fix="Its config.json, its processor and this version of transformers must fit each other: take the config and "
-        "the processor of the model that it was made from. Ready-made inputs must be as that processor makes them.",
-    )
+    try:
+        yield
+    except MmneuronsError:
+        raise
+    except Exception as error:
+        frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+        if is_out_of_memory(error):
+            raise ModelError(
+                "There is not enough memory for this batch.",
+                seen=first_line(error),
+                fix='Ask about fewer images at once (batch_size=1), or load the model smaller: dtype="bfloat16"    '
+                "CLI: --batch-size 1, --dtype bfloat16, --bits 4",
+            ) from error
+        if any(map(_is_users, frames)):
+            raise
+        raise ModelError(
+            "The model's own code fails on this prompt.",
+            seen=f"{type(error).__name__}: {first_line(error)}",
+            fix="Its config.json, its processor and this version of transformers must fit each other: take those of "
+            "the model that it was made from. Ready-made inputs must be as that processor makes them.",
+        ) from error
 
 
-def is_out_of_memory(error: Exception) -> bool:
+def _is_users(frame: FrameType) -> bool:
+    """Whether code is neither ours, nor that of a package, nor code that came with a model."""
+    package = str(frame.f_globals.get("__name__")).partition(".")[0]
+    if package in ("mmneurons", "transformers_modules") or package in sys.stdlib_module_names:
+        return False
+    return not {"site-packages", "dist-packages"} & {*Path(frame.f_code.co_filename).parts}
+
+
+def is_out_of_memory(error: BaseException | None) -> bool:
     """Whether there was not enough memory, a GPU's or the machine's."""
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or FULL.search(str(error)) is not None
 
 
 def first_line(error: Exception) -> str:

@@ -92,7 +92,7 @@ def load(
         )
         made_up = loading.made_up and running(vlm, loading.made_up, Image.open(pocket.samples()[0].path))
     except ModelError as error:
-        if loading.made_up:  # which is the first thing to mend
+        if loading.made_up and not is_out_of_memory(error.__cause__):  # which is the first thing to mend
             raise made_up_weights(source, loaded, loading, loading.made_up) from error
         raise
     if made_up:

@@ -39,7 +39,7 @@ def opened_batches(images: Sequence[Any], size: int) -> Iterator[list[list[Opene
     """Prompts in batches of at most `size`, in order; each batch is opened when its turn comes.
 
     The prompts of one batch hold equally many pictures. Of files the headers are read at once: what is no image is
-    told before anything is worked out.
+    told before anything is worked out, pixels that cannot be read when their turn comes.
 
     Raises:
         ImageError: something is not an image.
@@ -49,6 +49,8 @@ def opened_batches(images: Sequence[Any], size: int) -> Iterator[list[list[Opene
         for picture in row:
             if isinstance(picture, str | os.PathLike):
                 check_image(picture)
+            elif not isinstance(picture, Image.Image | np.ndarray):
+                open_image(picture)  # which says what it takes
     for batch in batches(rows, size):
         yield [open_row(row) for row in batch]
 

@@ -112,8 +112,18 @@ def encode_prompt(
     return batch
 
 
-def continued(tokenizer: Any, before: str, text: str) -> list[int]:
-    """The tokens of a text behind another one, as a model would go on: a space between them, unless one is there."""
+def continued(tokenizer: Any, written: Sequence[int], text: str) -> list[int]:
+    """The tokens of a text behind others, as a model would go on: with a space before it, unless it begins a line.
+
+    Args:
+        tokenizer: The model's.
+        written: The last tokens before it.
+        text: What follows; spaces around it do not matter.
+    """
+    special = {*tokenizer.all_special_ids}
+    begin = next((i for i in range(len(written), 0, -1) if written[i - 1] in special), 0)
+    before = tokenizer.decode(list(written[begin:]))  # of what was written as text
+    text = text.strip().encode("utf-8", "replace").decode("utf-8")  # from a terminal come bytes that are no text
     joint = "" if not before or before[-1].isspace() else " "
     alone, both = _ids(tokenizer, before), _ids(tokenizer, f"{before}{joint}{text}")
     if both[: len(alone)] == alone:

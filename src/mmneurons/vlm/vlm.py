@@ -24,7 +24,7 @@ from mmneurons.vlm.anatomy.find import find_anatomy
 from mmneurons.vlm.anatomy.parts import Anatomy, check_finite
 from mmneurons.vlm.asking import texts_of
 from mmneurons.vlm.checkpoint import Loading
-from mmneurons.vlm.failures import unanswered
+from mmneurons.vlm.failures import told
 from mmneurons.vlm.families import Family, family_of
 from mmneurons.vlm.images import OpenedImage, check_scaled
 from mmneurons.vlm.locking import alone
@@ -252,13 +252,9 @@ class VLM:
         self._check_length(inputs)
         watch = _Chosen(placeholder_ids(self.model.config))
         watching = hooked([partial(self.anatomy.owner.register_forward_hook, watch)])
-        with self.alone(), watching, torch.inference_mode(), greedy(self.model, self.tokenizer, max_new_tokens):
-            try:
-                made = cast(Any, self.model).generate(**inputs)
-            except Exception as error:
-                if (told := unanswered(error)) is None:
-                    raise
-                raise told from error
+        decoding = greedy(self.model, self.tokenizer, max_new_tokens)
+        with self.alone(), watching, torch.inference_mode(), decoding, told():
+            made = cast(Any, self.model).generate(**inputs)
         n_prompt = made.shape[1] - len(watch.logits)
         stops = stop_ids(self.model, self.tokenizer)
         rows = tuple(_until_stop(row, stops) for row in made[:, n_prompt:].tolist())
@@ -277,7 +273,7 @@ class VLM:
             raise SettingError(
                 "The prompt is longer than what the model was made to read.",
                 seen=f"{length} tokens, those of pictures among them; the model's context is {context}.",
-                fix="Ask in fewer words, with fewer or smaller pictures.",
+                fix="Ask, or answer, in fewer words, with fewer or smaller pictures.",
             )
 
     def given(self, inputs: Inputs, token_ids: Sequence[Sequence[int]]) -> Answers:
@@ -298,14 +294,21 @@ class VLM:
     def read(self, inputs: Inputs, answers: Answers | None = None) -> None:
         """Run the model once over a prompt, and an answer if one is given, for what `record` records on the way."""
         batch = dict(inputs) if answers is None else self.extended(inputs, answers)
-        with self.alone(), torch.inference_mode(), evaluating(self.model):
+        with self.alone(), torch.inference_mode(), evaluating(self.model), told():
             self.model(**batch, **self.once())
 
     def scored(self, inputs: Inputs, answers: Answers) -> Answers:
-        """The same answers with the logits that the model gives to their tokens, in one pass over prompt and answer."""
+        """The same answers with the logits that the model gives to their tokens, in one pass over prompt and answer.
+
+        Raises:
+            SettingError: prompt and answer are longer than the model's context.
+            ModelError: as `generate`.
+        """
         n_added = answers.sequences.shape[1] - answers.n_prompt
-        with self.alone(), torch.inference_mode(), evaluating(self.model):
-            output = self.model(**self.extended(inputs, answers), **self.once(n_added + 1))
+        extended = self.extended(inputs, answers)
+        self._check_length(extended)
+        with self.alone(), torch.inference_mode(), evaluating(self.model), told():
+            output = self.model(**extended, **self.once(n_added + 1))
         logits = output.logits[:, -n_added - 1 : -1].float()
         totals = logits.logsumexp(-1)
         check_finite(totals, self.model.dtype)

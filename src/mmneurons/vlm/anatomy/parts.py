@@ -206,6 +206,10 @@ def normed(module: nn.Module, x: Float[Tensor, "n hidden"]) -> Float[Tensor, "n 
     return module(x if like is None or like.is_meta else x.to(device=like.device, dtype=like.dtype))
 
 
+class NotFiniteError(ModelError):
+    """Logits that are no numbers."""
+
+
 def check_finite(values: Float[Tensor, "*n"], dtype: torch.dtype) -> None:
     """Refuse logits that are no numbers: whatever is chosen by them means nothing.
 
@@ -214,16 +218,16 @@ def check_finite(values: Float[Tensor, "*n"], dtype: torch.dtype) -> None:
         dtype: What the model computes in.
 
     Raises:
-        ModelError: if any is NaN or infinite.
+        NotFiniteError: if any is NaN or infinite.
     """
     if bool(values.isfinite().all()):
         return
     if dtype == torch.float16:
-        raise ModelError(
+        raise NotFiniteError(
             "The logits are NaN in float16, whose largest number is 65,504.",
             fix='Load it in bfloat16: load(..., dtype="bfloat16")    CLI: --dtype bfloat16',
         )
-    raise ModelError(
+    raise NotFiniteError(
         f"The logits are NaN in {str(dtype).removeprefix('torch.')}.",
         seen="A weight of the model is no finite number, or something became too large on the way.",
         fix="Load the checkpoint again, or check it: every weight should be finite.",
