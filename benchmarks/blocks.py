@@ -13,7 +13,7 @@ import torch
 
 import mmneurons as mmn
 from mmneurons import pocket
-from mmneurons.finding.finders import judge
+from mmneurons.finding.finders import finder_scores
 from mmneurons.inspection.items import Item, read_items
 from mmneurons.inspection.regions import match
 from mmneurons.inspection.sensitivity import HALF
@@ -50,7 +50,7 @@ def maps(vlm: VLM, item: Item, found: dict[str, list[float]]) -> None:
     grid = grids[0][0]
     with record(vlm.anatomy, lambda values: values, writes=False) as seen:
         vlm.read(inputs)
-    for judged in judge(vlm, image, ["logit"]):
+    for judged in finder_scores(vlm, image, ["logit"]):
         mask = masks.get(judged.word.lemma)
         if mask is None or not mask.any() or mask.all():
             continue

@@ -29,7 +29,7 @@ from mmneurons import pocket
 from mmneurons.editing.baselines import NAMES, Name, Rival, baseline
 from mmneurons.editing.edit import METHODS, EditSettings, Method, edit
 from mmneurons.editing.evaluation import Before, Bench
-from mmneurons.editing.judging import Case, judge
+from mmneurons.editing.judging import Case, evaluate_edits
 from mmneurons.editing.patch import Patch, stack
 from mmneurons.editing.reference import Reference, make_reference
 from mmneurons.inspection.items import read_items
@@ -276,7 +276,7 @@ def main() -> None:
     elif what.startswith("peak-"):
         peak(vlm, what)
     else:
-        judge(
+        evaluate_edits(
             vlm,
             jobs(vlm, what, folder),
             folder,

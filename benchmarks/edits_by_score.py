@@ -21,10 +21,9 @@ from torch import Tensor
 import mmneurons as mmn
 from mmneurons import pocket
 from mmneurons.editing.edit import edit
-from mmneurons.editing.judging import Case, judge
+from mmneurons.editing.judging import Case, evaluate_edits
 from mmneurons.editing.patch import Patch
-from mmneurons.finding.finders import Finder
-from mmneurons.finding.finders import judge as judge_finders
+from mmneurons.finding.finders import Finder, finder_scores
 from mmneurons.inspection.items import read_items
 from mmneurons.maths.ranking import top_k
 from mmneurons.neurons import Neuron
@@ -55,7 +54,7 @@ def steps_of(vlm: VLM, source: str, seed: int) -> list[tuple[dict[Finder, Float[
     return [
         (one.scores, one.replay)
         for i, image in enumerate(images_of(source))
-        for one in judge_finders(vlm, image, SCORES, words=[source], seed=seed + i)
+        for one in finder_scores(vlm, image, SCORES, words=[source], seed=seed + i)
     ]
 
 
@@ -82,7 +81,7 @@ def main() -> None:
         name = f"{score},{scope},{top}"
         make = partial(patch, f"{name}-{pair.source}", pair, (score, scope, top), 100 * number)
         asked[f"{name} {pair.source}"] = Case(make, pair.source, pair.target)
-    judge(
+    evaluate_edits(
         vlm,
         asked,
         folder,

@@ -27,7 +27,7 @@ from tables import PAGE, Tables, markdown, report, write
 from timing import Ratio, rounds, say, stopwatch
 
 from mmneurons.finding import finder, finders
-from mmneurons.finding.finders import FINDERS, Finder, Judged
+from mmneurons.finding.finders import FINDERS, Finder, FinderScores
 from mmneurons.finding.result import Score
 from mmneurons.settings import Question
 from mmneurons.vlm.replay import Replay
@@ -67,8 +67,8 @@ class Side(Tables):
 def arms_of(case: Case) -> dict[str, Callable[[], object]]:
     """The plain caption, and what the package has: every finder by their one interface, and `find`."""
 
-    def judge(*which: Finder) -> list[Judged]:
-        return finders.judge(case.vlm, case.images[0], which, question=Question(max_new_tokens=NEW_TOKENS))
+    def judge(*which: Finder) -> list[FinderScores]:
+        return finders.finder_scores(case.vlm, case.images[0], which, question=Question(max_new_tokens=NEW_TOKENS))
 
     def silence() -> None:
         """As `mmneurons inspect finders` has it: every neuron, one by one."""

@@ -21,11 +21,11 @@ from PIL import Image
 
 import mmneurons as mmn
 from mmneurons import pocket
-from mmneurons.editing.hallucination import DehallucinateSettings, dehallucinate, judge
+from mmneurons.editing.dehallucinate import DehallucinateSettings, chair_change, dehallucinate
 from mmneurons.editing.patch import Patch
 from mmneurons.editing.reference import Reference
 from mmneurons.editing.steps import likeliest
-from mmneurons.inspection.hallucination import Chair, Pope, Vocabulary, chair, pope
+from mmneurons.inspection.chair import Chair, Pope, Vocabulary, chair, pope
 from mmneurons.inspection.items import Item, read_items
 from mmneurons.pocket.sets import Negatives
 from mmneurons.vlm.vlm import VLM
@@ -128,8 +128,8 @@ def report(vlm: VLM, name: str, patch: Patch, others: list[Item], vocabulary: Vo
     objects = [item.objects or () for item in others]
     groups = {f"{JUDGED_ON}/{i}": group for i, group in enumerate(pocket.evaluation_set(JUDGED_ON).groups)}
     new = [item for item in others if groups[item.name] != TAUGHT_STYLE]
-    without = judge(vlm, patch, [item.source for item in new], [item.objects or () for item in new], vocabulary)
-    judged = judge(vlm, patch, [item.source for item in others], objects, vocabulary)
+    without = chair_change(vlm, patch, [item.source for item in new], [item.objects or () for item in new], vocabulary)
+    judged = chair_change(vlm, patch, [item.source for item in others], objects, vocabulary)
     for title, found in ((f"{name} without {TAUGHT_STYLE}", without), (name, judged)):
         for state in ("before", "after", "rival"):
             print(line(f"{title}: {state}", getattr(found, state), found.before), flush=True)

@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float
 
 import mmneurons as mmn
-from mmneurons.finding.finders import Judged, judge
+from mmneurons.finding.finders import FinderScores, finder_scores
 from mmneurons.inspection.items import read_items
 from mmneurons.inspection.truth import DELETED
 from mmneurons.maths.ranking import top_k
@@ -39,7 +39,7 @@ class Tables:
         self.together: dict[tuple, list[float]] = defaultdict(list)
         self.size: dict[tuple, list[float]] = defaultdict(list)
 
-    def add(self, judged: Judged) -> None:
+    def add(self, judged: FinderScores) -> None:
         """Measure one noun."""
         replay = judged.replay
         effects = replay.effects([torch.tensor([slot]) for slot in range(replay.n_slots)])
@@ -107,7 +107,7 @@ def main() -> None:
     tables = Tables()
     n_nouns = 0
     for item in read_items(arguments.images)[: arguments.limit]:
-        for judged in judge(vlm, item.image(), ["logit", "logprob"]):
+        for judged in finder_scores(vlm, item.image(), ["logit", "logprob"]):
             tables.add(judged)
             n_nouns += 1
     print(f"{n_nouns} nouns of {arguments.limit} images; medians over nouns\n")

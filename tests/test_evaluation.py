@@ -18,8 +18,8 @@ import mmneurons as mmn
 from mmneurons import pocket
 from mmneurons.editing import judging
 from mmneurons.editing.edit import EditSettings, edit
-from mmneurons.editing.evaluation import Before, Bench, Judged, evaluate, forced, ngram_entropy, relative_size
-from mmneurons.editing.judging import cases, judge
+from mmneurons.editing.evaluation import Before, Bench, Evaluation, evaluate, forced, ngram_entropy, relative_size
+from mmneurons.editing.judging import cases, evaluate_edits
 from mmneurons.editing.patch import Patch
 from mmneurons.editing.reference import make_reference
 from mmneurons.errors import SettingError
@@ -56,7 +56,7 @@ def patch(vlm: mmn.VLM, images: dict[str, list]) -> Patch:
 
 
 @pytest.fixture(scope="module")
-def judged(vlm: mmn.VLM, bench: Bench, patch: Patch) -> Judged:
+def judged(vlm: mmn.VLM, bench: Bench, patch: Patch) -> Evaluation:
     return evaluate(vlm, patch, Before(vlm, bench), source="dog", target="cat")
 
 
@@ -68,7 +68,7 @@ class Nothing:
         yield
 
 
-def means(judged: Judged, *names: str) -> list[float]:
+def means(judged: Evaluation, *names: str) -> list[float]:
     return [getattr(judged, name).mean for name in names]
 
 
@@ -156,8 +156,8 @@ def test_relative_size_by_hand(vlm, patch):
     )
 
 
-def sources(vlm: mmn.VLM, folder, patches: dict[str, Patch], **other) -> dict[str, Judged]:
-    return judge(
+def sources(vlm: mmn.VLM, folder, patches: dict[str, Patch], **other) -> dict[str, Evaluation]:
+    return evaluate_edits(
         vlm,
         cases(patches),
         folder,
@@ -207,7 +207,7 @@ def test_other_images_or_texts_are_judged_anew(vlm, patch, tmp_path, monkeypatch
     others.append({"texts": ["A bus has wheels."]})  # as many as before
     for n, other in enumerate(others, start=1):
         for _ in range(2):
-            found = judge(vlm, cases({"a": patch}), tmp_path / "out", **(how | other))
+            found = evaluate_edits(vlm, cases({"a": patch}), tmp_path / "out", **(how | other))
             assert found["a"].n_columns == len(calls) == n
 
 

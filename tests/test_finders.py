@@ -3,19 +3,19 @@ import torch
 
 import mmneurons as mmn
 from mmneurons.errors import SettingError
-from mmneurons.finding.finders import FINDERS, judge
+from mmneurons.finding.finders import FINDERS, finder_scores
 from mmneurons.vlm.replay import log_p
 
 
 @pytest.fixture(scope="module")
 def judged(vlm):
-    return judge(vlm, mmn.pocket.scene(3, ["dog", "car"]).image)
+    return finder_scores(vlm, mmn.pocket.scene(3, ["dog", "car"]).image)
 
 
 def test_every_finder_scores_every_neuron_of_every_noun(vlm, judged):
     finding = mmn.find(vlm, mmn.pocket.scene(3, ["dog", "car"]).image)
     assert [one.word.text for one in judged] == [noun.word for noun in finding.nouns]
-    (first,) = judge(vlm, mmn.pocket.scene(3, ["dog", "car"]).image, ["random"], words=[finding.nouns[0].word])
+    (first,) = finder_scores(vlm, mmn.pocket.scene(3, ["dog", "car"]).image, ["random"], words=[finding.nouns[0].word])
     assert {one.caption for one in (first, *judged)} == {finding.caption}, "whole, whichever noun is judged"
     for one in judged:
         assert set(one.scores) == set(FINDERS)
@@ -64,18 +64,18 @@ def test_integrated_gradients_take_twenty_steps_block_by_block(judged):
 
 def test_random_scores_depend_on_the_seed(vlm):
     image = mmn.pocket.scene(3, ["dog", "car"]).image
-    one, same, other = (judge(vlm, image, ["random"], seed=seed)[0].scores["random"] for seed in (1, 1, 2))
+    one, same, other = (finder_scores(vlm, image, ["random"], seed=seed)[0].scores["random"] for seed in (1, 1, 2))
     assert torch.equal(one, same)
     assert not torch.equal(one, other)
 
 
 def test_an_unknown_finder_is_refused(vlm):
     with pytest.raises(SettingError, match="no finder 'magic'"):
-        judge(vlm, mmn.pocket.scene(3).image, ["magic"])  # pyright: ignore[reportArgumentType]
+        finder_scores(vlm, mmn.pocket.scene(3).image, ["magic"])  # pyright: ignore[reportArgumentType]
 
 
 def test_an_answer_without_the_word_gives_nothing(vlm):
-    assert judge(vlm, mmn.pocket.scene(3).image, ["logit"], words=["zebra"]) == []
+    assert finder_scores(vlm, mmn.pocket.scene(3).image, ["logit"], words=["zebra"]) == []
 
 
 def test_log_p_is_exact_where_it_is_almost_zero():

@@ -19,7 +19,8 @@ from safetensors.torch import save as to_bytes
 
 import mmneurons as mmn
 from mmneurons import pocket
-from mmneurons.editing import hallucination, training
+from mmneurons.editing import dehallucinate as making
+from mmneurons.editing import training
 from mmneurons.editing.columns import Columns
 from mmneurons.editing.declining import (
     FOLLOW,
@@ -33,14 +34,14 @@ from mmneurons.editing.declining import (
     read_questions,
     shuffled,
 )
+from mmneurons.editing.dehallucinate import DehallucinateSettings, chair_change, dehallucinate
 from mmneurons.editing.forced import Batch, Given, Reader
-from mmneurons.editing.hallucination import DehallucinateSettings, dehallucinate, judge
 from mmneurons.editing.low_rank import LowRank, slopes
 from mmneurons.editing.patch import Patch
 from mmneurons.editing.training import MOMENTS, Training
 from mmneurons.errors import FormatError, MmneuronsError, SettingError, WordError
-from mmneurons.inspection import hallucination as judging
-from mmneurons.inspection.hallucination import (
+from mmneurons.inspection import chair as measuring
+from mmneurons.inspection.chair import (
     Vocabulary,
     chair,
     coco_synonyms,
@@ -150,7 +151,7 @@ def test_captions_that_name_nothing_have_no_chair():
 
 def test_pope_by_hand(vlm, monkeypatch):
     answers = {"a?": ["yes", "Answer: Yes, there is", "no"], "b?": ["nothing"]}
-    monkeypatch.setattr(judging, "texts_of", lambda vlm, images, asked: answers[asked.prompt][: len(images)])
+    monkeypatch.setattr(measuring, "texts_of", lambda vlm, images, asked: answers[asked.prompt][: len(images)])
     found = pope(vlm, [None] * 4, ["a?", "b?", "a?", "a?"], [True, True, False, False])  # pyright: ignore[reportArgumentType]
     assert found.accuracy == pytest.approx(2 / 4)
     assert found.precision == pytest.approx(1 / 2)
@@ -162,7 +163,7 @@ def test_pope_by_hand(vlm, monkeypatch):
 
 
 def test_an_answer_that_is_neither_is_wrong_whatever_is_true(vlm, monkeypatch):
-    monkeypatch.setattr(judging, "texts_of", lambda vlm, images, asked: ["a dog"] * len(images))
+    monkeypatch.setattr(measuring, "texts_of", lambda vlm, images, asked: ["a dog"] * len(images))
     found = pope(vlm, [None] * 2, ["a?", "a?"], [True, False])  # pyright: ignore[reportArgumentType]
     assert (found.accuracy, found.yes, found.neither) == (0, 0, 1)
 
@@ -526,7 +527,7 @@ def test_a_run_of_other_pictures_or_words_is_another_run(vlm, scenes):
     said, there = Answered([], [(1, 2)], []), [["dog"]]
 
     def key(image, nouns=("dog",), reference=None):
-        return hallucination._key(vlm, asked, [image], there, Vocabulary([nouns]), said, reference)
+        return making._key(vlm, asked, [image], there, Vocabulary([nouns]), said, reference)
 
     first, second = (scene.image for scene in scenes[:2])
     refer = mmn.make_reference(vlm, [first])
@@ -560,7 +561,7 @@ def test_fewer_absent_objects_are_named_and_the_model_is_left_as_it_was(vlm, sce
     assert after.n_found >= before.n_found
     assert len(patch.neurons) == 300
     assert patch.provenance["absent"] == before.n_absent
-    judged = judge(vlm, patch, images, objects, vocabulary)
+    judged = chair_change(vlm, patch, images, objects, vocabulary)
     assert (judged.before, judged.after) == (before, after)
     assert sum(len(now) for _, now in judged.absent) == after.n_absent
     assert judged.rival.n_absent + judged.rival.n_found == after.n_absent + after.n_found  # as many are deleted

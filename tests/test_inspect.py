@@ -19,7 +19,7 @@ from mmneurons.inspection import run, tables, truth
 from mmneurons.inspection.causal import HOW, causal
 from mmneurons.inspection.items import Item
 from mmneurons.inspection.meaning import Meaning, bert_f1, meaning
-from mmneurons.inspection.run import Settings, inspect
+from mmneurons.inspection.run import InspectSettings, inspect
 from mmneurons.inspection.sensitivity import NounSensitivity
 from mmneurons.inspection.specificity import NounScores, noun_scores
 from mmneurons.inspection.tables import Table, by_image, over_images
@@ -210,13 +210,13 @@ def test_mean_activations_of_other_images_make_other_results(vlm, tmp_path, monk
 
 def test_results_of_other_settings_are_not_mixed(vlm, items, found):
     with pytest.raises(SettingError, match="another experiment") as told:
-        inspect(vlm, items, found[1], ["sensitivity"], Settings(score="logprob"))
+        inspect(vlm, items, found[1], ["sensitivity"], InspectSettings(score="logprob"))
     assert "logprob" in str(told.value)
 
 
 def test_more_neurons_than_there_are_is_refused(vlm, items, tmp_path):
     with pytest.raises(SettingError, match="no top 5121 of the model's 5120 neurons"):
-        inspect(vlm, items, tmp_path / "out", settings=Settings(top=5121))
+        inspect(vlm, items, tmp_path / "out", settings=InspectSettings(top=5121))
     assert not (tmp_path / "out").exists()
 
 

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 import mmneurons as mmn
-from mmneurons.finding.finders import judge
+from mmneurons.finding.finders import finder_scores
 from mmneurons.inspection import truth
 from mmneurons.inspection.matching import NEAREST, column_norms, loudness, matched
 from mmneurons.inspection.truth import DELETED, finder_truth
@@ -12,7 +12,7 @@ IMAGE = mmn.pocket.scene(3, ["dog", "car"]).image
 
 @pytest.fixture(scope="module")
 def told(random_vlm):
-    words = [judged.word.text for judged in judge(random_vlm, IMAGE, ["logit"], words=said(random_vlm))]
+    words = [judged.word.text for judged in finder_scores(random_vlm, IMAGE, ["logit"], words=said(random_vlm))]
     return finder_truth(random_vlm, IMAGE, words=words[:1])
 
 
@@ -23,7 +23,7 @@ def said(vlm):
 
 @pytest.fixture(scope="module")
 def step(random_vlm):
-    return judge(random_vlm, IMAGE, ["logit"], words=said(random_vlm))[0].replay
+    return finder_scores(random_vlm, IMAGE, ["logit"], words=said(random_vlm))[0].replay
 
 
 def test_loudness_is_the_length_of_what_a_neuron_writes(random_vlm, step):
@@ -87,7 +87,7 @@ def test_deleting_what_truly_does_most_does_most(told):
 
 
 def test_a_fall_is_what_silence_of_the_top_does(random_vlm, told):
-    (judged,) = judge(random_vlm, IMAGE, ["logprob"], words=said(random_vlm))
+    (judged,) = finder_scores(random_vlm, IMAGE, ["logprob"], words=said(random_vlm))
     for deletion in told[0].deletions:
         if deletion.finder == "logprob":
             top = judged.scores["logprob"].argsort(descending=True)[: deletion.k]

@@ -11,24 +11,31 @@ from __future__ import annotations
 
 import ast
 import importlib
-import inspect
 import sys
+from inspect import getsource as _source  # by another name: `inspect` is one of ours
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # each public name once: a type checker reads these lines, and so does `_homes`
     __version__: str
     from mmneurons import pocket as pocket
+    from mmneurons.editing.baselines import baseline as baseline
+    from mmneurons.editing.dehallucinate import DehallucinateSettings as DehallucinateSettings
+    from mmneurons.editing.dehallucinate import chair_change as chair_change
+    from mmneurons.editing.dehallucinate import dehallucinate as dehallucinate
     from mmneurons.editing.edit import EditSettings as EditSettings
     from mmneurons.editing.edit import edit as edit
+    from mmneurons.editing.evaluation import Before as Before
+    from mmneurons.editing.evaluation import Bench as Bench
+    from mmneurons.editing.evaluation import evaluate as evaluate
     from mmneurons.editing.export import export as export
-    from mmneurons.editing.hallucination import DehallucinateSettings as DehallucinateSettings
-    from mmneurons.editing.hallucination import dehallucinate as dehallucinate
     from mmneurons.editing.ledger import forget as forget
     from mmneurons.editing.patch import Patch as Patch
     from mmneurons.editing.reference import Reference as Reference
     from mmneurons.editing.reference import make_reference as make_reference
+    from mmneurons.editing.show import describe_patch as describe_patch
     from mmneurons.errors import MmneuronsError as MmneuronsError
     from mmneurons.finding.finder import find as find
+    from mmneurons.finding.finders import finder_scores as finder_scores
     from mmneurons.finding.lookup import NeuronCard as NeuronCard
     from mmneurons.finding.lookup import WordNeurons as WordNeurons
     from mmneurons.finding.lookup import explain_neuron as explain_neuron
@@ -38,8 +45,19 @@ if TYPE_CHECKING:  # each public name once: a type checker reads these lines, an
     from mmneurons.finding.result import NounFinding as NounFinding
     from mmneurons.finding.result import load as load_findings  # noqa: F401
     from mmneurons.finding.result import save as save_findings  # noqa: F401
+    from mmneurons.inspection.causal import causal as causal
+    from mmneurons.inspection.chair import Vocabulary as Vocabulary
+    from mmneurons.inspection.chair import chair as chair
+    from mmneurons.inspection.chair import pope as pope
+    from mmneurons.inspection.items import Item as Item
+    from mmneurons.inspection.items import read_items as read_items
+    from mmneurons.inspection.run import InspectSettings as InspectSettings
+    from mmneurons.inspection.run import inspect as inspect
+    from mmneurons.inspection.sensitivity import sensitivity as sensitivity
+    from mmneurons.inspection.truth import finder_truth as finder_truth
     from mmneurons.neurons import Neuron as Neuron
     from mmneurons.report import write_report as write_report
+    from mmneurons.settings import Question as Question
     from mmneurons.vlm.doctor import doctor as doctor
     from mmneurons.vlm.interventions import Intervention as Intervention
     from mmneurons.vlm.interventions import intervene as intervene
@@ -50,7 +68,7 @@ if TYPE_CHECKING:  # each public name once: a type checker reads these lines, an
 
 def _homes() -> dict[str, tuple[str, str]]:
     """Where each public name comes from: the module and the name in it, as the imports above say."""
-    (block,) = (node for node in ast.parse(inspect.getsource(sys.modules[__name__])).body if isinstance(node, ast.If))
+    (block,) = (node for node in ast.parse(_source(sys.modules[__name__])).body if isinstance(node, ast.If))
     imports = (node for node in block.body if isinstance(node, ast.ImportFrom))
     return {alias.asname or alias.name: (node.module or "", alias.name) for node in imports for alias in node.names}
 

@@ -12,7 +12,7 @@ import sys
 import mmneurons.cli.find
 import mmneurons.cli.inspect
 import mmneurons.cli.edit
-import mmneurons.cli.hallucination  # noqa: F401
+import mmneurons.cli.dehallucinate  # noqa: F401
 
 # isort: on
 from mmneurons.cli.options import Stopped, err

@@ -197,7 +197,7 @@ def _judge(
     batch_size: int,
 ) -> None:
     """Judge patches and show the figures."""
-    from mmneurons.editing.judging import judge
+    from mmneurons.editing.judging import evaluate_edits
     from mmneurons.report.edit import figures, write_edits
 
     others = or_pocket(vlm, others, "locality-500", "--unrelated")[:limit]
@@ -211,7 +211,7 @@ def _judge(
 
     texts = texts or pocket_texts(vlm, 1)
     with bars(err, "edits") as progress, goes_on():
-        judged = judge(
+        judged = evaluate_edits(
             vlm,
             asked,
             folder,

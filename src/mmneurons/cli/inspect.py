@@ -57,13 +57,13 @@ def inspect_(
             f"{out_folder} holds the images: plots would lie among them.", fix="Name another folder with --out."
         )
     from mmneurons.inspection.meaning import PACKAGED, meaning
-    from mmneurons.inspection.run import EXPERIMENTS, Settings, examples, inspect
+    from mmneurons.inspection.run import EXPERIMENTS, InspectSettings, examples, inspect
     from mmneurons.inspection.tables import shown, tables
     from mmneurons.report.inspection import write_inspection
 
     items = items_of([images], masks)
     vlm = load()
-    settings = Settings(score, top, prompt, answer_prefix, max_new_tokens, seed)
+    settings = InspectSettings(score, top, prompt, answer_prefix, max_new_tokens, seed)
     experiments = EXPERIMENTS if what == "all" else (what,)
     with bars(err, "images") as progress, goes_on():
         found = inspect(

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mmneurons.editing.forced import Batch, Given, Reader
-from mmneurons.inspection.hallucination import Vocabulary
+from mmneurons.inspection.chair import Vocabulary
 from mmneurons.settings import Question
 from mmneurons.vlm.asking import ask
 from mmneurons.vlm.pictures import Picture

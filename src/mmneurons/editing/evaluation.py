@@ -65,7 +65,7 @@ class Pair:
 
 
 @dataclass(frozen=True)
-class Judged:
+class Evaluation:
     """Every figure of one edit; None where nothing could be measured."""
 
     source: str
@@ -151,7 +151,7 @@ def evaluate(
     source: str,
     target: str | None,
     progress: Callable[[float], None] | None = None,
-) -> Judged:
+) -> Evaluation:
     """Judge one edit; the model is left as it was.
 
     Args:
@@ -199,7 +199,7 @@ def evaluate(
     top_pairs = [(before.unrelated_tops[i], now) for i, now in zip(kept, tops, strict=False)]
     same = [float((a == b).float().mean()) for a, b in zip(before.texts, next_tokens, strict=True)]
     naming = [says(text, source) for text in bench.texts]
-    return Judged(
+    return Evaluation(
         source,
         target,
         efficacy=share(map(done, edited.texts)),

@@ -13,7 +13,7 @@ from typing import Annotated
 
 import msgspec
 
-from mmneurons.editing.evaluation import Before, Bench, Judged, evaluate
+from mmneurons.editing.evaluation import Before, Bench, Evaluation, evaluate
 from mmneurons.editing.patch import Edit, Patch
 from mmneurons.errors import SettingError
 from mmneurons.inspection.content import image_hash, key_of
@@ -33,7 +33,7 @@ class Case:
     source: str
     target: str | None
     question: Question = Question()
-    """How the model is asked; in batches as large as `judge` is told."""
+    """How the model is asked; in batches as large as `evaluate_edits` is told."""
     key: str = ""
     """What tells it from all others: a patch's hash; "": its name does."""
 
@@ -76,7 +76,7 @@ def cases(patches: Mapping[str, Patch]) -> dict[str, Case]:
     return found
 
 
-def judge(
+def evaluate_edits(
     vlm: VLM,
     asked: Mapping[str, Case],
     folder: str | os.PathLike[str],
@@ -87,7 +87,7 @@ def judge(
     texts: Sequence[str] = (),
     batch_size: int = 8,
     progress: Callable[[str, float, int], None] | None = None,
-) -> dict[str, Judged]:
+) -> dict[str, Evaluation]:
     """Judge edits, each by itself.
 
     Args:
@@ -120,7 +120,7 @@ def judge(
             progress("judging", done, len(asked))
 
     with one_writer(Path(folder), Path(folder) / LOCK):
-        shelf = Shelf(Path(folder) / "edits.jsonl", made_by, Judged)
+        shelf = Shelf(Path(folder) / "edits.jsonl", made_by, Evaluation)
         for done, (name, one) in enumerate(asked.items()):
             shown, beyond = ([item.image() for item in of(one.source)] for of in (edit, held_out))
             question = replace(one.question, answer_prefix=one.question.prefix, batch_size=batch_size)

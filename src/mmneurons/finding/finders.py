@@ -36,7 +36,7 @@ INTEGRATION_STEPS = 20
 
 
 @dataclass(frozen=True, eq=False)
-class Judged:
+class FinderScores:
     """One noun of an answer, and what each finder says of every neuron there."""
 
     word: Word
@@ -48,7 +48,7 @@ class Judged:
 
 
 @by_one_thread
-def judge(
+def finder_scores(
     vlm: VLM,
     image: Picture,
     finders: Sequence[Finder] = FINDERS,
@@ -56,7 +56,7 @@ def judge(
     words: Sequence[str] | None = None,
     seed: int = 0,
     question: Question = Question(),
-) -> list[Judged]:
+) -> list[FinderScores]:
     """Let the model answer, and every finder score all neurons for each noun of the answer.
 
     Args:
@@ -91,7 +91,7 @@ def judge(
     }
     random = torch.Generator().manual_seed(seed)
     return [
-        Judged(
+        FinderScores(
             target.word,
             answers.texts[0],  # those kept end with the last noun
             replay,

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from mmneurons.finding.finders import Finder, judge
+from mmneurons.finding.finders import Finder, finder_scores
 from mmneurons.inspection.items import Item
 from mmneurons.inspection.matching import DRAWS, column_norms, loudness, matched
 from mmneurons.maths.ranking import top_k
@@ -109,7 +109,7 @@ def causal(
     """
     image = item.image()
     norms = column_norms(vlm.anatomy)
-    judged = judge(vlm, image, [finder], question=question)
+    judged = finder_scores(vlm, image, [finder], question=question)
     (usual,) = texts_of(vlm, [image], question)
     trials = [_trials(one.replay, one.scores[finder], norms, sizes, ways, draws, seed) for one in judged]
     changes = [change for mine in trials for trial in mine for change in trial.changes]

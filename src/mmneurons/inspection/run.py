@@ -49,7 +49,7 @@ Progress = Callable[[str, float, int], None]
 
 
 @dataclass(frozen=True)
-class Settings:
+class InspectSettings:
     """What is asked of the model, and how its neurons are ranked."""
 
     score: Score = "logit"
@@ -69,7 +69,7 @@ class Settings:
 class Inspection:
     """What the experiments found: of each the results by image, None if it was not run."""
 
-    settings: Settings
+    settings: InspectSettings
     made_by: Mapping[str, Any]
     images: Mapping[str, str]
     """By name the hash of the pixels of every image that was used."""
@@ -95,7 +95,7 @@ def inspect(
     items: Sequence[Item],
     folder: str | os.PathLike[str],
     experiments: Sequence[Experiment] = EXPERIMENTS,
-    settings: Settings | None = None,
+    settings: InspectSettings | None = None,
     *,
     limit: int | None = None,
     batch_size: int = 8,
@@ -122,7 +122,7 @@ def inspect(
         ImageError: no image can be used.
         FormatError: what the folder holds is damaged.
     """
-    settings = settings or Settings()
+    settings = settings or InspectSettings()
     settings = replace(settings, answer_prefix=settings.question.prefix)
     n_neurons = sum(ffn.size for ffn in vlm.anatomy.ffns)
     if not 1 <= settings.top <= n_neurons:
@@ -141,7 +141,7 @@ def inspect(
     return Inspection(settings, made_by, pictures, bench.left_out, **found)
 
 
-def examples(vlm: VLM, items: Sequence[Item], settings: Settings) -> list[Finding]:
+def examples(vlm: VLM, items: Sequence[Item], settings: InspectSettings) -> list[Finding]:
     """Findings with maps of the first few images, to be drawn for each k."""
     shown = items[:EXAMPLES]
     asked = asdict(settings.question)
@@ -154,7 +154,7 @@ class _Bench:
     vlm: VLM
     items: Sequence[Item]
     folder: Path
-    settings: Settings
+    settings: InspectSettings
     made_by: Mapping[str, Any]
     limit: int | None
     batch_size: int

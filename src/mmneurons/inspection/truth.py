@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from mmneurons.finding.finders import FINDERS, Finder, Judged, judge
+from mmneurons.finding.finders import FINDERS, Finder, FinderScores, finder_scores
 from mmneurons.finding.scoring import as_read, columns_of, said, texts
 from mmneurons.inspection.matching import DRAWS, column_norms, loudness, matched
 from mmneurons.maths.ranking import top_k
@@ -108,7 +108,7 @@ def finder_truth(
     Source: deletion as in Pan et al. (2024), section 4.4, at the scored position only; matched controls are ours.
     """
     norms = column_norms(vlm.anatomy)
-    judged = judge(vlm, image, finders, words=words, seed=seed, question=question)
+    judged = finder_scores(vlm, image, finders, words=words, seed=seed, question=question)
     pools = [_pool(one, seed + i) for i, one in enumerate(judged)]
     total = sum(len(slots) for pool in pools for slots in pool) * (1 if means is None else 2)
     found: list[NounTruth] = []
@@ -202,7 +202,7 @@ def _said(vlm: VLM, replay: Replay, slots: Int[Tensor, "k"]) -> tuple[tuple[str,
     return tuple(texts(vlm, ids) for ids in said(vlm, signs[:, None] * columns)[0])
 
 
-def _pool(judged: Judged, seed: int) -> tuple[Int[Tensor, "even"], Int[Tensor, "tops"]]:
+def _pool(judged: FinderScores, seed: int) -> tuple[Int[Tensor, "even"], Int[Tensor, "tops"]]:
     """Which neurons to silence one by one: all; or as many of each block, and the finders' top ones beside them."""
     replay = judged.replay
     if replay.n_slots <= SMALL:
@@ -220,7 +220,10 @@ def _pool(judged: Judged, seed: int) -> tuple[Int[Tensor, "even"], Int[Tensor, "
 
 
 def _agreements(
-    judged: Judged, even: Int[Tensor, "even"], tops: Int[Tensor, "tops"], effects: Mapping[str, Float[Tensor, "n"]]
+    judged: FinderScores,
+    even: Int[Tensor, "even"],
+    tops: Int[Tensor, "tops"],
+    effects: Mapping[str, Float[Tensor, "n"]],
 ) -> list[Agreement]:
     replay = judged.replay
     layers = torch.tensor([ffn.layer for ffn in replay.anatomy.ffns])

@@ -18,7 +18,7 @@ from mmneurons.report.pictures import small
 from mmneurons.words import turned
 
 if TYPE_CHECKING:
-    from mmneurons.editing.evaluation import Judged, Pair
+    from mmneurons.editing.evaluation import Evaluation, Pair
 
 SCHEMA = 1
 SHOWN = 60
@@ -49,7 +49,7 @@ class _Section(NamedTuple):
     n_changed: int
 
 
-def figures(judged: Judged) -> list[tuple[str, str]]:
+def figures(judged: Evaluation) -> list[tuple[str, str]]:
     """Every figure of an edit with its name, as text: mean, interval, number, or that there was nothing to measure."""
     removal = judged.target is None
     named: list[tuple[str, Estimate | None]] = [
@@ -74,7 +74,7 @@ def figures(judged: Judged) -> list[tuple[str, str]]:
 
 
 def write_edits(
-    judged: Mapping[str, Judged],
+    judged: Mapping[str, Evaluation],
     folder: str | os.PathLike[str],
     held_out: Callable[[str], Sequence[Shown]],
     unrelated: Sequence[Shown],
@@ -99,7 +99,7 @@ def write_edits(
 
 
 def render_edits(
-    judged: Mapping[str, Judged], held_out: Callable[[str], Sequence[Shown]], unrelated: Sequence[Shown]
+    judged: Mapping[str, Evaluation], held_out: Callable[[str], Sequence[Shown]], unrelated: Sequence[Shown]
 ) -> str:
     """The page; nothing is loaded from elsewhere."""
     style = asset("inspection.css")
@@ -115,7 +115,7 @@ def render_edits(
     )
 
 
-def _section(name: str, one: Judged, held_out: Sequence[Shown], unrelated: Sequence[Shown]) -> _Section:
+def _section(name: str, one: Evaluation, held_out: Sequence[Shown], unrelated: Sequence[Shown]) -> _Section:
     def done(pair: Pair) -> bool:
         return turned(pair.after, one.source, one.target)
 

@@ -17,7 +17,7 @@ from mmneurons.report.text import flatten
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from mmneurons.editing.hallucination import Judged
+    from mmneurons.editing.dehallucinate import ChairChange
     from mmneurons.report.edit import Shown
 
 SHOWN = 150
@@ -46,7 +46,7 @@ class _Row(NamedTuple):
     absent_after: str
 
 
-def chair_text(judged: Judged) -> str:
+def chair_text(judged: ChairChange) -> str:
     """Every figure, as lines of text."""
     lines = [f"on {len(judged.texts)} images that the patch was not made with:"]
     for state, title in STATES:
@@ -56,13 +56,13 @@ def chair_text(judged: Judged) -> str:
     return "\n".join(lines)
 
 
-def chair_json(judged: Judged) -> bytes:
+def chair_json(judged: ChairChange) -> bytes:
     """Every figure, and what is said of each image."""
     return json_bytes(asdict(judged))
 
 
-def write_hallucination(
-    judged: Judged,
+def write_dehallucination(
+    judged: ChairChange,
     path: str | os.PathLike[str],
     images: Sequence[Shown],
     objects: Sequence[Collection[str]],
@@ -86,7 +86,7 @@ def write_hallucination(
     ]
     page = (
         environment()
-        .from_string(asset("hallucination.html.j2"))
+        .from_string(asset("dehallucinate.html.j2"))
         .render(
             title="Objects that are not there",
             figures=[

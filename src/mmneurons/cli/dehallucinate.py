@@ -79,12 +79,12 @@ def dehallucinate(
     path = checked_patch_path(out_path)
     partly = path.with_name(f"{path.name}.part")
     check_outputs([path, partly, json_path, report], given_files(images, held_out, reference, texts, load.files))
-    from mmneurons.editing.hallucination import DehallucinateSettings, judge
-    from mmneurons.editing.hallucination import dehallucinate as make_patch
+    from mmneurons.editing.dehallucinate import DehallucinateSettings, chair_change
+    from mmneurons.editing.dehallucinate import dehallucinate as make_patch
     from mmneurons.editing.reference import make_reference
-    from mmneurons.inspection.hallucination import Vocabulary, coco_synonyms, read_synonyms
+    from mmneurons.inspection.chair import Vocabulary, coco_synonyms, read_synonyms
     from mmneurons.inspection.shelf import lock_of
-    from mmneurons.report.hallucination import chair_json, chair_text, write_hallucination
+    from mmneurons.report.dehallucinate import chair_json, chair_text, write_dehallucination
 
     shown, others, kept = map(readable_items, (images, held_out, reference))
     lines = lines_of(texts)
@@ -127,14 +127,14 @@ def dehallucinate(
         for left in (partly, lock_of(partly)):
             left.unlink(missing_ok=True)
         objects = [item.objects for item in others]
-        judged = judge(vlm, patch, [item.source for item in others], objects, vocabulary, progress=tell)
+        judged = chair_change(vlm, patch, [item.source for item in others], objects, vocabulary, progress=tell)
     err.print(f"wrote {path} ({path.stat().st_size / 1000:.1f} kB)", soft_wrap=True)
     try:  # files first, as in `find`
         if json_path not in (None, "-"):
             write_whole(json_path, chair_json(judged))
             err.print(f"wrote {json_path}", soft_wrap=True)
         if report is not None:
-            write_hallucination(judged, report, others, objects, patch.provenance)
+            write_dehallucination(judged, report, others, objects, patch.provenance)
             err.print(f"wrote {report}", soft_wrap=True)
     finally:
         if json_path == "-":

@@ -36,8 +36,8 @@ from mmneurons.editing.patch import Patch
 from mmneurons.editing.reference import Reference
 from mmneurons.editing.training import Training
 from mmneurons.errors import SettingError, WordError
+from mmneurons.inspection.chair import Chair, Vocabulary, chair, chair_of
 from mmneurons.inspection.content import image_hash, key_of
-from mmneurons.inspection.hallucination import Chair, Vocabulary, chair, chair_of
 from mmneurons.inspection.shelf import lock_of, one_writer
 from mmneurons.settings import MAX_NEW_TOKENS, PROMPT, Question
 from mmneurons.vlm import provenance
@@ -118,7 +118,7 @@ def dehallucinate(
         progress: Called with what is being done, how much of it is, and how much there is.
 
     Returns:
-        The patch. What it does is to be seen on other images: `judge`.
+        The patch. What it does is to be seen on other images: `chair_change`.
 
     Raises:
         SettingError: settings out of range, lists that do not fit the images, no noun that is absent or present; a
@@ -270,7 +270,7 @@ def _train(
 
 
 @dataclass(frozen=True)
-class Judged:
+class ChairChange:
     """Images that the patch was not made with, before and after; and the cheap rival on the same."""
 
     before: Chair
@@ -284,7 +284,7 @@ class Judged:
 
 
 @by_one_thread
-def judge(
+def chair_change(
     vlm: VLM,
     patch: Patch,
     images: Sequence[Picture],
@@ -292,7 +292,7 @@ def judge(
     vocabulary: Vocabulary,
     *,
     progress: Progress = lambda what, done, total: None,
-) -> Judged:
+) -> ChairChange:
     """Judge a patch of `dehallucinate` on other images; the model is left as it was."""
     made = patch.provenance["settings"]
     question = Question(made["prompt"], made["answer_prefix"], made["max_new_tokens"], made["batch_size"])
@@ -317,7 +317,7 @@ def judge(
     def absent(text: str, image: int) -> tuple[str, ...]:
         return tuple(noun for noun in vocabulary.named(text) if noun not in there[image])
 
-    return Judged(
+    return ChairChange(
         chair(said.texts, objects, vocabulary),
         chair_of(now, there),
         chair_of(kept, there),
