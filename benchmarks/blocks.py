@@ -13,10 +13,10 @@ import torch
 
 import mmneurons as mmn
 from mmneurons import pocket
-from mmneurons.finding.finders import finder_scores
-from mmneurons.inspection.items import Item, read_items
-from mmneurons.inspection.regions import match
+from mmneurons.attribution.finders import finder_scores
+from mmneurons.data.dataset import Item, read_items
 from mmneurons.inspection.sensitivity import HALF
+from mmneurons.metrics.regions import match
 from mmneurons.settings import ANSWER_PREFIX, PROMPT
 from mmneurons.vlm.grid import find_grids
 from mmneurons.vlm.recording import record

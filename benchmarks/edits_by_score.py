@@ -20,14 +20,14 @@ from torch import Tensor
 
 import mmneurons as mmn
 from mmneurons import pocket
+from mmneurons.attribution.ablation import Replay
+from mmneurons.attribution.finders import Finder, finder_scores
+from mmneurons.data.dataset import read_items
 from mmneurons.editing.edit import edit
 from mmneurons.editing.judging import Case, evaluate_edits
-from mmneurons.editing.patch import Patch
-from mmneurons.finding.finders import Finder, finder_scores
-from mmneurons.inspection.items import read_items
 from mmneurons.maths.ranking import top_k
 from mmneurons.neurons import Neuron
-from mmneurons.vlm.replay import Replay
+from mmneurons.patches.patch import Patch
 from mmneurons.vlm.vlm import VLM
 
 PAIRS = RIVAL_PAIRS[::2]

@@ -26,11 +26,12 @@ from peak import peak
 from tables import PAGE, Tables, markdown, report, write
 from timing import Ratio, rounds, say, stopwatch
 
-from mmneurons.finding import finder, finders
-from mmneurons.finding.finders import FINDERS, Finder, FinderScores
+from mmneurons.attribution import finders
+from mmneurons.attribution.ablation import Replay
+from mmneurons.attribution.finders import FINDERS, Finder, FinderScores
+from mmneurons.finding import finder
 from mmneurons.finding.result import Score
 from mmneurons.settings import Question
-from mmneurons.vlm.replay import Replay
 
 ROUNDS, MEMORY_ROUNDS = 9, 3
 SCORES: tuple[Score, ...] = get_args(Score)

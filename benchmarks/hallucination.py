@@ -21,12 +21,12 @@ from PIL import Image
 
 import mmneurons as mmn
 from mmneurons import pocket
+from mmneurons.data.dataset import Item, read_items
 from mmneurons.editing.dehallucinate import DehallucinateSettings, chair_change, dehallucinate
-from mmneurons.editing.patch import Patch
 from mmneurons.editing.reference import Reference
 from mmneurons.editing.steps import likeliest
-from mmneurons.inspection.chair import Chair, Pope, Vocabulary, chair, pope
-from mmneurons.inspection.items import Item, read_items
+from mmneurons.metrics.chair import Chair, Pope, Vocabulary, chair, pope
+from mmneurons.patches.patch import Patch
 from mmneurons.pocket.sets import Negatives
 from mmneurons.vlm.vlm import VLM
 

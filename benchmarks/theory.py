@@ -13,9 +13,9 @@ import torch
 from jaxtyping import Float
 
 import mmneurons as mmn
-from mmneurons.finding.finders import FinderScores, finder_scores
-from mmneurons.inspection.items import read_items
-from mmneurons.inspection.truth import DELETED
+from mmneurons.attribution.finders import FinderScores, finder_scores
+from mmneurons.data.dataset import read_items
+from mmneurons.inspection.faithfulness import DELETED
 from mmneurons.maths.ranking import top_k
 from mmneurons.maths.statistics import spearman
 

@@ -10,9 +10,9 @@ from PIL import Image
 from torch import nn
 
 import mmneurons as mmn
+from mmneurons.data import pictures
 from mmneurons.errors import ImageError, ModelError, SettingError, WordError
 from mmneurons.settings import Question
-from mmneurons.vlm import pictures
 from mmneurons.vlm.asking import ask
 from mmneurons.vlm.prompts import continued
 

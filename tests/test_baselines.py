@@ -12,17 +12,18 @@ from torch import nn
 
 import mmneurons as mmn
 from mmneurons import pocket
-from mmneurons.editing import goals, lessons, trained
-from mmneurons.editing.baselines import NAMES, HeadChange, Name, Rival, baseline, matched_neurons
+from mmneurons.baselines import lessons, trained
+from mmneurons.baselines.baseline import NAMES, HeadChange, Name, Rival, baseline, matched_neurons
+from mmneurons.baselines.lessons import Schedule, Task
+from mmneurons.baselines.trained import carried, spread
+from mmneurons.editing import goals
 from mmneurons.editing.columns import writers
 from mmneurons.editing.edit import EditSettings
 from mmneurons.editing.goals import Asked, goals_of
-from mmneurons.editing.lessons import Schedule, Task
-from mmneurons.editing.patch import Patch
 from mmneurons.editing.reference import Reference, make_reference
 from mmneurons.editing.steps import answer_steps, occurrences
-from mmneurons.editing.trained import carried, spread
 from mmneurons.errors import ModelError, SettingError, WordError
+from mmneurons.patches.patch import Patch
 from mmneurons.settings import Question
 from mmneurons.vlm.recording import record
 from mmneurons.vlm.vlm import VLM

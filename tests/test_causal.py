@@ -2,8 +2,9 @@ import numpy as np
 import pytest
 
 import mmneurons as mmn
-from mmneurons.inspection.causal import How, causal, rest_unchanged
-from mmneurons.inspection.items import Item
+from mmneurons.data.dataset import Item
+from mmneurons.inspection.causal import How, causal
+from mmneurons.metrics.captions import rest_unchanged
 from mmneurons.words import says
 
 

@@ -11,7 +11,7 @@ from commands import call
 import mmneurons as mmn
 from mmneurons import pocket
 from mmneurons.cli.edit import lines_of
-from mmneurons.editing.patch import Patch
+from mmneurons.patches.patch import Patch
 from mmneurons.words import says
 
 

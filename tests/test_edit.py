@@ -21,20 +21,21 @@ from zoo import randomise
 
 import mmneurons as mmn
 from mmneurons import pocket
+from mmneurons.baselines.baseline import HeadChange
 from mmneurons.editing import goals
-from mmneurons.editing.baselines import HeadChange
-from mmneurons.editing.columns import Columns, moves_for, patch_of, writers
+from mmneurons.editing.columns import moves_for, patch_of, writers
 from mmneurons.editing.edit import EditSettings, edit, harm_of
 from mmneurons.editing.goals import Asked, Goal, goals_of
-from mmneurons.editing.ledger import ledger_of
-from mmneurons.editing.patch import HASH_BYTES, Patch, PatchPart, column_hashes
 from mmneurons.editing.reference import make_reference
 from mmneurons.editing.steps import Said, answer_steps, forced_steps, likeliest, occurrences
 from mmneurons.editing.strength import ALLOWED_FLIPS, MARGINS, find_strength
 from mmneurons.errors import MmneuronsError, SettingError, WordError
 from mmneurons.maths.edits import selective, smallest
 from mmneurons.neurons import Neuron
+from mmneurons.patches.ledger import ledger_of
+from mmneurons.patches.patch import HASH_BYTES, Patch, PatchPart, column_hashes
 from mmneurons.settings import ANSWER_PREFIX, PROMPT, Question
+from mmneurons.vlm.columns import Columns
 from mmneurons.vlm.prompts import WORDINGS, tokens_of
 from mmneurons.vlm.provenance import weights_hash
 from mmneurons.vlm.vlm import VLM

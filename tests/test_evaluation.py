@@ -16,14 +16,14 @@ from PIL import Image
 
 import mmneurons as mmn
 from mmneurons import pocket
+from mmneurons.data.dataset import read_items
 from mmneurons.editing import judging
 from mmneurons.editing.edit import EditSettings, edit
 from mmneurons.editing.evaluation import Before, Bench, Evaluation, evaluate, forced, ngram_entropy, relative_size
 from mmneurons.editing.judging import cases, evaluate_edits
-from mmneurons.editing.patch import Patch
 from mmneurons.editing.reference import make_reference
 from mmneurons.errors import SettingError
-from mmneurons.inspection.items import read_items
+from mmneurons.patches.patch import Patch
 from mmneurons.report.edit import figures, render_edits, write_edits
 from mmneurons.report.pictures import small
 from mmneurons.settings import Question

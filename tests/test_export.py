@@ -22,10 +22,10 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import mmneurons as mmn
 from mmneurons import pocket
-from mmneurons.editing.export import export
-from mmneurons.editing.ledger import ledger_of
-from mmneurons.editing.patch import Patch, PatchPart, column_hashes
 from mmneurons.errors import ModelError, SettingError
+from mmneurons.patches.export import export
+from mmneurons.patches.ledger import ledger_of
+from mmneurons.patches.patch import Patch, PatchPart, column_hashes
 from mmneurons.settings import PROMPT
 from mmneurons.vlm.provenance import weights_hash
 from mmneurons.vlm.vlm import VLM
@@ -335,7 +335,7 @@ def test_a_disk_that_is_full_while_weights_are_written(live, tmp_path):
 KILLED = """
 import os, signal, sys
 import mmneurons as mmn
-from mmneurons.editing import export
+from mmneurons.patches import export
 def killed(vlm, patches, folder):
     (folder / "half.safetensors").write_bytes(b"half")
     os.kill(os.getpid(), signal.SIGTERM)

@@ -25,6 +25,7 @@ from transformers.utils import logging
 from zoo import FAMILIES, Family, Row, quiet_vision, randomise
 
 import mmneurons as mmn
+from mmneurons.attribution.ablation import replays
 from mmneurons.errors import ModelError, SettingError
 from mmneurons.finding.result import Finding
 from mmneurons.neurons import Neuron
@@ -38,7 +39,6 @@ from mmneurons.vlm.grid import Grids, find_grids
 from mmneurons.vlm.interventions import Intervention, intervene, parts_of
 from mmneurons.vlm.moments import pick_moments
 from mmneurons.vlm.recording import Recording, record
-from mmneurons.vlm.replay import replays
 from mmneurons.vlm.vlm import VLM, Answers
 from mmneurons.vlm.weights.stored import Located
 

@@ -7,10 +7,10 @@ import pytest
 import torch
 
 import mmneurons as mmn
+from mmneurons.data.images import open_image
 from mmneurons.errors import SettingError, WordError
 from mmneurons.finding import finder
 from mmneurons.vlm.doctor import additivity, additivity_error
-from mmneurons.vlm.images import open_image
 from mmneurons.vlm.moments import Moments, pick_moments
 from mmneurons.vlm.recording import record
 from mmneurons.vlm.vlm import VLM, Answers

@@ -2,9 +2,9 @@ import pytest
 import torch
 
 import mmneurons as mmn
+from mmneurons.attribution.ablation import log_p
+from mmneurons.attribution.finders import FINDERS, finder_scores
 from mmneurons.errors import SettingError
-from mmneurons.finding.finders import FINDERS, finder_scores
-from mmneurons.vlm.replay import log_p
 
 
 @pytest.fixture(scope="module")

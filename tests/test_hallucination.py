@@ -21,7 +21,6 @@ import mmneurons as mmn
 from mmneurons import pocket
 from mmneurons.editing import dehallucinate as making
 from mmneurons.editing import training
-from mmneurons.editing.columns import Columns
 from mmneurons.editing.declining import (
     FOLLOW,
     KEEP,
@@ -37,11 +36,10 @@ from mmneurons.editing.declining import (
 from mmneurons.editing.dehallucinate import DehallucinateSettings, chair_change, dehallucinate
 from mmneurons.editing.forced import Batch, Given, Reader
 from mmneurons.editing.low_rank import LowRank, slopes
-from mmneurons.editing.patch import Patch
 from mmneurons.editing.training import MOMENTS, Training
 from mmneurons.errors import FormatError, MmneuronsError, SettingError, WordError
-from mmneurons.inspection import chair as measuring
-from mmneurons.inspection.chair import (
+from mmneurons.metrics import chair as measuring
+from mmneurons.metrics.chair import (
     Vocabulary,
     chair,
     coco_synonyms,
@@ -49,8 +47,10 @@ from mmneurons.inspection.chair import (
     read_synonyms,
     yes_or_no,
 )
+from mmneurons.patches.patch import Patch
 from mmneurons.pocket.scenes import Scene
 from mmneurons.settings import ANSWER_PREFIX, PROMPT, Question
+from mmneurons.vlm.columns import Columns
 from mmneurons.vlm.modes import evaluating, frozen
 from mmneurons.vlm.prompts import tokens_of
 

@@ -19,9 +19,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageFile, TiffImagePlugin
 
+from mmneurons.data import images
+from mmneurons.data.images import check_image, check_scaled, open_image, open_stored
 from mmneurons.errors import ImageError
-from mmneurons.vlm import images
-from mmneurons.vlm.images import check_image, check_scaled, open_image, open_stored
 
 RED, GREEN, BLUE, WHITE, BLACK = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255), (0, 0, 0)
 NOISE = np.random.default_rng(0).integers(0, 256, (24, 32, 3), dtype=np.uint8)

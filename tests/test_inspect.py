@@ -14,17 +14,18 @@ from PIL import Image
 
 import mmneurons as mmn
 from mmneurons import cli
+from mmneurons.data.dataset import Item
 from mmneurons.errors import FormatError, ImageError, SettingError
-from mmneurons.inspection import run, tables, truth
+from mmneurons.inspection import faithfulness as truth
+from mmneurons.inspection import run, tables
 from mmneurons.inspection.causal import HOW, causal
-from mmneurons.inspection.items import Item
-from mmneurons.inspection.meaning import Meaning, bert_f1, meaning
+from mmneurons.inspection.faithfulness import mean_activations
 from mmneurons.inspection.run import InspectSettings, inspect
 from mmneurons.inspection.sensitivity import NounSensitivity
 from mmneurons.inspection.specificity import NounScores, noun_scores
 from mmneurons.inspection.tables import Table, by_image, over_images
-from mmneurons.inspection.truth import mean_activations
 from mmneurons.maths.statistics import Estimate
+from mmneurons.metrics.similarity import Meaning, bert_f1, meaning
 from mmneurons.report import plots
 from mmneurons.report.inspection import write_inspection
 from mmneurons.settings import ANSWER_PREFIX, PROMPT, Question

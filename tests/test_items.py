@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from mmneurons import pocket
+from mmneurons.data.coco import Outline, RunLengths
+from mmneurons.data.dataset import read_items
+from mmneurons.data.masks import read_mask
 from mmneurons.errors import ImageError, MmneuronsError, SettingError
-from mmneurons.inspection.coco import Outline, RunLengths
-from mmneurons.inspection.items import read_items
-from mmneurons.inspection.masks import read_mask
 
 
 @pytest.fixture

@@ -11,17 +11,18 @@ from float64 import in_float64, slope
 
 from mmneurons import pocket
 from mmneurons.editing import forced, optimised
-from mmneurons.editing.columns import Columns, writers
+from mmneurons.editing.columns import writers
 from mmneurons.editing.forced import Reader
 from mmneurons.editing.goals import Asked, goals_of
-from mmneurons.editing.ledger import ledger_of
 from mmneurons.editing.optimised import optimise
-from mmneurons.editing.patch import Patch
 from mmneurons.editing.reference import Reference, make_reference
 from mmneurons.editing.steps import answer_steps, occurrences
 from mmneurons.errors import ModelError, SettingError
 from mmneurons.neurons import Neuron
+from mmneurons.patches.ledger import ledger_of
+from mmneurons.patches.patch import Patch
 from mmneurons.settings import Question
+from mmneurons.vlm.columns import Columns
 from mmneurons.vlm.modes import evaluating, frozen
 from mmneurons.vlm.vlm import VLM
 from mmneurons.words import says

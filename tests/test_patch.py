@@ -15,13 +15,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import mmneurons as mmn
-from mmneurons.editing import ledger
 from mmneurons.editing.judging import cases
-from mmneurons.editing.ledger import ledger_of
-from mmneurons.editing.patch import HASH_BYTES, Patch, PatchPart, column_hashes, stack
-from mmneurons.editing.show import describe_patch
 from mmneurons.errors import FormatError, ModelError, SettingError
 from mmneurons.neurons import Neuron
+from mmneurons.patches import ledger
+from mmneurons.patches.describe import describe_patch
+from mmneurons.patches.ledger import ledger_of
+from mmneurons.patches.patch import HASH_BYTES, Patch, PatchPart, column_hashes, stack
 from mmneurons.report.patch import patch_text
 from mmneurons.vlm import weights
 from mmneurons.vlm.age import editing

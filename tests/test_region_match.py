@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from mmneurons.errors import ImageError
-from mmneurons.inspection.regions import _cover, match
+from mmneurons.metrics.regions import _cover, match
 
 LEFT = np.zeros((8, 8), dtype=bool)
 LEFT[:, :4] = True

@@ -2,10 +2,10 @@ import numpy as np
 import pytest
 
 import mmneurons as mmn
+from mmneurons.data.dataset import Item
 from mmneurons.finding.finder import targets_of
 from mmneurons.finding.maps import region_maps
 from mmneurons.finding.scoring import Choices, score_targets
-from mmneurons.inspection.items import Item
 from mmneurons.inspection.sensitivity import sensitivity
 from mmneurons.inspection.tables import sensitivity_tables
 from mmneurons.settings import ANSWER_PREFIX, PROMPT

@@ -13,10 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from mmneurons.data.content import image_hash, key_of, truth_hash
+from mmneurons.data.dataset import Item
+from mmneurons.data.store import Shelf, one_writer
 from mmneurons.errors import FormatError, MmneuronsError, ModelError, SettingError
-from mmneurons.inspection.content import image_hash, key_of, truth_hash
-from mmneurons.inspection.items import Item
-from mmneurons.inspection.shelf import Shelf, one_writer
 
 
 @dataclass(frozen=True)
@@ -138,7 +138,7 @@ def test_one_run_at_a_time_writes_in_a_folder(tmp_path):
 def test_a_killed_run_leaves_its_folder_free(tmp_path):
     program = f"""
 from pathlib import Path
-from mmneurons.inspection.shelf import one_writer
+from mmneurons.data.store import one_writer
 with one_writer(Path("out"), Path({str(tmp_path / ".lock")!r})):
     print("locked", flush=True)
     input()

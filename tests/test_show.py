@@ -9,11 +9,11 @@ import pytest
 import torch
 
 import mmneurons as mmn
-from mmneurons.editing.ledger import ledger_of
-from mmneurons.editing.patch import HASH_BYTES, Patch, PatchPart, column_hashes, stack
-from mmneurons.editing.show import describe_patch
 from mmneurons.errors import ModelError
 from mmneurons.neurons import Neuron
+from mmneurons.patches.describe import describe_patch
+from mmneurons.patches.ledger import ledger_of
+from mmneurons.patches.patch import HASH_BYTES, Patch, PatchPart, column_hashes, stack
 from mmneurons.report.patch import patch_text
 
 MADE_BY: dict[str, Any] = {

@@ -2,8 +2,8 @@ import numpy as np
 import pytest
 
 import mmneurons as mmn
+from mmneurons.data.dataset import Item
 from mmneurons.errors import SettingError
-from mmneurons.inspection.items import Item
 from mmneurons.inspection.specificity import NounScores, noun_scores, specificity
 
 

@@ -14,8 +14,8 @@ import pytest
 import torch
 
 import mmneurons as mmn
-from mmneurons.editing.ledger import ledger_of
-from mmneurons.editing.patch import Patch, PatchPart, column_hashes
+from mmneurons.patches.ledger import ledger_of
+from mmneurons.patches.patch import Patch, PatchPart, column_hashes
 from mmneurons.vlm.interventions import shuffled
 from mmneurons.vlm.locking import restored, uninterrupted
 from mmneurons.vlm.modes import evaluating, frozen, greedy

@@ -2,10 +2,10 @@ import pytest
 import torch
 
 import mmneurons as mmn
-from mmneurons.finding.finders import finder_scores
-from mmneurons.inspection import truth
-from mmneurons.inspection.matching import NEAREST, column_norms, loudness, matched
-from mmneurons.inspection.truth import DELETED, finder_truth
+from mmneurons.attribution.controls import NEAREST, column_norms, loudness, matched
+from mmneurons.attribution.finders import finder_scores
+from mmneurons.inspection import faithfulness as truth
+from mmneurons.inspection.faithfulness import DELETED, finder_truth
 
 IMAGE = mmn.pocket.scene(3, ["dog", "car"]).image
 

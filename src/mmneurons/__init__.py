@@ -18,7 +18,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:  # each public name once: a type checker reads these lines, and so does `_homes`
     __version__: str
     from mmneurons import pocket as pocket
-    from mmneurons.editing.baselines import baseline as baseline
+    from mmneurons.attribution.finders import finder_scores as finder_scores
+    from mmneurons.baselines.baseline import baseline as baseline
+    from mmneurons.data.dataset import Item as Item
+    from mmneurons.data.dataset import read_items as read_items
     from mmneurons.editing.dehallucinate import DehallucinateSettings as DehallucinateSettings
     from mmneurons.editing.dehallucinate import chair_change as chair_change
     from mmneurons.editing.dehallucinate import dehallucinate as dehallucinate
@@ -27,15 +30,10 @@ if TYPE_CHECKING:  # each public name once: a type checker reads these lines, an
     from mmneurons.editing.evaluation import Before as Before
     from mmneurons.editing.evaluation import Bench as Bench
     from mmneurons.editing.evaluation import evaluate as evaluate
-    from mmneurons.editing.export import export as export
-    from mmneurons.editing.ledger import forget as forget
-    from mmneurons.editing.patch import Patch as Patch
     from mmneurons.editing.reference import Reference as Reference
     from mmneurons.editing.reference import make_reference as make_reference
-    from mmneurons.editing.show import describe_patch as describe_patch
     from mmneurons.errors import MmneuronsError as MmneuronsError
     from mmneurons.finding.finder import find as find
-    from mmneurons.finding.finders import finder_scores as finder_scores
     from mmneurons.finding.lookup import NeuronCard as NeuronCard
     from mmneurons.finding.lookup import WordNeurons as WordNeurons
     from mmneurons.finding.lookup import explain_neuron as explain_neuron
@@ -46,16 +44,18 @@ if TYPE_CHECKING:  # each public name once: a type checker reads these lines, an
     from mmneurons.finding.result import load as load_findings  # noqa: F401
     from mmneurons.finding.result import save as save_findings  # noqa: F401
     from mmneurons.inspection.causal import causal as causal
-    from mmneurons.inspection.chair import Vocabulary as Vocabulary
-    from mmneurons.inspection.chair import chair as chair
-    from mmneurons.inspection.chair import pope as pope
-    from mmneurons.inspection.items import Item as Item
-    from mmneurons.inspection.items import read_items as read_items
+    from mmneurons.inspection.faithfulness import finder_truth as finder_truth
     from mmneurons.inspection.run import InspectSettings as InspectSettings
     from mmneurons.inspection.run import inspect as inspect
     from mmneurons.inspection.sensitivity import sensitivity as sensitivity
-    from mmneurons.inspection.truth import finder_truth as finder_truth
+    from mmneurons.metrics.chair import Vocabulary as Vocabulary
+    from mmneurons.metrics.chair import chair as chair
+    from mmneurons.metrics.chair import pope as pope
     from mmneurons.neurons import Neuron as Neuron
+    from mmneurons.patches.describe import describe_patch as describe_patch
+    from mmneurons.patches.export import export as export
+    from mmneurons.patches.ledger import forget as forget
+    from mmneurons.patches.patch import Patch as Patch
     from mmneurons.report import write_report as write_report
     from mmneurons.settings import Question as Question
     from mmneurons.vlm.doctor import doctor as doctor

@@ -79,11 +79,11 @@ def dehallucinate(
     path = checked_patch_path(out_path)
     partly = path.with_name(f"{path.name}.part")
     check_outputs([path, partly, json_path, report], given_files(images, held_out, reference, texts, load.files))
+    from mmneurons.data.store import lock_of
     from mmneurons.editing.dehallucinate import DehallucinateSettings, chair_change
     from mmneurons.editing.dehallucinate import dehallucinate as make_patch
     from mmneurons.editing.reference import make_reference
-    from mmneurons.inspection.chair import Vocabulary, coco_synonyms, read_synonyms
-    from mmneurons.inspection.shelf import lock_of
+    from mmneurons.metrics.chair import Vocabulary, coco_synonyms, read_synonyms
     from mmneurons.report.dehallucinate import chair_json, chair_text, write_dehallucination
 
     shown, others, kept = map(readable_items, (images, held_out, reference))

@@ -30,7 +30,7 @@ from mmneurons.settings import MAX_NEW_TOKENS, PROMPT
 
 if TYPE_CHECKING:
     from mmneurons.editing.judging import Case
-    from mmneurons.editing.patch import Patch
+    from mmneurons.patches.patch import Patch
     from mmneurons.vlm.vlm import VLM
 
 patches = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Look into patches.")
@@ -142,7 +142,7 @@ def evaluate_edit(
     """Judge patches by what the model generates, each by itself, and write a page. Stopped, it goes on."""
     check_folder(folder)
     from mmneurons.editing.judging import cases
-    from mmneurons.editing.patch import Patch
+    from mmneurons.patches.patch import Patch
 
     asked = cases({str(path): Patch.load(path) for path in files})
     shown, beyond, others = map(readable_items, (images, held_out, unrelated))
@@ -159,8 +159,8 @@ def show(
     n: Annotated[int, typer.Option("--top", min=1, help="Neurons listed, those that change most first.")] = 20,
 ) -> None:
     """Show what a patch changes: neurons, their words, how far they move."""
-    from mmneurons.editing.patch import Patch
-    from mmneurons.editing.show import describe_patch
+    from mmneurons.patches.describe import describe_patch
+    from mmneurons.patches.patch import Patch
     from mmneurons.report.patch import patch_text
 
     patch = Patch.load(path)
@@ -175,8 +175,8 @@ def export(
     folder: Annotated[Path, typer.Option("--out", metavar="DIR", help="A new folder.")],
 ) -> None:
     """Write a model with patches in it, as an ordinary checkpoint that transformers loads by itself."""
-    from mmneurons.editing.export import export as write
-    from mmneurons.editing.patch import Patch
+    from mmneurons.patches.export import export as write
+    from mmneurons.patches.patch import Patch
 
     loaded = [Patch.load(path) for path in files]
     vlm = load()
@@ -254,7 +254,7 @@ def checked_patch_path(path: Path) -> Path:
             f"A patch is a .safetensors file, not {path}.", fix=f"--out {path.with_suffix('.safetensors')}"
         )
     if path.is_file():
-        from mmneurons.editing.patch import Patch
+        from mmneurons.patches.patch import Patch
 
         try:
             Patch.load(path)
@@ -277,7 +277,7 @@ def save(patch: Patch, path: Path) -> None:
 
 def items_of(sources: list[str], masks: Path | None = None) -> list[Any]:
     """The images of all sources; what was left out is told."""
-    from mmneurons.inspection.items import read_items
+    from mmneurons.data.dataset import read_items
 
     def tell(note: str) -> None:
         err.print(note, style="yellow", soft_wrap=True)
@@ -289,7 +289,7 @@ def readable_items(sources: list[str] | None) -> list[Any] | None:
     """The images of all sources that can be decoded to their end, None of no source; the others are named."""
     if not sources:
         return None
-    from mmneurons.inspection.content import unreadable
+    from mmneurons.data.content import unreadable
 
     items = items_of(sources)
     left_out = unreadable(items)

@@ -41,8 +41,8 @@ def caption(
     """Say what is in each image, or answer a question about it."""
     paths = images_or_sample(images)
     question = Question(prompt, answer_prefix, max_new_tokens, batch_size)
+    from mmneurons.data.images import open_image
     from mmneurons.vlm.asking import ask
-    from mmneurons.vlm.images import open_image
 
     for path in paths:  # one that cannot be read to its end is told before a model is loaded
         open_image(path)
@@ -95,11 +95,11 @@ def find(
     paths = [] if no_image else images_or_sample(images)
     prompts: list[Any] = [paths] if together else [None] if no_image else paths
     check_outputs([json_path, report], [*paths, *load.files])
+    from mmneurons.data.images import open_image
     from mmneurons.finding import result
     from mmneurons.finding.finder import captions_for
     from mmneurons.finding.finder import find as find_neurons
     from mmneurons.report.terminal import show
-    from mmneurons.vlm.images import open_image
     from mmneurons.words import SpacyTagger
 
     nouns = None if tagger is None else SpacyTagger(tagger)
@@ -206,8 +206,8 @@ def doctor(
 ) -> None:
     """Show what was found in a model and check that its numbers add up; exit code 1 if a check fails."""
     path = images_or_sample([image] if image else None)[0]
+    from mmneurons.data.images import open_image
     from mmneurons.vlm.doctor import doctor as examine
-    from mmneurons.vlm.images import open_image
 
     open_image(path)  # what is no image is told before a model is loaded
     vlm = load()

@@ -56,9 +56,9 @@ def inspect_(
         raise SettingError(
             f"{out_folder} holds the images: plots would lie among them.", fix="Name another folder with --out."
         )
-    from mmneurons.inspection.meaning import PACKAGED, meaning
     from mmneurons.inspection.run import EXPERIMENTS, InspectSettings, examples, inspect
     from mmneurons.inspection.tables import shown, tables
+    from mmneurons.metrics.similarity import PACKAGED, meaning
     from mmneurons.report.inspection import write_inspection
 
     items = items_of([images], masks)

@@ -94,7 +94,7 @@ def _load(
         list[Path] | None, typer.Option(metavar="FILE", help="A patch that is put on the model; repeatable.")
     ] = None,
 ) -> VLM:
-    from mmneurons.editing.patch import Patch
+    from mmneurons.patches.patch import Patch
 
     loaded = [Patch.load(path) for path in patch or ()]  # before the model, which can take minutes
     from transformers.utils import logging

@@ -2,70 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from mmneurons.editing.goals import Goal
-from mmneurons.editing.ledger import ledger_of
-from mmneurons.editing.patch import Patch, PatchPart, column_hashes
 from mmneurons.editing.steps import Steps
 from mmneurons.errors import SettingError
 from mmneurons.maths.edits import selective, smallest
-from mmneurons.maths.ranking import top_k
-from mmneurons.neurons import Neuron
+from mmneurons.patches.ledger import ledger_of
+from mmneurons.patches.patch import Patch, PatchPart, column_hashes
 from mmneurons.vlm import weights
-from mmneurons.vlm.anatomy.parts import Anatomy
 from mmneurons.vlm.anatomy.ways import Directions, frozen_rows
+from mmneurons.vlm.columns import Columns
 from mmneurons.vlm.vlm import VLM
 
 SPARE = 0.001
 """Of a direction, for all tokens: of the mean diagonal of their second moment."""
 NEAR = 2.0
 """Logits; steps at which what is wanted is nearer count alike."""
-
-
-@dataclass(frozen=True, eq=False)
-class Columns:
-    """Columns of `w_out` in order, FFN after FFN."""
-
-    anatomy: Anatomy
-    indices: dict[int, Int[Tensor, "n"]]
-    """Per FFN, by its number, counted through all its experts; rising."""
-
-    @property
-    def neurons(self) -> list[Neuron]:
-        """Whose they are."""
-        return [self.anatomy.ffns[i].neuron(index) for i, mine in self.indices.items() for index in mine.tolist()]
-
-    @staticmethod
-    def of(anatomy: Anatomy, neurons: Sequence[Neuron]) -> Columns:
-        """Those of given neurons.
-
-        Raises:
-            SettingError: the model has no such neuron, or none is given.
-        """
-        if not neurons:
-            raise SettingError("No neuron is given whose column could move.")
-        found: dict[int, list[int]] = {}
-        for neuron in set(neurons):
-            ffn = anatomy.find(neuron)
-            if ffn is None:
-                raise SettingError(f"The model has no neuron {neuron}.")
-            found.setdefault(anatomy.ffns.index(ffn), []).append((neuron.expert or 0) * ffn.n_neurons + neuron.index)
-        return Columns(anatomy, {i: torch.tensor(sorted(mine)) for i, mine in sorted(found.items())})
-
-    @staticmethod
-    def best(anatomy: Anatomy, scores: Mapping[int, Float[Tensor, "neurons"]], top: int) -> Columns:
-        """Those with the largest scores, above 0, of all these FFNs together."""
-        whole = torch.cat(list(scores.values()))
-        chosen = torch.zeros(len(whole), dtype=torch.bool)
-        chosen[top_k(whole, min(top, int((whole > 0).sum())))] = True
-        parts = zip(scores, chosen.split([len(part) for part in scores.values()]), strict=True)
-        return Columns(anatomy, {i: part.nonzero()[:, 0] for i, part in parts if bool(part.any())})
 
 
 def writers(vlm: VLM, goals: Sequence[Goal], top: int, blocks: int | None) -> Columns:

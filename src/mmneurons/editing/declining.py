@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from mmneurons.data.pictures import Picture
 from mmneurons.editing.forced import Batch, Given, Reader
-from mmneurons.inspection.chair import Vocabulary
+from mmneurons.metrics.chair import Vocabulary
 from mmneurons.settings import Question
 from mmneurons.vlm.asking import ask
-from mmneurons.vlm.pictures import Picture
 from mmneurons.vlm.prompts import tokens_of
 from mmneurons.vlm.vlm import VLM
 from mmneurons.words import Word, inflected, words_at

@@ -19,7 +19,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from mmneurons.editing.columns import Columns
+from mmneurons.data.content import image_hash, key_of
+from mmneurons.data.pictures import Picture, open_row
+from mmneurons.data.store import lock_of, one_writer
 from mmneurons.editing.declining import (
     Answered,
     answers,
@@ -32,18 +34,16 @@ from mmneurons.editing.declining import (
 )
 from mmneurons.editing.forced import Batch, Reader
 from mmneurons.editing.low_rank import LowRank, slopes
-from mmneurons.editing.patch import Patch
 from mmneurons.editing.reference import Reference
 from mmneurons.editing.training import Training
 from mmneurons.errors import SettingError, WordError
-from mmneurons.inspection.chair import Chair, Vocabulary, chair, chair_of
-from mmneurons.inspection.content import image_hash, key_of
-from mmneurons.inspection.shelf import lock_of, one_writer
+from mmneurons.metrics.chair import Chair, Vocabulary, chair, chair_of
+from mmneurons.patches.patch import Patch
 from mmneurons.settings import MAX_NEW_TOKENS, PROMPT, Question
 from mmneurons.vlm import provenance
+from mmneurons.vlm.columns import Columns
 from mmneurons.vlm.locking import by_one_thread
 from mmneurons.vlm.modes import evaluating, frozen
-from mmneurons.vlm.pictures import Picture, open_row
 from mmneurons.vlm.prompts import tokens_of
 from mmneurons.vlm.vlm import VLM
 

@@ -16,18 +16,19 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mmneurons.editing.columns import Columns, Move, lead, moves_for, patch_of, writers
+from mmneurons.data.pictures import Picture, Pictures, as_list
+from mmneurons.editing.columns import Move, lead, moves_for, patch_of, writers
 from mmneurons.editing.goals import Asked, ask_about, goals_of
 from mmneurons.editing.optimised import optimise
-from mmneurons.editing.patch import Patch
 from mmneurons.editing.reference import Reference
 from mmneurons.editing.strength import find_strength
 from mmneurons.errors import SettingError
 from mmneurons.neurons import Neuron
+from mmneurons.patches.patch import Patch
 from mmneurons.settings import MAX_NEW_TOKENS, PROMPT, Question
 from mmneurons.vlm import provenance
+from mmneurons.vlm.columns import Columns
 from mmneurons.vlm.locking import by_one_thread
-from mmneurons.vlm.pictures import Picture, Pictures, as_list
 from mmneurons.vlm.vlm import VLM
 
 Method = Literal["selective", "closed_form", "optimised"]

@@ -17,15 +17,15 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from mmneurons.editing.ledger import ledger_of
-from mmneurons.editing.patch import Edit, Patch
+from mmneurons.data.pictures import Picture
 from mmneurons.editing.steps import likeliest, no_neurons
-from mmneurons.inspection.causal import rest_unchanged
 from mmneurons.maths.statistics import Estimate, share
+from mmneurons.metrics.captions import rest_unchanged
+from mmneurons.patches.ledger import ledger_of
+from mmneurons.patches.patch import Edit, Patch
 from mmneurons.settings import Question
 from mmneurons.vlm.asking import ask
 from mmneurons.vlm.locking import by_one_thread
-from mmneurons.vlm.pictures import Picture
 from mmneurons.vlm.prompts import WORDINGS
 from mmneurons.vlm.recording import record
 from mmneurons.vlm.vlm import VLM

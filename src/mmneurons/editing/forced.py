@@ -19,13 +19,13 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from mmneurons.data.pictures import Picture, opened_batches
 from mmneurons.editing.reference import Reference
 from mmneurons.editing.steps import text_batches
 from mmneurons.settings import Question
 from mmneurons.vlm.calls import Catcher, repeated
 from mmneurons.vlm.doctor import tolerance
 from mmneurons.vlm.modes import hooked
-from mmneurons.vlm.pictures import Picture, opened_batches
 from mmneurons.vlm.vlm import VLM, Inputs
 
 

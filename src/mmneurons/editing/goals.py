@@ -9,11 +9,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from mmneurons.data.pictures import Picture
 from mmneurons.editing.steps import Said, Steps, answer_steps, forced_steps, join, occurrences
 from mmneurons.errors import SettingError, WordError
 from mmneurons.settings import Question
 from mmneurons.vlm.asking import texts_of
-from mmneurons.vlm.pictures import Picture
 from mmneurons.vlm.prompts import tokens_of
 from mmneurons.vlm.vlm import VLM
 from mmneurons.words import Word, inflected, singular, turned

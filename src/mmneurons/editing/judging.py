@@ -13,12 +13,12 @@ from typing import Annotated
 
 import msgspec
 
+from mmneurons.data.content import image_hash, key_of
+from mmneurons.data.dataset import Item
+from mmneurons.data.store import LOCK, Shelf, one_writer
 from mmneurons.editing.evaluation import Before, Bench, Evaluation, evaluate
-from mmneurons.editing.patch import Edit, Patch
 from mmneurons.errors import SettingError
-from mmneurons.inspection.content import image_hash, key_of
-from mmneurons.inspection.items import Item
-from mmneurons.inspection.shelf import LOCK, Shelf, one_writer
+from mmneurons.patches.patch import Edit, Patch
 from mmneurons.settings import Question
 from mmneurons.vlm import provenance
 from mmneurons.vlm.vlm import VLM

@@ -16,10 +16,10 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from mmneurons.editing.columns import Columns
-from mmneurons.editing.ledger import ledger_of
-from mmneurons.editing.patch import Patch, PatchPart, column_hashes
 from mmneurons.errors import ModelError
+from mmneurons.patches.ledger import ledger_of
+from mmneurons.patches.patch import Patch, PatchPart, column_hashes
+from mmneurons.vlm.columns import Columns
 from mmneurons.vlm.locking import restored
 from mmneurons.vlm.modes import hooked
 from mmneurons.vlm.vlm import VLM

@@ -16,13 +16,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.hooks import RemovableHandle
 
-from mmneurons.editing.columns import Columns
 from mmneurons.editing.forced import Batch, Given, Reader
 from mmneurons.editing.goals import Asked, rewritten, share_turned
-from mmneurons.editing.ledger import ledger_of
-from mmneurons.editing.patch import Patch, PatchPart, column_hashes
 from mmneurons.editing.reference import Reference
 from mmneurons.errors import ModelError, SettingError
+from mmneurons.patches.ledger import ledger_of
+from mmneurons.patches.patch import Patch, PatchPart, column_hashes
+from mmneurons.vlm.columns import Columns
 from mmneurons.vlm.locking import restored
 from mmneurons.vlm.modes import evaluating, frozen, hooked
 from mmneurons.vlm.vlm import VLM

@@ -11,11 +11,11 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from mmneurons.data.pictures import Picture
 from mmneurons.editing.steps import Said, Steps, answer_steps, join, likeliest, occurrences, text_steps
 from mmneurons.errors import SettingError
 from mmneurons.settings import MAX_NEW_TOKENS, PROMPT, Question
 from mmneurons.vlm.locking import by_one_thread
-from mmneurons.vlm.pictures import Picture
 from mmneurons.vlm.vlm import VLM
 
 

@@ -13,13 +13,13 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from mmneurons.data.pictures import Picture
 from mmneurons.errors import ModelError, SettingError
 from mmneurons.settings import Question
 from mmneurons.vlm.anatomy.parts import Anatomy
 from mmneurons.vlm.anatomy.ways import Directions, frozen_rows
 from mmneurons.vlm.asking import ask
 from mmneurons.vlm.moments import Moments, pick_moments
-from mmneurons.vlm.pictures import Picture
 from mmneurons.vlm.recording import Recording, record
 from mmneurons.vlm.vlm import VLM, Inputs
 from mmneurons.words import Word, find_words, says

@@ -15,9 +15,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mmneurons.editing.goals import Asked, share_turned
-from mmneurons.editing.patch import Edit
 from mmneurons.editing.reference import Reference
 from mmneurons.errors import SettingError
+from mmneurons.patches.patch import Edit
 from mmneurons.vlm.asking import texts_of
 from mmneurons.vlm.vlm import VLM
 

@@ -19,10 +19,10 @@ from safetensors.torch import load as from_bytes
 from safetensors.torch import save as to_bytes
 from torch import Tensor
 
-from mmneurons.editing.columns import Columns
 from mmneurons.editing.low_rank import LowRank
 from mmneurons.errors import FormatError, SettingError
 from mmneurons.files import read_file, write_whole
+from mmneurons.vlm.columns import Columns
 from mmneurons.vlm.vlm import VLM
 
 MOMENTS = ("exp_avg", "exp_avg_sq", "step")

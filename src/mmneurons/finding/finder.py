@@ -13,6 +13,8 @@ from typing import Any, overload
 
 from PIL import Image
 
+from mmneurons.data.images import OpenedImage
+from mmneurons.data.pictures import Picture, Pictures, as_list
 from mmneurons.errors import SettingError, WordError
 from mmneurons.finding.maps import with_blank, with_maps
 from mmneurons.finding.result import Finding, NounFinding, Score
@@ -22,9 +24,7 @@ from mmneurons.vlm import provenance
 from mmneurons.vlm.asking import answer, batches_of, tokens_of_answer
 from mmneurons.vlm.doctor import tolerance
 from mmneurons.vlm.grid import find_grids, model_view
-from mmneurons.vlm.images import OpenedImage
 from mmneurons.vlm.locking import by_one_thread
-from mmneurons.vlm.pictures import Picture, Pictures, as_list
 from mmneurons.vlm.prompts import token_of
 from mmneurons.vlm.recording import record
 from mmneurons.vlm.vlm import VLM, Answers, Inputs

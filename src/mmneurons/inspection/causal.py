@@ -5,7 +5,6 @@ METRICS, Causal effect; the noise is that of Pan et al. (2024), section 4.4, the
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -14,21 +13,20 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from mmneurons.finding.finders import Finder, finder_scores
-from mmneurons.inspection.items import Item
-from mmneurons.inspection.matching import DRAWS, column_norms, loudness, matched
+from mmneurons.attribution.ablation import Replay
+from mmneurons.attribution.controls import DRAWS, column_norms, loudness, matched
+from mmneurons.attribution.finders import Finder, finder_scores
+from mmneurons.data.dataset import Item
 from mmneurons.maths.ranking import top_k
+from mmneurons.metrics.captions import rest_unchanged
 from mmneurons.settings import Question
 from mmneurons.vlm.asking import texts_of
 from mmneurons.vlm.interventions import Intervention, intervene
-from mmneurons.vlm.replay import Replay
 from mmneurons.vlm.vlm import VLM
 from mmneurons.words import says
 
 SIZES = (1, 10, 50, 100)
 SIGMAS = (1.0, 2.0, 4.0)
-REPLACED = 3
-"""At most so many words may stand in the place of a noun and its article: 'a fire engine'."""
 
 
 @dataclass(frozen=True)
@@ -183,19 +181,3 @@ def _outcome(trial: _Trial, captions: tuple[str, ...], usual: str, noun: str) ->
         loudness=trial.loudness,
         n_neurons=sum(len(change.neurons) for change in trial.changes) / n,
     )
-
-
-def rest_unchanged(before: str, after: str, noun: str) -> bool:
-    """Whether a caption still says what it said before and after `noun`, with no more than a phrase in its place.
-
-    An article right before the noun belongs to it: 'a dog' may become 'an owl' or 'some bread'. What stands there
-    instead is at most `REPLACED` words, without a comma and without an 'and': one thing, not several.
-    """
-    found = re.search(rf"(\b(?:a|an|the|some)\s+)?\b{re.escape(noun)}\b", before, flags=re.IGNORECASE)
-    if found is None:
-        return before == after
-    start, end = before[: found.start()], before[found.end() :]
-    if len(after) < len(start) + len(end) or not (after.startswith(start) and after.endswith(end)):
-        return False
-    instead = after[len(start) : len(after) - len(end)].split()
-    return len(instead) <= REPLACED and not any("," in word or word == "and" for word in instead)

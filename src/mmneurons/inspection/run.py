@@ -19,18 +19,18 @@ from typing import Any, Literal, get_args
 import numpy as np
 from torch import Tensor
 
+from mmneurons.attribution.finders import FINDERS
+from mmneurons.data.content import image_hash, key_of, reason, truth_hash
+from mmneurons.data.dataset import Item
+from mmneurons.data.store import LOCK, Shelf, no_number, one_writer
 from mmneurons.errors import ImageError, SettingError
 from mmneurons.files import write_whole
 from mmneurons.finding.finder import find
-from mmneurons.finding.finders import FINDERS
 from mmneurons.finding.result import Finding, Score
 from mmneurons.inspection.causal import NounCausal, causal
-from mmneurons.inspection.content import image_hash, key_of, reason, truth_hash
-from mmneurons.inspection.items import Item
+from mmneurons.inspection.faithfulness import NounTruth, finder_truth, mean_activations
 from mmneurons.inspection.sensitivity import NounSensitivity, sensitivity
-from mmneurons.inspection.shelf import LOCK, Shelf, no_number, one_writer
 from mmneurons.inspection.specificity import NounScores, Specificity, noun_scores, specificity
-from mmneurons.inspection.truth import NounTruth, finder_truth, mean_activations
 from mmneurons.settings import MAX_NEW_TOKENS, PROMPT, Question
 from mmneurons.vlm import provenance
 from mmneurons.vlm.vlm import VLM

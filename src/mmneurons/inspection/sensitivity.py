@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -12,13 +13,13 @@ import torch
 from jaxtyping import Bool
 from PIL import Image
 
+from mmneurons.attribution.controls import DRAWS, Matched, column_norms, loudness, matched
+from mmneurons.data.dataset import Item
 from mmneurons.finding.finder import BLANK, targets_of
 from mmneurons.finding.maps import Reread, region_maps, reread, with_maps
 from mmneurons.finding.result import NounFinding, Score
 from mmneurons.finding.scoring import REGION_SIZES, Choices, Scored, describe, score_targets
-from mmneurons.inspection.items import Item
-from mmneurons.inspection.matching import DRAWS, Matched, column_norms, loudness, matched
-from mmneurons.inspection.regions import RegionMatch, match, mean_match
+from mmneurons.metrics.regions import RegionMatch, match, mean_match
 from mmneurons.settings import Question
 from mmneurons.vlm.asking import ask
 from mmneurons.vlm.grid import Grids, find_grids, model_view
@@ -227,3 +228,21 @@ def _why_unmeasured(item: Item, mask: np.ndarray | None) -> str | None:
 
 def _lost(noun: NounFinding, left: list[float]) -> tuple[float, ...]:
     return tuple(1 - value / neuron.score for neuron, value in zip(noun.neurons, left, strict=True) if neuron.score)
+
+
+def unmeasured(found: Mapping[str, Sequence[NounSensitivity]], items: Sequence[Item]) -> list[tuple[str, int]]:
+    """How many nouns and objects have no region, by reason; none at all where no image has masks."""
+    there = [item for item in items if item.name in found]
+    if not any(item.mask_sources for item in there):
+        return []
+    counts = Counter(
+        f"nouns not measured: {one.unmeasured}" for ones in found.values() for one in ones if one.unmeasured
+    )
+    for item in there:
+        said = {one.lemma for one in found[item.name]}
+        if item.mask_sources:
+            objects = {noun.lower() for noun in item.objects or ()}
+            counts["objects not measured: the caption does not name them"] += len(objects - said)
+        else:
+            counts["nouns not measured: their image has no masks"] += len(found[item.name])
+    return [(reason, count) for reason, count in sorted(counts.items()) if count]

@@ -10,11 +10,11 @@ import numpy as np
 import torch
 from jaxtyping import Float
 
+from mmneurons.data.dataset import Item
 from mmneurons.errors import SettingError
 from mmneurons.finding.finder import targets_of
 from mmneurons.finding.result import Score
 from mmneurons.finding.scoring import Choices, Scored, score_targets
-from mmneurons.inspection.items import Item
 from mmneurons.maths.statistics import Estimate, estimate, over_pairs
 from mmneurons.settings import Question
 from mmneurons.vlm.asking import ask

@@ -10,18 +10,18 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
-from mmneurons.inspection.regions import unmeasured
+from mmneurons.inspection.sensitivity import unmeasured
 from mmneurons.maths.statistics import Estimate, estimate, ratio, share
 
 if TYPE_CHECKING:
+    from mmneurons.data.dataset import Item
     from mmneurons.inspection.causal import NounCausal, Outcome
-    from mmneurons.inspection.items import Item
-    from mmneurons.inspection.meaning import Meaning
-    from mmneurons.inspection.regions import RegionMatch
+    from mmneurons.inspection.faithfulness import NounTruth
     from mmneurons.inspection.run import Inspection
     from mmneurons.inspection.sensitivity import NounSensitivity
     from mmneurons.inspection.specificity import Specificity
-    from mmneurons.inspection.truth import NounTruth
+    from mmneurons.metrics.regions import RegionMatch
+    from mmneurons.metrics.similarity import Meaning
 
 MATCHED = "matched random"
 T = TypeVar("T")

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 from mmneurons.report.text import percent, printable
 
 if TYPE_CHECKING:
-    from mmneurons.editing.patch import Patch
-    from mmneurons.editing.show import ColumnChange, PatchDescription
+    from mmneurons.patches.describe import ColumnChange, PatchDescription
+    from mmneurons.patches.patch import Patch
 
 LISTED = 20
 """Columns listed unless asked otherwise."""
@@ -44,7 +44,7 @@ def patch_text(description: PatchDescription, listed: int | None = LISTED) -> st
 
 def patch_html(patch: Patch) -> str:
     """What made a patch and how far it moves the columns of each block, as a table without a style of its own."""
-    from mmneurons.editing.show import facts_of, sizes_of
+    from mmneurons.patches.describe import facts_of, sizes_of
 
     rows = [("hash", patch.hash[:16]), *facts_of(patch.provenance)]
     sizes: dict[int, list[float]] = {}

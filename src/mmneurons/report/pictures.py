@@ -11,10 +11,10 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, ImageOps
 
+from mmneurons.data.images import open_image
 from mmneurons.errors import ImageError
 from mmneurons.finding.result import Finding, Grid
 from mmneurons.maths import regions
-from mmneurons.vlm.images import open_image
 
 _PICTURE_SIDE, _HEAT_SIDE, _THUMBNAIL_SIDE = 768, 224, 112
 _PNG_BYTES = 60_000

@@ -11,11 +11,11 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from mmneurons.data.images import OpenedImage
+from mmneurons.data.pictures import opened_batches
 from mmneurons.errors import SettingError
 from mmneurons.settings import Question
 from mmneurons.vlm.anatomy.parts import Anatomy
-from mmneurons.vlm.images import OpenedImage
-from mmneurons.vlm.pictures import opened_batches
 from mmneurons.vlm.prompts import continued
 from mmneurons.vlm.recording import Keep, Recording, last_position
 

@@ -12,6 +12,8 @@ from PIL import Image
 from torch import Tensor
 
 from mmneurons import pocket
+from mmneurons.data.images import open_image
+from mmneurons.data.pictures import Picture
 from mmneurons.errors import ModelError
 from mmneurons.settings import PROMPT, prefix_for
 from mmneurons.vlm import provenance, weights
@@ -19,11 +21,9 @@ from mmneurons.vlm.anatomy import norms
 from mmneurons.vlm.anatomy.parts import Anatomy, normed, steps
 from mmneurons.vlm.anatomy.ways import Directions, frozen_rows
 from mmneurons.vlm.grid import find_grids
-from mmneurons.vlm.images import open_image
 from mmneurons.vlm.locking import by_one_thread, restored
 from mmneurons.vlm.modes import hooked
 from mmneurons.vlm.moments import Moments, pick_moments, written
-from mmneurons.vlm.pictures import Picture
 from mmneurons.vlm.recording import Recording, record
 from mmneurons.vlm.vlm import VLM, Answers, Inputs
 

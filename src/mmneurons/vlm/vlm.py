@@ -15,6 +15,8 @@ from PIL import Image
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from mmneurons.data.images import OpenedImage, check_scaled
+from mmneurons.data.pictures import Picture, Pictures, as_list
 from mmneurons.errors import ModelError, SettingError
 from mmneurons.pocket import SIDE
 from mmneurons.settings import MAX_NEW_TOKENS, PROMPT, Question
@@ -26,10 +28,8 @@ from mmneurons.vlm.asking import texts_of
 from mmneurons.vlm.checkpoint import Loading
 from mmneurons.vlm.failures import told
 from mmneurons.vlm.families import Family, family_of
-from mmneurons.vlm.images import OpenedImage, check_scaled
 from mmneurons.vlm.locking import alone
 from mmneurons.vlm.modes import evaluating, greedy, hooked, input_device, placeholder_ids, stop_ids
-from mmneurons.vlm.pictures import Picture, Pictures, as_list
 from mmneurons.vlm.prompts import encode_prompt
 from mmneurons.vlm.tokens import TokenIds, pieces
 

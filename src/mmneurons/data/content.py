@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from mmneurons.data.dataset import Item
 from mmneurons.errors import ImageError
-from mmneurons.inspection.items import Item
 
 
 def key_of(*parts: Any) -> str:

@@ -18,13 +18,13 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from mmneurons.data.pictures import Picture, open_row
 from mmneurons.editing.edit import EditSettings
 from mmneurons.editing.goals import Asked, rewritten, share_turned
 from mmneurons.editing.reference import Reference
 from mmneurons.editing.steps import Steps
 from mmneurons.settings import Question
 from mmneurons.vlm.modes import evaluating, hooked
-from mmneurons.vlm.pictures import Picture, open_row
 from mmneurons.vlm.vlm import VLM
 
 REFERENCES = 128

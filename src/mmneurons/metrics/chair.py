@@ -9,12 +9,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
 
+from mmneurons.data.pictures import Picture
 from mmneurons.errors import FormatError
 from mmneurons.files import read_text
 from mmneurons.maths.statistics import Estimate, estimate, share, share_of
 from mmneurons.settings import Question
 from mmneurons.vlm.asking import texts_of
-from mmneurons.vlm.pictures import Picture
 from mmneurons.vlm.vlm import VLM
 from mmneurons.words import Phrases, Place, singular
 

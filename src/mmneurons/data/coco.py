@@ -13,8 +13,8 @@ import msgspec
 import numpy as np
 from jaxtyping import Bool
 
+from mmneurons.data.images import MAX_PIXELS
 from mmneurons.errors import ImageError
-from mmneurons.vlm.images import MAX_PIXELS
 
 _Id = int | str
 _Side = Annotated[int, msgspec.Meta(ge=1, le=MAX_PIXELS)]

@@ -10,16 +10,16 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from mmneurons.finding.finders import FINDERS, Finder, FinderScores, finder_scores
+from mmneurons.attribution.ablation import Replay
+from mmneurons.attribution.controls import DRAWS, column_norms, loudness, matched
+from mmneurons.attribution.finders import FINDERS, Finder, FinderScores, finder_scores
+from mmneurons.data.pictures import Picture
 from mmneurons.finding.scoring import as_read, columns_of, said, texts
-from mmneurons.inspection.matching import DRAWS, column_norms, loudness, matched
 from mmneurons.maths.ranking import top_k
 from mmneurons.maths.statistics import spearman
 from mmneurons.settings import Question
 from mmneurons.vlm.asking import ask
-from mmneurons.vlm.pictures import Picture
 from mmneurons.vlm.recording import Recording, record
-from mmneurons.vlm.replay import Replay
 from mmneurons.vlm.vlm import VLM, Answers
 
 DELETED = (1, 2, 5, 10, 20, 50, 100)

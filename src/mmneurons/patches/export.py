@@ -20,9 +20,9 @@ from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 from torch import nn
 
-from mmneurons.editing.ledger import Ledger, ledger_of
-from mmneurons.editing.patch import Patch
 from mmneurons.errors import ModelError, SettingError
+from mmneurons.patches.ledger import Ledger, ledger_of
+from mmneurons.patches.patch import Patch
 from mmneurons.vlm import provenance
 from mmneurons.vlm.locking import by_one_thread, restored
 from mmneurons.vlm.processors import ImageAndTokenizer

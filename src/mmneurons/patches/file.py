@@ -19,9 +19,9 @@ from safetensors.torch import load as from_bytes
 from safetensors.torch import save as to_bytes
 from torch import Tensor
 
-from mmneurons.editing.patch import Patch, PatchPart, place_order
 from mmneurons.errors import FormatError, SettingError
 from mmneurons.files import check_facts, decode_json, read_file, write_whole
+from mmneurons.patches.patch import Patch, PatchPart, place_order
 
 SCHEMA = 2
 LARGEST = 2**31

@@ -123,7 +123,7 @@ class Patch:
         Raises:
             FormatError: no such file, no patch, one of another schema, damaged or unsound.
         """
-        from mmneurons.editing import file
+        from mmneurons.patches import file
 
         return file.read(path)
 
@@ -133,7 +133,7 @@ class Patch:
         Raises:
             SettingError: the file cannot be written.
         """
-        from mmneurons.editing import file
+        from mmneurons.patches import file
 
         file.write(self, path)
 
@@ -232,7 +232,7 @@ class Patch:
             ModelError: the model has other columns than the patch expects, or they cannot be written.
             SettingError: the patch is applied already, or the dtype of the weights cannot hold what it adds.
         """
-        from mmneurons.editing.ledger import ledger_of
+        from mmneurons.patches.ledger import ledger_of
 
         with vlm.alone():
             ledger_of(vlm).apply(self)
@@ -243,7 +243,7 @@ class Patch:
         Raises:
             SettingError: the patch is not applied.
         """
-        from mmneurons.editing.ledger import ledger_of
+        from mmneurons.patches.ledger import ledger_of
 
         with vlm.alone():
             ledger_of(vlm).revert(self)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from mmneurons.vlm.images import OpenedImage, check_image, open_image
+from mmneurons.data.images import OpenedImage, check_image, open_image
 
 Picture = str | os.PathLike[str] | Image.Image | np.ndarray
 """What `open_image` takes."""

@@ -26,24 +26,25 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from mmneurons.editing.columns import Columns, writers
+from mmneurons.attribution.ablation import Replay
+from mmneurons.attribution.controls import column_norms, loudness, matched
+from mmneurons.baselines.lessons import Task
+from mmneurons.baselines.trained import Adapter, Facts, finetune, lora, memit, rome
+from mmneurons.data.pictures import Picture
+from mmneurons.editing.columns import writers
 from mmneurons.editing.edit import EditSettings, asked_with, edit
 from mmneurons.editing.goals import Goal, ask_about, goals_of
-from mmneurons.editing.lessons import Task
-from mmneurons.editing.patch import Patch
 from mmneurons.editing.reference import Reference
 from mmneurons.editing.steps import Steps
 from mmneurons.editing.strength import find_strength
-from mmneurons.editing.trained import Adapter, Facts, finetune, lora, memit, rome
 from mmneurons.errors import SettingError
-from mmneurons.inspection.matching import column_norms, loudness, matched
 from mmneurons.neurons import Neuron
+from mmneurons.patches.patch import Patch
 from mmneurons.vlm import provenance
+from mmneurons.vlm.columns import Columns
 from mmneurons.vlm.locking import by_one_thread, restored
 from mmneurons.vlm.modes import hooked
-from mmneurons.vlm.pictures import Picture
 from mmneurons.vlm.prompts import tokens_of
-from mmneurons.vlm.replay import Replay
 from mmneurons.vlm.vlm import VLM
 from mmneurons.words import inflected
 

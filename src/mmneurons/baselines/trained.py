@@ -16,10 +16,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from mmneurons.editing.ledger import ledger_of
-from mmneurons.editing.lessons import Lesson, Schedule, Task, learn, logits_of
-from mmneurons.editing.patch import Patch, PatchPart, column_hashes
+from mmneurons.baselines.lessons import Lesson, Schedule, Task, learn, logits_of
 from mmneurons.errors import ModelError, SettingError
+from mmneurons.patches.ledger import ledger_of
+from mmneurons.patches.patch import Patch, PatchPart, column_hashes
 from mmneurons.vlm.age import editing
 from mmneurons.vlm.anatomy.parts import Ffn
 from mmneurons.vlm.locking import restored

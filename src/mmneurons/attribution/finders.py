@@ -19,14 +19,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from mmneurons.attribution.ablation import Replay, replays
+from mmneurons.data.pictures import Picture
 from mmneurons.errors import SettingError
 from mmneurons.finding.finder import targets_of
 from mmneurons.finding.scoring import SCORES, Choices, score_targets
 from mmneurons.settings import Question
 from mmneurons.vlm.asking import ask
 from mmneurons.vlm.locking import by_one_thread
-from mmneurons.vlm.pictures import Picture
-from mmneurons.vlm.replay import Replay, replays
 from mmneurons.vlm.vlm import VLM
 from mmneurons.words import Word
 

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 from jaxtyping import Bool, Float
@@ -14,10 +12,6 @@ from mmneurons.errors import ImageError
 from mmneurons.maths.regions import mask as strongest
 from mmneurons.maths.regions import upsample
 from mmneurons.maths.statistics import auroc
-
-if TYPE_CHECKING:
-    from mmneurons.inspection.items import Item
-    from mmneurons.inspection.sensitivity import NounSensitivity
 
 
 @dataclass(frozen=True)
@@ -102,21 +96,3 @@ def _shares(length: int, patches: int) -> Float[np.ndarray, "patches length"]:
     low, high = edges[:-1, None], edges[1:, None]
     pixels = np.arange(length)[None]
     return (np.minimum(high, pixels + 1) - np.maximum(low, pixels)).clip(0) * patches / length
-
-
-def unmeasured(found: Mapping[str, Sequence[NounSensitivity]], items: Sequence[Item]) -> list[tuple[str, int]]:
-    """How many nouns and objects have no region, by reason; none at all where no image has masks."""
-    there = [item for item in items if item.name in found]
-    if not any(item.mask_sources for item in there):
-        return []
-    counts = Counter(
-        f"nouns not measured: {one.unmeasured}" for ones in found.values() for one in ones if one.unmeasured
-    )
-    for item in there:
-        said = {one.lemma for one in found[item.name]}
-        if item.mask_sources:
-            objects = {noun.lower() for noun in item.objects or ()}
-            counts["objects not measured: the caption does not name them"] += len(objects - said)
-        else:
-            counts["nouns not measured: their image has no masks"] += len(found[item.name])
-    return [(reason, count) for reason, count in sorted(counts.items()) if count]

@@ -14,9 +14,9 @@ from weakref import WeakKeyDictionary, ref
 import torch
 from torch import Tensor, nn
 
-from mmneurons.editing.patch import Patch, PatchPart, column_hashes
 from mmneurons.errors import ModelError, SettingError
 from mmneurons.neurons import Neuron
+from mmneurons.patches.patch import Patch, PatchPart, column_hashes
 from mmneurons.vlm import weights
 from mmneurons.vlm.age import age, editing, mark_edited, renew
 from mmneurons.vlm.anatomy.parts import Anatomy, Ffn

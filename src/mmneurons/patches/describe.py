@@ -14,12 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mmneurons.editing.columns import Columns
-from mmneurons.editing.ledger import ledger_of
-from mmneurons.editing.patch import Patch, column_hashes
 from mmneurons.errors import ModelError, SettingError
 from mmneurons.finding.scoring import as_read, said, texts
 from mmneurons.neurons import Neuron
+from mmneurons.patches.ledger import ledger_of
+from mmneurons.patches.patch import Patch, column_hashes
+from mmneurons.vlm.columns import Columns
 from mmneurons.vlm.vlm import VLM
 
 

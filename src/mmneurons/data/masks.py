@@ -12,8 +12,8 @@ import numpy as np
 from jaxtyping import Bool, Num, UInt8
 from PIL import Image
 
+from mmneurons.data.images import open_stored
 from mmneurons.errors import ImageError
-from mmneurons.vlm.images import open_stored
 
 _FIX = "Save a mask for each object: the object in white (255), all else in black (0)."
 _GREYISH = 16

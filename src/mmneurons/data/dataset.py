@@ -18,11 +18,11 @@ from jaxtyping import Bool
 from PIL import Image
 
 from mmneurons import pocket
+from mmneurons.data.coco import Instances, Outline, outlines
+from mmneurons.data.images import SUFFIXES, check_image, open_image
+from mmneurons.data.masks import read_mask
 from mmneurons.errors import ImageError, SettingError
 from mmneurons.files import read_text
-from mmneurons.inspection.coco import Instances, Outline, outlines
-from mmneurons.inspection.masks import read_mask
-from mmneurons.vlm.images import SUFFIXES, check_image, open_image
 
 POCKET = "pocket:"
 LARGEST = 2**30

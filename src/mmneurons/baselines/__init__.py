@@ -1,0 +1,1 @@
+"""Other ways to edit, for comparison."""

@@ -1,0 +1,1 @@
+"""Figures of captions and maps: CHAIR, POPE, similarity of texts, regions."""

@@ -1,0 +1,55 @@
+"""Columns of `w_out`: whose they are, and which of them matter most."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from mmneurons.errors import SettingError
+from mmneurons.maths.ranking import top_k
+from mmneurons.neurons import Neuron
+from mmneurons.vlm.anatomy.parts import Anatomy
+
+
+@dataclass(frozen=True, eq=False)
+class Columns:
+    """Columns of `w_out` in order, FFN after FFN."""
+
+    anatomy: Anatomy
+    indices: dict[int, Int[Tensor, "n"]]
+    """Per FFN, by its number, counted through all its experts; rising."""
+
+    @property
+    def neurons(self) -> list[Neuron]:
+        """Whose they are."""
+        return [self.anatomy.ffns[i].neuron(index) for i, mine in self.indices.items() for index in mine.tolist()]
+
+    @staticmethod
+    def of(anatomy: Anatomy, neurons: Sequence[Neuron]) -> Columns:
+        """Those of given neurons.
+
+        Raises:
+            SettingError: the model has no such neuron, or none is given.
+        """
+        if not neurons:
+            raise SettingError("No neuron is given whose column could move.")
+        found: dict[int, list[int]] = {}
+        for neuron in set(neurons):
+            ffn = anatomy.find(neuron)
+            if ffn is None:
+                raise SettingError(f"The model has no neuron {neuron}.")
+            found.setdefault(anatomy.ffns.index(ffn), []).append((neuron.expert or 0) * ffn.n_neurons + neuron.index)
+        return Columns(anatomy, {i: torch.tensor(sorted(mine)) for i, mine in sorted(found.items())})
+
+    @staticmethod
+    def best(anatomy: Anatomy, scores: Mapping[int, Float[Tensor, "neurons"]], top: int) -> Columns:
+        """Those with the largest scores, above 0, of all these FFNs together."""
+        whole = torch.cat(list(scores.values()))
+        chosen = torch.zeros(len(whole), dtype=torch.bool)
+        chosen[top_k(whole, min(top, int((whole > 0).sum())))] = True
+        parts = zip(scores, chosen.split([len(part) for part in scores.values()]), strict=True)
+        return Columns(anatomy, {i: part.nonzero()[:, 0] for i, part in parts if bool(part.any())})
