@@ -33,9 +33,9 @@ from mmneurons.errors import MmneuronsError, SettingError, WordError
 from mmneurons.maths.edits import selective, smallest
 from mmneurons.neurons import Neuron
 from mmneurons.patches.ledger import ledger_of
-from mmneurons.patches.patch import HASH_BYTES, Patch, PatchPart, column_hashes
+from mmneurons.patches.patch import Patch, PatchPart
 from mmneurons.settings import ANSWER_PREFIX, PROMPT, Question
-from mmneurons.vlm.columns import Columns
+from mmneurons.vlm.columns import HASH_BYTES, Columns, column_hashes
 from mmneurons.vlm.prompts import WORDINGS, tokens_of
 from mmneurons.vlm.provenance import weights_hash
 from mmneurons.vlm.vlm import VLM

@@ -25,8 +25,9 @@ from mmneurons import pocket
 from mmneurons.errors import ModelError, SettingError
 from mmneurons.patches.export import export
 from mmneurons.patches.ledger import ledger_of
-from mmneurons.patches.patch import Patch, PatchPart, column_hashes
+from mmneurons.patches.patch import Patch, PatchPart
 from mmneurons.settings import PROMPT
+from mmneurons.vlm.columns import column_hashes
 from mmneurons.vlm.provenance import weights_hash
 from mmneurons.vlm.vlm import VLM
 

@@ -21,10 +21,11 @@ from mmneurons.neurons import Neuron
 from mmneurons.patches import ledger
 from mmneurons.patches.describe import describe_patch
 from mmneurons.patches.ledger import ledger_of
-from mmneurons.patches.patch import HASH_BYTES, Patch, PatchPart, column_hashes, stack
+from mmneurons.patches.patch import Patch, PatchPart, stack
 from mmneurons.report.patch import patch_text
 from mmneurons.vlm import weights
 from mmneurons.vlm.age import editing
+from mmneurons.vlm.columns import HASH_BYTES, column_hashes
 
 HIDDEN = 48  # of `random_vlm`
 IMAGE = mmn.pocket.scene(3, ["dog", "car"]).image

@@ -13,8 +13,9 @@ from mmneurons.errors import ModelError
 from mmneurons.neurons import Neuron
 from mmneurons.patches.describe import describe_patch
 from mmneurons.patches.ledger import ledger_of
-from mmneurons.patches.patch import HASH_BYTES, Patch, PatchPart, column_hashes, stack
+from mmneurons.patches.patch import Patch, PatchPart, stack
 from mmneurons.report.patch import patch_text
+from mmneurons.vlm.columns import HASH_BYTES, column_hashes
 
 MADE_BY: dict[str, Any] = {
     "source": "dog",

@@ -15,7 +15,8 @@ import torch
 
 import mmneurons as mmn
 from mmneurons.patches.ledger import ledger_of
-from mmneurons.patches.patch import Patch, PatchPart, column_hashes
+from mmneurons.patches.patch import Patch, PatchPart
+from mmneurons.vlm.columns import column_hashes
 from mmneurons.vlm.interventions import shuffled
 from mmneurons.vlm.locking import restored, uninterrupted
 from mmneurons.vlm.modes import evaluating, frozen, greedy

@@ -19,9 +19,10 @@ from torch import Tensor, nn
 from mmneurons.baselines.lessons import Lesson, Schedule, Task, learn, logits_of
 from mmneurons.errors import ModelError, SettingError
 from mmneurons.patches.ledger import ledger_of
-from mmneurons.patches.patch import Patch, PatchPart, column_hashes
+from mmneurons.patches.patch import Patch, PatchPart
 from mmneurons.vlm.age import editing
 from mmneurons.vlm.anatomy.parts import Ffn
+from mmneurons.vlm.columns import column_hashes
 from mmneurons.vlm.locking import restored
 from mmneurons.vlm.modes import frozen, hooked
 from mmneurons.vlm.vlm import VLM

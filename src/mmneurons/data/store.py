@@ -57,7 +57,7 @@ def one_writer(place: Path, lock: Path) -> Iterator[None]:
         held.release()
 
 
-class Shelf(Generic[T]):
+class Store(Generic[T]):
     """Results of one experiment in one file of JSON lines; the first line says what makes them all.
 
     Each result stands under a key, a hash of everything else that it was made of: with other pictures, other results.

@@ -14,10 +14,10 @@ from mmneurons.editing.steps import Steps
 from mmneurons.errors import SettingError
 from mmneurons.maths.edits import selective, smallest
 from mmneurons.patches.ledger import ledger_of
-from mmneurons.patches.patch import Patch, PatchPart, column_hashes
+from mmneurons.patches.patch import Patch, PatchPart
 from mmneurons.vlm import weights
 from mmneurons.vlm.anatomy.ways import Directions, frozen_rows
-from mmneurons.vlm.columns import Columns
+from mmneurons.vlm.columns import Columns, column_hashes
 from mmneurons.vlm.vlm import VLM
 
 SPARE = 0.001

@@ -15,7 +15,7 @@ import msgspec
 
 from mmneurons.data.content import image_hash, key_of
 from mmneurons.data.dataset import Item
-from mmneurons.data.store import LOCK, Shelf, one_writer
+from mmneurons.data.store import LOCK, Store, one_writer
 from mmneurons.editing.evaluation import Before, Bench, Evaluation, evaluate
 from mmneurons.errors import SettingError
 from mmneurons.patches.patch import Edit, Patch
@@ -120,7 +120,7 @@ def evaluate_edits(
             progress("judging", done, len(asked))
 
     with one_writer(Path(folder), Path(folder) / LOCK):
-        shelf = Shelf(Path(folder) / "edits.jsonl", made_by, Evaluation)
+        shelf = Store(Path(folder) / "edits.jsonl", made_by, Evaluation)
         for done, (name, one) in enumerate(asked.items()):
             shown, beyond = ([item.image() for item in of(one.source)] for of in (edit, held_out))
             question = replace(one.question, answer_prefix=one.question.prefix, batch_size=batch_size)

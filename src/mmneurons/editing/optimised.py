@@ -21,8 +21,8 @@ from mmneurons.editing.goals import Asked, rewritten, share_turned
 from mmneurons.editing.reference import Reference
 from mmneurons.errors import ModelError, SettingError
 from mmneurons.patches.ledger import ledger_of
-from mmneurons.patches.patch import Patch, PatchPart, column_hashes
-from mmneurons.vlm.columns import Columns
+from mmneurons.patches.patch import Patch, PatchPart
+from mmneurons.vlm.columns import Columns, column_hashes
 from mmneurons.vlm.locking import restored
 from mmneurons.vlm.modes import evaluating, frozen, hooked
 from mmneurons.vlm.vlm import VLM

@@ -1,6 +1,6 @@
 """The experiments over a set of images, each image's results kept as they come, so that a run that was stopped goes on.
 
-A folder holds, of each experiment, `NAME.jsonl`: a line for each image (`Shelf`), under a key made of all that its
+A folder holds, of each experiment, `NAME.jsonl`: a line for each image (`Store`), under a key made of all that its
 result depends on. Images that are added, taken away or replaced leave the results of the others as they are. Of
 specificity there is a folder beside it, with a file `KEY.f32` for each image: what every neuron gives to each noun, a
 row a noun, float32.
@@ -22,7 +22,7 @@ from torch import Tensor
 from mmneurons.attribution.finders import FINDERS
 from mmneurons.data.content import image_hash, key_of, reason, truth_hash
 from mmneurons.data.dataset import Item
-from mmneurons.data.store import LOCK, Shelf, no_number, one_writer
+from mmneurons.data.store import LOCK, Store, no_number, one_writer
 from mmneurons.errors import ImageError, SettingError
 from mmneurons.files import write_whole
 from mmneurons.finding.finder import find
@@ -212,7 +212,7 @@ class _Bench:
 
     def specificity(self) -> Specificity:
         """What every neuron gives to every noun of every image, then compared."""
-        shelf = Shelf(self.folder / "specificity.jsonl", self.made_by, _Rows)
+        shelf = Store(self.folder / "specificity.jsonl", self.made_by, _Rows)
         rows = self.folder / "specificity"
         rows.mkdir(exist_ok=True)
         items = self._usable(self._items(None))
@@ -246,7 +246,7 @@ class _Bench:
             return []
         return [(item, [one for one in found if one.image == item.name]) for item in items]
 
-    def _rows(self, shelf: Shelf[_Rows], folder: Path, item: Item) -> list[NounScores]:
+    def _rows(self, shelf: Store[_Rows], folder: Path, item: Item) -> list[NounScores]:
         """The scores of one image, from its file, which must be as it was written."""
         key = self._key(item)
         kept, path = shelf.found[key], folder / f"{key}.f32"
@@ -289,7 +289,7 @@ class _Bench:
         self, name: str, kind: Any, items: Sequence[Item], one: Callable[..., Any], key: Callable[[Item], str]
     ) -> dict[str, Any]:
         """One experiment, image by image; those on the shelf are taken from there."""
-        shelf = Shelf(self.folder / f"{name}.jsonl", self.made_by, kind)
+        shelf = Store(self.folder / f"{name}.jsonl", self.made_by, kind)
         keys: dict[str, str] = {}
         for item in self._usable(items):
             try:

@@ -18,8 +18,8 @@ from mmneurons.errors import ModelError, SettingError
 from mmneurons.finding.scoring import as_read, said, texts
 from mmneurons.neurons import Neuron
 from mmneurons.patches.ledger import ledger_of
-from mmneurons.patches.patch import Patch, column_hashes
-from mmneurons.vlm.columns import Columns
+from mmneurons.patches.patch import Patch
+from mmneurons.vlm.columns import Columns, column_hashes
 from mmneurons.vlm.vlm import VLM
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary, ref
 
 import torch
@@ -16,12 +17,15 @@ from torch import Tensor, nn
 
 from mmneurons.errors import ModelError, SettingError
 from mmneurons.neurons import Neuron
-from mmneurons.patches.patch import Patch, PatchPart, column_hashes
 from mmneurons.vlm import weights
 from mmneurons.vlm.age import age, editing, mark_edited, renew
 from mmneurons.vlm.anatomy.parts import Anatomy, Ffn
+from mmneurons.vlm.columns import column_hashes
 from mmneurons.vlm.locking import uninterrupted
 from mmneurons.vlm.vlm import VLM
+
+if TYPE_CHECKING:
+    from mmneurons.patches.patch import Patch, PatchPart
 
 Place = tuple[int, int | None]
 """Layer and expert."""

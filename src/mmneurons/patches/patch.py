@@ -24,11 +24,10 @@ from torch import Tensor
 
 from mmneurons.errors import SettingError
 from mmneurons.neurons import Neuron
+from mmneurons.patches.ledger import ledger_of
+from mmneurons.vlm.columns import HASH_BYTES
 from mmneurons.vlm.locking import restored
 from mmneurons.vlm.vlm import VLM
-
-HASH_BYTES = 16
-"""Of the SHA-256 of each column."""
 
 
 class Edit(Protocol):
@@ -232,8 +231,6 @@ class Patch:
             ModelError: the model has other columns than the patch expects, or they cannot be written.
             SettingError: the patch is applied already, or the dtype of the weights cannot hold what it adds.
         """
-        from mmneurons.patches.ledger import ledger_of
-
         with vlm.alone():
             ledger_of(vlm).apply(self)
 
@@ -243,8 +240,6 @@ class Patch:
         Raises:
             SettingError: the patch is not applied.
         """
-        from mmneurons.patches.ledger import ledger_of
-
         with vlm.alone():
             ledger_of(vlm).revert(self)
 
@@ -292,16 +287,6 @@ def stack(patches: Sequence[Patch]) -> Patch:
 def place_order(place: tuple[int, int | None]) -> tuple[int, int]:
     """By layer; in one, what is dense before the experts beside it."""
     return place[0], -1 if place[1] is None else place[1]
-
-
-def column_hashes(columns: Float[Tensor, "n hidden"]) -> UInt8[Tensor, "n 16"]:
-    """What tells columns apart: the first 16 bytes of the SHA-256 of each one's numbers as float32.
-
-    The same numbers in another dtype have the same hash; numbers that another dtype rounds have not.
-    """
-    rows = columns.detach().float().cpu().contiguous().numpy()
-    made = b"".join(hashlib.sha256(row.astype("<f4").tobytes()).digest()[:HASH_BYTES] for row in rows)
-    return torch.frombuffer(bytearray(made), dtype=torch.uint8).view(-1, HASH_BYTES)
 
 
 def _unsound(why: str) -> SettingError:

@@ -1,18 +1,22 @@
-"""Columns of `w_out`: whose they are, and which of them matter most."""
+"""Columns of `w_out`: whose they are, which of them matter most, and what tells them apart."""
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
 from mmneurons.errors import SettingError
 from mmneurons.maths.ranking import top_k
 from mmneurons.neurons import Neuron
 from mmneurons.vlm.anatomy.parts import Anatomy
+
+HASH_BYTES = 16
+"""Of the SHA-256 of each column."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,3 +57,13 @@ class Columns:
         chosen[top_k(whole, min(top, int((whole > 0).sum())))] = True
         parts = zip(scores, chosen.split([len(part) for part in scores.values()]), strict=True)
         return Columns(anatomy, {i: part.nonzero()[:, 0] for i, part in parts if bool(part.any())})
+
+
+def column_hashes(columns: Float[Tensor, "n hidden"]) -> UInt8[Tensor, "n 16"]:
+    """What tells columns apart: the first 16 bytes of the SHA-256 of each one's numbers as float32.
+
+    The same numbers in another dtype have the same hash; numbers that another dtype rounds have not.
+    """
+    rows = columns.detach().float().cpu().contiguous().numpy()
+    made = b"".join(hashlib.sha256(row.astype("<f4").tobytes()).digest()[:HASH_BYTES] for row in rows)
+    return torch.frombuffer(bytearray(made), dtype=torch.uint8).view(-1, HASH_BYTES)

@@ -15,7 +15,7 @@ from PIL import Image
 
 from mmneurons.data.content import image_hash, key_of, truth_hash
 from mmneurons.data.dataset import Item
-from mmneurons.data.store import Shelf, one_writer
+from mmneurons.data.store import Store, one_writer
 from mmneurons.errors import FormatError, MmneuronsError, ModelError, SettingError
 
 
@@ -36,21 +36,21 @@ def path(tmp_path):
 
 
 def kept_in(path: Path) -> Path:
-    shelf = Shelf(path, MADE_BY, list[Found])
+    shelf = Store(path, MADE_BY, list[Found])
     shelf.add("a", "a.png", RESULT)
     shelf.add("b", "ü\u2028.png", [])
     return path
 
 
 def test_what_was_found_is_read_again(path):
-    assert Shelf(path, MADE_BY, list[Found]).found == {"a": RESULT, "b": []}
+    assert Store(path, MADE_BY, list[Found]).found == {"a": RESULT, "b": []}
 
 
 @pytest.mark.parametrize("lost", [1, 5, 12])
 def test_a_line_cut_off_is_done_again(path, lost):
     whole = path.read_bytes()
     path.write_bytes(whole[:-lost])
-    shelf = Shelf(path, MADE_BY, list[Found])
+    shelf = Store(path, MADE_BY, list[Found])
     assert list(shelf.found) == ["a"]
     shelf.add("b", "ü\u2028.png", [])
     assert path.read_bytes() == whole
@@ -65,7 +65,7 @@ def test_a_first_line_cut_off_is_written_to_its_end(path):
 
 def test_another_experiment_is_refused_and_said_how(path):
     with pytest.raises(SettingError, match="score: 'logit' there, 'paper' asked for"):
-        Shelf(path, MADE_BY | {"score": "paper"}, list[Found])
+        Store(path, MADE_BY | {"score": "paper"}, list[Found])
 
 
 @pytest.mark.parametrize(
@@ -74,7 +74,7 @@ def test_another_experiment_is_refused_and_said_how(path):
 def test_a_file_of_something_else_is_refused_and_left_alone(tmp_path, content):
     (tmp_path / "x.jsonl").write_text(content)
     with pytest.raises(FormatError, match="no results of an experiment"):
-        Shelf(tmp_path / "x.jsonl", MADE_BY, list[Found])
+        Store(tmp_path / "x.jsonl", MADE_BY, list[Found])
     assert (tmp_path / "x.jsonl").read_text() == content
 
 
@@ -82,7 +82,7 @@ def test_a_file_of_something_else_is_refused_and_left_alone(tmp_path, content):
 def test_a_pipe_is_refused_and_not_waited_for(tmp_path):
     os.mkfifo(tmp_path / "x.jsonl")
     with pytest.raises(FormatError, match="device or a pipe"):
-        Shelf(tmp_path / "x.jsonl", MADE_BY, list[Found])
+        Store(tmp_path / "x.jsonl", MADE_BY, list[Found])
 
 
 @given(st.data())
@@ -96,7 +96,7 @@ def test_whatever_was_changed_nothing_else_is_read(tmp_path_factory, data):
     path.write_bytes(whole[:start] + data.draw(st.binary(max_size=8)) + whole[end:])
     with bounded():
         try:
-            found = Shelf(path, MADE_BY, list[Found]).found
+            found = Store(path, MADE_BY, list[Found]).found
         except MmneuronsError:
             return
     assert all({"a": RESULT, "b": []}[key] == result for key, result in found.items())
@@ -104,7 +104,7 @@ def test_whatever_was_changed_nothing_else_is_read(tmp_path_factory, data):
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_what_is_no_number_is_not_kept(path, value):
-    before, shelf = path.read_bytes(), Shelf(path, MADE_BY, list[Found])
+    before, shelf = path.read_bytes(), Store(path, MADE_BY, list[Found])
     for result in ([Found("dog", {10: value})], [Found("dog", {}, value)]):
         with pytest.raises(ModelError, match=r"c\.png is no number"):
             shelf.add("c", "c.png", result)
@@ -112,8 +112,8 @@ def test_what_is_no_number_is_not_kept(path, value):
 
 
 def test_a_name_that_is_no_utf_8_is_kept(path):
-    Shelf(path, MADE_BY, list[Found]).add("c", "caf\udce9.png", [])
-    assert list(Shelf(path, MADE_BY, list[Found]).found) == ["a", "b", "c"]
+    Store(path, MADE_BY, list[Found]).add("c", "caf\udce9.png", [])
+    assert list(Store(path, MADE_BY, list[Found]).found) == ["a", "b", "c"]
 
 
 def test_one_run_at_a_time_writes_in_a_folder(tmp_path):
