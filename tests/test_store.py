@@ -36,9 +36,9 @@ def path(tmp_path):
 
 
 def kept_in(path: Path) -> Path:
-    shelf = Store(path, MADE_BY, list[Found])
-    shelf.add("a", "a.png", RESULT)
-    shelf.add("b", "ü\u2028.png", [])
+    store = Store(path, MADE_BY, list[Found])
+    store.add("a", "a.png", RESULT)
+    store.add("b", "ü\u2028.png", [])
     return path
 
 
@@ -50,9 +50,9 @@ def test_what_was_found_is_read_again(path):
 def test_a_line_cut_off_is_done_again(path, lost):
     whole = path.read_bytes()
     path.write_bytes(whole[:-lost])
-    shelf = Store(path, MADE_BY, list[Found])
-    assert list(shelf.found) == ["a"]
-    shelf.add("b", "ü\u2028.png", [])
+    store = Store(path, MADE_BY, list[Found])
+    assert list(store.found) == ["a"]
+    store.add("b", "ü\u2028.png", [])
     assert path.read_bytes() == whole
 
 
@@ -89,7 +89,7 @@ def test_a_pipe_is_refused_and_not_waited_for(tmp_path):
 @settings(max_examples=50)
 def test_whatever_was_changed_nothing_else_is_read(tmp_path_factory, data):
     """Any bytes give what was written, or less of it, or our error."""
-    path = kept_in(tmp_path_factory.mktemp("shelf") / "x.jsonl")
+    path = kept_in(tmp_path_factory.mktemp("store") / "x.jsonl")
     whole = path.read_bytes()
     start = data.draw(st.integers(0, len(whole)))
     end = data.draw(st.integers(start, min(len(whole), start + 8)))
@@ -104,10 +104,10 @@ def test_whatever_was_changed_nothing_else_is_read(tmp_path_factory, data):
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_what_is_no_number_is_not_kept(path, value):
-    before, shelf = path.read_bytes(), Store(path, MADE_BY, list[Found])
+    before, store = path.read_bytes(), Store(path, MADE_BY, list[Found])
     for result in ([Found("dog", {10: value})], [Found("dog", {}, value)]):
         with pytest.raises(ModelError, match=r"c\.png is no number"):
-            shelf.add("c", "c.png", result)
+            store.add("c", "c.png", result)
     assert path.read_bytes() == before
 
 

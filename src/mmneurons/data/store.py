@@ -20,7 +20,7 @@ from mmneurons.files import read_file
 T = TypeVar("T")
 
 LARGEST = 2**30
-"""Bytes of a shelf, at most."""
+"""Bytes of a store, at most."""
 LOCK = ".lock"
 """In a folder of results: one run at a time writes there."""
 

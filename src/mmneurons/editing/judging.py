@@ -120,7 +120,7 @@ def evaluate_edits(
             progress("judging", done, len(asked))
 
     with one_writer(Path(folder), Path(folder) / LOCK):
-        shelf = Store(Path(folder) / "edits.jsonl", made_by, Evaluation)
+        store = Store(Path(folder) / "edits.jsonl", made_by, Evaluation)
         for done, (name, one) in enumerate(asked.items()):
             shown, beyond = ([item.image() for item in of(one.source)] for of in (edit, held_out))
             question = replace(one.question, answer_prefix=one.question.prefix, batch_size=batch_size)
@@ -128,7 +128,7 @@ def evaluate_edits(
             key = key_of(
                 one.key or name, *asks, *([image_hash(image) for image in of] for of in (shown, beyond)), others
             )
-            if key not in shelf.found:
+            if key not in store.found:
                 bench = Bench(shown, beyond, images, texts, question)
                 before = befores.setdefault(question, Before(vlm, bench))
                 judged = evaluate(
@@ -139,7 +139,7 @@ def evaluate_edits(
                     target=one.target,
                     progress=lambda share, done=done: tell(done + share),
                 )
-                shelf.add(key, name, judged)
-            found[name] = shelf.found[key]
+                store.add(key, name, judged)
+            found[name] = store.found[key]
             tell(done + 1)
     return found

@@ -212,11 +212,11 @@ class _Bench:
 
     def specificity(self) -> Specificity:
         """What every neuron gives to every noun of every image, then compared."""
-        shelf = Store(self.folder / "specificity.jsonl", self.made_by, _Rows)
+        store = Store(self.folder / "specificity.jsonl", self.made_by, _Rows)
         rows = self.folder / "specificity"
         rows.mkdir(exist_ok=True)
         items = self._usable(self._items(None))
-        missing = list({key: item for item in items if (key := self._key(item)) not in shelf.found}.values())
+        missing = list({key: item for item in items if (key := self._key(item)) not in store.found}.values())
         done = len(items) - len(missing)
         for start in range(0, len(missing), self.batch_size):
             batch = missing[start : start + self.batch_size]
@@ -226,10 +226,10 @@ class _Bench:
                 key, content = self._key(item), b"".join(one.scores.astype("<f4").tobytes() for one in mine)
                 write_whole(rows / f"{key}.f32", content)  # before its line: a line never lacks its rows
                 lemmas = tuple(one.lemma for one in mine)
-                shelf.add(key, item.name, _Rows(lemmas, hashlib.sha256(content).hexdigest()))
+                store.add(key, item.name, _Rows(lemmas, hashlib.sha256(content).hexdigest()))
             self._tell("specificity", done + start + len(batch), len(items))
-        items = [item for item in items if self._key(item) in shelf.found]
-        found = [one for item in items for one in self._rows(shelf, rows, item)]
+        items = [item for item in items if self._key(item) in store.found]
+        found = [one for item in items for one in self._rows(store, rows, item)]
         if not found:
             raise self._nothing(items)
         layers = [ffn.layer for ffn in self.vlm.anatomy.ffns for _ in range(ffn.size)]
@@ -246,18 +246,18 @@ class _Bench:
             return []
         return [(item, [one for one in found if one.image == item.name]) for item in items]
 
-    def _rows(self, shelf: Store[_Rows], folder: Path, item: Item) -> list[NounScores]:
+    def _rows(self, store: Store[_Rows], folder: Path, item: Item) -> list[NounScores]:
         """The scores of one image, from its file, which must be as it was written."""
         key = self._key(item)
-        kept, path = shelf.found[key], folder / f"{key}.f32"
+        kept, path = store.found[key], folder / f"{key}.f32"
         shape = (len(kept.lemmas), sum(ffn.size for ffn in self.vlm.anatomy.ffns))
         if not kept.lemmas:
             return []
         if not path.is_file() or path.stat().st_size != shape[0] * shape[1] * 4:
-            raise shelf.damaged(f"{path} is missing, or not as long as it says.")
+            raise store.damaged(f"{path} is missing, or not as long as it says.")
         whole = np.memmap(path, dtype="<f4", mode="r", shape=shape)
         if hashlib.sha256(whole.tobytes()).hexdigest() != kept.sha256:
-            raise shelf.damaged(f"{path} is not as it was written.")
+            raise store.damaged(f"{path} is not as it was written.")
         return [NounScores(item.name, lemma, row) for lemma, row in zip(kept.lemmas, whole, strict=True)]
 
     def _items(self, usual: int | None) -> Sequence[Item]:
@@ -288,28 +288,28 @@ class _Bench:
     def _each(
         self, name: str, kind: Any, items: Sequence[Item], one: Callable[..., Any], key: Callable[[Item], str]
     ) -> dict[str, Any]:
-        """One experiment, image by image; those on the shelf are taken from there."""
-        shelf = Store(self.folder / f"{name}.jsonl", self.made_by, kind)
+        """One experiment, image by image; those in the store are taken from there."""
+        store = Store(self.folder / f"{name}.jsonl", self.made_by, kind)
         keys: dict[str, str] = {}
         for item in self._usable(items):
             try:
                 keys[item.name] = key(item)
             except ImageError as error:  # a mask
                 self.left_out[item.name] = reason(error)
-        done = sum(mine in shelf.found for mine in keys.values())
+        done = sum(mine in store.found for mine in keys.values())
         found: dict[str, Any] = {}
         for item in (item for item in items if item.name in keys):
             mine = keys[item.name]
-            if mine not in shelf.found:
+            if mine not in store.found:
                 try:
                     result = one(item, lambda part, of, done=done: self._tell(name, done + part / of, len(keys)))
                 except ImageError as error:
                     self.left_out[item.name] = reason(error)
                     continue
-                shelf.add(mine, item.name, result)
+                store.add(mine, item.name, result)
                 done += 1
                 self._tell(name, done, len(keys))
-            found[item.name] = shelf.found[mine]
+            found[item.name] = store.found[mine]
         if not any(found.values()):
             raise self._nothing(list(found))
         return found
