@@ -14,7 +14,7 @@ from PIL import Image
 
 import mmneurons as mmn
 from mmneurons import cli
-from mmneurons.data.dataset import Item
+from mmneurons.data.dataset import Item, read_items
 from mmneurons.errors import FormatError, ImageError, SettingError
 from mmneurons.inspection import faithfulness as truth
 from mmneurons.inspection import run, tables
@@ -484,3 +484,28 @@ def test_bad_images_are_told(capsys, monkeypatch, tmp_path, images, message):
     assert stopped.value.code == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_captions_of_a_manifest_are_read_in_the_place_of_answers(vlm, tmp_path):
+    images = [mmn.pocket.scene(7 + i, ["dog", "tree"]).image for i in range(2)]
+    own = vlm.caption(images)
+    listed = [{"image": f"{i}.png", "caption": text} for i, text in enumerate([own[0], "a banana"])]
+    for i, image in enumerate(images):
+        image.save(tmp_path / f"{i}.png")
+    (tmp_path / "list.json").write_text(json.dumps([*listed, {"image": "0.png"}]), encoding="utf-8")
+    mine, other, alone = read_items(tmp_path / "list.json")
+    alone = replace(alone, name="alone")
+    found = inspect(vlm, [mine, other, alone], tmp_path / "out", ["sensitivity", "specificity"])
+    assert found.sensitivity is not None
+    assert [one.lemma for one in found.sensitivity["1.png"]] == ["banana"]
+    for one, same in zip(found.sensitivity["0.png"], found.sensitivity["alone"], strict=True):
+        assert one.word == same.word
+        np.testing.assert_allclose(one.lost_blank, same.lost_blank, rtol=1e-3, atol=1e-3)
+    scores = {(one.image, one.lemma): one.scores for one in noun_scores(vlm, [mine, other, alone])}
+    noun = found.sensitivity["alone"][0].lemma
+    np.testing.assert_allclose(scores["0.png", noun], scores["alone", noun], atol=1e-4)
+    with pytest.raises(SettingError, match="causal lets the model answer by itself"):
+        inspect(vlm, [mine], tmp_path / "other", ["sensitivity", "causal"])
+    (tmp_path / "list.json").write_text(json.dumps([{"image": "0.png", "caption": " "}]), encoding="utf-8")
+    with pytest.raises(SettingError, match="a caption without a word"):
+        read_items(tmp_path / "list.json")

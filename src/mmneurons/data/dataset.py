@@ -44,6 +44,8 @@ class Item:
     """What is truly shown; None where nobody said."""
     mask_sources: tuple[MaskSource | None, ...] = field(default=(), repr=False)
     """Where each object is, None of one of which that is not known; empty where nobody said."""
+    caption: str | None = None
+    """An answer that the model is given to read; None: it answers itself."""
 
     def image(self) -> Image.Image:
         """RGB.
@@ -91,8 +93,8 @@ def read_items(
 
     Args:
         source: A folder of images; an image; a manifest, a JSON list of objects with `image` and, where known,
-            `objects` and `masks` (one file for each object), paths counted from the manifest's folder; the JSON of
-            COCO's instances; or `pocket:` and the name of an evaluation set, `pocket:edit/NOUN` or
+            `objects`, `masks` (one file for each object) and a `caption` to read, paths counted from the manifest's
+            folder; the JSON of COCO's instances; or `pocket:` and the name of an evaluation set, `pocket:edit/NOUN` or
             `pocket:held-out/NOUN`.
         masks: For a folder of images: a folder with a mask `STEM.NOUN.png` for each object of the image `STEM.*`, or
             `STEM.NOUN.1.png` ... for several of a kind. See `read_mask` for what may stand in them.
@@ -239,8 +241,11 @@ class _Entry(msgspec.Struct, forbid_unknown_fields=True):
     image: str
     objects: list[str] | None = None
     masks: list[str] | None = None
+    caption: str | None = None
 
     def __post_init__(self) -> None:
+        if self.caption is not None and not self.caption.strip():
+            raise ValueError("a caption without a word")
         if self.masks and len(self.masks) != len(self.objects or []):
             raise ValueError(f"{len(self.objects or [])} objects, {len(self.masks)} masks: each needs one")
 
@@ -269,7 +274,8 @@ def _manifest_item(path: Path, place: str, entry: _Entry) -> Item:
             check_image(file)
         except ImageError as error:
             raise ImageError(f"{error.what} It is named by {place}.", seen=error.seen, fix=error.fix) from error
-    return Item(entry.image, image, None if entry.objects is None else tuple(entry.objects), tuple(drawn))
+    objects = None if entry.objects is None else tuple(entry.objects)
+    return Item(entry.image, image, objects, tuple(drawn), entry.caption)
 
 
 def _coco_items(path: Path, coco: Instances, tell: Tell) -> list[Item]:

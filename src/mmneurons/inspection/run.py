@@ -118,7 +118,8 @@ def inspect(
 
     Raises:
         SettingError: the folder holds results of another model or other settings, or another run writes there; an
-            image stands twice; more top neurons than the model has; or no image gave a noun.
+            image stands twice; more top neurons than the model has; captions for an experiment in which the model
+            answers by itself; or no image gave a noun.
         ImageError: no image can be used.
         FormatError: what the folder holds is damaged.
     """
@@ -127,6 +128,12 @@ def inspect(
     n_neurons = sum(ffn.size for ffn in vlm.anatomy.ffns)
     if not 1 <= settings.top <= n_neurons:
         raise SettingError(f"There is no top {settings.top} of the model's {n_neurons} neurons.", fix="--top 10")
+    generating = [name for name in experiments if name in ("causal", "finders")]
+    if generating and any(item.caption is not None for item in items):
+        raise SettingError(
+            f"{generating[0]} lets the model answer by itself, and the manifest gives captions.",
+            fix="Run sensitivity or specificity on these, or leave the captions out.",
+        )
     names = [item.name for item in items]
     if len(set(names)) < len(names):
         twice = next(name for name in names if names.count(name) > 1)
@@ -145,7 +152,8 @@ def examples(vlm: VLM, items: Sequence[Item], settings: InspectSettings) -> list
     """Findings with maps of the first few images, to be drawn for each k."""
     shown = items[:EXAMPLES]
     asked = asdict(settings.question)
-    found = find(vlm, [item.image() for item in shown], top=settings.top, score=settings.score, maps=True, **asked)
+    how = {"top": settings.top, "score": settings.score, "maps": True, **asked}
+    found = [find(vlm, item.image(), caption=item.caption, **how) for item in shown]
     return [replace(one, images=(item.name,)) for one, item in zip(found, shown, strict=True)]
 
 
@@ -276,7 +284,7 @@ class _Bench:
 
     def _key(self, item: Item, *more: Any) -> str:
         """Of an image that can be read, and what else its result depends on."""
-        return key_of(self.pictures[item.name], *more)
+        return key_of(self.pictures[item.name], *more, *(() if item.caption is None else ("caption", item.caption)))
 
     def _another(self, item: Item) -> Item | None:
         """The next image of other pixels, the first one behind the last; images added elsewhere leave it as it is."""

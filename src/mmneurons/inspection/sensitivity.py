@@ -117,7 +117,8 @@ def sensitivity(
     """
     image = item.image()
     choices = Choices(question, top, score, maps=True, blank=True)
-    (batch,) = ask(vlm, [image], question, recorder=partial(record, gates=score == "paper"))
+    captions = None if item.caption is None else [item.caption]
+    (batch,) = ask(vlm, [image], question, captions=captions, recorder=partial(record, gates=score == "paper"))
     inputs, answers = batch.inputs, batch.answers
     targets = targets_of(vlm, answers, 0, choices)
     if not targets:

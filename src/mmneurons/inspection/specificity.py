@@ -80,10 +80,14 @@ def noun_scores(
     """What every neuron gives to every noun that the model says of these images; one batch where it allows one."""
     if not items:
         return []
+    if len({item.caption is None for item in items}) > 1:  # some answers are given, others not
+        parts = [[item for item in items if (item.caption is None) == own] for own in (True, False)]
+        return [one for part in parts for one in noun_scores(vlm, part, score=score, question=question)]
+    captions = None if items[0].caption is None else [str(item.caption) for item in items]
     choices = Choices(replace(question, batch_size=len(items)), 1, score)
     recorder = partial(record, gates=score == "paper")
     found = []
-    for batch in ask(vlm, [item.image() for item in items], choices.question, recorder=recorder):
+    for batch in ask(vlm, [item.image() for item in items], choices.question, captions=captions, recorder=recorder):
         n_rows = len(batch.rows)
         targets = [t for row in range(n_rows) for t in targets_of(vlm, batch.answers, row, choices)]
         if targets:

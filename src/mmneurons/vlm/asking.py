@@ -63,6 +63,7 @@ def ask(
     question: Question,
     *,
     given: TokenLists | None = None,
+    captions: Sequence[str] | None = None,
     recorder: Recorder | None = None,
 ) -> Iterator[AnswerBatch]:
     """Let the model answer, or read answers that it is given, batch by batch.
@@ -74,22 +75,31 @@ def ask(
         vlm: The model.
         images: One prompt each, as `find` takes them; files are opened when their turn comes.
         question: What is asked.
-        given: Answers to read instead of generating; what the model would have said is not looked at.
+        given: Answers to read instead of generating, as tokens; their logits are not looked at.
+        captions: Answers to read instead of generating, in words.
         recorder: What to record.
 
     Raises:
         ImageError: something is not an image; headers of files are looked at before the first batch.
     """
     for batch in batches_of(vlm, images, question):
-        mine = None if given is None else given[batch.first : batch.first + len(batch.rows)]
-        yield _answered(vlm, batch, question, mine, recorder)
+        mine = slice(batch.first, batch.first + len(batch.rows))
+        tokens, texts = given and given[mine], captions and captions[mine]
+        yield _answered(vlm, batch, question, tokens, texts, recorder)
 
 
 def _answered(
-    vlm: VLM, batch: Batch, question: Question, given: TokenLists | None, recorder: Recorder | None
+    vlm: VLM,
+    batch: Batch,
+    question: Question,
+    given: TokenLists | None,
+    captions: Sequence[str] | None,
+    recorder: Recorder | None,
 ) -> AnswerBatch:
     inputs = batch.inputs(vlm, question)
-    answers, recording = answer(vlm, inputs, question, given=given, recorder=recorder, scored=False)
+    if captions is not None:
+        given = [tokens_of_answer(vlm, inputs, text) for text in captions]
+    answers, recording = answer(vlm, inputs, question, given=given, recorder=recorder, scored=captions is not None)
     return AnswerBatch(batch.first, batch.rows, inputs, answers, recording)
 
 
