@@ -53,7 +53,7 @@ def dehallucinate(
         "dehallucinate.safetensors"
     ),
     say: Annotated[
-        str | None, typer.Option(metavar="WORD", help="What is said instead; one token. Default: thing.")
+        str | None, typer.Option(metavar="WORD", help="The word that is said instead, one token. Default: thing.")
     ] = None,
     payoff: Annotated[
         float, typer.Option(min=1.01, help="It is said where the best guess is right with less than 1 / payoff.")
@@ -64,10 +64,12 @@ def dehallucinate(
         str | None,
         typer.Option(metavar="coco|FILE", help="What else objects are called: a line each, 'dog, puppy', or MSCOCO's."),
     ] = None,
-    top: Annotated[int, typer.Option(min=1, help="Columns that move.")] = 1000,
-    blocks: Annotated[int, typer.Option(min=0, help="Of so many of the last blocks; 0: of all.")] = 0,
-    rank: Annotated[int, typer.Option(min=1, help="Directions that they move along.")] = 32,
-    steps: Annotated[int, typer.Option(min=1, help="Of gradient descent.")] = 900,
+    top: Annotated[int, typer.Option(min=1, help="How many columns the edit moves.")] = 1000,
+    blocks: Annotated[
+        int, typer.Option(min=0, help="Take the columns from this many of the last blocks; 0: from all.")
+    ] = 0,
+    rank: Annotated[int, typer.Option(min=1, help="How many shared directions the columns move along.")] = 32,
+    steps: Annotated[int, typer.Option(min=1, help="Steps of gradient descent.")] = 900,
     prompt: Prompt = PROMPT,
     answer_prefix: Prefix = None,
     max_new_tokens: Length = MAX_NEW_TOKENS,

@@ -44,7 +44,7 @@ Unrelated = Annotated[list[str] | None, typer.Option(help="Images of which nothi
 Texts = Annotated[
     Path | None, typer.Option(metavar="FILE.txt", help="Texts of which nothing is to change, a line each.")
 ]
-Limit = Annotated[int | None, typer.Option(min=1, help="Unrelated images to judge on. Default: all.")]
+Limit = Annotated[int | None, typer.Option(min=1, help="Judge on at most this many unrelated images. Default: all.")]
 
 
 @app.command()
@@ -56,14 +56,18 @@ def edit(
     remove: Annotated[str | None, typer.Option(metavar="WORD", help="A word to remove, without another.")] = None,
     out_path: Annotated[Path | None, typer.Option("--out", metavar="FILE.safetensors", help="The patch.")] = None,
     images: Annotated[list[str] | None, typer.Option(help=f"Images that show SOURCE. {SOURCES}")] = None,
-    more: Annotated[list[str] | None, typer.Argument(metavar="IMAGE...", help="More of them.")] = None,
+    more: Annotated[
+        list[str] | None, typer.Argument(metavar="IMAGE...", help="Further images that show SOURCE.")
+    ] = None,
     reference: Annotated[list[str] | None, typer.Option(help="Images of which nothing is to change.")] = None,
     texts: Texts = None,
     method: Annotated[
         Literal["selective", "closed_form", "optimised"], typer.Option(help="See docs/edit.md.")
     ] = "selective",
-    top: Annotated[int, typer.Option(min=1, help="Columns that move.")] = 400,
-    blocks: Annotated[int, typer.Option(min=0, help="Of so many of the last blocks; 0: of all.")] = 1,
+    top: Annotated[int, typer.Option(min=1, help="How many columns the edit moves.")] = 400,
+    blocks: Annotated[
+        int, typer.Option(min=0, help="Take the columns from this many of the last blocks; 0: from all.")
+    ] = 1,
     prompt: Annotated[list[str] | None, typer.Option(help="What the model is asked; repeatable.")] = None,
     answer_prefix: Prefix = None,
     max_new_tokens: Length = MAX_NEW_TOKENS,
@@ -131,7 +135,7 @@ def edit(
 def evaluate_edit(
     load: Load,
     files: Annotated[list[Path], typer.Argument(metavar="PATCH...", help="Patches, from mmneurons edit.")],
-    folder: Annotated[Path, typer.Option("--out", metavar="DIR", help="Where results are kept.")],
+    folder: Annotated[Path, typer.Option("--out", metavar="DIR", help="The folder in which results are kept.")],
     images: Annotated[list[str] | None, typer.Option(help="The images the edit was made with.")] = None,
     held_out: HeldOut = None,
     unrelated: Unrelated = None,
@@ -156,7 +160,9 @@ def show(
     load: Load,
     path: Annotated[Path, typer.Argument(metavar="PATCH", help="From mmneurons edit.")],
     words: Annotated[bool, typer.Option(help="Load the model, to show what its columns say.")] = True,
-    n: Annotated[int, typer.Option("--top", min=1, help="Neurons listed, those that change most first.")] = 20,
+    n: Annotated[
+        int, typer.Option("--top", min=1, help="How many neurons are listed, those that change most first.")
+    ] = 20,
 ) -> None:
     """Show what a patch changes: neurons, their words, how far they move."""
     from mmneurons.patches.describe import describe_patch

@@ -67,7 +67,7 @@ def find(
     images: Images = None,
     prompt: Prompt = PROMPT,
     answer_prefix: Prefix = None,
-    top: Annotated[int, typer.Option(min=1, help="Neurons listed for each noun.")] = 10,
+    top: Annotated[int, typer.Option(min=1, help="How many neurons are listed for each noun.")] = 10,
     score: Annotated[Literal["logit", "logprob", "paper"], typer.Option(help="See docs/method.md.")] = "logit",
     word: Annotated[list[str] | None, typer.Option(help="A word of the caption to explain; repeatable.")] = None,
     against: Annotated[str | None, typer.Option(help="Score why the noun rather than this word.")] = None,
@@ -147,8 +147,8 @@ def find(
 def neuron(
     load: Load,
     name: Annotated[str, typer.Argument(metavar="NEURON", help="L23.u6012, or L23.e5.u6012 for expert 5.")],
-    tokens: Annotated[int, typer.Option(min=1, help="Tokens listed each way.")] = 10,
-    neighbours: Annotated[int, typer.Option(min=0, help="Neurons like it.")] = 10,
+    tokens: Annotated[int, typer.Option(min=1, help="How many tokens are listed each way.")] = 10,
+    neighbours: Annotated[int, typer.Option(min=0, help="How many neurons like it are listed.")] = 10,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Show what a neuron says whenever it fires: no image needed."""
@@ -171,7 +171,7 @@ def neuron(
 def word(
     load: Load,
     text: Annotated[str, typer.Argument(metavar="WORD", help="A word; of several tokens, its first counts.")],
-    top: Annotated[int, typer.Option(min=1, help="Neurons listed.")] = 10,
+    top: Annotated[int, typer.Option(min=1, help="How many neurons are listed.")] = 10,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Show the neurons of the whole model that point to a word: no image needed."""

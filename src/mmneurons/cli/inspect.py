@@ -33,17 +33,19 @@ def inspect_(
     images: Annotated[
         str, typer.Option(help="A folder, a manifest, COCO instances (docs/inspect.md), or pocket:find-500.")
     ],
-    out_folder: Annotated[Path, typer.Option("--out", metavar="DIR", help="Where results are kept.")],
+    out_folder: Annotated[Path, typer.Option("--out", metavar="DIR", help="The folder in which results are kept.")],
     what: Annotated[
         Literal["sensitivity", "specificity", "causal", "finders", "all"], typer.Argument(help="Which experiment.")
     ] = "all",
     masks: Annotated[Path | None, typer.Option(metavar="DIR", help="For a folder: masks STEM.NOUN.png.")] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Images. Default: all; 50 for causal, finders.")] = None,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="Use at most this many images. Default: all; 50 for causal, finders.")
+    ] = None,
     prompt: Prompt = PROMPT,
     answer_prefix: Prefix = None,
-    top: Annotated[int, typer.Option(min=1, help="Top neurons of a noun (sensitivity).")] = 10,
+    top: Annotated[int, typer.Option(min=1, help="How many top neurons of each noun are tested (sensitivity).")] = 10,
     score: Annotated[Literal["logit", "logprob", "paper"], typer.Option(help="See docs/method.md.")] = "logit",
-    seed: Annotated[int, typer.Option(help="Of noise, random neurons and shuffled patches.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of noise, random neurons and shuffled patches.")] = 0,
     text_model: Annotated[str | None, typer.Option(help="For BERTScore: roberta-large ... Default: MiniLM.")] = None,
     clip_model: Annotated[str | None, typer.Option(help="For CLIPScore: openai/clip-vit-base-patch16 ...")] = None,
     max_new_tokens: Length = MAX_NEW_TOKENS,

@@ -52,8 +52,8 @@ Prefix = Annotated[
         help="Words the answer begins with. Default: 'An image of' with the default prompt, none with another.",
     ),
 ]
-Length = Annotated[int, typer.Option("--max-new-tokens", min=1, help="Where to stop if the model does not.")]
-Batch = Annotated[int, typer.Option("--batch-size", min=1, help="Images in one batch.")]
+Length = Annotated[int, typer.Option("--max-new-tokens", min=1, help="Stop an answer after this many tokens.")]
+Batch = Annotated[int, typer.Option("--batch-size", min=1, help="How many images are asked about at once.")]
 
 GOES_ON = "the same command goes on from here"
 
