@@ -78,6 +78,7 @@ def dehallucinate(
     report: Annotated[Path | None, typer.Option(metavar="FILE.html", help="Write a page to look at.")] = None,
 ) -> None:
     """Make a patch with which the model names fewer objects that are not there, and judge it. Stopped, it goes on."""
+    # 1. What is asked for, and whether its files can be read and written, before the model loads.
     path = checked_patch_path(out_path)
     partly = path.with_name(f"{path.name}.part")
     check_outputs([path, partly, json_path, report], given_files(images, held_out, reference, texts, load.files))
@@ -92,6 +93,7 @@ def dehallucinate(
     lines = lines_of(texts)
     table = None if synonyms is None else coco_synonyms() if synonyms == "coco" else read_synonyms(synonyms)
     vlm = load()
+    # 2. Images to learn from, others to judge on, and what is to stay.
     if shown is None and others is None:
         others = or_pocket(vlm, None, "hallucination-500", "--images")
     shown = or_pocket(vlm, shown, "hallucination-8000", "--images")
@@ -119,6 +121,7 @@ def dehallucinate(
                 vlm, [item.image() for item in kept], lines, prompt=prompt, answer_prefix=answer_prefix,
                 max_new_tokens=max_new_tokens, batch_size=batch_size, progress=progress,
             )  # fmt: skip
+    # 3. The patch, saved before it is judged.
     with bars(err, "done") as tell, goes_on():
         patch = make_patch(
             vlm, [item.source for item in shown], [item.objects for item in shown], vocabulary=vocabulary,

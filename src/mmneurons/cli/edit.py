@@ -78,6 +78,7 @@ def edit(
     limit: Limit = None,
 ) -> None:
     """Make a patch with which the model says TARGET where it says SOURCE. The model's files stay as they are."""
+    # 1. What is asked for, and whether its files can be read and written, before the model loads.
     source, target = _words(source, target, remove)
     path = _patch_path(out_path, source, target)
     check_outputs([path], given_files(images, more, reference, texts, held_out, unrelated, load.files))
@@ -92,6 +93,7 @@ def edit(
     beyond, others = readable_items(held_out), readable_items(unrelated)
     lines = lines_of(texts)
     vlm = load()
+    # 2. The model, its own sets where nothing is given, and what is to stay.
     shown = or_pocket(vlm, shown, f"edit/{source}", "--images")
     if kept is None:
         kept = or_pocket(vlm, None, "reference-400", None)
@@ -109,6 +111,7 @@ def edit(
             )  # fmt: skip
     else:
         err.print("no --reference: only the other words of these answers are held as they are", style="yellow")
+    # 3. The edit, saved at once; then what it did, and how it stands on other images.
     with err.status("editing") as status:
         patch = make_patch(
             vlm, [item.image() for item in shown], source=source, target=target, reference=held_back,

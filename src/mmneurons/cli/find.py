@@ -90,6 +90,7 @@ def find(
     batch_size: Batch = 8,
 ) -> None:
     """Caption images, or ask about them, and show the neurons that wrote each noun of the answer."""
+    # 1. What is asked for, and whether its files can be read and written, before the model loads.
     if no_image and images:
         raise SettingError("--no-image goes without image files.", seen=f"Got {', '.join(images)}.")
     paths = [] if no_image else images_or_sample(images)
@@ -107,6 +108,7 @@ def find(
     for path in paths:  # one that cannot be read to its end is told before a model is loaded
         open_image(path)
     vlm = load()
+    # 2. The findings, all of them.
     with bar(err, len(prompts), "prompts") as progress:
         findings = find_neurons(
             vlm,

@@ -138,6 +138,7 @@ def dehallucinate(
     n_blocks = len(vlm.anatomy.blocks)
     if settings.blocks is not None and not 1 <= settings.blocks <= n_blocks:
         raise SettingError(f"The model has {n_blocks} blocks.", seen=f"blocks={settings.blocks}")
+    # 1. The model's own answers, and which of the objects that they name are not there.
     vocabulary, say = vocabulary or Vocabulary(objects), _token(vlm, settings.say)
     said = answers(vlm, images, settings.question, progress=lambda done: progress("answering", done, len(images)))
     there = [sorted(vocabulary.objects(one)) for one in objects]
@@ -149,11 +150,13 @@ def dehallucinate(
             seen=f"{len(named)} nouns named, {n_absent} of them absent.",
             fix="Give more images, with what is truly in them.",
         )
+    # 2. The answers as lessons, and a checkpoint that belongs to exactly these.
     taught = lessons(vlm, said, there, named, say)
     path = None if checkpoint is None else Path(checkpoint)
     key = "" if path is None else _key(vlm, settings, images, there, vocabulary, said, reference)
     alone = nullcontext() if path is None else one_writer(path, lock_of(path))
     with alone, torch.inference_mode(False), frozen(vlm.model), evaluating(vlm.model):
+        # 3. All that is to be learned and to stay is read once, up to the lowest block that moves.
         training = None if path is None else Training.resumed(path, key, vlm)
         lowest = n_blocks - (settings.blocks or n_blocks)
         reader = Reader(vlm, lowest, True, 1 if vlm.family.one_at_a_time else settings.batch_size)
@@ -170,6 +173,7 @@ def dehallucinate(
                 lambda done: progress("asking", done, len(asked)),
             ),
         ]  # fmt: skip
+        # 4. The columns that matter most begin to move, or go on where an earlier run was stopped.
         if training is None:
             columns = _steepest(reader, own, lowest, settings)
             training = Training.begun(LowRank.none(vlm, columns, settings.rank))

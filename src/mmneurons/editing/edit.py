@@ -96,25 +96,31 @@ def edit(
     _check(vlm, settings)
     tell("answering about the images")
     images = as_list(images)
+    # 1. What the model says of the images, and at which steps it says SOURCE.
     asked = ask_about(vlm, images, settings.questions, source, target)
+    # 2. Which token is to give way to which there, and the columns that write the first.
     goals = goals_of(vlm, asked, target)
     tell("choosing columns")
     columns = (
         writers(vlm, goals, settings.top, settings.blocks) if neurons is None else Columns.of(vlm.anatomy, neurons)
     )
     if settings.method == "optimised":
+        # 3a. By gradients: direction and strength at once.
         patch = optimise(vlm, columns, asked, source, target, reference, tell=tell)
         search = dict(patch.provenance)
     else:
+        # 3b. Without: a direction for each column, by what is to change and what is to stay ...
         kept = [one.others for one in asked]
         if reference is not None:
             kept.append(reference.without(vlm, source))
         moves = moves_for(vlm, columns, goals, kept, settings.ridge if settings.method == "selective" else None)
         unit = patch_of(vlm, columns, moves)
+        # ... and a strength, tried on what the model then generates.
         start = max(_needed(vlm, move) for move in moves)
         harm = None if reference is None else harm_of(vlm, reference, moves)
         found = find_strength(vlm, unit, asked, source, target, start=start, reference=reference, harm=harm, tell=tell)
         patch, search = found.strength * unit, asdict(found)
+    # 4. What made it goes with it.
     made_by = {
         "source": source,
         "target": target,

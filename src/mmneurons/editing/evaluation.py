@@ -170,6 +170,7 @@ def evaluate(
     """
     bench, tell = before.bench, progress or (lambda done: None)
     question = bench.question
+    # Unedited: what does not say SOURCE, what does, and the latter asked in other words.
     kept = [i for i, text in enumerate(before.unrelated.texts) if not says(text, source)]
     held = _answers(vlm, bench.held_out, question)
     shown = [i for i, text in enumerate(held.texts) if says(text, source)]
@@ -177,6 +178,7 @@ def evaluate(
     otherwise = [replace(question, prompt=prompt, answer_prefix=question.prefix) for prompt in bench.wordings]
     reworded_before = [_answers(vlm, images, asked).texts for asked in otherwise]
     tell(0.2)
+    # Edited: the same questions, and the likeliest tokens of the same answers and texts.
     with edit.applied(vlm):
         edited = _answers(vlm, bench.edit, question)
         held_after = _answers(vlm, images, question)
@@ -187,6 +189,7 @@ def evaluate(
         tops = before.tops([i for i in kept if i < TOPS_ON])
         next_tokens = likeliest(vlm, bench.texts)
         tell(0.9)
+    # Compared, answer by answer.
     done = partial(turned, source=source, target=target)
     others = [(before.unrelated.texts[i], text) for i, text in zip(kept, after, strict=True)]
     pairs = list(zip(usual, held_after.texts, strict=True))

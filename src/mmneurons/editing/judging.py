@@ -120,6 +120,7 @@ def evaluate_edits(
             progress("judging", done, len(asked))
 
     with one_writer(Path(folder), Path(folder) / LOCK):
+        # What an earlier run worked out for the same pixels, texts and question is taken from there.
         store = Store(Path(folder) / "edits.jsonl", made_by, Evaluation)
         for done, (name, one) in enumerate(asked.items()):
             shown, beyond = ([item.image() for item in of(one.source)] for of in (edit, held_out))

@@ -139,6 +139,7 @@ def find_strength(
     Raises:
         SettingError: no strength turns any answer.
     """
+    # 1. The smallest strength that turns the edit's own images.
     trials = _Trials(vlm, unit, asked, source, target, tell)
     smallest, share = trials.smallest(start)
     if share == 0:
@@ -151,6 +152,7 @@ def find_strength(
         return Search(smallest, smallest, share, 0, 0, 0.0, trials.generated)
     images: list[int] = []
     if reference.said is not None:
+        # 2. The answers and positions of the reference that are likeliest to change.
         worst = reference.by_image(vlm, source, harm[: len(reference.said.steps)])
         images = sorted(range(len(worst)), key=lambda i: -worst[i])[:HARDEST]
     positions = reference.positions(harm, HARDEST_POSITIONS)

@@ -207,18 +207,22 @@ def _find_batch(
 ) -> list[Finding]:
     """The whole way for one batch, top to bottom."""
     given = None if captions is None else [tokens_of_answer(vlm, inputs, text) for text in captions]
+    # 1. Answer once, and record what the neurons did where each token was chosen.
     recorder = partial(record, gates=choices.score == "paper")
     answers, recording = answer(vlm, inputs, choices.question, given=given, recorder=recorder)
+    # 2. The words of the answers that are to be explained.
     targets = [t for row in range(len(rows)) for t in targets_of(vlm, answers, row, choices)]
     nouns: list[NounFinding] = []
     notes = [*vlm.loading.notes] if vlm.loading else []
     notes += [] if given is None else ["The model was given this answer to read; it did not choose it."]
     n_images = len(rows[0])
     if targets:
+        # 3. What every neuron gave to each of them, and the highest described.
         scored = score_targets(vlm, recording, answers, targets, choices)
         nouns = describe(vlm, scored)
         notes += _doubt(vlm, nouns)
         if choices.maps:
+            # 4. Where the neurons look, and what is left of them without the image: a pass each, if asked for.
             grids = find_grids(vlm.model, inputs, n_images or _n_pictures(inputs))
             if isinstance(grids, str):
                 notes.append(f"No map is drawn: {grids}.")

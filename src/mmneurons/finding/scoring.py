@@ -97,6 +97,7 @@ class Scored:
 
 def score_targets(vlm: VLM, recording: Recording, answers: Answers, targets: list[Target], choices: Choices) -> Scored:
     """Score every neuron for every target: one read of each `w_out` for all of them."""
+    # 1. The model's state where each target was predicted, and the logit that it gave there.
     places = torch.tensor([[target.row, target.step] for target in targets])
     moments = pick_moments(recording, places)
     rows, steps = places.to(answers.logits.device).unbind(1)
@@ -104,11 +105,13 @@ def score_targets(vlm: VLM, recording: Recording, answers: Answers, targets: lis
     probabilities = (given - answers.log_totals[rows, steps].float()).exp()
     token_ids = [target.token_id for target in targets]
     unembed = unembed_rows(vlm.anatomy, token_ids, moments.residual)
+    # 2. The direction along which a write counts, and that of the plain logit where it is another.
     asked = read_out(vlm, moments, token_ids, unembed, choices)
     plain = None
     if choices.score != "logit" or choices.against is not None:  # the parts of the logit are told whatever the score
         plain = Directions(vlm.anatomy, frozen_rows(vlm.anatomy, unembed, moments.residual), moments.norms)
     activations = scored_activations(moments, choices)
+    # 3. Every neuron's product with it; each matrix is read once.
     scores, pushes = _contributions(moments, activations, asked, plain, through=choices.score != "paper")
     bias = vlm.anatomy.head_bias
     head_bias = None if bias is None else bias[token_ids].float()
@@ -203,11 +206,13 @@ def describe(vlm: VLM, scored: Scored) -> list[NounFinding]:
     fires = list(zip(flat, (activations < 0).flatten().tolist(), strict=True))
     once = {key: j for j, key in enumerate(dict.fromkeys(fires))}  # nouns share neurons, and the vocabulary is large
     different = [place for place, _ in once]
+    # 1. What each of the neurons listed says, in the direction in which it fired.
     columns = as_read(anatomy, columns_of(anatomy, different, scored.scores.device), different, scored.choices.score)
     signs = torch.tensor(
         [-1.0 if negative else 1.0 for _, negative in once], device=columns.device, dtype=torch.float32
     )
     promoted, suppressed = ([texts(vlm, ids) for ids in tokens] for tokens in said(vlm, signs[:, None] * columns))
+    # 2. Their numbers, and where the rest of the logit comes from.
     fired, scores = activations.tolist(), scored.scores.gather(1, listed).tolist()
     tops = scored.pushes.gather(1, listed).sum(-1).tolist()
     names = ("ffn", "attention", "other", "embedding", "bias")

@@ -107,9 +107,11 @@ def causal(
     """
     image = item.image()
     norms = column_norms(vlm.anatomy)
+    # 1. The nouns of the usual caption, their top neurons, and random ones as loud.
     judged = finder_scores(vlm, image, [finder], question=question)
     (usual,) = texts_of(vlm, [image], question)
     trials = [_trials(one.replay, one.scores[finder], norms, sizes, ways, draws, seed) for one in judged]
+    # 2. A caption for each disturbance, several in a batch, each row with its own neurons disturbed.
     changes = [change for mine in trials for trial in mine for change in trial.changes]
     said: list[str] = []
     width = 1 if vlm.family.one_at_a_time else batch_size
@@ -121,6 +123,7 @@ def causal(
             said += texts_of(vlm, [image] * len(batch), replace(question, batch_size=width))
         if progress is not None:
             progress(len(said), len(changes))
+    # 3. What became of the noun and of the rest.
     captions = iter(said)
     return [
         NounCausal(

@@ -118,6 +118,7 @@ def sensitivity(
     image = item.image()
     choices = Choices(question, top, score, maps=True, blank=True)
     captions = None if item.caption is None else [item.caption]
+    # 1. The neurons of each noun, as `find` finds them.
     (batch,) = ask(vlm, [image], question, captions=captions, recorder=partial(record, gates=score == "paper"))
     inputs, answers = batch.inputs, batch.answers
     targets = targets_of(vlm, answers, 0, choices)
@@ -130,6 +131,7 @@ def sensitivity(
     random: list[dict[int, MatchedRegion]] = [{} for _ in nouns]
     mixed = None
     if not isinstance(grids, str):
+        # 2. Where they look, next to the masks and to matched random neurons; and with the image tokens shuffled.
         nouns = with_maps(vlm, inputs, grids, scored, nouns)
         seen = {noun.lower(): as_seen(vlm, mask, image, question) for noun, mask in item.masks().items()}
         masks = [seen.get(noun.lemma) for noun in nouns]
@@ -137,6 +139,7 @@ def sensitivity(
         random = _random_regions(vlm, inputs, grids, scored, usable, seed)
         with shuffled(vlm, _positions(grids), seed):
             mixed = reread(vlm, inputs, answers, targets, choices)
+    # 3. The same words after a blank image, and after another one.
     blank = Image.new("RGB", image.size, BLANK)
     readings = [
         None if picture is None else _read(vlm, picture, answers, scored, choices) for picture in (blank, other)

@@ -133,6 +133,7 @@ def specificity(
     Raises:
         SettingError: no noun was said of `at_least` images.
     """
+    # 1. Who said what: each noun once an image.
     by_noun: dict[str, list[NounScores]] = {}
     for one in found:
         if all(
@@ -147,6 +148,7 @@ def specificity(
             fix="Give more images of the same things.",
         )
     kept = [(lemma, one) for lemma in concepts for one in by_noun[lemma]]
+    # 2. The top neurons of each noun of each image, and of each concept by its mean scores.
     means = np.stack([np.mean([one.scores for one in by_noun[lemma]], axis=0) for lemma in concepts])
     n_neurons = means.shape[1]
     sizes = [k for k in SIZES if k <= n_neurons]
@@ -155,6 +157,7 @@ def specificity(
     tops = {k: [_top(one.scores, k) for _, one in kept] for k in sizes}
     said = [(lemma, one.image) for lemma, one in kept]
     concept_tops = {k: [_top(row, k) for row in means] for k in sizes}
+    # 3. How much of what they write is for their own concept, what they share, and in which blocks they lie.
     own = [_own_share(means, c, concept_tops[sizes[0]][c]) for c in range(len(concepts))]
     shares = [share for share in own if share is not None]
     layers = np.asarray(layer_of)

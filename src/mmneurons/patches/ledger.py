@@ -167,6 +167,7 @@ class Ledger:
 
     def _plan(self, active: Mapping[str, Patch]) -> list[_Change]:
         """Every column that is or was edited, with what it is to be. Changes nothing."""
+        # 1. What is added to each column, summed in the order of the hashes; to one that is edited no longer, nothing.
         sums: dict[tuple[Place, int], Tensor] = {
             (place, index): torch.zeros(self._hidden, dtype=torch.float32)
             for place, columns in self._columns.items()
@@ -178,6 +179,7 @@ class Ledger:
                     sums[part.place, index] = (
                         sums.get((part.place, index), torch.zeros(self._hidden, dtype=torch.float32)) + delta
                     )
+        # 2. Each column as it was before any edit, if nobody else has changed it, and as it is to be.
         places = {place for place, _ in sums}
         views = {place: weights.writable(self._ffns[place].module, place[1]) for place in places}
         plan = []

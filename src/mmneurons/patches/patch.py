@@ -256,6 +256,7 @@ def stack(patches: Sequence[Patch]) -> Patch:
     directions = [patch.directions for patch in patches if patch.directions is not None]
     starts = torch.tensor([0, *(0 if p.directions is None else len(p.directions) for p in patches)]).cumsum(0)
     parts = []
+    # All columns that any of them changes, and their changes added up, place by place.
     for place in sorted({part.place for patch in patches for part in patch.parts}, key=place_order):
         mine = [(i, part) for i, patch in enumerate(patches) for part in patch.parts if part.place == place]
         indices = torch.cat([part.indices for _, part in mine]).unique()

@@ -63,6 +63,7 @@ def load(
         return _adopt(_unwrapped(model), processor, decoder, trust_remote_code=trust_remote_code)
     if model is not None and not isinstance(model, str | os.PathLike):
         raise _not_a_model(model)
+    # 1. What is to be loaded, and where to; what cannot be is told before anything is read.
     is_pocket = model is None or model == POCKET
     source = str(pocket.folder()) if model is None or is_pocket else os.fspath(model)
     if is_pocket and dtype is None:
@@ -71,6 +72,7 @@ def load(
     if device_map is not None:
         options["device_map"] = device_map
     _check_device(device if device_map is None else device_map)
+    # 2. The weights, and which of them the checkpoint did not have.
     loaded, loading = read_checkpoint(source, options)
     check_version(loaded.config)
     quantised = bool(getattr(loaded, "is_quantized", False))
@@ -80,6 +82,7 @@ def load(
         if isinstance(part, PreTrainedModel):
             part.config.return_dict = True  # results are read by name
     try:
+        # 3. The processor, and the model's parts.
         vlm = VLM(
             model=loaded,
             processor=_processor(source, loaded.config.model_type, options, processor),
@@ -90,6 +93,7 @@ def load(
             weights_hash=provenance.weights_hash(loaded) if quantised else None,
             loading=loading,
         )
+        # 4. What the checkpoint lacked is let pass where an answer does not need it.
         made_up = loading.made_up and running(vlm, loading.made_up, Image.open(pocket.samples()[0].path))
     except ModelError as error:
         if loading.made_up and not is_out_of_memory(error.__cause__):  # which is the first thing to mend
