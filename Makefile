@@ -11,7 +11,7 @@ NUMERIC := baselines causal edit evaluation families find finders forms hallucin
   maths optimised patch regions sensitivity specificity truth weights
 
 TRANSFORMERS := 4.57.6 5.3.0 5.24.0
-BY_VERSION := families find load patch pocket processors prompts weights
+BY_VERSION := asking checkpoint families find load patch pocket processors prompts weights
 
 demo: .venv/installed
 	@mkdir -p demo

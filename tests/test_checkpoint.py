@@ -71,7 +71,10 @@ def narrower(weights: dict[str, Tensor]) -> dict[str, Tensor]:
             r"35 of the \d+ weights.*lm_head\.weight: missing\n.*Not read: 35 weights \(old\..* of the checkpoint",
         ),
         (in_the_authors_layout, r"155 of the 155 weights.*missing.*llava-hf/llava-1\.5-7b-hf"),
-        (narrower, r"1 of the .*layers\.2\.mlp\.down_proj\.weight: of shape \(\d+, 1023\) there, \(\d+, 1024\) in the"),
+        (
+            narrower,
+            r"1 of the .*layers\.2\.mlp\.down_proj\.weight: of (shape \(\d+, 1023\)|another shape) there, \(\d+, 1024\)",
+        ),
     ],
 )
 def test_a_checkpoint_that_lacks_what_runs_is_refused(folder, change, said):
@@ -181,7 +184,7 @@ def test_types_that_transformers_does_not_know(folder, values, trusted, said):
 
 def test_a_config_that_is_no_object_is_refused(folder):
     (folder / "config.json").write_text("[1]")
-    with pytest.raises(ModelError, match="not a vision-language model that transformers knows"):
+    with pytest.raises(ModelError, match=r"not a vision-language model that transformers knows|Cannot load the model"):
         mmn.load(folder)
 
 

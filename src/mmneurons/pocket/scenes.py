@@ -55,7 +55,10 @@ class Scene:
     background: str
     """A key of `BACKGROUNDS`."""
     masks: Bool[np.ndarray, "objects height width"]
-    """Where each object is visible: what a later object hides is not part of an earlier one's mask."""
+    """Where each object is visible: what a later object hides is not part of an earlier one's mask.
+
+    In four scenes of a thousand one object is hidden as a whole; it still counts as shown.
+    """
 
 
 @dataclass(frozen=True)

@@ -262,8 +262,10 @@ def _made_up(model: PreTrainedModel, report: Mapping[str, Any]) -> Iterable[tupl
     for name in report["missing_keys"]:
         if _is_drawn(model, name):
             yield name, "missing"
-    for name, stored, wanted in report["mismatched_keys"]:
-        yield name, f"of shape {tuple(stored)} there, {tuple(wanted)} in the model"
+    for entry in report["mismatched_keys"]:
+        name, *shapes = [entry] if isinstance(entry, str) else entry  # transformers 4 gives names alone
+        stored = f"shape {tuple(shapes[0])}" if shapes else "another shape"
+        yield name, f"of {stored} there, {tuple(_tensor(model, name).shape)} in the model"
 
 
 def _is_drawn(model: PreTrainedModel, name: str) -> bool:
