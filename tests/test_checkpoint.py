@@ -73,7 +73,7 @@ def narrower(weights: dict[str, Tensor]) -> dict[str, Tensor]:
         (in_the_authors_layout, r"155 of the 155 weights.*missing.*llava-hf/llava-1\.5-7b-hf"),
         (
             narrower,
-            r"1 of the .*layers\.2\.mlp\.down_proj\.weight: of (shape \(\d+, 1023\)|another shape) there, \(\d+, 1024\)",
+            r"1 of .*layers\.2\.mlp\.down_proj.weight: of (shape \(\d+, 1023\)|another shape) there, \(\d+, 1024\)",
         ),
     ],
 )
