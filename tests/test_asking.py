@@ -108,6 +108,20 @@ def test_an_answer_holds_no_token_that_is_no_text(vlm, sample_paths, images, cap
         mmn.find(vlm, sample_paths[0] if images else None, caption=caption)
 
 
+@pytest.mark.parametrize(
+    "asked", [{"prompt": ["x", "y"]}, {"answer_prefix": 3}, {"caption": 5}, {"caption": ["a dog", 5]}]
+)
+def test_what_is_no_text_is_refused(vlm, sample_paths, asked):
+    with pytest.raises(SettingError, match="text"):
+        mmn.find(vlm, list(sample_paths[:2]), **asked)
+
+
+def test_a_caption_with_the_prefix_in_front_is_taken_without(vlm, sample_paths):
+    whole, bare = (mmn.find(vlm, sample_paths[0], caption=text) for text in ("An image of a dog", "a dog"))
+    assert whole.caption == bare.caption == "a dog"
+    assert whole.token_ids == bare.token_ids
+
+
 def test_an_answer_beyond_the_context_is_refused(vlm, sample_paths):
     with pytest.raises(SettingError, match="longer than what the model was made to read"):
         mmn.find(vlm, sample_paths[0], caption="a dog " * 600)

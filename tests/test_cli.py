@@ -200,10 +200,22 @@ def test_an_output_is_no_input(capsys, monkeypatch, tmp_path, sample):
     monkeypatch.setattr("mmneurons.vlm.load.load", lambda *_, **__: pytest.fail("loaded"))
     picture = tmp_path / "a.png"
     picture.write_bytes(sample.read_bytes())
-    for option, name in (("--json", picture), ("--report", picture), ("--json", sample)):
-        code, _, err = call(capsys, monkeypatch, "find", picture, sample, option, name)
+    other = tmp_path / "other.jpg"  # as a shell makes it of `--report *.jpg`
+    other.write_bytes(b"a photograph")
+    named = tmp_path / "named.json"
+    named.write_bytes(sample.read_bytes())
+    for option, name, said in (
+        ("--json", named, "would be overwritten"),
+        ("--json", picture, "ends in .json"),
+        ("--report", other, "ends in .html"),
+        ("--report", tmp_path / "page", "ends in .html"),
+        ("--json", sample, "ends in .json"),
+    ):
+        code, _, err = call(capsys, monkeypatch, "find", picture, named, option, name)
         assert code == 2
-        assert "would be overwritten" in err
+        assert said in err
+    assert other.read_bytes() == b"a photograph"
+    assert named.read_bytes() == sample.read_bytes()
     code, _, err = call(capsys, monkeypatch, "inspect", "--images", tmp_path, "--out", tmp_path)
     assert (code, "holds the images" in err) == (2, True)
     monkeypatch.chdir(tmp_path)

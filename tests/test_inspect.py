@@ -27,7 +27,7 @@ from mmneurons.inspection.tables import Table, by_image, over_images
 from mmneurons.maths.statistics import Estimate
 from mmneurons.metrics.similarity import Meaning, bert_f1, meaning
 from mmneurons.report import plots
-from mmneurons.report.inspection import write_inspection
+from mmneurons.report.inspection import render_inspection, write_inspection
 from mmneurons.settings import ANSWER_PREFIX, PROMPT, Question
 
 NONE = Meaning(None, None, "none", None, {"BERTScore": "none here", "CLIPScore": "none here"})
@@ -504,6 +504,12 @@ def test_captions_of_a_manifest_are_read_in_the_place_of_answers(vlm, tmp_path):
     scores = {(one.image, one.lemma): one.scores for one in noun_scores(vlm, [mine, other, alone])}
     noun = found.sensitivity["alone"][0].lemma
     np.testing.assert_allclose(scores["0.png", noun], scores["alone", noun], atol=1e-4)
+    assert found.given == {"0.png": own[0], "1.png": "a banana"}
+    assert "2 answers given to the model" in render_inspection(found, [], [], n_images=3)
+    with pytest.raises(SettingError, match="no experiment 'causality'"):
+        inspect(vlm, [alone], tmp_path / "other", "causality")  # pyright: ignore[reportArgumentType]
+    assert not (tmp_path / "other").exists()
+    assert inspect(vlm, [alone], tmp_path / "one", "sensitivity").sensitivity is not None
     with pytest.raises(SettingError, match="causal lets the model answer by itself"):
         inspect(vlm, [mine], tmp_path / "other", ["sensitivity", "causal"])
     (tmp_path / "list.json").write_text(json.dumps([{"image": "0.png", "caption": " "}]), encoding="utf-8")

@@ -89,7 +89,9 @@ def test_a_folder_that_lacks_files(tmp_path, model_type, files):
     if "images" in files:
         hf.CLIPImageProcessorPil().save_pretrained(tmp_path)
     # Where tokenizer.json is missing, some versions look for the files of other tokenizers and want protobuf for them.
-    told = r"Cannot load the processor of '.*'\.\n.+\nGive one: load\(model, processor=|needs the package protobuf"
+    told = (
+        r"Cannot load the processor of '.*'\.\n.+\nName the model .* load\(model, processor=|needs the package protobuf"
+    )
     with pytest.raises(ModelError, match=told):
         load_processor(str(tmp_path), model_type=model_type)
 

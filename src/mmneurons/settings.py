@@ -40,6 +40,12 @@ class Question:
     """Prompts in one batch, for models whose batches change nothing."""
 
     def __post_init__(self) -> None:
+        if not isinstance(self.prompt, str) or not isinstance(self.answer_prefix, str | None):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise SettingError(
+                "A prompt and an answer prefix are one text each, for all images.",
+                seen=f"prompt={self.prompt!r}, answer_prefix={self.answer_prefix!r}"[:200],
+                fix="Ask about the images that have other prompts in a call of their own.",
+            )
         if min(self.max_new_tokens, self.batch_size) < 1:
             raise SettingError(
                 "An answer has at least one token, a batch at least one prompt.",

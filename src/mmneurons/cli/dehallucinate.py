@@ -26,6 +26,7 @@ from mmneurons.cli.options import (
     Prompt,
     app,
     check_outputs,
+    check_suffix,
     err,
     given_files,
     goes_on,
@@ -81,6 +82,8 @@ def dehallucinate(
     # 1. What is asked for, and whether its files can be read and written, before the model loads.
     path = checked_patch_path(out_path)
     partly = path.with_name(f"{path.name}.part")
+    check_suffix(json_path, "--json", ".json")
+    check_suffix(report, "--report", ".html")
     check_outputs([path, partly, json_path, report], given_files(images, held_out, reference, texts, load.files))
     from mmneurons.data.store import lock_of
     from mmneurons.editing.dehallucinate import DehallucinateSettings, chair_change

@@ -54,7 +54,10 @@ def edit(
     source: Annotated[str, typer.Option("--from", metavar="SOURCE", help="The word that is to go.")] = "",
     target: Annotated[str | None, typer.Option("--to", metavar="TARGET", help="The word that is to come.")] = None,
     remove: Annotated[str | None, typer.Option(metavar="WORD", help="A word to remove, without another.")] = None,
-    out_path: Annotated[Path | None, typer.Option("--out", metavar="FILE.safetensors", help="The patch.")] = None,
+    out_path: Annotated[
+        Path | None,
+        typer.Option("--out", metavar="FILE.safetensors", help="The patch. Default: SOURCE-to-TARGET.safetensors."),
+    ] = None,
     images: Annotated[list[str] | None, typer.Option(help=f"Images that show SOURCE. {SOURCES}")] = None,
     more: Annotated[
         list[str] | None, typer.Argument(metavar="IMAGE...", help="Further images that show SOURCE.")
@@ -84,6 +87,11 @@ def edit(
     check_outputs([path], given_files(images, more, reference, texts, held_out, unrelated, load.files))
     if evaluate is not None:
         check_folder(evaluate)
+    elif held_out or unrelated or limit:
+        raise SettingError(
+            "--held-out, --unrelated and --limit are for judging the patch.",
+            fix="Add --evaluate DIR, or leave them out.",
+        )
     from mmneurons.editing.edit import EditSettings
     from mmneurons.editing.edit import edit as make_patch
     from mmneurons.editing.judging import cases
@@ -123,9 +131,14 @@ def edit(
     strength = f", strength {search['strength']:.3g}" if "strength" in search else ""
     out.print(f"{source} -> {wanted}: {len(patch.neurons)} columns{strength}")
     out.print(f"  turned {search['turned']:.0%} of the answers that said {source}")
-    if search["looked_at"]:
-        what = "answers likeliest to change" if "strength" in search else "steps that were to stay"
-        out.print(f"  of the {search['looked_at']} {what}, {search['changed']} changed")
+    silent = len(shown) - max(patch.provenance["said_source"])
+    if silent:
+        out.print(f"  {silent} of the {len(shown)} images are not used: the model does not say {source} of them")
+    if search["looked_at"] and "strength" in search:
+        likeliest = f"of the {search['looked_at']} likeliest to"
+        out.print(f"  {search['changed']} of {len(kept)} answers that are to stay changed, {likeliest}")
+    elif search["looked_at"]:
+        out.print(f"  of the {search['looked_at']} steps that were to stay, {search['changed']} changed")
     if search.get("flipped"):
         out.print(f"  at {search['flipped']:.2%} of the positions of texts another token is likeliest")
     out.print(f"wrote {path} ({path.stat().st_size / 1000:.1f} kB)", soft_wrap=True)

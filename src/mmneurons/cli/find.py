@@ -16,6 +16,7 @@ from mmneurons.cli.options import (
     Prompt,
     app,
     check_outputs,
+    check_suffix,
     err,
     images_or_sample,
     loads_model,
@@ -55,7 +56,7 @@ def caption(
             if progress is not None:
                 progress(len(said))
     for name, text, notes in said:
-        out.print(f"{name}: {question.prefix} {text}".strip(), soft_wrap=True)
+        out.print(f"{name}: {f'{question.prefix} {text}'.strip()}", soft_wrap=True)
         for note in notes:
             err.print(f"  note: {note}", style="yellow")
 
@@ -86,6 +87,9 @@ def find(
     json_path: Annotated[str | None, typer.Option("--json", metavar="FILE", help="Write JSON; - for stdout.")] = None,
     report: Annotated[Path | None, typer.Option(metavar="FILE.html", help="Write a page to look at.")] = None,
     maps: Annotated[bool, typer.Option(help="Also show where in the image the neurons look.")] = True,
+    blank: Annotated[
+        bool | None, typer.Option(help="Also show what is lost with a blank image. Default: with --report.")
+    ] = None,
     max_new_tokens: Length = MAX_NEW_TOKENS,
     batch_size: Batch = 8,
 ) -> None:
@@ -95,6 +99,8 @@ def find(
         raise SettingError("--no-image goes without image files.", seen=f"Got {', '.join(images)}.")
     paths = [] if no_image else images_or_sample(images)
     prompts: list[Any] = [paths] if together else [None] if no_image else paths
+    check_suffix(json_path, "--json", ".json")
+    check_suffix(report, "--report", ".html")
     check_outputs([json_path, report], [*paths, *load.files])
     from mmneurons.data.images import open_image
     from mmneurons.finding import result
@@ -104,7 +110,8 @@ def find(
     from mmneurons.words import SpacyTagger
 
     nouns = None if tagger is None else SpacyTagger(tagger)
-    captions = captions_for(len(prompts), given[0] if len(given) == 1 else given) if given else None
+    question = Question(prompt, answer_prefix)
+    captions = captions_for(len(prompts), given[0] if len(given) == 1 else given, question) if given else None
     for path in paths:  # one that cannot be read to its end is told before a model is loaded
         open_image(path)
     vlm = load()
@@ -122,7 +129,7 @@ def find(
             caption=captions,
             tagger=nouns,
             maps=maps and not no_image,
-            blank=report is not None and not no_image,
+            blank=(report is not None if blank is None else blank) and not no_image,
             max_new_tokens=max_new_tokens,
             batch_size=batch_size,
             progress=progress,

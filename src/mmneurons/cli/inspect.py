@@ -79,6 +79,10 @@ def inspect_(
             progress=progress,
         )
     tell_left_out(found.left_out, len(items))
+    if found.given:
+        err.print(
+            f"{len(found.given)} answers are captions of the manifest: the model did not choose them", style="yellow"
+        )
     with working(err, "drawing"):
         items = [item for item in items if item.name not in found.left_out]
         made = tables(found, meaning(text_model or PACKAGED, clip_model), items)

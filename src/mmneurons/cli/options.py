@@ -14,6 +14,7 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
+from mmneurons.errors import SettingError
 from mmneurons.files import check_apart, check_writable, json_bytes
 from mmneurons.progress import working
 
@@ -186,6 +187,19 @@ def check_outputs(outputs: Iterable[str | Path | None], inputs: Iterable[str | P
     check_apart(files, inputs)
     for path in files:
         check_writable(path)
+
+
+def check_suffix(path: str | Path | None, option: str, suffix: str) -> None:
+    """Refuse a file that is called as something else: a shell that expands *.png would have a photograph replaced."""
+    if path is None or str(path) == "-" or Path(path).suffix.lower() == suffix:
+        return
+    if Path(path).exists() and not Path(path).is_file():  # a device or a pipe
+        return
+    raise SettingError(
+        f"{option} writes a file that ends in {suffix}.",
+        seen=str(path),
+        fix=f"{option} {Path(path).stem or 'out'}{suffix}",
+    )
 
 
 def given_files(*sources: str | Path | Sequence[str | Path] | None) -> list[str | Path]:

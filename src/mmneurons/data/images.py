@@ -230,8 +230,8 @@ def _no_file(name: str, path: Path) -> ImageError:
     if not path.parent.is_dir():
         seen = f"There is no folder {_quoted(str(path.parent))} either."
         return ImageError(f"There is no file {_quoted(name)}.", seen=seen, fix="Correct the path.")
-    names = {file.name.lower(): file.name for file in path.parent.iterdir()}
-    near = [names[match] for match in difflib.get_close_matches(path.name.lower(), names)]
+    names = {file.stem.lower(): file.name for file in path.parent.iterdir()}  # all pictures end alike
+    near = [names[match] for match in difflib.get_close_matches(path.stem.lower(), names)]
     seen = f"Names like it in that folder: {', '.join(map(repr, near)) or 'none'}."
     fix = f"Give {str(path.with_name(near[0]))!r}" if near else "Correct the path."
     return ImageError(f"There is no file {_quoted(name)}.", seen=seen, fix=fix)

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from mmneurons.data.pictures import Picture
 from mmneurons.editing.steps import likeliest, no_neurons
-from mmneurons.maths.statistics import Estimate, share
+from mmneurons.maths.statistics import Estimate, estimate, share
 from mmneurons.metrics.captions import rest_unchanged
 from mmneurons.patches.ledger import ledger_of
 from mmneurons.patches.patch import Edit, Patch
@@ -208,10 +208,10 @@ def evaluate(
         efficacy=share(map(done, edited.texts)),
         generality=share(map(done, held_after.texts)),
         locality=share(a == b for a, b in others),
-        m_locality=share([_shared(a, b) for a, b in top_pairs]),
-        m_locality_ranked=share([float((a == b).float().mean()) for a, b in top_pairs]),
-        t_locality=share([kept for kept, names in zip(same, naming, strict=True) if not names]),
-        t_locality_source=share([kept for kept, names in zip(same, naming, strict=True) if names]),
+        m_locality=estimate([_shared(a, b) for a, b in top_pairs]),
+        m_locality_ranked=estimate([float((a == b).float().mean()) for a, b in top_pairs]),
+        t_locality=estimate([kept for kept, names in zip(same, naming, strict=True) if not names]),
+        t_locality_source=estimate([kept for kept, names in zip(same, naming, strict=True) if names]),
         wordings=share(asked_otherwise),
         bleed=None if target is None else share(says(b, target) and not says(a, target) for a, b in others),
         rest_unchanged=share(rest_unchanged(a, b, source) for a, b in pairs),

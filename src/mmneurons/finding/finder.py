@@ -135,7 +135,7 @@ def find(
         token_ids: Tokens of the answer to explain instead of its nouns, each wherever it was said.
         against: Another word: scores say why the noun rather than this one. A noun that is this word is left out.
         caption: An answer that the model reads instead of giving one: its words are scored as if it had said them, in
-            one pass. One text for each prompt, or one for all. Not with `inputs`.
+            one pass. One text for each prompt, or one for all, with or without the answer prefix. Not with `inputs`.
         inputs: Ready-made model inputs, tensors by name, instead of images and prompt: one finding for each row.
             A model without a processor needs them, and shows its tokens by number.
         tagger: What tells the nouns, such as `mmneurons.words.SpacyTagger("zh_core_web_sm")`; None: HanTa, in English,
@@ -175,7 +175,7 @@ def find(
         findings = _find_batch(vlm, vlm.placed(inputs), [[]] * _n_rows(inputs), None, choices)
     else:
         prompts = as_list(images)
-        texts = None if caption is None else captions_for(len(prompts), caption)
+        texts = None if caption is None else captions_for(len(prompts), caption, question)
         for batch in batches_of(vlm, prompts, question):
             mine = None if texts is None else texts[batch.first : batch.first + len(batch.rows)]
             findings += _find_batch(vlm, batch.inputs(vlm, question), batch.rows, mine, choices)
@@ -187,18 +187,24 @@ def find(
     return findings if inputs is not None or isinstance(images, list | tuple) else findings[0]
 
 
-def captions_for(n_prompts: int, caption: str | Sequence[str]) -> list[str]:
-    """The answer to each prompt: one for each, or the same for all.
+def captions_for(n_prompts: int, caption: str | Sequence[str], question: Question) -> list[str]:
+    """The answer to each prompt, without the answer prefix: one for each, or the same for all.
 
     Raises:
         SettingError: another number of answers than of prompts, or one without a word.
     """
-    texts = [caption] * n_prompts if isinstance(caption, str) else list(caption)
+    texts = [caption] * n_prompts if isinstance(caption, str) else caption
+    if not isinstance(texts, list | tuple) or not all(isinstance(text, str) for text in texts):
+        raise SettingError("An answer to be scored is a text, or a list of them.", seen=f"caption={caption!r}"[:200])
     if len(texts) != n_prompts:
         raise SettingError("Each prompt needs its answer.", seen=f"{n_prompts} prompts, {len(texts)} answers")
+    texts = [text.strip() for text in texts]
+    prefix = question.prefix.strip()
+    if prefix:  # people write the whole sentence
+        texts = [text.removeprefix(prefix) if text.startswith(f"{prefix} ") else text for text in texts]
     if empty := [text for text in texts if not text.strip()]:
         raise SettingError("There is no word in the answer that is to be scored.", seen=repr(empty[0]))
-    return texts
+    return list(texts)
 
 
 @by_one_thread
@@ -378,10 +384,14 @@ def _n_pictures(inputs: Inputs) -> int:
 
 def _provenance(vlm: VLM, choices: Choices, *, given: bool) -> dict[str, Any]:
     """What made these findings. Decoding is greedy: there is no seed."""
-    settings = asdict(replace(choices, tagger=None))
-    settings |= settings.pop("question") | {
-        "answer_prefix": choices.question.prefix,
-        "tagger": None if choices.tagger is None else repr(choices.tagger),
-        "decoding": "given" if given else "greedy",
-    }
+    chosen = asdict(replace(choices, tagger=None))
+    settings = (
+        chosen.pop("question")
+        | chosen
+        | {
+            "answer_prefix": choices.question.prefix,
+            "tagger": None if choices.tagger is None else repr(choices.tagger),
+            "decoding": "given" if given else "greedy",
+        }
+    )
     return {"model": vlm.facts, "packages": provenance.versions(), "settings": settings}

@@ -105,7 +105,7 @@ def explain_neuron(vlm: VLM, neuron: str | Neuron, *, n_tokens: int = 10, n_neig
         n_neighbours: How many neighbours to give; one read of every `w_out` finds them.
 
     Raises:
-        SettingError: if the model has no such neuron.
+        SettingError: if the model has no such neuron, or it is none.
 
     Source: projecting columns onto the vocabulary follows Geva et al., EMNLP 2022; Pan et al., section 3.
     """

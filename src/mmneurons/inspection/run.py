@@ -75,6 +75,8 @@ class Inspection:
     """By name the hash of the pixels of every image that was used."""
     left_out: Mapping[str, str]
     """By name why an image could not be used."""
+    given: Mapping[str, str]
+    """By name the answer that the model was given to read, where it did not answer itself."""
     sensitivity: Mapping[str, list[NounSensitivity]] | None = None
     specificity: Specificity | None = None
     causal: Mapping[str, list[NounCausal]] | None = None
@@ -94,7 +96,7 @@ def inspect(
     vlm: VLM,
     items: Sequence[Item],
     folder: str | os.PathLike[str],
-    experiments: Sequence[Experiment] = EXPERIMENTS,
+    experiments: Experiment | Sequence[Experiment] = EXPERIMENTS,
     settings: InspectSettings | None = None,
     *,
     limit: int | None = None,
@@ -128,6 +130,9 @@ def inspect(
     n_neurons = sum(ffn.size for ffn in vlm.anatomy.ffns)
     if not 1 <= settings.top <= n_neurons:
         raise SettingError(f"There is no top {settings.top} of the model's {n_neurons} neurons.", fix="--top 10")
+    experiments = (experiments,) if isinstance(experiments, str) else tuple(experiments)
+    if unknown := [name for name in experiments if name not in EXPERIMENTS]:
+        raise SettingError(f"There is no experiment '{unknown[0]}'.", fix=f"Choose of: {', '.join(EXPERIMENTS)}.")
     generating = [name for name in experiments if name in ("causal", "finders")]
     if generating and any(item.caption is not None for item in items):
         raise SettingError(
@@ -145,7 +150,8 @@ def inspect(
         bench = _Bench(vlm, items, folder, settings, made_by, limit, batch_size, progress)
         found = {name: getattr(bench, name)() for name in dict.fromkeys(experiments)}
     pictures = {name: pixels for name, pixels in bench.pictures.items() if pixels is not None}
-    return Inspection(settings, made_by, pictures, bench.left_out, **found)
+    given = {item.name: item.caption for item in items if item.name in pictures and item.caption is not None}
+    return Inspection(settings, made_by, pictures, bench.left_out, given, **found)
 
 
 def examples(vlm: VLM, items: Sequence[Item], settings: InspectSettings) -> list[Finding]:
@@ -326,7 +332,7 @@ class _Bench:
         """What to raise where there is no result."""
         if not used:
             return ImageError("None of the images can be used.", seen="\n".join(list(self.left_out.values())[:5]))
-        return SettingError("The model said no noun of any of the images.", seen=f"{len(used)} images")
+        return SettingError("There is no noun in any of the answers.", seen=f"{len(used)} images")
 
     def _tell(self, name: str, done: float, total: int) -> None:
         if self.progress is not None:

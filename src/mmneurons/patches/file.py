@@ -104,7 +104,9 @@ def _facts(path: Path, content: bytes) -> _Facts:
         raise _refused(path, f"It has {len(content)} bytes.")
     (length,) = struct.unpack("<Q", content[:8])
     if length > min(LARGEST_HEADER, len(content) - 8):
-        raise _refused(path, f"Its header says that it is {length:,} bytes long.")
+        raise _refused(
+            path, f"Its header says that it is {length:,} bytes long: it is cut short, or no safetensors file."
+        )
     try:
         text = decode_json(content[8 : 8 + length], _Header, str(path)).metadata.mmneurons_patch
         schema = decode_json(text, _Schema, str(path)).schema

@@ -70,6 +70,7 @@ def write_inspection(
         "made_by": found.made_by,
         "images": found.images,
         "left_out": found.left_out,
+        "given": found.given,
         "tables": [table.to_dict() for table in tables],
     }
     write_whole(folder / "inspection.json", json_bytes(document))
@@ -101,6 +102,7 @@ def render_inspection(found: Inspection, tables: Sequence[Table], plots: Sequenc
             sections=sections,
             shown=shown,
             left_out=found.left_out,
+            n_given=len(found.given),
             provenance=text.flatten(found.made_by),
             style=Markup(style),
             style_hash=policy_hash(style),

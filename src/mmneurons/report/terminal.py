@@ -32,7 +32,7 @@ def show(finding: Finding, console: Console) -> None:
         console.print(Text.assemble(label, (f" {printable(note)}", "bold red" if warns else "yellow")))
     for noun in finding.nouns:
         console.print()
-        console.print(_heading(noun))
+        console.print(_heading(noun, finding.against))
         _show_neurons(noun, finding.score, console)
 
 
@@ -74,11 +74,13 @@ def _answer(finding: Finding) -> Text:
     return text if finding.caption else text.append("(the model said nothing)", style="dim")
 
 
-def _heading(noun: NounFinding) -> Text:
+def _heading(noun: NounFinding, against: str | None) -> Text:
     parts = noun.parts
     heading = Text().append(printable(noun.word), style="bold green")
     if noun.n_tokens > 1:
         heading.append(f"  scored at its first of {noun.n_tokens} tokens, {printable(noun.token)!r}", style="dim")
+    if against is not None:
+        heading.append(f"  scores: why not {printable(against)!r}", style="dim")
     heading.append(f"\n  p {noun.probability:.3f}; logit {noun.logit:.2f}: ")
     heading.append(f"FFN {parts.ffn:+.2f} (top {len(noun.neurons)} {parts.top:+.2f}), ")
     heading.append(f"attention {parts.attention:+.2f}, ")

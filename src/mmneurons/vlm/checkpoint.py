@@ -204,6 +204,8 @@ def refusal(source: str, error: Exception, options: Mapping[str, Any]) -> ModelE
     if isinstance(error, OSError) or not (given or kind):
         what = f"Cannot load the model '{source}'."
         fix = "Give a hub id, or a folder with config.json and model.safetensors."
+        if not Path(source).is_dir():
+            fix += f" There is no folder '{source}' here."
     elif given:
         what = f"Cannot load the model '{source}' with {', '.join(given)}."  # values can be secrets
         fix = "Give other options, or none; if that does not help, its config.json is at fault."

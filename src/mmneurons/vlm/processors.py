@@ -125,8 +125,8 @@ def refusal(source: str, error: Exception) -> ModelError:
     return ModelError(
         f"Cannot load the processor of '{source}'.",
         seen=_said(error),
-        fix="Give one: load(model, processor=AutoProcessor.from_pretrained(...)), or put that of the model that this "
-        f"one was made from beside the weights: AutoProcessor.from_pretrained(...).save_pretrained('{source}')",
+        fix='Name the model that this one was made from: load(model, processor="hub/id")    CLI: --processor hub/id\n'
+        f"Or put its processor beside the weights: AutoProcessor.from_pretrained(...).save_pretrained('{source}')",
     )
 
 
