@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from commands import call
+from PIL import Image
 
 import mmneurons as mmn
 from mmneurons import pocket
@@ -41,11 +42,14 @@ def test_from_images_to_an_edited_checkpoint(capsys, monkeypatch, folder):
     assert patch.provenance["reference"]["images"] == 10
     assert patch.provenance["reference"]["texts"] == 2
 
+    Image.new("RGB", (1, 60_000)).save("others/line.png")  # which the model's processor refuses
     code, out, err = call(
         capsys, monkeypatch, "evaluate-edit", "p.safetensors", "--images", "dog0.png", "--held-out", "dog1.png",
         "--unrelated", "others", "--texts", "texts.txt", "--limit", 2, "--out", "judged",
     )  # fmt: skip
     assert code == 0, err
+    assert "1 of 11 images could not be used" in err
+    assert "line.png: A picture of 1 x 60000 pixels is too long and thin" in " ".join(err.split())
     assert "efficacy                           1.000 of 1" in out
     assert "of 2" in next(line for line in out.splitlines() if line.strip().startswith("locality"))
     assert json.loads(Path("judged/edits.json").read_text())["edits"]["p.safetensors"]["source"] == "dog"

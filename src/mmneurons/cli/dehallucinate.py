@@ -11,6 +11,7 @@ from mmneurons.cli.edit import (
     SOURCES,
     Texts,
     checked_patch_path,
+    fitting_items,
     lines_of,
     or_pocket,
     pocket_texts,
@@ -96,6 +97,7 @@ def dehallucinate(
     lines = lines_of(texts)
     table = None if synonyms is None else coco_synonyms() if synonyms == "coco" else read_synonyms(synonyms)
     vlm = load()
+    shown, others, kept = (fitting_items(vlm, items) for items in (shown, others, kept))
     # 2. Images to learn from, others to judge on, and what is to stay.
     if shown is None and others is None:
         others = or_pocket(vlm, None, "hallucination-500", "--images")

@@ -102,6 +102,7 @@ def edit(
     lines = lines_of(texts)
     vlm = load()
     # 2. The model, its own sets where nothing is given, and what is to stay.
+    shown, kept, beyond, others = (fitting_items(vlm, items) for items in (shown, kept, beyond, others))
     shown = or_pocket(vlm, shown, f"edit/{source}", "--images")
     if kept is None:
         kept = or_pocket(vlm, None, "reference-400", None)
@@ -167,7 +168,9 @@ def evaluate_edit(
     asked = cases({str(path): Patch.load(path) for path in files})
     shown, beyond, others = map(readable_items, (images, held_out, unrelated))
     lines = lines_of(texts)
-    _judge(load(), asked, folder, shown, beyond, others, lines, limit, batch_size)
+    vlm = load()
+    shown, beyond, others = (fitting_items(vlm, items) for items in (shown, beyond, others))
+    _judge(vlm, asked, folder, shown, beyond, others, lines, limit, batch_size)
 
 
 @patches.command("show")
@@ -315,6 +318,25 @@ def readable_items(sources: list[str] | None) -> list[Any] | None:
 
     items = items_of(sources)
     left_out = unreadable(items)
+    tell_left_out(left_out, len(items))
+    if len(left_out) == len(items):
+        raise ImageError("None of the images can be used.", seen="; ".join(list(left_out.values())[:NAMED]))
+    return [item for item in items if item.name not in left_out]
+
+
+def fitting_items(vlm: VLM, items: list[Any] | None) -> list[Any] | None:
+    """Those that the model's processor takes: it refuses lines of pixels, which it would scale up without bound."""
+    if items is None:
+        return None
+    from mmneurons.data.content import reason
+    from mmneurons.data.images import check_scaled
+
+    processor, left_out = getattr(vlm.processor, "image_processor", None), {}
+    for item in items:
+        try:
+            check_scaled([item.image().size], processor)
+        except ImageError as error:
+            left_out[item.name] = reason(error)
     tell_left_out(left_out, len(items))
     if len(left_out) == len(items):
         raise ImageError("None of the images can be used.", seen="; ".join(list(left_out.values())[:NAMED]))
