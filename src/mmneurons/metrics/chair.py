@@ -101,7 +101,7 @@ def coco_synonyms() -> Synonyms:
     Source: Rohrbach et al., EMNLP 2018. Left out are their misspellings, and their rule by which no seat is a chair in
         a caption that says "toilet" anywhere; "toilet seat" is a toilet in both.
     """
-    table = resources.files("mmneurons.inspection").joinpath("data/coco.txt")
+    table = resources.files("mmneurons.metrics").joinpath("data/coco.txt")
     return _synonyms(table.read_text(encoding="utf-8"), "coco")
 
 
