@@ -68,6 +68,8 @@ def test_neurons_of_a_word_are_those_a_full_search_finds(vlm, columns, read):
 def test_what_does_not_exist_is_told(vlm):
     with pytest.raises(SettingError, match=r"(?s)no neuron L9\.u1.*L0 to L4"):
         mmn.explain_neuron(vlm, "L9.u1")
+    with pytest.raises(SettingError, match="is not the name of a neuron"):
+        mmn.explain_neuron(vlm, (0, 945))  # pyright: ignore[reportArgumentType]
     with pytest.raises(SettingError, match=r"(?s)no neuron L0\.u1024.*u0 to u1023"):
         mmn.explain_neuron(vlm, "L0.u1024")
     with pytest.raises(SettingError, match=r"no neuron L0\.e1\.u3"):

@@ -334,7 +334,8 @@ def fitting_items(vlm: VLM, items: list[Any] | None) -> list[Any] | None:
     processor, left_out = getattr(vlm.processor, "image_processor", None), {}
     for item in items:
         try:
-            check_scaled([item.image().size], processor)
+            # Opened only where the processor has no bound of its own.
+            check_scaled((one.image().size for one in [item]), processor)
         except ImageError as error:
             left_out[item.name] = reason(error)
     tell_left_out(left_out, len(items))

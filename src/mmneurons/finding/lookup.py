@@ -105,11 +105,11 @@ def explain_neuron(vlm: VLM, neuron: str | Neuron, *, n_tokens: int = 10, n_neig
         n_neighbours: How many neighbours to give; one read of every `w_out` finds them.
 
     Raises:
-        SettingError: if the model has no such neuron, or it is none.
+        SettingError: if the model has no such neuron, or this is no name of one.
 
     Source: projecting columns onto the vocabulary follows Geva et al., EMNLP 2022; Pan et al., section 3.
     """
-    neuron = Neuron.parse(neuron) if isinstance(neuron, str) else neuron
+    neuron = Neuron.parse(str(neuron))
     anatomy = vlm.anatomy
     ffn = anatomy.find(neuron)
     if ffn is None:

@@ -1,7 +1,7 @@
 """Ask a model about pictures: opened batch by batch, encoded, answered, and what was asked for recorded on the way.
 
 for batch in ask(vlm, images, Question("What is on the table?"), recorder=record):
-batch.answers.texts, batch.recording
+    print(batch.answers.texts, batch.recording.n_passes)
 """
 
 from __future__ import annotations
