@@ -471,7 +471,7 @@ def test_whatever_is_in_a_file_it_is_refused_or_can_be_shown(random_vlm, tmp_pat
             patch = Patch.load(path)
         except FormatError:
             return
-        patch_text(describe_patch(patch)).encode()
+        assert f"{len(patch.neurons)} " in patch_text(describe_patch(patch)).encode().decode()
         with contextlib.suppress(SettingError):
             cases({"p": patch})
 

@@ -206,8 +206,8 @@ def test_whatever_is_in_a_file_it_is_refused_or_can_be_shown(written, data):
             read = result.from_json(json.dumps(document))
         except FormatError:
             return
-        result.to_json(read)
-        render(read)
+        assert result.from_json(result.to_json(read)) == read
+        assert render(read).startswith("<!DOCTYPE html>")
         for finding in read:
             show(finding, Console(file=io.StringIO()))
 
