@@ -19,7 +19,7 @@ from mmneurons.inspection.sensitivity import HALF
 from mmneurons.metrics.regions import match
 from mmneurons.settings import ANSWER_PREFIX, PROMPT
 from mmneurons.vlm.grid import find_grids
-from mmneurons.vlm.recording import record
+from mmneurons.vlm.hooks.recording import record
 from mmneurons.vlm.vlm import VLM
 
 TOP = 10

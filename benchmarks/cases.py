@@ -14,7 +14,7 @@ import mmneurons as mmn
 from mmneurons.finding.result import Score
 from mmneurons.finding.scoring import Choices, Target, score_targets
 from mmneurons.settings import ANSWER_PREFIX, PROMPT, Question
-from mmneurons.vlm.recording import Recording, record
+from mmneurons.vlm.hooks.recording import Recording, record
 from mmneurons.vlm.vlm import Answers
 from mmneurons.words import Word
 

@@ -23,7 +23,7 @@ from mmneurons.editing.goals import Asked, goals_of
 from mmneurons.editing.reference import make_reference
 from mmneurons.editing.steps import answer_steps, occurrences
 from mmneurons.settings import Question
-from mmneurons.vlm.modes import evaluating, frozen
+from mmneurons.vlm.context import evaluating, frozen
 
 SOURCE, TARGET, TOP = "dog", "cat", 100
 

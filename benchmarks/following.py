@@ -32,7 +32,7 @@ from mmneurons.maths.ranking import top_k
 from mmneurons.maths.readout import jacobian_direction
 from mmneurons.maths.statistics import Estimate, estimate, spearman
 from mmneurons.settings import ANSWER_PREFIX, MAX_NEW_TOKENS, PROMPT
-from mmneurons.vlm.recording import Recording, record
+from mmneurons.vlm.hooks.recording import Recording, record
 from mmneurons.vlm.vlm import VLM
 
 SIZES = (10, 50, 100)
@@ -123,10 +123,10 @@ class Truth:
         for block in blocks:
             _, alpha, places = block.looked(traced.steps, traced.n_prompt)
             self.itself.append(float(alpha.gather(-1, places.expand(*alpha.shape[:3], 1)).mean()))
-        rows = unembed_rows(vlm.anatomy, traced.token_ids, traced.moments.residual)
+        rows = unembed_rows(vlm.anatomy, traced.token_ids, traced.trace.residual)
         finals = {
             "logprob": final_direction(vlm, traced, "logprob"),
-            "logit": jacobian_direction(rows, traced.moments.residual, vlm.anatomy.norm),
+            "logit": jacobian_direction(rows, traced.trace.residual, vlm.anatomy.norm),
         }
         scores = {
             (start, variant): follow(traced, final, parts)

@@ -23,8 +23,8 @@ from mmneurons.finding.scoring import Choices, read_out, unembed_rows
 from mmneurons.maths.readout import Norm, frozen_direction, jacobian_direction
 from mmneurons.vlm import weights
 from mmneurons.vlm.anatomy.norms import measure_norm
-from mmneurons.vlm.moments import Moments, pick_moments
-from mmneurons.vlm.recording import Recording
+from mmneurons.vlm.hooks.recording import Recording
+from mmneurons.vlm.traces import Trace, pick_trace
 from mmneurons.vlm.vlm import VLM
 
 STEP = 1e-4
@@ -156,7 +156,7 @@ def _through_norm(
 def watched_blocks(vlm: VLM) -> list[Watched]:
     """The blocks of a model that this file knows how to follow."""
     anatomy = vlm.anatomy
-    if any(ffn.way is not None or ffn.n_experts is not None for ffn in anatomy.ffns) or not all(
+    if any(ffn.path is not None or ffn.n_experts is not None for ffn in anatomy.ffns) or not all(
         hasattr(block.module, name)
         for block in anatomy.blocks
         for name in ("self_attn", "mlp", "input_layernorm", "post_attention_layernorm")
@@ -184,7 +184,7 @@ class Traced:
     """One answer as it was generated once, and the nouns in it."""
 
     blocks: Sequence[Watched]
-    moments: Moments
+    trace: Trace
     token_ids: list[int]
     steps: Int[Tensor, "n"]
     n_prompt: int
@@ -193,14 +193,14 @@ class Traced:
 def trace(blocks: Sequence[Watched], recording: Recording, said: Sequence[Said], n_prompt: int) -> Traced:
     """What was recorded, at the places of these nouns of one image."""
     steps = torch.tensor([noun.step for noun in said])
-    moments = pick_moments(recording, torch.stack([torch.zeros_like(steps), steps], dim=1))
-    return Traced(blocks, moments, [noun.token_id for noun in said], steps, n_prompt)
+    trace = pick_trace(recording, torch.stack([torch.zeros_like(steps), steps], dim=1))
+    return Traced(blocks, trace, [noun.token_id for noun in said], steps, n_prompt)
 
 
 def final_direction(vlm: VLM, traced: Traced, score: Score) -> Float[Tensor, "n hidden"]:
     """At the input of the final norm, as `find` has it."""
-    rows = unembed_rows(vlm.anatomy, traced.token_ids, traced.moments.residual)
-    return read_out(vlm, traced.moments, traced.token_ids, rows, choices(score)).at(None)
+    rows = unembed_rows(vlm.anatomy, traced.token_ids, traced.trace.residual)
+    return read_out(vlm, traced.trace, traced.token_ids, rows, choices(score)).at(None)
 
 
 def choices(score: Score) -> Choices:
@@ -212,11 +212,11 @@ def choices(score: Score) -> Choices:
 def follow(traced: Traced, final: Float[Tensor, "n hidden"], parts: Parts) -> Float[Tensor, "n slots"]:
     """Scores of all neurons: the direction carried down from the top block."""
     found: list[Tensor] = []
-    direction, anatomy = final, traced.moments.anatomy
+    direction, anatomy = final, traced.trace.anatomy
     for i in reversed(range(len(traced.blocks))):
         block = traced.blocks[i]
         read = weights.project(direction, anatomy.ffns[i].module)
-        found.append(traced.moments.activations[i] * read)
+        found.append(traced.trace.activations[i] * read)
         if i and parts.ffn:
             direction = direction + block.through_ffn(read, traced.steps, parts.jacobian)
         if i and (parts.own or parts.query or parts.key):

@@ -25,7 +25,7 @@ from mmneurons.editing.steps import answer_steps, occurrences
 from mmneurons.errors import ModelError, SettingError, WordError
 from mmneurons.patches.patch import Patch
 from mmneurons.settings import Question
-from mmneurons.vlm.recording import record
+from mmneurons.vlm.hooks.recording import record
 from mmneurons.vlm.vlm import VLM
 from mmneurons.words import says
 

@@ -336,7 +336,7 @@ def test_a_selective_edit_moves_along_what_spares_other_tokens(vlm):
     size = []
     for ridge in (0.1, None):
         (move,) = moves_for(vlm, columns, [goal], [said.steps], ridge)
-        adds = reads.at(vlm.anatomy.ffns[layer].way) @ move.along[layer]
+        adds = reads.at(vlm.anatomy.ffns[layer].path) @ move.along[layer]
         size.append(float(adds.norm() / (adds[goal.wanted] - adds[goal.said])))
         assert float(goal.steps.directions(row.expand(len(goal.steps), -1)).at(None)[0] @ move.along[layer]) > 0
     assert size[0] < 0.8 * size[1]

@@ -33,13 +33,13 @@ from mmneurons.neurons import Neuron
 from mmneurons.settings import Question
 from mmneurons.vlm import experts, families, weights
 from mmneurons.vlm.anatomy import norms
-from mmneurons.vlm.anatomy.parts import Anatomy, Ffn, LogitRule, steps
+from mmneurons.vlm.anatomy.parts import Anatomy, Ffn, LogitRule, hops
 from mmneurons.vlm.asking import answer
 from mmneurons.vlm.doctor import TOLERANCE, Check, Report, additivity_error, describe_anatomy, tolerance
 from mmneurons.vlm.grid import Grids, find_grids
-from mmneurons.vlm.interventions import Intervention, intervene, parts_of
-from mmneurons.vlm.moments import pick_moments
-from mmneurons.vlm.recording import Recording, record
+from mmneurons.vlm.hooks.interventions import Intervention, intervene, parts_of
+from mmneurons.vlm.hooks.recording import Recording, record
+from mmneurons.vlm.traces import pick_trace
 from mmneurons.vlm.vlm import VLM, Answers
 from mmneurons.vlm.weights.stored import Located
 
@@ -133,11 +133,11 @@ def path_of(anatomy: Anatomy, ffn: Ffn) -> str:
 
 def kind(anatomy: Anatomy, ffn: Ffn) -> str:
     """How what an FFN writes gets into the stream, in the words of `Family.facts`."""
-    if any(step.norm for step in steps(anatomy.embedding)):  # the stream itself goes through norms
+    if any(step.norm for step in hops(anatomy.embedding)):  # the stream itself goes through norms
         return "post-LN"
-    way = list(steps(ffn.way))
-    scaled = ffn.gate is not None or any(step.scale != 1 for step in way)
-    through = any(step.norm for step in way)
+    path = list(hops(ffn.path))
+    scaled = ffn.gate is not None or any(step.scale != 1 for step in path)
+    through = any(step.norm for step in path)
     return {(False, False): "identity", (True, False): "scalar", (False, True): "norm"}.get((scaled, through), "other")
 
 
@@ -254,7 +254,7 @@ def scale_writes(blocks: nn.ModuleList, share: float, run: Callable[[], Any]) ->
 
 def scales(anatomy: Anatomy) -> list[float]:
     """The factor of each FFN's writes."""
-    return [math.prod(step.scale for step in steps(ffn.way)) for ffn in anatomy.ffns]
+    return [math.prod(step.scale for step in hops(ffn.path)) for ffn in anatomy.ffns]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
@@ -270,7 +270,7 @@ def test_a_multiplier_is_read_however_small_the_writes_are(share, dtype):
     vlm = mmn.load(model.to(dtype))  # pyright: ignore[reportArgumentType]
     assert vlm.anatomy.doubts == ()
     assert scales(vlm.anatomy) == pytest.approx([0.22] * 8, rel=0.05)
-    assert [step.scale for s in vlm.anatomy.sources for step in steps(s.way)] == pytest.approx([0.22] * 8, rel=0.05)
+    assert [step.scale for s in vlm.anatomy.sources for step in hops(s.path)] == pytest.approx([0.22] * 8, rel=0.05)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
@@ -301,7 +301,7 @@ def error(name: str) -> float:
     one = case(name)
     places = torch.tensor([[0, step] for step in range(N_TOKENS)])
     pairs = zip(one.recordings, one.answers, strict=True)
-    return max(additivity_error(one.vlm, pick_moments(recording, places), answers) for recording, answers in pairs)
+    return max(additivity_error(one.vlm, pick_trace(recording, places), answers) for recording, answers in pairs)
 
 
 @every_family
@@ -386,9 +386,9 @@ def frozen(*, centred: bool) -> Callable[..., Tensor]:
 
 def fired(recording: Recording, places: list[list[int]]) -> list[Tensor]:
     """Per FFN the activations at (row, step) of each place, those of experts that were not asked included."""
-    moments = pick_moments(recording, torch.tensor(places))
+    trace = pick_trace(recording, torch.tensor(places))
     blanks = [torch.zeros(len(places), ffn.size) for ffn in recording.anatomy.ffns]
-    return [blank.scatter_add_(1, moments.neurons(i), moments.activations[i]) for i, blank in enumerate(blanks)]
+    return [blank.scatter_add_(1, trace.neurons(i), trace.activations[i]) for i, blank in enumerate(blanks)]
 
 
 def assert_same_activations(ours: list[Tensor], expected: list[Tensor]) -> None:
@@ -736,7 +736,7 @@ def spoiled(one: Case, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[str, V
     for shift in (1, -1):
         norm = dataclasses.replace(anatomy.norm, weight=anatomy.norm.weight + shift)
         yield f"the norm's weight {shift:+}", replaced(norm=norm)
-    if any(ffn.way is not None or ffn.gate is not None for ffn in anatomy.ffns):
+    if any(ffn.path is not None or ffn.gate is not None for ffn in anatomy.ffns):
         ffns = (dataclasses.replace(ffn, way=None, gate=None) for ffn in anatomy.ffns)
         yield "written as it is", replaced(ffns=tuple(ffns))
     if logits(anatomy.logit_rule) != "raw":
@@ -818,7 +818,7 @@ def write_back(anatomy: Anatomy, ffn: Ffn) -> str:
     if kind(anatomy, ffn) == "post-LN":
         return "through the norms of the stream"
     said = [f"times the sigmoid of `{gate_name(anatomy, ffn)}`"] if ffn.gate is not None else []
-    for step in steps(ffn.way):
+    for step in hops(ffn.path):
         said += ["times a number"] if step.scale != 1 else []
         said += [f"through `{step.norm.name.rpartition('.')[2]}`"] if step.norm is not None else []
     return ", ".join(dict.fromkeys(said)) or "as it is"

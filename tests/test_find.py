@@ -11,8 +11,8 @@ from mmneurons.data.images import open_image
 from mmneurons.errors import SettingError, WordError
 from mmneurons.finding import finder
 from mmneurons.vlm.doctor import additivity, additivity_error
-from mmneurons.vlm.moments import Moments, pick_moments
-from mmneurons.vlm.recording import record
+from mmneurons.vlm.hooks.recording import record
+from mmneurons.vlm.traces import Trace, pick_trace
 from mmneurons.vlm.vlm import VLM, Answers
 from mmneurons.words import HantaTagger, Word
 
@@ -133,11 +133,11 @@ def test_logprob_is_gradient_times_activation_in_the_last_block(vlm, images):
             assert expected.abs().max() > 0
 
 
-def recorded(vlm: VLM, image) -> tuple[Moments, Answers]:
+def recorded(vlm: VLM, image) -> tuple[Trace, Answers]:
     """What was recorded where each token of one caption was predicted."""
     with record(vlm.anatomy) as recording:
         answers = vlm.generate(vlm.encode([image], answer_prefix="An image of"))
-    return pick_moments(recording, torch.tensor([[0, i] for i in range(len(answers.token_ids[0]))])), answers
+    return pick_trace(recording, torch.tensor([[0, i] for i in range(len(answers.token_ids[0]))])), answers
 
 
 def test_additivity_on_every_token_of_every_sample(vlm, sample_paths):
@@ -149,17 +149,17 @@ def test_additivity_on_every_token_of_every_sample(vlm, sample_paths):
 @pytest.mark.parametrize("spoil", ["no attention", "weight read as 1 + w", "another column", "embedding missed"])
 def test_additivity_notices_what_is_read_wrongly(random_vlm, images, spoil):
     # Of random weights: every part of them writes enough to be missed.
-    moments, answers = recorded(random_vlm, images[0])
+    trace, answers = recorded(random_vlm, images[0])
     if spoil == "no attention":
-        moments = replace(moments, sources=[torch.zeros_like(wrote) for wrote in moments.sources])
+        trace = replace(trace, sources=[torch.zeros_like(wrote) for wrote in trace.sources])
     elif spoil == "embedding missed":
-        moments = replace(moments, embedding=torch.zeros_like(moments.embedding))
+        trace = replace(trace, embedding=torch.zeros_like(trace.embedding))
     elif spoil == "another column":
-        moments.activations[0] = moments.activations[0].roll(1, -1)
+        trace.activations[0] = trace.activations[0].roll(1, -1)
     else:
         norm = replace(random_vlm.anatomy.norm, weight=random_vlm.anatomy.norm.weight + 1)
-        moments = replace(moments, anatomy=replace(random_vlm.anatomy, norm=norm))
-    assert additivity_error(random_vlm, moments, answers) > 1e-3
+        trace = replace(trace, anatomy=replace(random_vlm.anatomy, norm=norm))
+    assert additivity_error(random_vlm, trace, answers) > 1e-3
 
 
 def test_parts_add_up_to_the_logit(vlm, sample_paths):

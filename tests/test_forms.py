@@ -21,7 +21,7 @@ import mmneurons as mmn
 from mmneurons import pocket
 from mmneurons.finding.scoring import score_targets
 from mmneurons.vlm import weights
-from mmneurons.vlm.recording import record
+from mmneurons.vlm.hooks.recording import record
 from mmneurons.vlm.vlm import VLM
 
 QUANTISED = {

@@ -51,7 +51,7 @@ from mmneurons.patches.patch import Patch
 from mmneurons.pocket.scenes import Scene
 from mmneurons.settings import ANSWER_PREFIX, PROMPT, Question
 from mmneurons.vlm.columns import Columns
-from mmneurons.vlm.modes import evaluating, frozen
+from mmneurons.vlm.context import evaluating, frozen
 from mmneurons.vlm.prompts import tokens_of
 
 

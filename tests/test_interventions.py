@@ -4,7 +4,7 @@ import torch
 import mmneurons as mmn
 from mmneurons.errors import SettingError
 from mmneurons.neurons import Neuron
-from mmneurons.vlm.interventions import Intervention, intervene, shuffled
+from mmneurons.vlm.hooks.interventions import Intervention, intervene, shuffled
 
 
 @pytest.fixture

@@ -23,7 +23,7 @@ from mmneurons.patches.ledger import ledger_of
 from mmneurons.patches.patch import Patch
 from mmneurons.settings import Question
 from mmneurons.vlm.columns import Columns
-from mmneurons.vlm.modes import evaluating, frozen
+from mmneurons.vlm.context import evaluating, frozen
 from mmneurons.vlm.vlm import VLM
 from mmneurons.words import says
 

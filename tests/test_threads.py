@@ -17,9 +17,9 @@ import mmneurons as mmn
 from mmneurons.patches.ledger import ledger_of
 from mmneurons.patches.patch import Patch, PatchPart
 from mmneurons.vlm.columns import column_hashes
-from mmneurons.vlm.interventions import shuffled
+from mmneurons.vlm.context import evaluating, frozen, greedy
+from mmneurons.vlm.hooks.interventions import shuffled
 from mmneurons.vlm.locking import restored, uninterrupted
-from mmneurons.vlm.modes import evaluating, frozen, greedy
 
 N_TRIES = 40
 
@@ -167,9 +167,9 @@ def test_ctrl_c_at_any_moment_leaves_the_model_as_it_was(random_vlm, interruptib
     doing(random_vlm)  # and some things are imported when they are first used
     random_vlm.model.model.vision_tower.train()
     before = state(random_vlm)
-    moments = random.Random(0)
+    trace = random.Random(0)
     for _ in range(N_TRIES):
-        delay = moments.uniform(0, 0.02)
+        delay = trace.uniform(0, 0.02)
         sender = threading.Timer(delay, os.kill, (os.getpid(), signal.SIGINT))
         with pytest.raises(KeyboardInterrupt):
             until_interrupted(sender, doing, random_vlm)

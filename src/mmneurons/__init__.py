@@ -59,10 +59,10 @@ if TYPE_CHECKING:  # each public name once: a type checker reads these lines, an
     from mmneurons.report import write_report as write_report
     from mmneurons.settings import Question as Question
     from mmneurons.vlm.doctor import doctor as doctor
-    from mmneurons.vlm.interventions import Intervention as Intervention
-    from mmneurons.vlm.interventions import intervene as intervene
+    from mmneurons.vlm.hooks.interventions import Intervention as Intervention
+    from mmneurons.vlm.hooks.interventions import intervene as intervene
+    from mmneurons.vlm.hooks.recording import record as record
     from mmneurons.vlm.load import load as load
-    from mmneurons.vlm.recording import record as record
     from mmneurons.vlm.vlm import VLM as VLM
 
 

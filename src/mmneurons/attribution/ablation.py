@@ -22,11 +22,11 @@ from mmneurons.errors import ModelError
 from mmneurons.neurons import Neuron
 from mmneurons.vlm import experts, weights
 from mmneurons.vlm.anatomy.parts import Anatomy
-from mmneurons.vlm.calls import Catcher, repeated
+from mmneurons.vlm.block_calls import Catcher, repeated
+from mmneurons.vlm.context import hooked
 from mmneurons.vlm.doctor import tolerance
+from mmneurons.vlm.hooks.recording import Recording, record
 from mmneurons.vlm.locking import alone
-from mmneurons.vlm.modes import hooked
-from mmneurons.vlm.recording import Recording, record
 from mmneurons.vlm.vlm import VLM, Answers, Inputs
 
 
@@ -42,7 +42,7 @@ class Effects:
 class Replay:
     """One step of an answer, ready to be run again from any block upwards.
 
-    Neurons are counted in slots, FFN after FFN, as `Moments` counts them: of experts, those asked at this position.
+    Neurons are counted in slots, FFN after FFN, as `Trace` counts them: of experts, those asked at this position.
     """
 
     anatomy: Anatomy

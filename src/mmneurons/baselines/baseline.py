@@ -42,8 +42,8 @@ from mmneurons.neurons import Neuron
 from mmneurons.patches.patch import Patch
 from mmneurons.vlm import provenance
 from mmneurons.vlm.columns import Columns
+from mmneurons.vlm.context import hooked
 from mmneurons.vlm.locking import by_one_thread, restored
-from mmneurons.vlm.modes import hooked
 from mmneurons.vlm.prompts import tokens_of
 from mmneurons.vlm.vlm import VLM
 from mmneurons.words import inflected

@@ -24,7 +24,7 @@ from mmneurons.editing.goals import Asked, rewritten, share_turned
 from mmneurons.editing.reference import Reference
 from mmneurons.editing.steps import Steps
 from mmneurons.settings import Question
-from mmneurons.vlm.modes import evaluating, hooked
+from mmneurons.vlm.context import evaluating, hooked
 from mmneurons.vlm.vlm import VLM
 
 REFERENCES = 128

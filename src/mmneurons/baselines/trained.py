@@ -23,8 +23,8 @@ from mmneurons.patches.patch import Patch, PatchPart
 from mmneurons.vlm.age import editing
 from mmneurons.vlm.anatomy.parts import Ffn
 from mmneurons.vlm.columns import column_hashes
+from mmneurons.vlm.context import frozen, hooked
 from mmneurons.vlm.locking import restored
-from mmneurons.vlm.modes import frozen, hooked
 from mmneurons.vlm.vlm import VLM
 from mmneurons.vlm.weights.stored import is_adapter
 

@@ -16,7 +16,7 @@ from mmneurons.maths.edits import selective, smallest
 from mmneurons.patches.ledger import ledger_of
 from mmneurons.patches.patch import Patch, PatchPart
 from mmneurons.vlm import weights
-from mmneurons.vlm.anatomy.ways import Directions, frozen_rows
+from mmneurons.vlm.anatomy.paths import Directions, frozen_rows
 from mmneurons.vlm.columns import Columns, column_hashes
 from mmneurons.vlm.vlm import VLM
 
@@ -41,9 +41,9 @@ def writers(vlm: VLM, goals: Sequence[Goal], top: int, blocks: int | None) -> Co
     n = sum(len(goal.steps) for goal in goals)
     for goal in goals:
         said = anatomy.unembed[goal.said].float().cpu()
-        ways = goal.steps.directions(said.expand(len(goal.steps), -1))
+        directions = goal.steps.directions(said.expand(len(goal.steps), -1))
         for i in scores:
-            ffn, read = anatomy.ffns[i], ways.at(anatomy.ffns[i].way)
+            ffn, read = anatomy.ffns[i], directions.at(anatomy.ffns[i].path)
             experts = [None] if ffn.n_experts is None else range(ffn.n_experts)
             pushed = torch.cat([weights.project(read, ffn.module, expert).cpu() for expert in experts], dim=1)
             scores[i] += (goal.steps.activations[i].float() * pushed).sum(0) / n
@@ -68,10 +68,10 @@ class Move:
 
     def adds(self, steps: Steps, rows: Float[Tensor, "steps hidden"]) -> Float[Tensor, "steps"]:
         """What it adds at each step to what a row of its own reads of the logits, to first order."""
-        ways, total = steps.directions(rows), torch.zeros(len(steps), dtype=torch.float32)
+        directions, total = steps.directions(rows), torch.zeros(len(steps), dtype=torch.float32)
         parts = self.coefficients.split([len(mine) for mine in self.columns.indices.values()])
         for (i, mine), part in zip(self.columns.indices.items(), parts, strict=True):
-            reach = ways.at(self.columns.anatomy.ffns[i].way) @ self.along[i] / self.along[i].pow(2).sum()
+            reach = directions.at(self.columns.anatomy.ffns[i].path) @ self.along[i] / self.along[i].pow(2).sum()
             total += (steps.activations[i][:, mine].float() @ part) * reach
         return total
 
@@ -80,10 +80,10 @@ def features(
     steps: Steps, row: Float[Tensor, "hidden"], columns: Columns, along: dict[int, Tensor]
 ) -> Float[Tensor, "steps columns"]:
     """What one unit of change of each column along its direction adds to `row`'s logit at each step, to first order."""
-    ways = steps.directions(row.expand(len(steps), -1))
+    directions = steps.directions(row.expand(len(steps), -1))
     found = []
     for i, mine in columns.indices.items():
-        reach = ways.at(columns.anatomy.ffns[i].way) @ along[i] / along[i].pow(2).sum()
+        reach = directions.at(columns.anatomy.ffns[i].path) @ along[i] / along[i].pow(2).sum()
         found.append(steps.activations[i][:, mine].float() * reach[:, None])
     return torch.cat(found, dim=1)
 
@@ -142,13 +142,13 @@ def sparing(
     """
     anatomy, hidden = steps.anatomy, len(row)
     wanted = steps.directions(row.expand(len(steps), -1))
-    found = {i: wanted.at(anatomy.ffns[i].way).mean(0) for i in columns.indices}
+    found = {i: wanted.at(anatomy.ffns[i].path).mean(0) for i in columns.indices}
     if alike is None:
         return found
     residual, *norms = (part[len(steps) // 2].expand(hidden, -1) for part in (steps.residual, *steps.norms))
     every = Directions(anatomy, frozen_rows(anatomy, torch.eye(hidden, dtype=torch.float32), residual), norms)
     for i, mean in found.items():
-        reads = every.at(anatomy.ffns[i].way)
+        reads = every.at(anatomy.ffns[i].path)
         moment = (reads.T @ alike @ reads).double()
         r = SPARE * moment.diagonal().mean()
         found[i] = torch.linalg.solve(moment + r * torch.eye(hidden, dtype=torch.float32), mean.double()).float()

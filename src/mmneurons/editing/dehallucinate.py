@@ -42,8 +42,8 @@ from mmneurons.patches.patch import Patch
 from mmneurons.settings import MAX_NEW_TOKENS, PROMPT, Question
 from mmneurons.vlm import provenance
 from mmneurons.vlm.columns import Columns
+from mmneurons.vlm.context import evaluating, frozen
 from mmneurons.vlm.locking import by_one_thread
-from mmneurons.vlm.modes import evaluating, frozen
 from mmneurons.vlm.prompts import tokens_of
 from mmneurons.vlm.vlm import VLM
 

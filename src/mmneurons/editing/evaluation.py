@@ -25,9 +25,9 @@ from mmneurons.patches.ledger import ledger_of
 from mmneurons.patches.patch import Edit, Patch
 from mmneurons.settings import Question
 from mmneurons.vlm.asking import ask
+from mmneurons.vlm.hooks.recording import record
 from mmneurons.vlm.locking import by_one_thread
 from mmneurons.vlm.prompts import WORDINGS
-from mmneurons.vlm.recording import record
 from mmneurons.vlm.vlm import VLM
 from mmneurons.words import says, turned
 

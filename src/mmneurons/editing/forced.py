@@ -23,9 +23,9 @@ from mmneurons.data.pictures import Picture, opened_batches
 from mmneurons.editing.reference import Reference
 from mmneurons.editing.steps import text_batches
 from mmneurons.settings import Question
-from mmneurons.vlm.calls import Catcher, repeated
+from mmneurons.vlm.block_calls import Catcher, repeated
+from mmneurons.vlm.context import hooked
 from mmneurons.vlm.doctor import tolerance
-from mmneurons.vlm.modes import hooked
 from mmneurons.vlm.vlm import VLM, Inputs
 
 

@@ -20,8 +20,8 @@ from mmneurons.errors import ModelError
 from mmneurons.patches.ledger import ledger_of
 from mmneurons.patches.patch import Patch, PatchPart
 from mmneurons.vlm.columns import Columns, column_hashes
+from mmneurons.vlm.context import hooked
 from mmneurons.vlm.locking import restored
-from mmneurons.vlm.modes import hooked
 from mmneurons.vlm.vlm import VLM
 
 

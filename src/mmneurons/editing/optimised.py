@@ -23,8 +23,8 @@ from mmneurons.errors import ModelError, SettingError
 from mmneurons.patches.ledger import ledger_of
 from mmneurons.patches.patch import Patch, PatchPart
 from mmneurons.vlm.columns import Columns, column_hashes
+from mmneurons.vlm.context import evaluating, frozen, hooked
 from mmneurons.vlm.locking import restored
-from mmneurons.vlm.modes import evaluating, frozen, hooked
 from mmneurons.vlm.vlm import VLM
 
 STEPS = 100

@@ -17,10 +17,10 @@ from mmneurons.data.pictures import Picture
 from mmneurons.errors import ModelError, SettingError
 from mmneurons.settings import Question
 from mmneurons.vlm.anatomy.parts import Anatomy
-from mmneurons.vlm.anatomy.ways import Directions, frozen_rows
+from mmneurons.vlm.anatomy.paths import Directions, frozen_rows
 from mmneurons.vlm.asking import ask
-from mmneurons.vlm.moments import Moments, pick_moments
-from mmneurons.vlm.recording import Recording, record
+from mmneurons.vlm.hooks.recording import Recording, record
+from mmneurons.vlm.traces import Trace, pick_trace
 from mmneurons.vlm.vlm import VLM, Inputs
 from mmneurons.words import Word, find_words, says
 
@@ -33,7 +33,7 @@ class Steps:
     activations: tuple[Float[Tensor, "n neurons"], ...]
     """Per FFN, of all its experts (zero where the router did not ask one), in the model's dtype."""
     norms: tuple[Float[Tensor, "n hidden"], ...]
-    """What entered each norm on the ways of the anatomy."""
+    """What entered each norm on the paths of the anatomy."""
     residual: Float[Tensor, "n hidden"]
     """The residual stream before the final norm, float32."""
     token_ids: Int[Tensor, "n"]
@@ -112,8 +112,8 @@ def answer_steps(
         said = [token for ids in answers.token_ids for token in ids]
         of = [len(texts) + row for row in places[:, 0].tolist()]
         rows, steps = places.to(answers.logits.device).unbind(1)
-        moments = pick_moments(batch.recording, places)
-        parts.append(_steps(vlm, moments, torch.tensor(said), answers.logits[rows, steps], of))
+        trace = pick_trace(batch.recording, places)
+        parts.append(_steps(vlm, trace, torch.tensor(said), answers.logits[rows, steps], of))
         texts += answers.texts
         token_ids += answers.token_ids
         del batch  # its recording is not to live beside the next one
@@ -214,25 +214,25 @@ def _read_steps(vlm: VLM, recording: Recording, answers: Sequence[int]) -> Steps
     """Every position that was recorded, row after row; the token of each is the likeliest one."""
     n_steps = recording.residual[0].shape[1]
     places = torch.tensor([(row, step) for row in range(len(answers)) for step in range(n_steps)])
-    moments = pick_moments(recording, places)
-    logits = vlm.anatomy.logits(moments.residual)[:, : vlm.n_tokens].max(-1)
-    return _steps(vlm, moments, logits.indices, logits.values, [i for i in answers for _ in range(n_steps)])
+    trace = pick_trace(recording, places)
+    logits = vlm.anatomy.logits(trace.residual)[:, : vlm.n_tokens].max(-1)
+    return _steps(vlm, trace, logits.indices, logits.values, [i for i in answers for _ in range(n_steps)])
 
 
-def _steps(vlm: VLM, moments: Moments, token_ids: Tensor, logits: Tensor, answers: list[int]) -> Steps:
-    """Moments, off the device and with the slots of experts put in their places."""
+def _steps(vlm: VLM, trace: Trace, token_ids: Tensor, logits: Tensor, answers: list[int]) -> Steps:
+    """Trace, off the device and with the slots of experts put in their places."""
     fired = []
-    for ffn, part, experts in zip(moments.anatomy.ffns, moments.activations, moments.experts, strict=True):
+    for ffn, part, experts in zip(trace.anatomy.ffns, trace.activations, trace.experts, strict=True):
         if experts is not None:
             width = ffn.n_neurons
             slots = (experts[:, :, None] * width + torch.arange(width, device=experts.device)).flatten(1)
             part = torch.zeros(len(part), ffn.size, device=part.device, dtype=torch.float32).scatter(1, slots, part)
         fired.append(part.to("cpu", vlm.anatomy.dtype))
     return Steps(
-        moments.anatomy,
+        trace.anatomy,
         tuple(fired),
-        tuple(part.cpu() for part in moments.norms),
-        moments.residual.cpu(),
+        tuple(part.cpu() for part in trace.norms),
+        trace.residual.cpu(),
         token_ids.cpu(),
         logits.float().cpu(),
         torch.tensor(answers),

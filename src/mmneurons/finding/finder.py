@@ -24,9 +24,9 @@ from mmneurons.vlm import provenance
 from mmneurons.vlm.asking import answer, batches_of, tokens_of_answer
 from mmneurons.vlm.doctor import tolerance
 from mmneurons.vlm.grid import find_grids, model_view
+from mmneurons.vlm.hooks.recording import record
 from mmneurons.vlm.locking import by_one_thread
 from mmneurons.vlm.prompts import token_of
-from mmneurons.vlm.recording import record
 from mmneurons.vlm.vlm import VLM, Answers, Inputs
 from mmneurons.words import Tagger, Word, find_nouns, find_words, says, tagger_for
 

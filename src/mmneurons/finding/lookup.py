@@ -15,7 +15,7 @@ from mmneurons.finding.scoring import as_read, columns_of, said, texts, unembed_
 from mmneurons.neurons import Neuron
 from mmneurons.vlm import weights
 from mmneurons.vlm.anatomy.parts import Anatomy, Ffn
-from mmneurons.vlm.anatomy.ways import in_stream
+from mmneurons.vlm.anatomy.paths import in_stream
 from mmneurons.vlm.locking import by_one_thread
 from mmneurons.vlm.prompts import token_of
 from mmneurons.vlm.vlm import VLM
@@ -120,7 +120,7 @@ def explain_neuron(vlm: VLM, neuron: str | Neuron, *, n_tokens: int = 10, n_neig
     up, down = said(vlm, as_read(anatomy, column, [place], "logit"), n_tokens)
     lengths = torch.cat([part.norm(dim=0).cpu() for _, part in weights.chunks(ffn.module, expert=neuron.expert)])
     norm = float(column.norm())
-    found = _closest(anatomy, in_stream(column, ffn.way)[0], n_neighbours + 1)
+    found = _closest(anatomy, in_stream(column, ffn.path)[0], n_neighbours + 1)
     return NeuronCard(
         neuron=neuron,
         norm=norm,
@@ -182,7 +182,7 @@ def _closest(
     best, places = torch.zeros(0, dtype=torch.float32), torch.zeros(0, 2, dtype=torch.long)
     for i, ffn in enumerate(anatomy.ffns):
         for start, columns in _columns(ffn):
-            written = in_stream(columns.T, ffn.way)
+            written = in_stream(columns.T, ffn.path)
             cosines = ((written @ unit.to(written.device)) / written.norm(dim=1).clamp_min(1e-30)).cpu()
             few = cosines.abs().topk(min(top, len(cosines))).indices
             best = torch.cat([best, cosines[few]])

@@ -21,8 +21,8 @@ from mmneurons.finding.scoring import (
 )
 from mmneurons.maths.ranking import top_k
 from mmneurons.vlm.grid import Grids, PatchGrid
-from mmneurons.vlm.moments import pick_moments
-from mmneurons.vlm.recording import record
+from mmneurons.vlm.hooks.recording import record
+from mmneurons.vlm.traces import pick_trace
 from mmneurons.vlm.vlm import VLM, Answers, Inputs
 
 
@@ -141,17 +141,17 @@ def reread(vlm: VLM, inputs: Inputs, answers: Answers, targets: Sequence[Target]
     paper = choices.score == "paper"
     with record(vlm.anatomy, _keep_positions(positions), gates=paper) as recording:
         vlm.read(inputs, answers)
-    moments = pick_moments(recording, torch.tensor(spots))
+    trace = pick_trace(recording, torch.tensor(spots))
     token_ids = [target.token_id for target in targets]
-    rows = unembed_rows(vlm.anatomy, token_ids, moments.residual)
-    directions = read_out(vlm, moments, token_ids, rows, choices)
-    activations = scored_activations(moments, choices)
-    ways = [None if paper else ffn.way for ffn in vlm.anatomy.ffns]
+    rows = unembed_rows(vlm.anatomy, token_ids, trace.residual)
+    directions = read_out(vlm, trace, token_ids, rows, choices)
+    activations = scored_activations(trace, choices)
+    paths = [None if paper else ffn.path for ffn in vlm.anatomy.ffns]
     return Reread(
-        [moments.neurons(i) for i in range(len(activations))],
+        [trace.neurons(i) for i in range(len(activations))],
         [
-            fired * moments.projected(i, directions.at(way))
-            for i, (fired, way) in enumerate(zip(activations, ways, strict=True))
+            fired * trace.projected(i, directions.at(path))
+            for i, (fired, path) in enumerate(zip(activations, paths, strict=True))
         ],
     )
 

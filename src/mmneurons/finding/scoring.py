@@ -16,10 +16,10 @@ from mmneurons.maths.readout import expected_row, jacobian_direction
 from mmneurons.settings import Question
 from mmneurons.vlm import weights
 from mmneurons.vlm.anatomy.parts import Anatomy, Ffn
-from mmneurons.vlm.anatomy.ways import Directions, frozen_rows, in_stream
-from mmneurons.vlm.moments import Moments, Written, pick_moments, written
+from mmneurons.vlm.anatomy.paths import Directions, frozen_rows, in_stream
+from mmneurons.vlm.hooks.recording import Recording
 from mmneurons.vlm.prompts import token_of
-from mmneurons.vlm.recording import Recording
+from mmneurons.vlm.traces import Trace, Written, pick_trace, written
 from mmneurons.vlm.vlm import VLM, Answers
 from mmneurons.words import Tagger, Word
 
@@ -60,7 +60,7 @@ class Scored:
 
     targets: list[Target]
     choices: Choices
-    moments: Moments
+    trace: Trace
     probabilities: list[float]
     logits: list[float]
     """Before any softcap."""
@@ -76,7 +76,7 @@ class Scored:
     @cached_property
     def slot_ends(self) -> Int[Tensor, "ffns"]:
         """Where each FFN's slots end when all are laid end to end."""
-        return torch.tensor([part.shape[1] for part in self.moments.activations]).cumsum(0)
+        return torch.tensor([part.shape[1] for part in self.trace.activations]).cumsum(0)
 
     def ffns_of(self, slots: Int[Tensor, "*n"]) -> Int[Tensor, "*n"]:
         """Which FFN each slot belongs to; on the CPU."""
@@ -88,7 +88,7 @@ class Scored:
         starts = torch.nn.functional.pad(self.slot_ends, (1, 0))[ffns]
         found = []
         for ffn, slot in zip(ffns.tolist(), (slots.cpu() - starts).tolist(), strict=True):
-            experts, width = self.moments.experts[ffn], self.moments.anatomy.ffns[ffn].n_neurons
+            experts, width = self.trace.experts[ffn], self.trace.anatomy.ffns[ffn].n_neurons
             if experts is not None:
                 slot = int(experts[i, slot // width]) * width + slot % width
             found.append((ffn, slot))
@@ -99,29 +99,29 @@ def score_targets(vlm: VLM, recording: Recording, answers: Answers, targets: lis
     """Score every neuron for every target: one read of each `w_out` for all of them."""
     # 1. The model's state where each target was predicted, and the logit that it gave there.
     places = torch.tensor([[target.row, target.step] for target in targets])
-    moments = pick_moments(recording, places)
+    trace = pick_trace(recording, places)
     rows, steps = places.to(answers.logits.device).unbind(1)
     given = answers.logits[rows, steps].float()
     probabilities = (given - answers.log_totals[rows, steps].float()).exp()
     token_ids = [target.token_id for target in targets]
-    unembed = unembed_rows(vlm.anatomy, token_ids, moments.residual)
+    unembed = unembed_rows(vlm.anatomy, token_ids, trace.residual)
     # 2. The direction along which a write counts, and that of the plain logit where it is another.
-    asked = read_out(vlm, moments, token_ids, unembed, choices)
+    asked = read_out(vlm, trace, token_ids, unembed, choices)
     plain = None
     if choices.score != "logit" or choices.against is not None:  # the parts of the logit are told whatever the score
-        plain = Directions(vlm.anatomy, frozen_rows(vlm.anatomy, unembed, moments.residual), moments.norms)
-    activations = scored_activations(moments, choices)
+        plain = Directions(vlm.anatomy, frozen_rows(vlm.anatomy, unembed, trace.residual), trace.norms)
+    activations = scored_activations(trace, choices)
     # 3. Every neuron's product with it; each matrix is read once.
-    scores, pushes = _contributions(moments, activations, asked, plain, through=choices.score != "paper")
+    scores, pushes = _contributions(trace, activations, asked, plain, through=choices.score != "paper")
     bias = vlm.anatomy.head_bias
     head_bias = None if bias is None else bias[token_ids].float()
     return Scored(
         targets=targets,
         choices=choices,
-        moments=moments,
+        trace=trace,
         probabilities=probabilities.tolist(),
         logits=vlm.anatomy.logit_rule.undo(given).tolist(),
-        written=written(moments, unembed, plain or asked, pushes.sum(-1), head_bias),
+        written=written(trace, unembed, plain or asked, pushes.sum(-1), head_bias),
         activations=torch.cat(activations, dim=1),
         scores=scores,
         pushes=pushes,
@@ -130,7 +130,7 @@ def score_targets(vlm: VLM, recording: Recording, answers: Answers, targets: lis
 
 
 def _contributions(
-    moments: Moments,
+    trace: Trace,
     activations: list[Float[Tensor, "targets _"]],
     asked: Directions,
     plain: Directions | None,
@@ -143,21 +143,21 @@ def _contributions(
     """
     scores: list[Tensor] = []
     pushes: list[Tensor] = []
-    for i, ffn in enumerate(moments.anatomy.ffns):
-        directions = asked.at(ffn.way if through else None)
+    for i, ffn in enumerate(trace.anatomy.ffns):
+        directions = asked.at(ffn.path if through else None)
         if plain is None:
-            scores.append(activations[i] * moments.projected(i, directions))
+            scores.append(activations[i] * trace.projected(i, directions))
         else:
-            both = moments.projected_all(i, torch.stack([directions, plain.at(ffn.way)]))
+            both = trace.projected_all(i, torch.stack([directions, plain.at(ffn.path)]))
             scores.append(activations[i] * both[0])
-            pushes.append(moments.activations[i] * both[1])
+            pushes.append(trace.activations[i] * both[1])
     whole = torch.cat(scores, dim=1)
     return whole, torch.cat(pushes, dim=1) if pushes else whole
 
 
-def scored_activations(moments: Moments, choices: Choices) -> list[Float[Tensor, "targets _"]]:
+def scored_activations(trace: Trace, choices: Choices) -> list[Float[Tensor, "targets _"]]:
     """What the score multiplies: the activations, or the gates alone if it is the paper's."""
-    return moments.gates if choices.score == "paper" else moments.activations
+    return trace.gates if choices.score == "paper" else trace.activations
 
 
 def unembed_rows(anatomy: Anatomy, token_ids: Sequence[int], like: Tensor) -> Float[Tensor, "n hidden"]:
@@ -167,7 +167,7 @@ def unembed_rows(anatomy: Anatomy, token_ids: Sequence[int], like: Tensor) -> Fl
 
 def read_out(
     vlm: VLM,
-    moments: Moments,
+    trace: Trace,
     token_ids: list[int],
     rows: Float[Tensor, "targets hidden"],
     choices: Choices,
@@ -178,20 +178,20 @@ def read_out(
     if choices.against is not None:
         rows = rows - unembed_rows(anatomy, [token_of(vlm.tokenizer, choices.against)], rows)
     if choices.score == "paper":
-        return Directions(anatomy, rows, moments.norms)
+        return Directions(anatomy, rows, trace.norms)
     if choices.score == "logit":
-        return Directions(anatomy, frozen_rows(anatomy, rows, moments.residual), moments.norms)
+        return Directions(anatomy, frozen_rows(anatomy, rows, trace.residual), trace.norms)
     if choices.against is None:  # in a difference of log probabilities, what is expected drops out
         # u_t - sum_v p_v u_v without t's own share, which would cancel badly where p_t is close to 1. A softcap
         # lets less of a change through the nearer a logit is to it.
-        logits = anatomy.logits(moments.residual).to(rows.device)
+        logits = anatomy.logits(trace.residual).to(rows.device)
         place = torch.arange(len(token_ids)), token_ids
         slopes, others = rule.slope(logits), logits.softmax(-1)
         others[place] = 0
         own = (slopes[place] * others.sum(-1))[:, None]
         rows = rows * own - expected_row(others * slopes, anatomy.unembed).to(rows.device)
-    final = rule.scale * rule.before * jacobian_direction(rows, moments.residual, norm)
-    return Directions(anatomy, final, moments.norms)
+    final = rule.scale * rule.before * jacobian_direction(rows, trace.residual, norm)
+    return Directions(anatomy, final, trace.norms)
 
 
 def describe(vlm: VLM, scored: Scored) -> list[NounFinding]:
@@ -270,13 +270,13 @@ def as_read(
     read = torch.empty_like(columns)
     for ffn in {ffn for ffn, _ in places}:
         mine = torch.tensor([j for j, (other, _) in enumerate(places) if other == ffn], device=columns.device)
-        read[mine] = anatomy.norm.unscaled(in_stream(columns[mine], anatomy.ffns[ffn].way))
+        read[mine] = anatomy.norm.unscaled(in_stream(columns[mine], anatomy.ffns[ffn].path))
     return read
 
 
 def _histograms(scored: Scored, i: int) -> dict[int, tuple[int, ...]]:
     """For each k, how many of the top k lie in each block."""
-    anatomy = scored.moments.anatomy
+    anatomy = scored.trace.anatomy
     layers = torch.tensor([ffn.layer for ffn in anatomy.ffns])[scored.ffns_of(scored.ranked[i])]
     sizes = [k for k in HISTOGRAM_SIZES if k <= len(layers)]
     return {k: tuple(torch.bincount(layers[:k], minlength=len(anatomy.blocks)).tolist()) for k in sizes}

@@ -21,7 +21,7 @@ from mmneurons.maths.ranking import top_k
 from mmneurons.metrics.captions import rest_unchanged
 from mmneurons.settings import Question
 from mmneurons.vlm.asking import texts_of
-from mmneurons.vlm.interventions import Intervention, intervene
+from mmneurons.vlm.hooks.interventions import Intervention, intervene
 from mmneurons.vlm.vlm import VLM
 from mmneurons.words import says
 

@@ -19,7 +19,7 @@ from mmneurons.maths.ranking import top_k
 from mmneurons.maths.statistics import spearman
 from mmneurons.settings import Question
 from mmneurons.vlm.asking import ask
-from mmneurons.vlm.recording import Recording, record
+from mmneurons.vlm.hooks.recording import Recording, record
 from mmneurons.vlm.vlm import VLM, Answers
 
 DELETED = (1, 2, 5, 10, 20, 50, 100)

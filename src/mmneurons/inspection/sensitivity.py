@@ -23,9 +23,9 @@ from mmneurons.metrics.regions import RegionMatch, match, mean_match
 from mmneurons.settings import Question
 from mmneurons.vlm.asking import ask
 from mmneurons.vlm.grid import Grids, find_grids, model_view
-from mmneurons.vlm.interventions import shuffled
+from mmneurons.vlm.hooks.interventions import shuffled
+from mmneurons.vlm.hooks.recording import record
 from mmneurons.vlm.locking import by_one_thread
-from mmneurons.vlm.recording import record
 from mmneurons.vlm.vlm import VLM, Answers, Inputs
 
 NOT_MASKED, EMPTY, WHOLE = (
@@ -153,11 +153,11 @@ def _random_regions(
     """Of each noun with a mask, what matched random neurons look at."""
     norms = column_norms(vlm.anatomy)
     starts = torch.nn.functional.pad(scored.slot_ends, (1, 0))[:-1]
-    moments = scored.moments
+    trace = scored.trace
     asked: list[dict[int, Matched]] = []
     for i, (mask, ranked) in enumerate(zip(masks, scored.ranked.cpu(), strict=True)):
-        fired = [part[i].float().cpu() for part in moments.activations]
-        loud = loudness(fired, [None if of is None else of[i].cpu() for of in moments.experts], norms)
+        fired = [part[i].float().cpu() for part in trace.activations]
+        loud = loudness(fired, [None if of is None else of[i].cpu() for of in trace.experts], norms)
         sizes = [] if mask is None else [k for k in REGION_SIZES if k <= len(ranked)]
         asked.append({k: matched(starts, loud, ranked[:k], DRAWS, seed, as_many=True) for k in sizes})
     sets = [[one for others in mine.values() for one in others.sets if len(one)] for mine in asked]

@@ -18,8 +18,8 @@ from mmneurons.finding.scoring import Choices, Scored, score_targets
 from mmneurons.maths.statistics import Estimate, estimate, over_pairs
 from mmneurons.settings import Question
 from mmneurons.vlm.asking import ask
+from mmneurons.vlm.hooks.recording import record
 from mmneurons.vlm.locking import by_one_thread
-from mmneurons.vlm.recording import record
 from mmneurons.vlm.vlm import VLM
 
 SIZES = (10, 100)
@@ -105,7 +105,7 @@ def _of_neurons(vlm: VLM, scored: Scored) -> Float[np.ndarray, "targets neurons"
     parts = []
     start = 0
     for i, ffn in enumerate(vlm.anatomy.ffns):
-        width = scored.moments.activations[i].shape[1]
+        width = scored.trace.activations[i].shape[1]
         mine = scored.scores[:, start : start + width].cpu()
         start += width
         if ffn.n_experts is None:
@@ -113,7 +113,7 @@ def _of_neurons(vlm: VLM, scored: Scored) -> Float[np.ndarray, "targets neurons"
         else:
             parts.append(
                 torch.zeros(len(mine), ffn.size, dtype=torch.float32).scatter_add(
-                    1, scored.moments.neurons(i).cpu(), mine
+                    1, scored.trace.neurons(i).cpu(), mine
                 )
             )
     return torch.cat(parts, dim=1).float().numpy()

@@ -16,8 +16,8 @@ from mmneurons.data.pictures import opened_batches
 from mmneurons.errors import SettingError
 from mmneurons.settings import Question
 from mmneurons.vlm.anatomy.parts import Anatomy
+from mmneurons.vlm.hooks.recording import Keep, Recording, last_position
 from mmneurons.vlm.prompts import continued
-from mmneurons.vlm.recording import Keep, Recording, last_position
 
 if TYPE_CHECKING:
     from mmneurons.vlm.vlm import VLM, Answers, Inputs

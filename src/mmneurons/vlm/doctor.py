@@ -18,13 +18,13 @@ from mmneurons.errors import ModelError
 from mmneurons.settings import PROMPT, prefix_for
 from mmneurons.vlm import provenance, weights
 from mmneurons.vlm.anatomy import norms
-from mmneurons.vlm.anatomy.parts import Anatomy, normed, steps
-from mmneurons.vlm.anatomy.ways import Directions, frozen_rows
+from mmneurons.vlm.anatomy.parts import Anatomy, hops, normed
+from mmneurons.vlm.anatomy.paths import Directions, frozen_rows
+from mmneurons.vlm.context import hooked
 from mmneurons.vlm.grid import find_grids
+from mmneurons.vlm.hooks.recording import Recording, record
 from mmneurons.vlm.locking import by_one_thread, restored
-from mmneurons.vlm.modes import hooked
-from mmneurons.vlm.moments import Moments, pick_moments, written
-from mmneurons.vlm.recording import Recording, record
+from mmneurons.vlm.traces import Trace, pick_trace, written
 from mmneurons.vlm.vlm import VLM, Answers, Inputs
 
 TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-4, torch.bfloat16: 3e-2, torch.float16: 5e-3}
@@ -103,23 +103,23 @@ def doctor(
     vlm.check_batch(len(plain.token_ids))
     with record(vlm.anatomy) as recording, _outputs(vlm.anatomy, len(plain.token_ids)) as outputs:
         answers = vlm.generate(inputs, max_new_tokens)
-    moments = pick_moments(recording, _places(answers))
+    trace = pick_trace(recording, _places(answers))
     checks = [
         _weights(vlm),
         _structure(vlm),
         _reading(vlm, recording, outputs),
-        _norms(vlm, moments),
-        additivity(vlm, moments, answers),
-        _residual(vlm, moments, answers),
+        _norms(vlm, trace),
+        additivity(vlm, trace, answers),
+        _residual(vlm, trace, answers),
         Check(
             "recording changes nothing",
             torch.equal(plain.sequences, answers.sequences),
             "the same tokens with and without hooks",
         ),
-        _forced(vlm, inputs, answers, moments),
+        _forced(vlm, inputs, answers, trace),
     ]
     if picture is not None:
-        checks.append(_batched(vlm, picture, prompt, answer_prefix, moments, max_new_tokens))
+        checks.append(_batched(vlm, picture, prompt, answer_prefix, trace, max_new_tokens))
     structure = describe_anatomy(vlm)
     grids = find_grids(vlm.model, inputs, n_images=1)
     structure["patch_grid"] = grids if isinstance(grids, str) else [grids[0][0].rows, grids[0][0].columns]
@@ -127,35 +127,35 @@ def doctor(
     return Report(dict(vlm.facts), structure, tuple(checks), provenance.versions())
 
 
-def additivity(vlm: VLM, moments: Moments, answers: Answers) -> Check:
+def additivity(vlm: VLM, trace: Trace, answers: Answers) -> Check:
     """Check the identity for each token of a recorded batch, row by row, against the logits that the model gave."""
-    error, limit = additivity_error(vlm, moments, answers), tolerance(vlm)
+    error, limit = additivity_error(vlm, trace, answers), tolerance(vlm)
     return Check(
         "neurons, attention, embedding and biases add up to the logit",
         error <= limit,
         f"{'' if error <= limit else 'approximate: '}error {error:.1e} of the largest logit over "
-        f"{len(moments.residual)} tokens; limit {limit:.0e} in {_name(vlm.anatomy.dtype)}",
+        f"{len(trace.residual)} tokens; limit {limit:.0e} in {_name(vlm.anatomy.dtype)}",
     )
 
 
-def additivity_error(vlm: VLM, moments: Moments, answers: Answers) -> float:
+def additivity_error(vlm: VLM, trace: Trace, answers: Answers) -> float:
     """Largest difference between a logit and the sum of what was written into it, over the largest logit."""
     token_ids, logits = _said(answers)
-    summed = sum_of_writes(moments, token_ids)
+    summed = sum_of_writes(trace, token_ids)
     given = vlm.anatomy.logit_rule.undo(logits).to(summed.device)
     return float((summed - given).abs().max() / given.abs().max())
 
 
-def sum_of_writes(moments: Moments, token_ids: list[int]) -> Tensor:
+def sum_of_writes(trace: Trace, token_ids: list[int]) -> Tensor:
     """Logit of one token at each moment, from the recorded writes alone: none of them is had by subtraction."""
-    anatomy = moments.anatomy
-    rows = anatomy.unembed[token_ids].float().to(moments.residual.device)
-    directions = Directions(anatomy, frozen_rows(anatomy, rows, moments.residual), moments.norms)
+    anatomy = trace.anatomy
+    rows = anatomy.unembed[token_ids].float().to(trace.residual.device)
+    directions = Directions(anatomy, frozen_rows(anatomy, rows, trace.residual), trace.norms)
     ffn = torch.zeros(len(rows), device=rows.device, dtype=torch.float32)
     for i, part in enumerate(anatomy.ffns):
-        ffn += (moments.activations[i] * moments.projected(i, directions.at(part.way))).sum(-1)
+        ffn += (trace.activations[i] * trace.projected(i, directions.at(part.path))).sum(-1)
     bias = anatomy.head_bias
-    return written(moments, rows, directions, ffn, None if bias is None else bias[token_ids].float()).total
+    return written(trace, rows, directions, ffn, None if bias is None else bias[token_ids].float()).total
 
 
 def describe_anatomy(vlm: VLM) -> dict[str, Any]:
@@ -172,7 +172,7 @@ def describe_anatomy(vlm: VLM) -> dict[str, Any]:
         "blocks": f"{len(anatomy.blocks)} x {_list(type(block.module).__name__ for block in anatomy.blocks)}",
         "w_out": _list(_ffn(anatomy, i) for i in range(len(anatomy.ffns))),
         "activation": _list(act or "none of its own" for act in acts),
-        "write_back": _list(_way(ffn.way) for ffn in anatomy.ffns),
+        "write_back": _list(_path(ffn.path) for ffn in anatomy.ffns),
         "attention": _list(_below(anatomy, s.layer, s.name) for s in anatomy.sources if s.kind == "attention"),
         "other_writes": _list(_below(anatomy, s.layer, s.name) for s in anatomy.sources if s.kind == "other"),
         "final_norm": f"{anatomy.norm_name} ({norm})",
@@ -228,11 +228,11 @@ def _reading(vlm: VLM, recording: Recording, outputs: dict[int, list[Tensor]]) -
 
 
 @torch.inference_mode()
-def _norms(vlm: VLM, moments: Moments) -> Check:
-    """The final norm and those on the ways, as they are read here, give what their modules give."""
+def _norms(vlm: VLM, trace: Trace) -> Check:
+    """The final norm and those on the paths, as they are read here, give what their modules give."""
     anatomy = vlm.anatomy
-    given = [(anatomy.norm_name, anatomy.norm_module, anatomy.norm, moments.residual)]
-    given += [(s.name, s.module, s.norm, x) for s, x in zip(anatomy.norms, moments.norms, strict=True)]
+    given = [(anatomy.norm_name, anatomy.norm_module, anatomy.norm, trace.residual)]
+    given += [(s.name, s.module, s.norm, x) for s, x in zip(anatomy.norms, trace.norms, strict=True)]
     errors = {}
     for name, module, norm, x in given:
         gave = normed(module, x).float().to(x.device)
@@ -246,10 +246,10 @@ def _norms(vlm: VLM, moments: Moments) -> Check:
     )
 
 
-def _residual(vlm: VLM, moments: Moments, answers: Answers) -> Check:
+def _residual(vlm: VLM, trace: Trace, answers: Answers) -> Check:
     """Final norm, head and what follows, as they are read here, give the logits that the model gave."""
     token_ids, logits = _said(answers)
-    ours = vlm.anatomy.logits(moments.residual)
+    ours = vlm.anatomy.logits(trace.residual)
     chosen, gave = ours[torch.arange(len(token_ids)), token_ids], logits.to(ours.device)
     error, limit = float((chosen - gave).abs().max() / gave.abs().max()), tolerance(vlm)
     return Check(
@@ -259,7 +259,7 @@ def _residual(vlm: VLM, moments: Moments, answers: Answers) -> Check:
     )
 
 
-def _forced(vlm: VLM, inputs: Inputs, answers: Answers, moments: Moments) -> Check:
+def _forced(vlm: VLM, inputs: Inputs, answers: Answers, trace: Trace) -> Check:
     """What is recorded step by step is what one pass over prompt and answer gives."""
     last = torch.arange(answers.n_prompt - 1 - answers.sequences.shape[1], -1)
     name = "recording step by step is recording the whole answer at once"
@@ -268,12 +268,12 @@ def _forced(vlm: VLM, inputs: Inputs, answers: Answers, moments: Moments) -> Che
             vlm.read(inputs, answers)
     except (TypeError, ValueError, RuntimeError) as error:
         return Check(name, False, f"the model does not read prompt and answer at once: {str(error).splitlines()[0]}")
-    error, limit = _largest_difference(moments, pick_moments(recording, _places(answers))), 10 * tolerance(vlm)
+    error, limit = _largest_difference(trace, pick_trace(recording, _places(answers))), 10 * tolerance(vlm)
     return Check(name, error <= limit, f"activations differ by {error:.1e} of the largest; limit {limit:.0e}")
 
 
 def _batched(
-    vlm: VLM, picture: Image.Image, prompt: str, answer_prefix: str, moments: Moments, max_new_tokens: int
+    vlm: VLM, picture: Image.Image, prompt: str, answer_prefix: str, trace: Trace, max_new_tokens: int
 ) -> Check:
     """A prompt in a batch gives what it gives alone, padding included."""
     name = "a batch gives what single prompts give"
@@ -282,9 +282,9 @@ def _batched(
     other = picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT).resize((2 * picture.width, picture.height))
     with record(vlm.anatomy) as recording:
         answers = vlm.generate(vlm.encode([picture, other], prompt, answer_prefix), max_new_tokens)
-    n = min(len(moments.residual), len(answers.token_ids[0]))
-    together = pick_moments(recording, torch.tensor([[0, i] for i in range(n)]))
-    error, limit = _largest_difference(moments, together), 10 * tolerance(vlm)
+    n = min(len(trace.residual), len(answers.token_ids[0]))
+    together = pick_trace(recording, torch.tensor([[0, i] for i in range(n)]))
+    error, limit = _largest_difference(trace, together), 10 * tolerance(vlm)
     return Check(name, error <= limit, f"activations differ by {error:.1e} of the largest; limit {limit:.0e}")
 
 
@@ -299,7 +299,7 @@ def _said(answers: Answers) -> tuple[list[int], Tensor]:
     return [token for ids in answers.token_ids for token in ids], torch.cat(logits).float()
 
 
-def _largest_difference(one: Moments, other: Moments) -> float:
+def _largest_difference(one: Trace, other: Trace) -> float:
     """Of activations at the same places, over the largest activation; both as far as the shorter goes."""
     worst = 0.0
     for i, mine in enumerate(one.activations):
@@ -344,10 +344,10 @@ def _ffn(anatomy: Anatomy, i: int) -> str:
     return f"{_below(anatomy, ffn.layer, ffn.name)} ({size}{bias}, {type(ffn.module).__name__})"
 
 
-def _way(way: Any) -> str:
+def _path(path: Any) -> str:
     """How what an FFN writes reaches the final norm, in words."""
     said = []
-    for step in steps(way):
+    for step in hops(path):
         if step.scale != 1:
             said.append(f"x {step.scale:.4g}")
         if step.norm is not None:

@@ -26,10 +26,10 @@ from mmneurons.vlm.anatomy.find import find_anatomy
 from mmneurons.vlm.anatomy.parts import Anatomy, check_finite
 from mmneurons.vlm.asking import texts_of
 from mmneurons.vlm.checkpoint import Loading
+from mmneurons.vlm.context import evaluating, greedy, hooked, input_device, placeholder_ids, stop_ids
 from mmneurons.vlm.failures import told
 from mmneurons.vlm.families import Family, family_of
 from mmneurons.vlm.locking import alone
-from mmneurons.vlm.modes import evaluating, greedy, hooked, input_device, placeholder_ids, stop_ids
 from mmneurons.vlm.prompts import encode_prompt
 from mmneurons.vlm.tokens import TokenIds, pieces
 

@@ -1,4 +1,4 @@
-"""A loaded model -> its Anatomy: structure, one tiny pass, and the ways on which writes reach the final norm."""
+"""A loaded model -> its Anatomy: structure, one tiny pass, and the paths on which writes reach the final norm."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from mmneurons.vlm import weights
 from mmneurons.vlm.anatomy import probe
 from mmneurons.vlm.anatomy.norms import measure_norm
-from mmneurons.vlm.anatomy.parts import Anatomy, Block, Ffn, LogitRule, NormSite, Source, Way
+from mmneurons.vlm.anatomy.parts import Anatomy, Block, Ffn, LogitRule, NormSite, Source, WritePath
 from mmneurons.vlm.anatomy.probe import N_TOKENS, Pass, Seen, explain
 from mmneurons.vlm.anatomy.structure import (
     FoundFfn,
@@ -89,9 +89,9 @@ class _Tracer:
     norms: list[NormSite] = field(default_factory=list)
     doubts: list[str] = field(default_factory=list)
 
-    def trace_blocks(self, final: Seen) -> Way | None:
-        """Fill in everything; the way of the embedding."""
-        stream: Way | None = None
+    def trace_blocks(self, final: Seen) -> WritePath | None:
+        """Fill in everything; the path of the embedding."""
+        stream: WritePath | None = None
         after = final.input
         for layer in reversed(range(len(self.found))):
             block = self.seen.blocks[layer]
@@ -105,8 +105,8 @@ class _Tracer:
             after = block.entered
         return stream
 
-    def _trace_block(self, layer: int, target, before: Seen | None, out: Way | None) -> Way | None:
-        """Where everything in one block goes, given where its output goes; the way of what enters it."""
+    def _trace_block(self, layer: int, target, before: Seen | None, out: WritePath | None) -> WritePath | None:
+        """Where everything in one block goes, given where its output goes; the path of what enters it."""
         walk = _Walk(self, layer)
         walk.follow(target, before, out)
         if silent := walk.silent():  # it writes, but hardly stands out from what is rounded
@@ -117,7 +117,7 @@ class _Tracer:
             raise no_ffn(self.tree.name(self.tree.layers[layer]))
         if walk.error < self.seen.limit and len(walk.entered) == 1:
             # The sum is whole without these, even beside a tiny stream: a gate at zero (Mllama as initialised).
-            walk.ffns += [self.ffn(layer, found, Way(0.0, None, out)) for found in silent]
+            walk.ffns += [self.ffn(layer, found, WritePath(0.0, None, out)) for found in silent]
             self.ffns += sorted(walk.ffns, key=lambda ffn: ffn.n_experts or 0)
             self.sources += walk.sources
             self.norms += walk.norms
@@ -133,11 +133,11 @@ class _Tracer:
         self.sources += [Source(layer, self.tree.name(m), m, "attention", out) for m in mixers]
         return out
 
-    def ffn(self, layer: int, found: FoundFfn, way: Way | None, gate: nn.Module | None = None) -> Ffn:
+    def ffn(self, layer: int, found: FoundFfn, path: WritePath | None, gate: nn.Module | None = None) -> Ffn:
         n_neurons, n_experts = weights.shape(found.module, self.tree.hidden)
         name = self.tree.name(found.module)
         experts = n_experts if found.is_experts else None
-        return Ffn(layer, name, found.module, n_neurons, experts, found.activation, gate, way)
+        return Ffn(layer, name, found.module, n_neurons, experts, found.activation, gate, path)
 
 
 @dataclass(eq=False)
@@ -148,21 +148,21 @@ class _Walk:
     layer: int
     writers: Collection[nn.Module] = ()
     error: float = 0.0
-    entered: list[Way | None] = field(default_factory=list)
-    """The ways on which what entered the block goes on; there should be one."""
+    entered: list[WritePath | None] = field(default_factory=list)
+    """The paths on which what entered the block goes on; there should be one."""
     ffns: list[Ffn] = field(default_factory=list)
     sources: list[Source] = field(default_factory=list)
     norms: list[NormSite] = field(default_factory=list)
     reached: set[int] = field(default_factory=set)
 
-    def follow(self, target, before: Seen | None, way: Way | None) -> None:
-        """Take a vector apart whose way is known, and give each summand its own."""
+    def follow(self, target, before: Seen | None, path: WritePath | None) -> None:
+        """Take a vector apart whose path is known, and give each summand its own."""
         seen = self.tracer.seen
         rounding = torch.finfo(seen.dtype).eps
         terms, error = explain(target, seen.blocks[self.layer], before, rounding=rounding, writers=self.writers)
         self.error = max(self.error, error)
         for term in terms:
-            mine = way if term.scale == 1.0 else Way(term.scale, None, way)
+            mine = path if term.scale == 1.0 else WritePath(term.scale, None, path)
             if term.part is None:
                 self.entered.append(mine)
             elif is_norm(term.part.module):
@@ -174,27 +174,27 @@ class _Walk:
         """The block's FFNs that nothing was found to come from."""
         return [found for found in self.tracer.found[self.layer] if id(found.module) not in self.reached]
 
-    def _through_norm(self, part: Seen, way: Way | None) -> None:
+    def _through_norm(self, part: Seen, path: WritePath | None) -> None:
         tree = self.tracer.tree
         norm = measure_norm(part.module, tree.hidden)
-        site = NormSite(tree.name(part.module), part.module, norm, way)
+        site = NormSite(tree.name(part.module), part.module, norm, path)
         self.norms.append(site)
-        self.follow(part.input, part, Way(1.0, site, way))
+        self.follow(part.input, part, WritePath(1.0, site, path))
 
-    def _leaf(self, part: Seen, way: Way | None) -> None:
+    def _leaf(self, part: Seen, path: WritePath | None) -> None:
         tracer, module = self.tracer, part.module
         self.reached.add(id(module))
         for found in tracer.found[self.layer]:
             if found.module is module:
-                self.ffns.append(tracer.ffn(self.layer, found, way, part.gate))
+                self.ffns.append(tracer.ffn(self.layer, found, path, part.gate))
                 return
         for found in square_ffns(tracer.tree.layers[self.layer], tracer.tree.hidden):
             if found.module is module:
                 weights.check(module)
-                self.ffns.append(tracer.ffn(self.layer, found, way, part.gate))
+                self.ffns.append(tracer.ffn(self.layer, found, path, part.gate))
                 return
         kind: Literal["attention", "other"] = "attention" if self._in_mixer(module) else "other"
-        self.sources.append(Source(self.layer, tracer.tree.name(module), module, kind, way))
+        self.sources.append(Source(self.layer, tracer.tree.name(module), module, kind, path))
 
     def _in_mixer(self, module: nn.Module) -> bool:
         block = self.tracer.tree.layers[self.layer]

@@ -1,7 +1,7 @@
 """The parts of a model that the maths needs, as data: neurons, and how what is written becomes logits.
 
-Everything here is linear once the scales of the norms on the way are held: a write reaches the final norm through a
-`Way`, and the head reads it there. `find.py` fills it in.
+Everything here is linear once the scales of the norms on the path are held: a write reaches the final norm through a
+`WritePath`, and the head reads it there. `find.py` fills it in.
 """
 
 from __future__ import annotations
@@ -23,27 +23,27 @@ from mmneurons.vlm import weights
 
 @dataclass(frozen=True, eq=False)
 class NormSite:
-    """A norm that what is written passes on its way: after an FFN (Gemma 2), or in the stream itself (post-LN)."""
+    """A norm that what is written passes on its path: after an FFN (Gemma 2), or in the stream itself (post-LN)."""
 
     name: str
     """Path in the model."""
     module: nn.Module
     norm: Norm
     """The module as data."""
-    then: Way | None
+    then: WritePath | None
     """From its output on."""
 
 
 @dataclass(frozen=True, eq=False)
-class Way:
+class WritePath:
     """How a vector reaches the input of the final norm: times `scale`, through `norm`, then on by `then`.
 
-    None in the place of a Way: it is there already. Ways share their ends.
+    None in the place of a WritePath: it is there already. Paths share their ends.
     """
 
     scale: float
     norm: NormSite | None
-    then: Way | None
+    then: WritePath | None
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,7 +63,7 @@ class Ffn:
     """The activation function's module; None where the code calls a function instead, and in experts."""
     gate: nn.Module | None
     """A projection to one number, whose sigmoid multiplies all activations (shared experts of Qwen)."""
-    way: Way | None
+    path: WritePath | None
     """From the output of `w_out` on."""
 
     def neuron(self, flat: int) -> Neuron:
@@ -88,7 +88,7 @@ class Source:
     module: nn.Module
     kind: Literal["attention", "other"]
     """`attention`: any token mixer. `other`: a side path, such as the per-layer inputs of Gemma 4."""
-    way: Way | None
+    path: WritePath | None
 
 
 @dataclass(frozen=True, eq=False)
@@ -143,8 +143,8 @@ class Anatomy:
     """In order of the blocks; a block can have a dense one beside its experts."""
     sources: tuple[Source, ...]
     norms: tuple[NormSite, ...]
-    """Every norm on a way, once."""
-    embedding: Way | None
+    """Every norm on a path, once."""
+    embedding: WritePath | None
     """From the input of the first block on."""
     norm_module: nn.Module
     norm_name: str
@@ -234,8 +234,8 @@ def check_finite(values: Float[Tensor, "*n"], dtype: torch.dtype) -> None:
     )
 
 
-def steps(way: Way | None) -> Iterator[Way]:
-    """A way, step by step."""
-    while way is not None:
-        yield way
-        way = way.then
+def hops(path: WritePath | None) -> Iterator[WritePath]:
+    """A path, step by step."""
+    while path is not None:
+        yield path
+        path = path.then

@@ -26,8 +26,8 @@ from transformers.modeling_outputs import BaseModelOutput
 from mmneurons.errors import ModelError
 from mmneurons.vlm.anatomy.parts import LogitRule, check_finite
 from mmneurons.vlm.anatomy.structure import FoundFfn, Tree, is_linear, is_norm, linear_shape, visible
+from mmneurons.vlm.context import evaluating, hooked, input_device
 from mmneurons.vlm.locking import alone
-from mmneurons.vlm.modes import evaluating, hooked, input_device
 from mmneurons.vlm.weights import holds_experts
 
 N_TOKENS = 16

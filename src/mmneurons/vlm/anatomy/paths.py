@@ -1,4 +1,4 @@
-"""Follow the ways of an anatomy: directions backwards from the head, columns forwards to it."""
+"""Follow the paths of an anatomy: directions backwards from the head, columns forwards to it."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from torch import Tensor
 
 from mmneurons.maths.readout import frozen_direction
 from mmneurons.vlm import weights
-from mmneurons.vlm.anatomy.parts import Anatomy, Way, steps
+from mmneurons.vlm.anatomy.parts import Anatomy, WritePath, hops
 
 
 class Directions:
-    """What a write at the start of each way is multiplied by, so that it gives what it adds to the score.
+    """What a write at the start of each path is multiplied by, so that it gives what it adds to the score.
 
-    Made of the directions at the input of the final norm, by going each way back with the scales of its norms held at
-    the values that they had. Ways that share an end share its computation.
+    Made of the directions at the input of the final norm, by going each path back with the scales of its norms held at
+    the values that they had. Paths that share an end share its computation.
     """
 
     def __init__(
@@ -24,7 +24,7 @@ class Directions:
         """Start at the final norm.
 
         Args:
-            anatomy: Where the ways are.
+            anatomy: Where the paths are.
             final: Directions at the input of the final norm, float32.
             norm_inputs: For each of the anatomy's norms, what entered it at the position of each direction.
         """
@@ -32,21 +32,21 @@ class Directions:
         self._inputs = {id(site): values for site, values in zip(anatomy.norms, norm_inputs, strict=True)}
         self._known: dict[int, Tensor] = {}
 
-    def at(self, way: Way | None) -> Float[Tensor, "n hidden"]:
-        """The directions at the start of a way."""
-        if way is None:
+    def at(self, path: WritePath | None) -> Float[Tensor, "n hidden"]:
+        """The directions at the start of a path."""
+        if path is None:
             return self._final
-        if id(way) not in self._known:
-            direction = self.at(way.then)
-            if way.norm is not None:
-                norm, entered = way.norm.norm, self._inputs[id(way.norm)].float().to(direction.device)
+        if id(path) not in self._known:
+            direction = self.at(path.then)
+            if path.norm is not None:
+                norm, entered = path.norm.norm, self._inputs[id(path.norm)].float().to(direction.device)
                 direction = frozen_direction(direction, entered, norm.to(direction.device))
-            self._known[id(way)] = way.scale * direction
-        return self._known[id(way)]
+            self._known[id(path)] = path.scale * direction
+        return self._known[id(path)]
 
 
 def bias_total(anatomy: Anatomy, directions: Directions) -> Float[Tensor, "n"]:
-    """What the biases of the FFN output projections and of the norms on the ways add to the score.
+    """What the biases of the FFN output projections and of the norms on the paths add to the score.
 
     Those of the final norm and of the head are not in it.
     """
@@ -55,19 +55,19 @@ def bias_total(anatomy: Anatomy, directions: Directions) -> Float[Tensor, "n"]:
     for ffn in anatomy.ffns:
         bias = None if ffn.n_experts is not None else weights.bias(ffn.module)
         if bias is not None:
-            total = total + directions.at(ffn.way) @ bias.float().to(total.device)
+            total = total + directions.at(ffn.path) @ bias.float().to(total.device)
     for site in anatomy.norms:
         if site.norm.bias.any():
             total = total + directions.at(site.then) @ site.norm.bias.to(total.device)
     return total
 
 
-def in_stream(columns: Float[Tensor, "n hidden"], way: Way | None) -> Float[Tensor, "n hidden"]:
+def in_stream(columns: Float[Tensor, "n hidden"], path: WritePath | None) -> Float[Tensor, "n hidden"]:
     """Columns as they reach the final norm, up to a positive factor that depends on the position.
 
-    They go through the weights of all norms on their way; the scales by which norms divide are left out.
+    They go through the weights of all norms on their path; the scales by which norms divide are left out.
     """
-    for step in steps(way):
+    for step in hops(path):
         columns = step.scale * columns
         if step.norm is not None:
             columns = step.norm.norm.unscaled(columns)

@@ -23,8 +23,8 @@ from mmneurons.errors import SettingError
 from mmneurons.neurons import Neuron
 from mmneurons.vlm import experts, weights
 from mmneurons.vlm.anatomy.parts import Anatomy, Ffn
+from mmneurons.vlm.context import hooked
 from mmneurons.vlm.locking import alone, restored
-from mmneurons.vlm.modes import hooked
 from mmneurons.vlm.vlm import VLM
 
 

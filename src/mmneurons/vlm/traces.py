@@ -10,12 +10,12 @@ from torch import Tensor
 
 from mmneurons.vlm import weights
 from mmneurons.vlm.anatomy.parts import Anatomy
-from mmneurons.vlm.anatomy.ways import Directions, bias_total
-from mmneurons.vlm.recording import Recording
+from mmneurons.vlm.anatomy.paths import Directions, bias_total
+from mmneurons.vlm.hooks.recording import Recording
 
 
 @dataclass(frozen=True, eq=False)
-class Moments:
+class Trace:
     """The model's state at n positions, float32, on one device.
 
     Neurons are counted in *slots*, block after block: all neurons of dense FFNs, and of experts those that the router
@@ -61,7 +61,7 @@ class Moments:
         return found.flatten(2)
 
 
-def pick_moments(recording: Recording, places: Int[Tensor, "n 2"]) -> Moments:
+def pick_trace(recording: Recording, places: Int[Tensor, "n 2"]) -> Trace:
     """What was recorded at (row, step) of each place."""
     device = recording.residual[-1].device  # blocks may lie on several
 
@@ -72,7 +72,7 @@ def pick_moments(recording: Recording, places: Int[Tensor, "n 2"]) -> Moments:
     def floats(parts: list[Tensor]) -> Tensor:
         return pick(recording.stacked(parts)).float()
 
-    return Moments(
+    return Trace(
         anatomy=recording.anatomy,
         activations=[pick(recording.activations(i)).float() for i in range(len(recording.raw))],
         experts=[pick(recording.stacked(parts)) if parts else None for parts in recording.experts],
@@ -101,7 +101,7 @@ class Written:
 
 
 def written(
-    moments: Moments,
+    trace: Trace,
     rows: Float[Tensor, "n hidden"],
     directions: Directions,
     ffn: Float[Tensor, "n"],
@@ -110,17 +110,17 @@ def written(
     """Each recorded write read off in logits: none of them is had by subtraction.
 
     Args:
-        moments: What was recorded.
+        trace: What was recorded.
         rows: Unembedding rows of the tokens.
         directions: The frozen directions of these rows.
         ffn: What all neurons wrote, along those directions.
         head_bias: Entries of the head's bias.
     """
-    anatomy, device = moments.anatomy, rows.device
+    anatomy, device = trace.anatomy, rows.device
     rule = anatomy.logit_rule
     by_kind = {kind: torch.zeros(len(rows), device=device, dtype=torch.float32) for kind in ("attention", "other")}
-    for source, wrote in zip(anatomy.sources, moments.sources, strict=True):
-        by_kind[source.kind] += (directions.at(source.way) * wrote.to(device)).sum(-1)
+    for source, wrote in zip(anatomy.sources, trace.sources, strict=True):
+        by_kind[source.kind] += (directions.at(source.path) * wrote.to(device)).sum(-1)
     bias = bias_total(anatomy, directions) + rule.scale * rule.before * (rows @ anatomy.norm.bias.to(device))
     if head_bias is not None:
         bias = bias + rule.scale * head_bias.to(device)
@@ -128,6 +128,6 @@ def written(
         ffn=ffn,
         attention=by_kind["attention"],
         other=by_kind["other"],
-        embedding=(directions.at(anatomy.embedding) * moments.embedding.to(device)).sum(-1),
+        embedding=(directions.at(anatomy.embedding) * trace.embedding.to(device)).sum(-1),
         bias=bias,
     )

@@ -1,0 +1,1 @@
+"""What listens to a model, or changes it, while it runs."""
