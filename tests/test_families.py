@@ -737,7 +737,7 @@ def spoiled(one: Case, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[str, V
         norm = dataclasses.replace(anatomy.norm, weight=anatomy.norm.weight + shift)
         yield f"the norm's weight {shift:+}", replaced(norm=norm)
     if any(ffn.path is not None or ffn.gate is not None for ffn in anatomy.ffns):
-        ffns = (dataclasses.replace(ffn, way=None, gate=None) for ffn in anatomy.ffns)
+        ffns = (dataclasses.replace(ffn, path=None, gate=None) for ffn in anatomy.ffns)
         yield "written as it is", replaced(ffns=tuple(ffns))
     if logits(anatomy.logit_rule) != "raw":
         yield "logits taken as they are", replaced(logit_rule=LogitRule())
