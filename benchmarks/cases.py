@@ -11,9 +11,8 @@ from PIL import Image
 from rivals import Said, generate, released
 
 import mmneurons as mmn
-from mmneurons.finding.result import Score
-from mmneurons.finding.scoring import Choices, Target, score_targets
-from mmneurons.settings import ANSWER_PREFIX, PROMPT, Question
+from mmneurons.finding.scoring import Target, score_targets
+from mmneurons.settings import ANSWER_PREFIX, PROMPT, FindSettings, Score
 from mmneurons.vlm.hooks.recording import Recording, record
 from mmneurons.vlm.vlm import Answers
 from mmneurons.words import Word
@@ -169,9 +168,9 @@ def _without(case: Case, noun: Said, layer: int) -> float:
     return float(log_p(logits, [noun.token_id]))
 
 
-def choices_of(score: Score) -> Choices:
+def choices_of(score: Score) -> FindSettings:
     """What `find` would be asked for."""
-    return Choices(Question(max_new_tokens=NEW_TOKENS), score=score)
+    return FindSettings(max_new_tokens=NEW_TOKENS, score=score)
 
 
 def target_at(step: int, token_id: int) -> Target:

@@ -28,12 +28,13 @@ import mmneurons as mmn
 from mmneurons import pocket
 from mmneurons.baselines.baseline import NAMES, Name, Rival, baseline
 from mmneurons.data.dataset import read_items
-from mmneurons.editing.edit import METHODS, EditSettings, Method, edit
+from mmneurons.editing.edit import edit
 from mmneurons.editing.evaluation import Before, Bench
 from mmneurons.editing.judging import Case, evaluate_edits
 from mmneurons.editing.reference import Reference, make_reference
 from mmneurons.maths.statistics import estimate
 from mmneurons.patches.patch import Patch, stack
+from mmneurons.settings import METHODS, EditSettings, Method
 from mmneurons.vlm.vlm import VLM
 from mmneurons.words import says, turned
 

@@ -30,8 +30,7 @@ from mmneurons.attribution import finders
 from mmneurons.attribution.ablation import Replay
 from mmneurons.attribution.finders import FINDERS, Finder, FinderScores
 from mmneurons.finding import finder
-from mmneurons.finding.result import Score
-from mmneurons.settings import Question
+from mmneurons.settings import Question, Score
 
 ROUNDS, MEMORY_ROUNDS = 9, 3
 SCORES: tuple[Score, ...] = get_args(Score)

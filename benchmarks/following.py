@@ -26,12 +26,11 @@ from torch import Tensor, nn
 from mmneurons.attribution.ablation import Replay, replays
 from mmneurons.data.dataset import read_items
 from mmneurons.finding.finder import targets_of
-from mmneurons.finding.result import Score
 from mmneurons.finding.scoring import unembed_rows
 from mmneurons.maths.ranking import top_k
 from mmneurons.maths.readout import jacobian_direction
 from mmneurons.maths.statistics import Estimate, estimate, spearman
-from mmneurons.settings import ANSWER_PREFIX, MAX_NEW_TOKENS, PROMPT
+from mmneurons.settings import ANSWER_PREFIX, MAX_NEW_TOKENS, PROMPT, Score
 from mmneurons.vlm.hooks.recording import Recording, record
 from mmneurons.vlm.vlm import VLM
 

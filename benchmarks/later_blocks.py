@@ -18,9 +18,9 @@ from jaxtyping import Float, Int
 from rivals import Said
 from torch import Tensor, nn
 
-from mmneurons.finding.result import Score
-from mmneurons.finding.scoring import Choices, read_out, unembed_rows
+from mmneurons.finding.scoring import read_out, unembed_rows
 from mmneurons.maths.readout import Norm, frozen_direction, jacobian_direction
+from mmneurons.settings import FindSettings, Score
 from mmneurons.vlm import weights
 from mmneurons.vlm.anatomy.norms import measure_norm
 from mmneurons.vlm.hooks.recording import Recording
@@ -203,9 +203,9 @@ def final_direction(vlm: VLM, traced: Traced, score: Score) -> Float[Tensor, "n 
     return read_out(vlm, traced.trace, traced.token_ids, rows, choices(score)).at(None)
 
 
-def choices(score: Score) -> Choices:
+def choices(score: Score) -> FindSettings:
     """What `find` is asked for."""
-    return Choices(top=1, score=score)
+    return FindSettings(top=1, score=score)
 
 
 @torch.inference_mode()

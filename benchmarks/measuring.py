@@ -17,9 +17,10 @@ from tables import Tables
 from timing import Ratio, device_peak, rounds, seconds_of, stopwatch
 
 import mmneurons as mmn
-from mmneurons.editing.edit import EditSettings, Method, edit
+from mmneurons.editing.edit import edit
 from mmneurons.finding import finder
 from mmneurons.finding.scoring import describe, score_targets
+from mmneurons.settings import EditSettings, Method
 from mmneurons.vlm import provenance
 from mmneurons.vlm.anatomy.find import find_anatomy
 from mmneurons.vlm.anatomy.probe import N_TOKENS

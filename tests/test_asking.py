@@ -84,7 +84,7 @@ def test_answers_that_fit_nothing_are_refused(vlm, sample_paths, images, caption
 def test_an_answer_is_not_put_behind_ready_made_inputs(vlm, sample_paths):
     inputs = vlm.encode([Image.open(sample_paths[0])])
     with pytest.raises(SettingError, match="behind ready-made inputs"):
-        mmn.find(vlm, inputs=inputs, caption="a dog")
+        mmn.find(vlm, inputs=inputs, caption="a dog")  # pyright: ignore[reportCallIssue]
 
 
 @pytest.mark.parametrize(

@@ -278,7 +278,7 @@ def test_lora_inside_is_seen_by_hooks_of_the_anatomy_and_its_weights_are_loaded(
 @pytest.mark.usefixtures("unchanged")
 @pytest.mark.parametrize("name", ["finetune", "lora", "rome", "memit"])
 def test_a_failure_while_learning_leaves_nothing_behind(model, name):
-    def stop(what: str) -> None:
+    def stop(what: str, done: float, total: int) -> None:
         if what.startswith("step"):
             raise RuntimeError("stopped")
 

@@ -96,7 +96,7 @@ def test_samples_are_listed_with_their_truth(capsys, monkeypatch):
 
 
 def test_doctor_passes_and_its_json_says_so(capsys, monkeypatch):
-    code, out, _ = call(capsys, monkeypatch, "doctor", "--json")
+    code, out, _ = call(capsys, monkeypatch, "doctor", "--json", "-")
     report = json.loads(out)
     assert code == 0
     assert report["passed"]
@@ -269,12 +269,12 @@ def test_a_neuron_is_shown_and_its_json_says_the_same(vlm, capsys, monkeypatch):
     said = mmn.explain_neuron(vlm, "L0.u945", n_tokens=3).tokens
     code, out, _ = call(capsys, monkeypatch, "neuron", "L0.u945", "--tokens", 3, "--neighbours", 2)
     assert (code, all(word.strip() in out for word in said), len(re.findall(r"L\d.u\d+", out)) >= 3) == (0, True, True)
-    code, out, _ = call(capsys, monkeypatch, "neuron", "L0.u945", "--json")
+    code, out, _ = call(capsys, monkeypatch, "neuron", "L0.u945", "--json", "-")
     assert (code, json.loads(out)["neuron"], len(json.loads(out)["tokens"])) == (0, "L0.u945", 10)
 
 
 def test_the_neurons_of_a_word_are_shown(capsys, monkeypatch):
-    code, out, _ = call(capsys, monkeypatch, "word", "dog", "--top", 2, "--json")
+    code, out, _ = call(capsys, monkeypatch, "word", "dog", "--top", 2, "--json", "-")
     names = [entry["neuron"] for entry in json.loads(out)["neurons"]]
     assert (code, len(names)) == (0, 2)
     code, out, _ = call(capsys, monkeypatch, "word", "dog", "--top", 2)

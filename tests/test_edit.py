@@ -352,7 +352,7 @@ def test_the_writers_are_those_that_find_names(vlm):
     ((answer, word),) = occurrences(vlm, said, "dog")
     goal = Goal(said.token_ids[answer][word.steps[0]], None, said.steps.at(torch.tensor([said.row(0, word.steps[0])])))
     found: Any = mmn.find(vlm, image, words="dog", top=30)
-    assert set(writers(vlm, [goal], 30, None).neurons) == {n.neuron for n in found.nouns[0].neurons}
+    assert set(writers(vlm, [goal], 30, "all").neurons) == {n.neuron for n in found.nouns[0].neurons}
     assert {neuron.layer for neuron in writers(vlm, [goal], 30, 2).neurons} <= {last(vlm) - 1, last(vlm)}
 
 
@@ -497,7 +497,7 @@ def test_a_target_of_several_tokens_is_said(vlm):
 def test_several_prompts_are_each_asked_with_one_image(vlm):
     prompts = (PROMPT, WORDINGS[0])
     image = edit_images("dog")[:1]
-    patch = edit(vlm, image, settings=EditSettings(prompts=prompts), **QUICK)
+    patch = edit(vlm, image, settings=EditSettings(wordings=prompts[1:]), **QUICK)
     assert patch.provenance["said_source"] == [1, 1]
     assert patch.provenance["answer_prefixes"] == [ANSWER_PREFIX, ""]
     assert patch.provenance["settings"]["answer_prefix"] == ANSWER_PREFIX
@@ -674,12 +674,11 @@ def test_no_strength_is_told(vlm, monkeypatch):
         ({"neurons": [Neuron(0, 99_999)]}, SettingError, r"no neuron L0\.u99999"),
         ({"neurons": [Neuron(0, 1, 2)]}, SettingError, r"no neuron L0\.e2\.u1"),
         ({"neurons": []}, SettingError, "No neuron is given"),
-        ({"settings": EditSettings(blocks=0)}, SettingError, r"(?s)blocks.*blocks=0"),
-        ({"settings": EditSettings(blocks=99)}, SettingError, r"(?s)blocks.*blocks=99"),
-        ({"settings": EditSettings(top=0)}, SettingError, "top=0"),
-        ({"settings": EditSettings(ridge=-1)}, SettingError, "ridge=-1"),
-        ({"settings": EditSettings(prompts=())}, SettingError, r"prompts=\(\)"),
-        ({"settings": EditSettings(method="best")}, SettingError, "(?s)no method 'best'.*selective, closed_form"),  # pyright: ignore[reportArgumentType]
+        ({"blocks": 0}, SettingError, r"(?s)blocks.*blocks=0"),
+        ({"blocks": 99}, SettingError, r"(?s)blocks.*blocks=99"),
+        ({"top": 0}, SettingError, "top=0"),
+        ({"ridge": -1}, SettingError, "ridge=-1"),
+        ({"method": "best"}, SettingError, "(?s)no method 'best'.*selective, closed_form"),
     ],
     ids=str,
 )

@@ -445,6 +445,6 @@ def test_a_language_without_a_tagger_is_said_and_another_tagger_is_taken(vlm, im
 
 
 def test_progress_counts_images(vlm, images):
-    done: list[int] = []
-    mmn.find(vlm, images, batch_size=3, progress=done.append)
-    assert done == [3, 4]
+    told: list[tuple[str, float, int]] = []
+    mmn.find(vlm, images, batch_size=3, progress=lambda *now: told.append(now))
+    assert told == [("prompts", 3, 4), ("prompts", 4, 4)]

@@ -103,9 +103,9 @@ def test_given_the_same_activations_scores_are_those_of_the_dequantised_copy(pac
     with record(vlm.anatomy) as recording:
         answers = vlm.generate(inputs, 8)
     from mmneurons.finding import finder
-    from mmneurons.finding.scoring import Choices
+    from mmneurons.settings import FindSettings
 
-    choices = Choices()
+    choices = FindSettings()
     targets = finder.targets_of(vlm, answers, 0, choices)
     assert targets
     ours = score_targets(vlm, recording, answers, targets, choices)

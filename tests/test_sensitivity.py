@@ -5,10 +5,10 @@ import mmneurons as mmn
 from mmneurons.data.dataset import Item
 from mmneurons.finding.finder import targets_of
 from mmneurons.finding.maps import region_maps
-from mmneurons.finding.scoring import Choices, score_targets
+from mmneurons.finding.scoring import score_targets
 from mmneurons.inspection.sensitivity import sensitivity
 from mmneurons.inspection.tables import sensitivity_tables
-from mmneurons.settings import ANSWER_PREFIX, PROMPT
+from mmneurons.settings import ANSWER_PREFIX, PROMPT, FindSettings
 from mmneurons.vlm.grid import find_grids
 
 
@@ -61,7 +61,7 @@ def test_as_many_random_neurons_are_beside_each_region(told):
 def test_maps_of_the_top_as_a_set_are_its_region(vlm, scene):
     """What random neurons are mapped with gives, for the top k, what `find` shows."""
     finding = mmn.find(vlm, scene.image, maps=True)
-    choices = Choices(maps=True)
+    choices = FindSettings(maps=True)
     inputs = vlm.encode([[scene.image]], PROMPT, ANSWER_PREFIX)
     with mmn.record(vlm.anatomy) as recording:
         answers = vlm.generate(inputs)

@@ -112,7 +112,7 @@ def test_of_a_large_model_a_pool_is_silenced(random_vlm, monkeypatch):
         IMAGE,
         ["logit", "random"],
         words=said(random_vlm),
-        progress=lambda done, of: steps.append((done, of)),
+        progress=lambda stage, done, of: steps.append((done, of)),
     )
     assert 60 <= noun.n_silenced <= 70
     assert steps[-1] == (noun.n_silenced, noun.n_silenced)

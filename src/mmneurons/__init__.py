@@ -22,10 +22,8 @@ if TYPE_CHECKING:  # each public name once: a type checker reads these lines, an
     from mmneurons.baselines.baseline import baseline as baseline
     from mmneurons.data.dataset import Item as Item
     from mmneurons.data.dataset import read_items as read_items
-    from mmneurons.editing.dehallucinate import DehallucinateSettings as DehallucinateSettings
     from mmneurons.editing.dehallucinate import chair_change as chair_change
     from mmneurons.editing.dehallucinate import dehallucinate as dehallucinate
-    from mmneurons.editing.edit import EditSettings as EditSettings
     from mmneurons.editing.edit import edit as edit
     from mmneurons.editing.evaluation import Before as Before
     from mmneurons.editing.evaluation import Bench as Bench
@@ -45,7 +43,6 @@ if TYPE_CHECKING:  # each public name once: a type checker reads these lines, an
     from mmneurons.finding.result import save as save_findings  # noqa: F401
     from mmneurons.inspection.causal import causal as causal
     from mmneurons.inspection.faithfulness import finder_truth as finder_truth
-    from mmneurons.inspection.run import InspectSettings as InspectSettings
     from mmneurons.inspection.run import inspect as inspect
     from mmneurons.inspection.sensitivity import sensitivity as sensitivity
     from mmneurons.metrics.chair import Vocabulary as Vocabulary
@@ -57,6 +54,10 @@ if TYPE_CHECKING:  # each public name once: a type checker reads these lines, an
     from mmneurons.patches.ledger import forget as forget
     from mmneurons.patches.patch import Patch as Patch
     from mmneurons.report import write_report as write_report
+    from mmneurons.settings import DehallucinateSettings as DehallucinateSettings
+    from mmneurons.settings import EditSettings as EditSettings
+    from mmneurons.settings import FindSettings as FindSettings
+    from mmneurons.settings import InspectSettings as InspectSettings
     from mmneurons.settings import Question as Question
     from mmneurons.vlm.doctor import doctor as doctor
     from mmneurons.vlm.hooks.interventions import Intervention as Intervention

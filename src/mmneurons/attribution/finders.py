@@ -12,7 +12,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Literal, get_args
 
 import torch
@@ -23,8 +23,8 @@ from mmneurons.attribution.ablation import Replay, replays
 from mmneurons.data.pictures import Picture
 from mmneurons.errors import SettingError
 from mmneurons.finding.finder import targets_of
-from mmneurons.finding.scoring import SCORES, Choices, score_targets
-from mmneurons.settings import Question
+from mmneurons.finding.scoring import score_targets
+from mmneurons.settings import SCORES, FindSettings, Question
 from mmneurons.vlm.asking import ask
 from mmneurons.vlm.locking import by_one_thread
 from mmneurons.vlm.vlm import VLM
@@ -77,7 +77,7 @@ def finder_scores(
     unknown = [finder for finder in finders if finder not in FINDERS]
     if unknown:
         raise SettingError(f"There is no finder '{unknown[0]}'.", fix=f"Choose of: {', '.join(FINDERS)}.")
-    choices = Choices(question, 1, words=None if words is None else tuple(words))
+    choices = FindSettings(**asdict(question), top=1, words=words)
     (batch,) = ask(vlm, [image], question)
     inputs, answers = batch.inputs, batch.answers
     targets = targets_of(vlm, answers, 0, choices)

@@ -32,7 +32,7 @@ from mmneurons.baselines.lessons import Task
 from mmneurons.baselines.trained import Adapter, Facts, finetune, lora, memit, rome
 from mmneurons.data.pictures import Picture
 from mmneurons.editing.columns import writers
-from mmneurons.editing.edit import EditSettings, asked_with, edit
+from mmneurons.editing.edit import asked_with, edit
 from mmneurons.editing.goals import Goal, ask_about, goals_of
 from mmneurons.editing.reference import Reference
 from mmneurons.editing.steps import Steps
@@ -40,6 +40,8 @@ from mmneurons.editing.strength import find_strength
 from mmneurons.errors import SettingError
 from mmneurons.neurons import Neuron
 from mmneurons.patches.patch import Patch
+from mmneurons.progress import Progress, untold
+from mmneurons.settings import EditSettings
 from mmneurons.vlm import provenance
 from mmneurons.vlm.columns import Columns
 from mmneurons.vlm.context import hooked
@@ -115,7 +117,7 @@ def baseline(
     settings: EditSettings | None = None,
     block: int | None = None,
     seed: int = 0,
-    progress: Callable[[str], None] | None = None,
+    progress: Progress = untold,
 ) -> Rival:
     """Make the model say `target` where it says `source`, not by `edit`. The model is left as it was.
 
@@ -140,7 +142,11 @@ def baseline(
     """
     if name not in NAMES:
         raise SettingError(f"There is no baseline '{name}'.", fix=f"Choose one of: {', '.join(NAMES)}.")
-    settings, tell = settings or EditSettings(), progress or (lambda what: None)
+    settings = settings or EditSettings()
+
+    def tell(stage: str) -> None:
+        progress(stage, 0, 0)
+
     began = time.perf_counter()
     tell("answering about the images")
     asked = ask_about(vlm, images, settings.questions, source, target)
@@ -193,7 +199,7 @@ def _random(task: Task, block: int | None) -> tuple[Patch, Facts]:
         reference=task.reference,
         neurons=matched_neurons(task.vlm, goals, chosen, task.seed),
         settings=task.settings,
-        progress=task.tell,
+        progress=lambda stage, done, total: task.tell(stage),
     )
     return patch, {"steps": 0, "search": patch.provenance["search"]}
 

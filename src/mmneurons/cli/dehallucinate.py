@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from mmneurons.cli.bars import bar, bars
 from mmneurons.cli.edit import (
     SOURCES,
     Texts,
@@ -20,11 +22,8 @@ from mmneurons.cli.edit import (
     tell_patched,
 )
 from mmneurons.cli.options import (
-    Batch,
-    Length,
+    Json,
     Load,
-    Prefix,
-    Prompt,
     app,
     check_outputs,
     check_suffix,
@@ -33,18 +32,20 @@ from mmneurons.cli.options import (
     goes_on,
     loads_model,
     out,
+    with_settings,
     write_stdout,
 )
 from mmneurons.errors import SettingError
 from mmneurons.files import write_whole
-from mmneurons.progress import bar, bars
-from mmneurons.settings import MAX_NEW_TOKENS, PROMPT
+from mmneurons.settings import DehallucinateSettings
 
 
 @app.command()
 @loads_model
+@with_settings(DehallucinateSettings, without=("say", "questions"))
 def dehallucinate(
     load: Load,
+    settings: DehallucinateSettings,
     images: Annotated[
         list[str] | None, typer.Option(help="Images with their true objects, thousands: a manifest, or pocket:SET.")
     ] = None,
@@ -57,26 +58,13 @@ def dehallucinate(
     say: Annotated[
         str | None, typer.Option(metavar="WORD", help="The word that is said instead, one token. Default: thing.")
     ] = None,
-    payoff: Annotated[
-        float, typer.Option(min=1.01, help="It is said where the best guess is right with less than 1 / payoff.")
-    ] = 4.0,
     reference: Annotated[list[str] | None, typer.Option(help=f"Images whose answers are to stay. {SOURCES}")] = None,
     texts: Texts = None,
     synonyms: Annotated[
         str | None,
         typer.Option(metavar="coco|FILE", help="What else objects are called: a line each, 'dog, puppy', or MSCOCO's."),
     ] = None,
-    top: Annotated[int, typer.Option(min=1, help="How many columns the edit moves.")] = 1000,
-    blocks: Annotated[
-        int, typer.Option(min=0, help="Take the columns from this many of the last blocks; 0: from all.")
-    ] = 0,
-    rank: Annotated[int, typer.Option(min=1, help="How many shared directions the columns move along.")] = 32,
-    steps: Annotated[int, typer.Option(min=1, help="Steps of gradient descent.")] = 900,
-    prompt: Prompt = PROMPT,
-    answer_prefix: Prefix = None,
-    max_new_tokens: Length = MAX_NEW_TOKENS,
-    batch_size: Batch = 8,
-    json_path: Annotated[str | None, typer.Option("--json", metavar="FILE", help="Figures as JSON.")] = None,
+    json_path: Json = None,
     report: Annotated[Path | None, typer.Option(metavar="FILE.html", help="Write a page to look at.")] = None,
 ) -> None:
     """Make a patch with which the model names fewer objects that are not there, and judge it. Stopped, it goes on."""
@@ -87,7 +75,7 @@ def dehallucinate(
     check_suffix(report, "--report", ".html")
     check_outputs([path, partly, json_path, report], given_files(images, held_out, reference, texts, load.files))
     from mmneurons.data.store import lock_of
-    from mmneurons.editing.dehallucinate import DehallucinateSettings, chair_change
+    from mmneurons.editing.dehallucinate import chair_change
     from mmneurons.editing.dehallucinate import dehallucinate as make_patch
     from mmneurons.editing.reference import make_reference
     from mmneurons.metrics.chair import Vocabulary, coco_synonyms, read_synonyms
@@ -109,10 +97,7 @@ def dehallucinate(
     if others is None:
         shown, others = _halves(shown)
         err.print(f"{len(others)} of the images are held out, to judge on", style="dim")
-    settings = DehallucinateSettings(
-        say or ("image" if vlm.is_pocket else "thing"), payoff, top, blocks or None, rank, steps, prompt=prompt,
-        answer_prefix=answer_prefix, max_new_tokens=max_new_tokens, batch_size=batch_size,
-    )  # fmt: skip
+    settings = replace(settings, say=say or ("image" if vlm.is_pocket else "thing"))
     lists = [item.objects for item in [*shown, *others]]
     if vlm.is_pocket:
         from mmneurons import pocket
@@ -121,11 +106,9 @@ def dehallucinate(
     vocabulary = Vocabulary(lists, table)
     held_back = None
     if kept or lines:
-        with bar(err, len(kept), "answers to leave as they are") as progress:
-            held_back = make_reference(
-                vlm, [item.image() for item in kept], lines, prompt=prompt, answer_prefix=answer_prefix,
-                max_new_tokens=max_new_tokens, batch_size=batch_size, progress=progress,
-            )  # fmt: skip
+        with bar(err, len(kept)) as progress:
+            pictures = [item.image() for item in kept]
+            held_back = make_reference(vlm, pictures, lines, question=settings.question, progress=progress)
     # 3. The patch, saved before it is judged.
     with bars(err, "done") as tell, goes_on():
         patch = make_patch(

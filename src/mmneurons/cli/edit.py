@@ -6,15 +6,13 @@ import functools
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from mmneurons.cli.bars import bar, bars, working
 from mmneurons.cli.options import (
-    Batch,
-    Length,
     Load,
-    Prefix,
     app,
     check_outputs,
     err,
@@ -22,11 +20,11 @@ from mmneurons.cli.options import (
     goes_on,
     loads_model,
     out,
+    with_settings,
 )
 from mmneurons.errors import FormatError, ImageError, SettingError
 from mmneurons.files import check_folder, read_text
-from mmneurons.progress import bar, bars, working
-from mmneurons.settings import MAX_NEW_TOKENS, PROMPT
+from mmneurons.settings import EditSettings, Question, descriptions
 
 if TYPE_CHECKING:
     from mmneurons.editing.judging import Case
@@ -49,8 +47,10 @@ Limit = Annotated[int | None, typer.Option(min=1, help="Judge on at most this ma
 
 @app.command()
 @loads_model
+@with_settings(EditSettings)
 def edit(
     load: Load,
+    settings: EditSettings,
     source: Annotated[str, typer.Option("--from", metavar="SOURCE", help="The word that is to go.")] = "",
     target: Annotated[str | None, typer.Option("--to", metavar="TARGET", help="The word that is to come.")] = None,
     remove: Annotated[str | None, typer.Option(metavar="WORD", help="A word to remove, without another.")] = None,
@@ -64,17 +64,6 @@ def edit(
     ] = None,
     reference: Annotated[list[str] | None, typer.Option(help="Images of which nothing is to change.")] = None,
     texts: Texts = None,
-    method: Annotated[
-        Literal["selective", "closed_form", "optimised"], typer.Option(help="See docs/edit.md.")
-    ] = "selective",
-    top: Annotated[int, typer.Option(min=1, help="How many columns the edit moves.")] = 400,
-    blocks: Annotated[
-        int, typer.Option(min=0, help="Take the columns from this many of the last blocks; 0: from all.")
-    ] = 1,
-    prompt: Annotated[list[str] | None, typer.Option(help="What the model is asked; repeatable.")] = None,
-    answer_prefix: Prefix = None,
-    max_new_tokens: Length = MAX_NEW_TOKENS,
-    batch_size: Batch = 8,
     evaluate: Annotated[Path | None, typer.Option(metavar="DIR", help="Judge the patch, and write a page.")] = None,
     held_out: HeldOut = None,
     unrelated: Unrelated = None,
@@ -92,7 +81,6 @@ def edit(
             "--held-out, --unrelated and --limit are for judging the patch.",
             fix="Add --evaluate DIR, or leave them out.",
         )
-    from mmneurons.editing.edit import EditSettings
     from mmneurons.editing.edit import edit as make_patch
     from mmneurons.editing.judging import cases
     from mmneurons.editing.reference import make_reference
@@ -107,24 +95,18 @@ def edit(
     if kept is None:
         kept = or_pocket(vlm, None, "reference-400", None)
         lines = lines or pocket_texts(vlm, 0)
-    settings = EditSettings(
-        method, top, blocks or None, prompts=tuple(prompt or (PROMPT,)), answer_prefix=answer_prefix,
-        max_new_tokens=max_new_tokens, batch_size=batch_size,
-    )  # fmt: skip
     held_back = None
     if kept or lines:
-        with bar(err, len(kept), "answers to leave as they are") as progress:
-            held_back = make_reference(
-                vlm, [item.image() for item in kept], lines, prompt=settings.prompts[0], answer_prefix=answer_prefix,
-                max_new_tokens=max_new_tokens, batch_size=batch_size, progress=progress,
-            )  # fmt: skip
+        with bar(err, len(kept)) as progress:
+            pictures = [item.image() for item in kept]
+            held_back = make_reference(vlm, pictures, lines, question=settings.question, progress=progress)
     else:
         err.print("no --reference: only the other words of these answers are held as they are", style="yellow")
     # 3. The edit, saved at once; then what it did, and how it stands on other images.
     with err.status("editing") as status:
         patch = make_patch(
             vlm, [item.image() for item in shown], source=source, target=target, reference=held_back,
-            settings=settings, progress=status.update,
+            settings=settings, progress=lambda stage, done, total: status.update(stage),
         )  # fmt: skip
     save(patch, path)
     tell_patched(vlm)
@@ -144,7 +126,7 @@ def edit(
         out.print(f"  at {search['flipped']:.2%} of the positions of texts another token is likeliest")
     out.print(f"wrote {path} ({path.stat().st_size / 1000:.1f} kB)", soft_wrap=True)
     if evaluate is not None:
-        _judge(vlm, cases({str(path): patch}), evaluate, shown, beyond, others, [], limit, batch_size)
+        _judge(vlm, cases({str(path): patch}), evaluate, shown, beyond, others, [], limit, settings.batch_size)
 
 
 @app.command("evaluate-edit")
@@ -158,7 +140,7 @@ def evaluate_edit(
     unrelated: Unrelated = None,
     texts: Texts = None,
     limit: Limit = None,
-    batch_size: Batch = 8,
+    batch_size: Annotated[int, typer.Option(min=1, help=descriptions(Question)["batch_size"])] = Question.batch_size,
 ) -> None:
     """Judge patches by what the model generates, each by itself, and write a page. Stopped, it goes on."""
     check_folder(folder)

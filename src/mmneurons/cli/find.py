@@ -2,46 +2,43 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import typer
 
+from mmneurons.cli.bars import bar
 from mmneurons.cli.options import (
-    Batch,
     Images,
-    Length,
+    Json,
     Load,
-    Prefix,
-    Prompt,
     app,
+    check_json,
     check_outputs,
     check_suffix,
     err,
     images_or_sample,
     loads_model,
     out,
-    print_json,
+    with_settings,
+    write_json,
     write_stdout,
 )
 from mmneurons.errors import SettingError
-from mmneurons.progress import bar
-from mmneurons.settings import MAX_NEW_TOKENS, PROMPT, Question
+from mmneurons.settings import FindSettings, Question
 
 
 @app.command()
 @loads_model
+@with_settings(Question)
 def caption(
     load: Load,
+    settings: Question,
     images: Images = None,
-    prompt: Prompt = PROMPT,
-    answer_prefix: Prefix = None,
-    max_new_tokens: Length = MAX_NEW_TOKENS,
-    batch_size: Batch = 8,
 ) -> None:
     """Say what is in each image, or answer a question about it."""
     paths = images_or_sample(images)
-    question = Question(prompt, answer_prefix, max_new_tokens, batch_size)
     from mmneurons.data.images import open_image
     from mmneurons.vlm.asking import ask
 
@@ -49,29 +46,24 @@ def caption(
         open_image(path)
     vlm = load()
     said: list[tuple[str, str, tuple[str, ...]]] = []
-    with bar(err, len(paths), "images") as progress:
-        for batch in ask(vlm, paths, question):
+    with bar(err, len(paths)) as progress:
+        for batch in ask(vlm, paths, settings):
             for (opened,), text in zip(batch.rows, batch.answers.texts, strict=True):
                 said.append((opened.name, text, vlm.notes(opened)))
-            if progress is not None:
-                progress(len(said))
+            progress("images", len(said), len(paths))
     for name, text, notes in said:
-        out.print(f"{name}: {f'{question.prefix} {text}'.strip()}", soft_wrap=True)
+        out.print(f"{name}: {f'{settings.prefix} {text}'.strip()}", soft_wrap=True)
         for note in notes:
             err.print(f"  note: {note}", style="yellow")
 
 
 @app.command()
 @loads_model
+@with_settings(FindSettings, without=("token_ids", "tagger", "blank"), maps=True)
 def find(
     load: Load,
+    settings: FindSettings,
     images: Images = None,
-    prompt: Prompt = PROMPT,
-    answer_prefix: Prefix = None,
-    top: Annotated[int, typer.Option(min=1, help="How many neurons are listed for each noun.")] = 10,
-    score: Annotated[Literal["logit", "logprob", "paper"], typer.Option(help="See docs/method.md.")] = "logit",
-    word: Annotated[list[str] | None, typer.Option(help="A word of the caption to explain; repeatable.")] = None,
-    against: Annotated[str | None, typer.Option(help="Score why the noun rather than this word.")] = None,
     given: Annotated[
         list[str] | None,
         typer.Option(
@@ -84,14 +76,11 @@ def find(
     ] = None,
     together: Annotated[bool, typer.Option("--together", help="All images in one prompt, not a prompt each.")] = False,
     no_image: Annotated[bool, typer.Option("--no-image", help="A prompt of words alone.")] = False,
-    json_path: Annotated[str | None, typer.Option("--json", metavar="FILE", help="Write JSON; - for stdout.")] = None,
+    json_path: Json = None,
     report: Annotated[Path | None, typer.Option(metavar="FILE.html", help="Write a page to look at.")] = None,
-    maps: Annotated[bool, typer.Option(help="Also show where in the image the neurons look.")] = True,
     blank: Annotated[
         bool | None, typer.Option(help="Also show what is lost with a blank image. Default: with --report.")
     ] = None,
-    max_new_tokens: Length = MAX_NEW_TOKENS,
-    batch_size: Batch = 8,
 ) -> None:
     """Caption images, or ask about them, and show the neurons that wrote each noun of the answer."""
     # 1. What is asked for, and whether its files can be read and written, before the model loads.
@@ -110,30 +99,19 @@ def find(
     from mmneurons.words import SpacyTagger
 
     nouns = None if tagger is None else SpacyTagger(tagger)
-    question = Question(prompt, answer_prefix)
-    captions = captions_for(len(prompts), given[0] if len(given) == 1 else given, question) if given else None
+    captions = captions_for(len(prompts), given[0] if len(given) == 1 else given, settings) if given else None
+    settings = replace(
+        settings,
+        tagger=nouns,
+        maps=settings.maps and not no_image,
+        blank=(report is not None if blank is None else blank) and not no_image,
+    )
     for path in paths:  # one that cannot be read to its end is told before a model is loaded
         open_image(path)
     vlm = load()
     # 2. The findings, all of them.
-    with bar(err, len(prompts), "prompts") as progress:
-        findings = find_neurons(
-            vlm,
-            prompts,
-            prompt=prompt,
-            answer_prefix=answer_prefix,
-            top=top,
-            score=score,
-            words=word,
-            against=against,
-            caption=captions,
-            tagger=nouns,
-            maps=maps and not no_image,
-            blank=(report is not None if blank is None else blank) and not no_image,
-            max_new_tokens=max_new_tokens,
-            batch_size=batch_size,
-            progress=progress,
-        )
+    with bar(err, len(prompts)) as progress:
+        findings = find_neurons(vlm, prompts, caption=captions, settings=settings, progress=progress)
     try:  # files first: a terminal that cannot be written to costs nobody what was asked for
         if json_path not in (None, "-"):
             result.save(findings, json_path)
@@ -158,20 +136,19 @@ def neuron(
     name: Annotated[str, typer.Argument(metavar="NEURON", help="L23.u6012, or L23.e5.u6012 for expert 5.")],
     tokens: Annotated[int, typer.Option(min=1, help="How many tokens are listed each way.")] = 10,
     neighbours: Annotated[int, typer.Option(min=0, help="How many neurons like it are listed.")] = 10,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    json_path: Json = None,
 ) -> None:
     """Show what a neuron says whenever it fires: no image needed."""
     from mmneurons.neurons import Neuron
 
     asked = Neuron.parse(name)  # what is no neuron is told before a model is loaded
+    check_json(json_path, load.files)
     from mmneurons.finding.lookup import explain_neuron
     from mmneurons.report.cards import show_neuron
 
     vlm = load()
     card = explain_neuron(vlm, asked, n_tokens=tokens, n_neighbours=neighbours)
-    if as_json:
-        print_json(card.to_dict())
-    else:
+    if write_json(card.to_dict(), json_path):
         show_neuron(card, out)
 
 
@@ -181,17 +158,16 @@ def word(
     load: Load,
     text: Annotated[str, typer.Argument(metavar="WORD", help="A word; of several tokens, its first counts.")],
     top: Annotated[int, typer.Option(min=1, help="How many neurons are listed.")] = 10,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    json_path: Json = None,
 ) -> None:
     """Show the neurons of the whole model that point to a word: no image needed."""
+    check_json(json_path, load.files)
     from mmneurons.finding.lookup import neurons_for
     from mmneurons.report.cards import show_word
 
     vlm = load()
     found = neurons_for(vlm, text, top=top)
-    if as_json:
-        print_json(found.to_dict())
-    else:
+    if write_json(found.to_dict(), json_path):
         show_word(found, out)
 
 
@@ -206,24 +182,23 @@ def samples() -> None:
 
 @app.command()
 @loads_model
+@with_settings(Question, without=("max_new_tokens", "batch_size"))
 def doctor(
     load: Load,
+    settings: Question,
     image: Annotated[str | None, typer.Argument(metavar="IMAGE", help="Default: a sample image.")] = None,
-    prompt: Prompt = PROMPT,
-    answer_prefix: Prefix = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+    json_path: Json = None,
 ) -> None:
     """Show what was found in a model and check that its numbers add up; exit code 1 if a check fails."""
     path = images_or_sample([image] if image else None)[0]
+    check_json(json_path, [path, *load.files])
     from mmneurons.data.images import open_image
     from mmneurons.vlm.doctor import doctor as examine
 
     open_image(path)  # what is no image is told before a model is loaded
     vlm = load()
-    report = examine(vlm, path, prompt, answer_prefix)
-    if as_json:
-        print_json(report.to_dict())
-    else:
+    report = examine(vlm, path, settings.prompt, settings.answer_prefix)
+    if write_json(report.to_dict(), json_path):
         for group in (report.model, report.structure, report.packages):
             for name, value in group.items():
                 out.print(f"  {name:16s} {value}", soft_wrap=True)

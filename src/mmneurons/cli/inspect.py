@@ -7,29 +7,28 @@ from typing import Annotated, Literal
 
 import typer
 
+from mmneurons.cli.bars import bars, working
 from mmneurons.cli.edit import items_of, tell_left_out
 from mmneurons.cli.options import (
-    Batch,
-    Length,
     Load,
-    Prefix,
-    Prompt,
     app,
     err,
     goes_on,
     loads_model,
     out,
+    with_settings,
 )
 from mmneurons.errors import SettingError
 from mmneurons.files import check_folder
-from mmneurons.progress import bars, working
-from mmneurons.settings import MAX_NEW_TOKENS, PROMPT
+from mmneurons.settings import InspectSettings
 
 
 @app.command("inspect")
 @loads_model
+@with_settings(InspectSettings)
 def inspect_(
     load: Load,
+    settings: InspectSettings,
     images: Annotated[
         str, typer.Option(help="A folder, a manifest, COCO instances (docs/inspect.md), or pocket:find-500.")
     ],
@@ -41,15 +40,8 @@ def inspect_(
     limit: Annotated[
         int | None, typer.Option(min=1, help="Use at most this many images. Default: all; 50 for causal, finders.")
     ] = None,
-    prompt: Prompt = PROMPT,
-    answer_prefix: Prefix = None,
-    top: Annotated[int, typer.Option(min=1, help="How many top neurons of each noun are tested (sensitivity).")] = 10,
-    score: Annotated[Literal["logit", "logprob", "paper"], typer.Option(help="See docs/method.md.")] = "logit",
-    seed: Annotated[int, typer.Option(help="Seed of noise, random neurons and shuffled patches.")] = 0,
     text_model: Annotated[str | None, typer.Option(help="For BERTScore: roberta-large ... Default: MiniLM.")] = None,
     clip_model: Annotated[str | None, typer.Option(help="For CLIPScore: openai/clip-vit-base-patch16 ...")] = None,
-    max_new_tokens: Length = MAX_NEW_TOKENS,
-    batch_size: Batch = 8,
 ) -> None:
     """Test whether neurons are sensitive, specific and causal, and their ranking true. Stopped, it goes on."""
     check_folder(out_folder)
@@ -58,14 +50,13 @@ def inspect_(
         raise SettingError(
             f"{out_folder} holds the images: plots would lie among them.", fix="Name another folder with --out."
         )
-    from mmneurons.inspection.run import EXPERIMENTS, InspectSettings, examples, inspect
+    from mmneurons.inspection.run import EXPERIMENTS, examples, inspect
     from mmneurons.inspection.tables import shown, tables
     from mmneurons.metrics.similarity import PACKAGED, meaning
     from mmneurons.report.inspection import write_inspection
 
     items = items_of([images], masks)
     vlm = load()
-    settings = InspectSettings(score, top, prompt, answer_prefix, max_new_tokens, seed)
     experiments = EXPERIMENTS if what == "all" else (what,)
     with bars(err, "images") as progress, goes_on():
         found = inspect(
@@ -75,7 +66,6 @@ def inspect_(
             experiments,
             settings,
             limit=limit,
-            batch_size=batch_size,
             progress=progress,
         )
     tell_left_out(found.left_out, len(items))

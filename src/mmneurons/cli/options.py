@@ -7,16 +7,18 @@ import inspect
 import sys
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_type_hints
 
 import typer
 from rich.console import Console
 from rich.text import Text
 
+from mmneurons.cli.bars import working
 from mmneurons.errors import SettingError
-from mmneurons.files import check_apart, check_writable, json_bytes
-from mmneurons.progress import working
+from mmneurons.files import check_apart, check_writable, json_bytes, write_whole
+from mmneurons.settings import Blocks, Question, descriptions
 
 if TYPE_CHECKING:
     from mmneurons.vlm.vlm import VLM
@@ -44,18 +46,8 @@ class _Console(Console):
 out = _Console(highlight=False, markup=False, emoji=False)
 err = _Console(stderr=True, highlight=False, markup=False, emoji=False)
 
+Json = Annotated[str | None, typer.Option("--json", metavar="FILE", help="Write JSON; - for stdout.")]
 Images = Annotated[list[str] | None, typer.Argument(metavar="IMAGE...", help="Image files.")]
-Prompt = Annotated[str, typer.Option(help="What the model is asked.")]
-Prefix = Annotated[
-    str | None,
-    typer.Option(
-        "--answer-prefix",
-        help="Words the answer begins with. Default: 'An image of' with the default prompt, none with another.",
-    ),
-]
-Length = Annotated[int, typer.Option("--max-new-tokens", min=1, help="Stop an answer after this many tokens.")]
-Batch = Annotated[int, typer.Option("--batch-size", min=1, help="How many images are asked about at once.")]
-
 GOES_ON = "the same command goes on from here"
 
 
@@ -150,22 +142,83 @@ def loads_model(command: Callable[..., None], *, without: Collection[str] = ()) 
         command: The command.
         without: Options that have no meaning for it.
     """
-    own, options = (
-        inspect.signature(function, eval_str=True, locals={"VLM": object}).parameters for function in (command, _load)
-    )
-    options = {name: option for name, option in options.items() if name not in without}
+    options = inspect.signature(_load, eval_str=True, locals={"VLM": object}).parameters
+    mine = [option for name, option in options.items() if name not in without]
+    with_load = _with_options(command, "load", mine, Load)
 
-    @functools.wraps(command)
-    def with_options(**given: Any) -> None:
-        load = Load({name: given.pop(name) for name in options})
+    @functools.wraps(with_load)
+    def stopping(**given: Any) -> None:
         try:
-            command(load=load, **given)
+            with_load(**given)
         except KeyboardInterrupt as stop:  # typer would end the program without a word
             raise Stopped(*stop.args) from None
 
-    parameters = [parameter for name, parameter in own.items() if name != "load"] + list(options.values())
-    parameters = [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in parameters]
-    with_options.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    return stopping
+
+
+def with_settings(
+    kind: type[Question], *, without: Collection[str] = (), **defaults: Any
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Give a command an option for each field of a settings class; the command itself gets `settings`.
+
+    Args:
+        kind: The class.
+        without: Fields that are no options of this command.
+        defaults: Other defaults than the class has.
+    """
+    hints, told = get_type_hints(kind, localns={"Tagger": object}), descriptions(kind)
+    options = []
+    for one in fields(kind):
+        if one.name in without:
+            continue
+        default = defaults.get(one.name, one.default)
+        annotation = _option(hints[one.name], told[one.name], one.metadata.get("option"), one.metadata.get("at_least"))
+        options.append(
+            inspect.Parameter(one.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+        )
+
+    def made(given: Mapping[str, Any]) -> Question:
+        # An option that is repeated comes as a list, and settings do not change.
+        chosen: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in given.items()}
+        return kind(**chosen)
+
+    return lambda command: _with_options(command, "settings", options, made)
+
+
+def _option(hint: Any, told: str, name: str | None, at_least: float | None) -> Any:
+    """The annotation of an option, by the type of the field behind it."""
+    names = () if name is None else (name,)
+    if hint == Blocks:
+        return Annotated[str, typer.Option(*names, parser=_blocks, metavar="N|all", help=told)]
+    if name is not None:
+        return Annotated[list[str] | None, typer.Option(*names, help=told)]
+    return Annotated[hint, typer.Option(min=at_least if hint in (int, float) else None, help=told)]
+
+
+def _blocks(text: Any) -> Blocks:
+    if text == "all" or isinstance(text, int):
+        return text
+    if not text.isdecimal() or int(text) < 1:
+        raise typer.BadParameter(f"{text!r} is neither a number of blocks nor 'all'.")
+    return int(text)
+
+
+def _with_options(
+    command: Callable[..., None],
+    name: str,
+    options: Sequence[inspect.Parameter],
+    make: Callable[[Mapping[str, Any]], Any],
+) -> Callable[..., None]:
+    """A command with options in the place of one of its parameters, which is made of what they are given."""
+
+    @functools.wraps(command)
+    def with_options(**given: Any) -> None:
+        command(**{name: make({one.name: given.pop(one.name) for one in options})}, **given)
+
+    own = inspect.signature(command, eval_str=True, locals={"VLM": object}).parameters
+    parameters = [*(one for one in own.values() if one.name != name), *options]  # what is its own comes first
+    parameters = [one.replace(kind=inspect.Parameter.KEYWORD_ONLY) for one in parameters]
+    with_options.__annotations__ = {one.name: one.annotation for one in parameters}
     setattr(with_options, "__signature__", inspect.Signature(parameters))  # noqa: B010 - functions have no such field
     return with_options
 
@@ -208,9 +261,21 @@ def given_files(*sources: str | Path | Sequence[str | Path] | None) -> list[str 
     return [path for group in named for path in group if Path(path).is_file()]
 
 
-def print_json(document: Any) -> None:
-    """JSON on stdout, in UTF-8 whatever the terminal's encoding is."""
-    write_stdout(json_bytes(document))
+def check_json(path: str | None, inputs: Iterable[str | Path] = ()) -> None:
+    """Refuse a file for `write_json` that could not be written, before anything is loaded."""
+    check_suffix(path, "--json", ".json")
+    check_outputs([path], inputs)
+
+
+def write_json(document: Any, path: str | None) -> bool:
+    """Write what a command found where it is asked to; whether it is still to be shown on the terminal."""
+    if path == "-":  # in UTF-8, whatever the terminal's encoding is
+        write_stdout(json_bytes(document))
+        return False
+    if path is not None:
+        write_whole(path, json_bytes(document))
+        err.print(f"wrote {path}", soft_wrap=True)
+    return True
 
 
 def write_stdout(content: bytes) -> None:

@@ -15,9 +15,10 @@ from mmneurons.errors import SettingError
 from mmneurons.maths.edits import selective, smallest
 from mmneurons.patches.ledger import ledger_of
 from mmneurons.patches.patch import Patch, PatchPart
+from mmneurons.settings import Blocks
 from mmneurons.vlm import weights
 from mmneurons.vlm.anatomy.paths import Directions, frozen_rows
-from mmneurons.vlm.columns import Columns, column_hashes
+from mmneurons.vlm.columns import Columns, column_hashes, lowest_block
 from mmneurons.vlm.vlm import VLM
 
 SPARE = 0.001
@@ -26,17 +27,17 @@ NEAR = 2.0
 """Logits; steps at which what is wanted is nearer count alike."""
 
 
-def writers(vlm: VLM, goals: Sequence[Goal], top: int, blocks: int | None) -> Columns:
+def writers(vlm: VLM, goals: Sequence[Goal], top: int, blocks: Blocks) -> Columns:
     """The columns that write most of what is said at the goals' steps: mean contribution, as of `find`.
 
     Args:
         vlm: The model.
         goals: Where what is said.
         top: How many columns.
-        blocks: Of so many of the last blocks; None: of all.
+        blocks: Of so many of the last blocks, or of all.
     """
     anatomy = vlm.anatomy
-    first = 0 if blocks is None else len(anatomy.blocks) - blocks
+    first = lowest_block(anatomy, blocks)
     scores = {i: torch.zeros(ffn.size, dtype=torch.float32) for i, ffn in enumerate(anatomy.ffns) if ffn.layer >= first}
     n = sum(len(goal.steps) for goal in goals)
     for goal in goals:

@@ -14,7 +14,7 @@ from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import numpy as np
 import torch
@@ -39,9 +39,10 @@ from mmneurons.editing.training import Training
 from mmneurons.errors import SettingError, WordError
 from mmneurons.metrics.chair import Chair, Vocabulary, chair, chair_of
 from mmneurons.patches.patch import Patch
-from mmneurons.settings import MAX_NEW_TOKENS, PROMPT, Question
+from mmneurons.progress import Progress, untold
+from mmneurons.settings import DehallucinateOptions, DehallucinateSettings, Question, settled
 from mmneurons.vlm import provenance
-from mmneurons.vlm.columns import Columns
+from mmneurons.vlm.columns import Columns, lowest_block
 from mmneurons.vlm.context import evaluating, frozen
 from mmneurons.vlm.locking import by_one_thread
 from mmneurons.vlm.prompts import tokens_of
@@ -59,38 +60,6 @@ ROUNDS = 12
 SAMPLE = 1000
 """Answers by which columns are chosen."""
 
-Progress = Callable[[str, float, int], None]
-
-
-@dataclass(frozen=True)
-class DehallucinateSettings:
-    """How the edit is made."""
-
-    say: str = "thing"
-    """The word that comes where the model declines."""
-    payoff: float = 4.0
-    """It comes where the best guess is right with less than 1 / payoff."""
-    top: int = 1000
-    """Columns that move: those along which the loss falls most steeply."""
-    blocks: int | None = None
-    """They are taken from so many of the last blocks; None: from all."""
-    rank: int = 32
-    """Directions that they move along."""
-    steps: int = 900
-    """Of Adam, at most."""
-    questions: int = 2000
-    """Images of which it is asked as well whether something is there; these answers are to stay as they are."""
-    prompt: str = PROMPT
-    answer_prefix: str | None = None
-    """None: "An image of" with the default prompt, none with another."""
-    max_new_tokens: int = MAX_NEW_TOKENS
-    batch_size: int = 8
-
-    @property
-    def question(self) -> Question:
-        """What the model is asked."""
-        return Question(self.prompt, self.answer_prefix, self.max_new_tokens, self.batch_size)
-
 
 @by_one_thread
 def dehallucinate(
@@ -102,7 +71,8 @@ def dehallucinate(
     reference: Reference | None = None,
     settings: DehallucinateSettings | None = None,
     checkpoint: str | os.PathLike[str] | None = None,
-    progress: Progress = lambda what, done, total: None,
+    progress: Progress = untold,
+    **options: Unpack[DehallucinateOptions],
 ) -> Patch:
     """Make the model name what is there, and say `settings.say` rather than what is not.
 
@@ -112,10 +82,11 @@ def dehallucinate(
         objects: What is there, image by image.
         vocabulary: The nouns that count; None: those of any of these lists.
         reference: Answers and texts that are to stay as they are, from `make_reference`.
-        settings: How.
+        settings: How; None: the defaults.
         checkpoint: A file that the run goes on from if it is stopped; to be deleted once the patch is saved. One run
             writes it at a time.
-        progress: Called with what is being done, how much of it is, and how much there is.
+        progress: Told what is being done.
+        **options: Fields of `DehallucinateSettings`, over those of `settings`.
 
     Returns:
         The patch. What it does is to be seen on other images: `chair_change`.
@@ -129,15 +100,11 @@ def dehallucinate(
 
     Source: ours. The loss is that of Deep Gamblers (see `descend`); CHAIR is Rohrbach et al.'s (EMNLP 2018).
     """
-    settings = settings or DehallucinateSettings()
+    settings = settled(DehallucinateSettings, settings, options)
     settings = replace(settings, answer_prefix=settings.question.prefix)
     if len(images) != len(objects):
         raise SettingError("Each image needs its list of objects.", seen=f"{len(images)} images, {len(objects)} lists.")
-    if settings.payoff <= 1 or min(settings.top, settings.rank, settings.steps) < 1:
-        raise SettingError("The payoff is above 1; top, rank and steps are 1 or more.", seen=str(settings))
-    n_blocks = len(vlm.anatomy.blocks)
-    if settings.blocks is not None and not 1 <= settings.blocks <= n_blocks:
-        raise SettingError(f"The model has {n_blocks} blocks.", seen=f"blocks={settings.blocks}")
+    lowest = lowest_block(vlm.anatomy, settings.blocks)
     # 1. The model's own answers, and which of the objects that they name are not there.
     vocabulary, say = vocabulary or Vocabulary(objects), _token(vlm, settings.say)
     said = answers(vlm, images, settings.question, progress=lambda done: progress("answering", done, len(images)))
@@ -158,7 +125,6 @@ def dehallucinate(
     with alone, torch.inference_mode(False), frozen(vlm.model), evaluating(vlm.model):
         # 3. All that is to be learned and to stay is read once, up to the lowest block that moves.
         training = None if path is None else Training.resumed(path, key, vlm)
-        lowest = n_blocks - (settings.blocks or n_blocks)
         reader = Reader(vlm, lowest, True, 1 if vlm.family.one_at_a_time else settings.batch_size)
         own = read_lessons(
             reader, images, settings.question, taught,
@@ -295,7 +261,7 @@ def chair_change(
     objects: Sequence[Collection[str]],
     vocabulary: Vocabulary,
     *,
-    progress: Progress = lambda what, done, total: None,
+    progress: Progress = untold,
 ) -> ChairChange:
     """Judge a patch of `dehallucinate` on other images; the model is left as it was."""
     made = patch.provenance["settings"]

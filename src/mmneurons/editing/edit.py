@@ -8,9 +8,9 @@ The closed forms need no gradients. The model is left as it was: strengths are t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
-from typing import Any, Literal, get_args
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from typing import Any, Unpack
 
 import torch
 from jaxtyping import Float
@@ -22,42 +22,14 @@ from mmneurons.editing.goals import Asked, ask_about, goals_of
 from mmneurons.editing.optimised import optimise
 from mmneurons.editing.reference import Reference
 from mmneurons.editing.strength import find_strength
-from mmneurons.errors import SettingError
 from mmneurons.neurons import Neuron
 from mmneurons.patches.patch import Patch
-from mmneurons.settings import MAX_NEW_TOKENS, PROMPT, Question
+from mmneurons.progress import Progress, untold
+from mmneurons.settings import EditOptions, EditSettings, settled
 from mmneurons.vlm import provenance
 from mmneurons.vlm.columns import Columns
 from mmneurons.vlm.locking import by_one_thread
 from mmneurons.vlm.vlm import VLM
-
-Method = Literal["selective", "closed_form", "optimised"]
-METHODS: tuple[Method, ...] = get_args(Method)
-
-
-@dataclass(frozen=True)
-class EditSettings:
-    """How an edit is made."""
-
-    method: Method = "selective"
-    """"selective" discounts what the reference shares; "closed_form" is the smallest change; "optimised" is Adam's."""
-    top: int = 400
-    """Columns that move: those that write most of SOURCE."""
-    blocks: int | None = 1
-    """They are taken from so many of the last blocks; None: from all."""
-    ridge: float = 0.005
-    """Of "selective"; larger is nearer to "closed_form"."""
-    prompts: tuple[str, ...] = (PROMPT,)
-    """What the model is asked about each of the images."""
-    answer_prefix: str | None = None
-    """None: "An image of" with the default prompt, none with another."""
-    max_new_tokens: int = MAX_NEW_TOKENS
-    batch_size: int = 8
-
-    @property
-    def questions(self) -> list[Question]:
-        """What the model is asked, one for each prompt."""
-        return [Question(prompt, self.answer_prefix, self.max_new_tokens, self.batch_size) for prompt in self.prompts]
 
 
 @by_one_thread
@@ -70,7 +42,8 @@ def edit(
     reference: Reference | None = None,
     neurons: Sequence[Neuron] | None = None,
     settings: EditSettings | None = None,
-    progress: Callable[[str], None] | None = None,
+    progress: Progress = untold,
+    **options: Unpack[EditOptions],
 ) -> Patch:
     """Make the model say `target` where it says `source`; anything else, where there is no target.
 
@@ -81,8 +54,9 @@ def edit(
         target: The word that is to come, singular; None: any other.
         reference: What is to stay as it is, from `make_reference`. Without one, the other words of the same answers.
         neurons: Whose columns move, in the place of those that write most of `source`.
-        settings: How.
-        progress: Told what is being done.
+        settings: How; None: the defaults.
+        progress: Told what is being done; how much there is of it is not known.
+        **options: Fields of `EditSettings`, such as `top=200` or `method="closed_form"`, over those of `settings`.
 
     Returns:
         The patch; `provenance["search"]` says what it did to the images and the reference when its strength was chosen.
@@ -92,8 +66,11 @@ def edit(
         SettingError: source and target are one word; settings out of range; no strength turns any answer.
         ModelError: columns that cannot be written.
     """
-    settings, tell = settings or EditSettings(), progress or (lambda what: None)
-    _check(vlm, settings)
+    settings = settled(EditSettings, settings, options)
+
+    def tell(stage: str) -> None:
+        progress(stage, 0, 0)
+
     tell("answering about the images")
     images = as_list(images)
     # 1. What the model says of the images, and at which steps it says SOURCE.
@@ -137,21 +114,10 @@ def edit(
 
 def asked_with(settings: EditSettings, asked: Sequence[Asked]) -> dict[str, Any]:
     """The settings as a patch records them: with the prefix of the first prompt, to be judged by, and of each."""
-    prefixes = [one.question.prefix for one in asked]
-    return {"settings": asdict(settings) | {"answer_prefix": prefixes[0]}, "answer_prefixes": prefixes}
-
-
-def _check(vlm: VLM, settings: EditSettings) -> None:
-    if settings.method not in METHODS:
-        raise SettingError(f"There is no method '{settings.method}'.", fix=f"Choose one of: {', '.join(METHODS)}.")
-    n_blocks = len(vlm.anatomy.blocks)
-    if settings.blocks is not None and not 1 <= settings.blocks <= n_blocks:
-        raise SettingError(f"The model has {n_blocks} blocks.", seen=f"blocks={settings.blocks}")
-    if settings.top < 1 or settings.ridge < 0 or not settings.prompts:
-        raise SettingError(
-            "An edit moves one column at least, has a ridge of 0 or more and one prompt at least.",
-            seen=f"top={settings.top}, ridge={settings.ridge}, prompts={settings.prompts}",
-        )
+    chosen, prefixes = asdict(settings), [one.question.prefix for one in asked]
+    del chosen["prompt"], chosen["wordings"]
+    chosen |= {"prompts": [one.question.prompt for one in asked], "answer_prefix": prefixes[0]}
+    return {"settings": chosen, "answer_prefixes": prefixes}
 
 
 def _needed(vlm: VLM, move: Move) -> float:

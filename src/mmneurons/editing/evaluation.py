@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 
@@ -23,6 +23,7 @@ from mmneurons.maths.statistics import Estimate, estimate, share
 from mmneurons.metrics.captions import rest_unchanged
 from mmneurons.patches.ledger import ledger_of
 from mmneurons.patches.patch import Edit, Patch
+from mmneurons.progress import Progress, untold
 from mmneurons.settings import Question
 from mmneurons.vlm.asking import ask
 from mmneurons.vlm.hooks.recording import record
@@ -150,7 +151,7 @@ def evaluate(
     *,
     source: str,
     target: str | None,
-    progress: Callable[[float], None] | None = None,
+    progress: Progress = untold,
 ) -> Evaluation:
     """Judge one edit; the model is left as it was.
 
@@ -160,7 +161,7 @@ def evaluate(
         before: What the model did unedited, on the images and texts to judge on.
         source: The word that is to go.
         target: The word that is to come; None for a removal.
-        progress: Told which share is done.
+        progress: Told which share is done, of one.
 
     Returns:
         Means over images or texts, each with its 95 % interval and number.
@@ -168,8 +169,11 @@ def evaluate(
     Source: METRICS; locality of texts and of images after Cheng et al., EMNLP 2023 (MMEdit), fluency after Meng et al.,
         NeurIPS 2022 (ROME).
     """
-    bench, tell = before.bench, progress or (lambda done: None)
-    question = bench.question
+    bench, question = before.bench, before.bench.question
+
+    def tell(share: float) -> None:
+        progress("judging", share, 1)
+
     # Unedited: what does not say SOURCE, what does, and the latter asked in other words.
     kept = [i for i, text in enumerate(before.unrelated.texts) if not says(text, source)]
     held = _answers(vlm, bench.held_out, question)

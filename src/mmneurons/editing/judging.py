@@ -19,6 +19,7 @@ from mmneurons.data.store import LOCK, Store, one_writer
 from mmneurons.editing.evaluation import Before, Bench, Evaluation, evaluate
 from mmneurons.errors import SettingError
 from mmneurons.patches.patch import Edit, Patch
+from mmneurons.progress import Progress, untold
 from mmneurons.settings import Question
 from mmneurons.vlm import provenance
 from mmneurons.vlm.vlm import VLM
@@ -86,7 +87,7 @@ def evaluate_edits(
     unrelated: Sequence[Item],
     texts: Sequence[str] = (),
     batch_size: int = 8,
-    progress: Callable[[str, float, int], None] | None = None,
+    progress: Progress = untold,
 ) -> dict[str, Evaluation]:
     """Judge edits, each by itself.
 
@@ -99,7 +100,7 @@ def evaluate_edits(
         unrelated: Images of which nothing is to change.
         texts: Texts of which nothing is to change.
         batch_size: Images in one batch.
-        progress: Called with "judging", how many are done (a share of one counts) and how many there are.
+        progress: Told how many are judged, a share of one counts.
 
     Returns:
         By name.
@@ -116,8 +117,7 @@ def evaluate_edits(
     found = {}
 
     def tell(done: float) -> None:
-        if progress is not None:
-            progress("judging", done, len(asked))
+        progress("judging", done, len(asked))
 
     with one_writer(Path(folder), Path(folder) / LOCK):
         # What an earlier run worked out for the same pixels, texts and question is taken from there.
@@ -138,7 +138,7 @@ def evaluate_edits(
                     before.on(bench),
                     source=one.source,
                     target=one.target,
-                    progress=lambda share, done=done: tell(done + share),
+                    progress=lambda stage, share, of, done=done: tell(done + share),
                 )
                 store.add(key, name, judged)
             found[name] = store.found[key]

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Unpack
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -14,7 +15,8 @@ from torch import Tensor
 from mmneurons.data.pictures import Picture
 from mmneurons.editing.steps import Said, Steps, answer_steps, join, likeliest, occurrences, text_steps
 from mmneurons.errors import SettingError
-from mmneurons.settings import MAX_NEW_TOKENS, PROMPT, Question
+from mmneurons.progress import Progress, untold
+from mmneurons.settings import Question, QuestionOptions, settled
 from mmneurons.vlm.locking import by_one_thread
 from mmneurons.vlm.vlm import VLM
 
@@ -97,11 +99,9 @@ def make_reference(
     images: Sequence[Picture] = (),
     texts: Sequence[str] = (),
     *,
-    prompt: str = PROMPT,
-    answer_prefix: str | None = None,
-    max_new_tokens: int = MAX_NEW_TOKENS,
-    batch_size: int = 8,
-    progress: Callable[[int], None] | None = None,
+    question: Question | None = None,
+    progress: Progress = untold,
+    **options: Unpack[QuestionOptions],
 ) -> Reference:
     """Let the model answer about images and read texts, unedited.
 
@@ -109,12 +109,9 @@ def make_reference(
         vlm: The model, from `load`, without patches.
         images: Unlike each other and like what the edited model will see; 100 and more.
         texts: Sentences, read without an image.
-        prompt: What the model is asked about each image.
-        answer_prefix: Words that the answer is made to begin with; None: "An image of" with the default prompt, none
-            with another.
-        max_new_tokens: Where to stop if the model does not.
-        batch_size: Images in one batch.
-        progress: Called with images done.
+        question: What the model is asked about each image.
+        progress: Told how many images are done.
+        **options: Fields of `Question`, such as `prompt="What is this?"`, over those of `question`.
 
     Raises:
         SettingError: neither image nor text.
@@ -122,8 +119,12 @@ def make_reference(
     """
     if not images and not texts:
         raise SettingError("A reference needs images or texts.", fix="make_reference(vlm, [image, ...])")
-    question = Question(prompt, answer_prefix, max_new_tokens, batch_size)
-    said = answer_steps(vlm, images, question, progress=progress) if images else None
+    question = settled(Question, question, options)
+
+    def tell(done: int) -> None:
+        progress("answers to leave as they are", done, len(images))
+
+    said = answer_steps(vlm, images, question, progress=tell) if images else None
     read = text_steps(vlm, texts) if texts else None
     counts = torch.tensor(_counts(vlm, texts), dtype=torch.long)
     seconds = torch.cat([_seconds(vlm, steps) for steps in (said and said.steps, read) if steps is not None])

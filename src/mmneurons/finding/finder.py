@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from functools import partial
-from typing import Any, overload
+from typing import Any, Unpack, overload
 
 from PIL import Image
 
@@ -17,9 +17,10 @@ from mmneurons.data.images import OpenedImage
 from mmneurons.data.pictures import Picture, Pictures, as_list
 from mmneurons.errors import SettingError, WordError
 from mmneurons.finding.maps import with_blank, with_maps
-from mmneurons.finding.result import Finding, NounFinding, Score
-from mmneurons.finding.scoring import SCORES, Choices, Target, describe, score_targets
-from mmneurons.settings import MAX_NEW_TOKENS, PROMPT, Question
+from mmneurons.finding.result import Finding, NounFinding
+from mmneurons.finding.scoring import Target, describe, score_targets
+from mmneurons.progress import Progress
+from mmneurons.settings import FindOptions, FindSettings, Question, settled
 from mmneurons.vlm import provenance
 from mmneurons.vlm.asking import answer, batches_of, tokens_of_answer
 from mmneurons.vlm.doctor import tolerance
@@ -28,7 +29,7 @@ from mmneurons.vlm.hooks.recording import record
 from mmneurons.vlm.locking import by_one_thread
 from mmneurons.vlm.prompts import token_of
 from mmneurons.vlm.vlm import VLM, Answers, Inputs
-from mmneurons.words import Tagger, Word, find_nouns, find_words, says, tagger_for
+from mmneurons.words import Word, find_nouns, find_words, says, tagger_for
 
 BLANK = (128, 128, 128)
 """The blank image: one grey."""
@@ -43,20 +44,10 @@ def find(
     vlm: VLM,
     images: Pictures,
     *,
-    prompt: str = ...,
-    answer_prefix: str | None = ...,
-    top: int = ...,
-    score: Score = ...,
-    words: str | Sequence[str] | None = ...,
-    token_ids: Sequence[int] | None = ...,
-    against: str | None = ...,
     caption: str | Sequence[str] | None = ...,
-    tagger: Tagger | None = ...,
-    maps: bool = ...,
-    blank: bool = ...,
-    max_new_tokens: int = ...,
-    batch_size: int = ...,
-    progress: Callable[[int], None] | None = ...,
+    settings: FindSettings | None = ...,
+    progress: Progress | None = ...,
+    **options: Unpack[FindOptions],
 ) -> list[Finding]: ...
 @overload
 def find(
@@ -64,60 +55,29 @@ def find(
     images: None = ...,
     *,
     inputs: Inputs,
-    prompt: str = ...,
-    answer_prefix: str | None = ...,
-    top: int = ...,
-    score: Score = ...,
-    words: str | Sequence[str] | None = ...,
-    token_ids: Sequence[int] | None = ...,
-    against: str | None = ...,
-    caption: str | Sequence[str] | None = ...,
-    tagger: Tagger | None = ...,
-    maps: bool = ...,
-    blank: bool = ...,
-    max_new_tokens: int = ...,
-    batch_size: int = ...,
-    progress: Callable[[int], None] | None = ...,
+    settings: FindSettings | None = ...,
+    progress: Progress | None = ...,
+    **options: Unpack[FindOptions],
 ) -> list[Finding]: ...
 @overload
 def find(
     vlm: VLM,
     images: Picture | None = ...,
     *,
-    prompt: str = ...,
-    answer_prefix: str | None = ...,
-    top: int = ...,
-    score: Score = ...,
-    words: str | Sequence[str] | None = ...,
-    token_ids: Sequence[int] | None = ...,
-    against: str | None = ...,
     caption: str | Sequence[str] | None = ...,
-    tagger: Tagger | None = ...,
-    maps: bool = ...,
-    blank: bool = ...,
-    max_new_tokens: int = ...,
-    batch_size: int = ...,
-    progress: Callable[[int], None] | None = ...,
+    settings: FindSettings | None = ...,
+    progress: Progress | None = ...,
+    **options: Unpack[FindOptions],
 ) -> Finding: ...
 def find(
     vlm: VLM,
     images: Picture | Pictures | None = None,
     *,
-    prompt: str = PROMPT,
-    answer_prefix: str | None = None,
-    top: int = 10,
-    score: Score = "logit",
-    words: str | Sequence[str] | None = None,
-    token_ids: Sequence[int] | None = None,
-    against: str | None = None,
     caption: str | Sequence[str] | None = None,
     inputs: Inputs | None = None,
-    tagger: Tagger | None = None,
-    maps: bool = False,
-    blank: bool = False,
-    max_new_tokens: int = MAX_NEW_TOKENS,
-    batch_size: int = 8,
-    progress: Callable[[int], None] | None = None,
+    settings: FindSettings | None = None,
+    progress: Progress | None = None,
+    **options: Unpack[FindOptions],
 ) -> Finding | list[Finding]:
     """Let the model answer, and for each noun of its answer find the neurons that wrote it.
 
@@ -125,26 +85,13 @@ def find(
         vlm: The model, from `load`.
         images: A path, PIL image or array, or a list of them, one prompt each; a list in the list is several images
             in one prompt; None for a prompt of words alone.
-        prompt: What the model is asked.
-        answer_prefix: Words that the answer is made to begin with; they are no nouns. None: "An image of" with the
-            default prompt, none with another.
-        top: How many neurons to list for each noun.
-        score: "logit": how many logits of the word a neuron wrote. "logprob": how far it pushes log p of the word, to
-            first order. "paper": what the released MM_Neurons code prints. See docs/method.md.
-        words: Words of the answer to explain instead of its nouns.
-        token_ids: Tokens of the answer to explain instead of its nouns, each wherever it was said.
-        against: Another word: scores say why the noun rather than this one. A noun that is this word is left out.
         caption: An answer that the model reads instead of giving one: its words are scored as if it had said them, in
             one pass. One text for each prompt, or one for all, with or without the answer prefix. Not with `inputs`.
         inputs: Ready-made model inputs, tensors by name, instead of images and prompt: one finding for each row.
             A model without a processor needs them, and shows its tokens by number.
-        tagger: What tells the nouns, such as `mmneurons.words.SpacyTagger("zh_core_web_sm")`; None: HanTa, in English,
-            German and Dutch. In another language an answer then has no nouns, and a note says so.
-        maps: Also where in the image each neuron is active, and heat maps of the top 1 to 1000: one more prefill.
-        blank: Also what share of each score is lost with a blank image: one more pass over the answer.
-        max_new_tokens: Where to stop if the model does not.
-        batch_size: Prompts in one batch; 1 for models that compute otherwise in a batch, whatever is given.
-        progress: Called with the number of prompts done after each batch.
+        settings: What is asked and told of; None: the defaults.
+        progress: Told how many prompts are done, after each batch.
+        **options: Fields of `FindSettings`, such as `top=20` or `score="logprob"`, over those of `settings`.
 
     Returns:
         One Finding, or a list of as many as prompts (as rows, of `inputs`). An answer without nouns gives a Finding
@@ -159,28 +106,21 @@ def find(
     Source: Pan et al., Findings of ACL 2024, section 3. Their code projects the gate alone onto the unembedding:
         `score="paper"`.
     """
-    if score not in SCORES:
-        raise SettingError(f"There is no score '{score}'.", fix=f"Choose one of: {', '.join(SCORES)}.")
-    if top < 1:
-        raise SettingError("At least one neuron is listed.", seen=f"top={top}")
-    _check_asked(vlm, images, inputs, words, token_ids, blank, caption)
-    question = Question(prompt, answer_prefix, max_new_tokens, batch_size)
+    choices = settled(FindSettings, settings, options)
+    _check_asked(vlm, images, inputs, choices, caption)
     if inputs is not None:  # which hold the prompt
-        question = replace(question, prompt="", answer_prefix="")
-    wanted = (words,) if isinstance(words, str) else tuple(words or ()) or None
-    ids = None if token_ids is None else tuple(token_ids)
-    choices = Choices(question, top, score, wanted, ids, against, maps, blank, tagger)
+        choices = replace(choices, prompt="", answer_prefix="")
     findings: list[Finding] = []
     if inputs is not None:
         findings = _find_batch(vlm, vlm.placed(inputs), [[]] * _n_rows(inputs), None, choices)
     else:
         prompts = as_list(images)
-        texts = None if caption is None else captions_for(len(prompts), caption, question)
-        for batch in batches_of(vlm, prompts, question):
+        texts = None if caption is None else captions_for(len(prompts), caption, choices)
+        for batch in batches_of(vlm, prompts, choices):
             mine = None if texts is None else texts[batch.first : batch.first + len(batch.rows)]
-            findings += _find_batch(vlm, batch.inputs(vlm, question), batch.rows, mine, choices)
+            findings += _find_batch(vlm, batch.inputs(vlm, choices), batch.rows, mine, choices)
             if progress is not None:
-                progress(len(findings))
+                progress("prompts", len(findings), len(prompts))
     _check_found(findings, choices, given=caption is not None)
     made_by = _provenance(vlm, choices, given=caption is not None)
     findings = [replace(finding, provenance=made_by) for finding in findings]
@@ -209,13 +149,13 @@ def captions_for(n_prompts: int, caption: str | Sequence[str], question: Questio
 
 @by_one_thread
 def _find_batch(
-    vlm: VLM, inputs: Inputs, rows: list[list[OpenedImage]], captions: list[str] | None, choices: Choices
+    vlm: VLM, inputs: Inputs, rows: list[list[OpenedImage]], captions: list[str] | None, choices: FindSettings
 ) -> list[Finding]:
     """The whole way for one batch, top to bottom."""
     given = None if captions is None else [tokens_of_answer(vlm, inputs, text) for text in captions]
     # 1. Answer once, and record what the neurons did where each token was chosen.
     recorder = partial(record, gates=choices.score == "paper")
-    answers, recording = answer(vlm, inputs, choices.question, given=given, recorder=recorder)
+    answers, recording = answer(vlm, inputs, choices, given=given, recorder=recorder)
     # 2. The words of the answers that are to be explained.
     targets = [t for row in range(len(rows)) for t in targets_of(vlm, answers, row, choices)]
     nouns: list[NounFinding] = []
@@ -236,14 +176,14 @@ def _find_batch(
                 nouns = with_maps(vlm, inputs, grids, scored, nouns)
         if choices.blank and n_images:
             blank = [[Image.new("RGB", o.image.size, BLANK) for o in row] for row in rows]
-            grey = vlm.encode(blank, choices.question.prompt, choices.question.prefix)
+            grey = vlm.encode(blank, choices.prompt, choices.prefix)
             nouns = with_blank(vlm, grey, answers, scored, nouns)
     return [
         Finding(
             # A file name may hold bytes that JSON cannot.
             images=tuple(o.name.encode("utf-8", "replace").decode() for o in opened),
-            prompt=choices.question.prompt,
-            answer_prefix=choices.question.prefix,
+            prompt=choices.prompt,
+            answer_prefix=choices.prefix,
             caption=answers.texts[row],
             token_ids=answers.token_ids[row],
             score=choices.score,
@@ -256,7 +196,7 @@ def _find_batch(
     ]
 
 
-def targets_of(vlm: VLM, answers: Answers, row: int, choices: Choices) -> list[Target]:
+def targets_of(vlm: VLM, answers: Answers, row: int, choices: FindSettings) -> list[Target]:
     """Which tokens of one caption are scored: the first of each noun, or of each word asked for.
 
     Raises:
@@ -270,7 +210,7 @@ def targets_of(vlm: VLM, answers: Answers, row: int, choices: Choices) -> list[T
     if choices.token_ids is not None:
         words = [_word_of(vlm, ids, step, decode) for step, token in enumerate(ids) if token in choices.token_ids]
     elif choices.words is None:
-        words = find_nouns(caption, ids, decode, answer_prefix=choices.question.prefix, tagger=choices.tagger)
+        words = find_nouns(caption, ids, decode, answer_prefix=choices.prefix, tagger=choices.tagger)
     else:
         words = find_words([w for w in choices.words if says(caption, w)], caption, ids, decode)
     targets = [Target(row, word, word.steps[0], ids[word.steps[0]]) for word in words]
@@ -309,7 +249,7 @@ def _doubt(vlm: VLM, nouns: Sequence[NounFinding]) -> list[str]:
     return [f"Approximate: what was recorded misses the model's logits by {error:.1%}. See mmneurons doctor."]
 
 
-def _silence(answers: Answers, row: int, nouns: Sequence[NounFinding], choices: Choices) -> list[str]:
+def _silence(answers: Answers, row: int, nouns: Sequence[NounFinding], choices: FindSettings) -> list[str]:
     """What to say where something has no answer."""
     if choices.words is None and choices.token_ids is None:
         if nouns:
@@ -323,7 +263,7 @@ def _silence(answers: Answers, row: int, nouns: Sequence[NounFinding], choices: 
     ]
 
 
-def _missing(text: str, token_ids: Sequence[int], choices: Choices) -> list[str | int]:
+def _missing(text: str, token_ids: Sequence[int], choices: FindSettings) -> list[str | int]:
     """The words and tokens asked for that an answer does not have."""
     words = [word for word in choices.words or () if not says(text, word)]
     return words + [token for token in choices.token_ids or () if token not in token_ids]
@@ -333,7 +273,7 @@ def _shown(word: str | int) -> str:
     return f"'{word}'" if isinstance(word, str) else f"token {word}"
 
 
-def _check_found(findings: list[Finding], choices: Choices, *, given: bool) -> None:
+def _check_found(findings: list[Finding], choices: FindSettings, *, given: bool) -> None:
     missing = (set(_missing(finding.caption, finding.token_ids, choices)) for finding in findings)
     everywhere = set.intersection(*missing) if findings else set()
     if everywhere:
@@ -346,19 +286,15 @@ def _check_found(findings: list[Finding], choices: Choices, *, given: bool) -> N
         )
 
 
-def _check_asked(
-    vlm: VLM, images: Any, inputs: Inputs | None, words: Any, token_ids: Any, blank: bool, caption: Any
-) -> None:
-    """Refuse pairs of settings that have no meaning."""
+def _check_asked(vlm: VLM, images: Any, inputs: Inputs | None, choices: FindSettings, caption: Any) -> None:
+    """Refuse what has no meaning together."""
     if inputs is not None and images is not None:
         raise SettingError("Give images or ready-made inputs, not both.", fix="find(vlm, inputs={...})")
-    if words is not None and token_ids is not None:
-        raise SettingError("Ask for words or for tokens, not both.", fix="find(vlm, image, words=[...])")
     if inputs is not None and caption is not None:
         raise SettingError(
             "An answer cannot be put behind ready-made inputs.", fix="Give images and a processor, or no answer."
         )
-    if inputs is not None and blank:
+    if inputs is not None and choices.blank:
         raise SettingError(
             "A blank image cannot be put into ready-made inputs.", fix="Give images and a processor, or blank=False."
         )
@@ -382,16 +318,11 @@ def _n_pictures(inputs: Inputs) -> int:
     return int("pixel_values" in inputs)
 
 
-def _provenance(vlm: VLM, choices: Choices, *, given: bool) -> dict[str, Any]:
+def _provenance(vlm: VLM, choices: FindSettings, *, given: bool) -> dict[str, Any]:
     """What made these findings. Decoding is greedy: there is no seed."""
-    chosen = asdict(replace(choices, tagger=None))
-    settings = (
-        chosen.pop("question")
-        | chosen
-        | {
-            "answer_prefix": choices.question.prefix,
-            "tagger": None if choices.tagger is None else repr(choices.tagger),
-            "decoding": "given" if given else "greedy",
-        }
-    )
+    settings = asdict(replace(choices, tagger=None)) | {
+        "answer_prefix": choices.prefix,
+        "tagger": None if choices.tagger is None else repr(choices.tagger),
+        "decoding": "given" if given else "greedy",
+    }
     return {"model": vlm.facts, "packages": provenance.versions(), "settings": settings}

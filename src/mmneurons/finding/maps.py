@@ -12,7 +12,6 @@ from torch import Tensor
 from mmneurons.finding.result import Grid, NounFinding
 from mmneurons.finding.scoring import (
     REGION_SIZES,
-    Choices,
     Scored,
     Target,
     read_out,
@@ -20,6 +19,7 @@ from mmneurons.finding.scoring import (
     unembed_rows,
 )
 from mmneurons.maths.ranking import top_k
+from mmneurons.settings import FindSettings
 from mmneurons.vlm.grid import Grids, PatchGrid
 from mmneurons.vlm.hooks.recording import record
 from mmneurons.vlm.traces import pick_trace
@@ -125,7 +125,7 @@ class Reread:
         return found
 
 
-def reread(vlm: VLM, inputs: Inputs, answers: Answers, targets: Sequence[Target], choices: Choices) -> Reread:
+def reread(vlm: VLM, inputs: Inputs, answers: Answers, targets: Sequence[Target], choices: FindSettings) -> Reread:
     """Score all neurons anew where the same words are read after `inputs`, in one pass over prompt and answer.
 
     Everything is that of the new pass: activations, norm scales and probabilities.

@@ -22,12 +22,12 @@ from mmneurons.errors import FormatError, WordError
 from mmneurons.files import check_facts, decode_json, read_text, write_whole
 from mmneurons.finding.rows import Row, rows_of
 from mmneurons.neurons import Neuron
+from mmneurons.settings import Score
 
 SCHEMA = 2
 """Number of the JSON form; a reader refuses any other."""
 LARGEST = 2**30
 """Bytes of a file: maps of a thousand images take a quarter of it."""
-Score = Literal["logit", "logprob", "paper"]
 Grid = tuple[tuple[float, ...], ...]
 """One number per patch, rows from top to bottom, columns from left to right."""
 

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from mmneurons.finding.result import NeuronFinding, NounFinding, Parts, Score
+from mmneurons.finding.result import NeuronFinding, NounFinding, Parts
 from mmneurons.maths.ranking import said_tokens, top_k
 from mmneurons.maths.readout import expected_row, jacobian_direction
-from mmneurons.settings import Question
+from mmneurons.settings import FindSettings, Score
 from mmneurons.vlm import weights
 from mmneurons.vlm.anatomy.parts import Anatomy, Ffn
 from mmneurons.vlm.anatomy.paths import Directions, frozen_rows, in_stream
@@ -21,27 +21,11 @@ from mmneurons.vlm.hooks.recording import Recording
 from mmneurons.vlm.prompts import token_of
 from mmneurons.vlm.traces import Trace, Written, pick_trace, written
 from mmneurons.vlm.vlm import VLM, Answers
-from mmneurons.words import Tagger, Word
+from mmneurons.words import Word
 
-SCORES: tuple[Score, ...] = ("logit", "logprob", "paper")
 HISTOGRAM_SIZES = (10, 100, 1000)
 REGION_SIZES = (1, 10, 50, 100, 500, 1000)
 """How many top neurons are averaged into a heat map (Pan et al., figure 3)."""
-
-
-@dataclass(frozen=True)
-class Choices:
-    """What `find` was asked for; its arguments, checked."""
-
-    question: Question = field(default_factory=Question)
-    top: int = 10
-    score: Score = "logit"
-    words: tuple[str, ...] | None = None
-    token_ids: tuple[int, ...] | None = None
-    against: str | None = None
-    maps: bool = False
-    blank: bool = False
-    tagger: Tagger | None = None
 
 
 @dataclass(frozen=True)
@@ -59,7 +43,7 @@ class Scored:
     """All targets of one batch with the scores of all neurons; the slots of all FFNs are laid end to end."""
 
     targets: list[Target]
-    choices: Choices
+    choices: FindSettings
     trace: Trace
     probabilities: list[float]
     logits: list[float]
@@ -95,7 +79,9 @@ class Scored:
         return found
 
 
-def score_targets(vlm: VLM, recording: Recording, answers: Answers, targets: list[Target], choices: Choices) -> Scored:
+def score_targets(
+    vlm: VLM, recording: Recording, answers: Answers, targets: list[Target], choices: FindSettings
+) -> Scored:
     """Score every neuron for every target: one read of each `w_out` for all of them."""
     # 1. The model's state where each target was predicted, and the logit that it gave there.
     places = torch.tensor([[target.row, target.step] for target in targets])
@@ -155,7 +141,7 @@ def _contributions(
     return whole, torch.cat(pushes, dim=1) if pushes else whole
 
 
-def scored_activations(trace: Trace, choices: Choices) -> list[Float[Tensor, "targets _"]]:
+def scored_activations(trace: Trace, choices: FindSettings) -> list[Float[Tensor, "targets _"]]:
     """What the score multiplies: the activations, or the gates alone if it is the paper's."""
     return trace.gates if choices.score == "paper" else trace.activations
 
@@ -170,7 +156,7 @@ def read_out(
     trace: Trace,
     token_ids: list[int],
     rows: Float[Tensor, "targets hidden"],
-    choices: Choices,
+    choices: FindSettings,
 ) -> Directions:
     """g_t of the score chosen, on every way: what a neuron's write is multiplied by."""
     anatomy = vlm.anatomy

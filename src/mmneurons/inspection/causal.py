@@ -5,7 +5,7 @@ METRICS, Causal effect; the noise is that of Pan et al. (2024), section 4.4, the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -19,6 +19,7 @@ from mmneurons.attribution.finders import Finder, finder_scores
 from mmneurons.data.dataset import Item
 from mmneurons.maths.ranking import top_k
 from mmneurons.metrics.captions import rest_unchanged
+from mmneurons.progress import Progress, untold
 from mmneurons.settings import Question
 from mmneurons.vlm.asking import texts_of
 from mmneurons.vlm.hooks.interventions import Intervention, intervene
@@ -86,7 +87,7 @@ def causal(
     question: Question = Question(),
     batch_size: int = 8,
     seed: int = 0,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress = untold,
 ) -> list[NounCausal]:
     """Caption the image anew with the top neurons of each noun disturbed, and with matched random ones.
 
@@ -100,7 +101,7 @@ def causal(
         question: What the model is asked.
         batch_size: Captions made at once, each with its own neurons disturbed.
         seed: Of noise and of random neurons.
-        progress: Called with captions made and captions to make.
+        progress: Told how many captions are made.
 
     Returns:
         One entry for each noun of the answer.
@@ -121,8 +122,7 @@ def causal(
             for row, change in enumerate(batch):
                 disturbed.enter_context(intervene(vlm, replace(change, rows=(row,))))
             said += texts_of(vlm, [image] * len(batch), replace(question, batch_size=width))
-        if progress is not None:
-            progress(len(said), len(changes))
+        progress("captions", len(said), len(changes))
     # 3. What became of the noun and of the rest.
     captions = iter(said)
     return [

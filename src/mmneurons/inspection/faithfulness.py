@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -17,6 +17,7 @@ from mmneurons.data.pictures import Picture
 from mmneurons.finding.scoring import as_read, columns_of, said, texts
 from mmneurons.maths.ranking import top_k
 from mmneurons.maths.statistics import spearman
+from mmneurons.progress import Progress, untold
 from mmneurons.settings import Question
 from mmneurons.vlm.asking import ask
 from mmneurons.vlm.hooks.recording import Recording, record
@@ -89,7 +90,7 @@ def finder_truth(
     means: Sequence[Float[Tensor, "neurons"]] | None = None,
     seed: int = 0,
     batch_size: int = 256,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress = untold,
     question: Question = Question(),
 ) -> list[NounTruth]:
     """Silence neurons one by one and top ones together, for each noun of the answer, and compare with each finder.
@@ -102,7 +103,7 @@ def finder_truth(
         means: From `mean_activations`: neurons are then also set to these, one by one.
         seed: Of random neurons.
         batch_size: Silences computed at once.
-        progress: Called with neurons silenced and neurons to silence.
+        progress: Told how many neurons are silenced.
         question: What the model is asked.
 
     Source: deletion as in Pan et al. (2024), section 4.4, at the scored position only; matched controls are ours.
@@ -117,8 +118,7 @@ def finder_truth(
         single = torch.cat([even, tops])
 
         def told(done: int, before: int) -> None:
-            if progress is not None:
-                progress(before + done, total)
+            progress("silences", before + done, total)
 
         silences = [slot[None] for slot in single]
         effects = one.replay.effects(silences, batch_size=batch_size, progress=partial(told, before=before))

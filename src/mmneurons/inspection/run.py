@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, Unpack, get_args
 
 import numpy as np
 from torch import Tensor
@@ -26,12 +26,13 @@ from mmneurons.data.store import LOCK, Store, no_number, one_writer
 from mmneurons.errors import ImageError, SettingError
 from mmneurons.files import write_whole
 from mmneurons.finding.finder import find
-from mmneurons.finding.result import Finding, Score
+from mmneurons.finding.result import Finding
 from mmneurons.inspection.causal import NounCausal, causal
 from mmneurons.inspection.faithfulness import NounTruth, finder_truth, mean_activations
 from mmneurons.inspection.sensitivity import NounSensitivity, sensitivity
 from mmneurons.inspection.specificity import NounScores, Specificity, noun_scores, specificity
-from mmneurons.settings import MAX_NEW_TOKENS, PROMPT, Question
+from mmneurons.progress import Progress, untold
+from mmneurons.settings import InspectOptions, InspectSettings, settled
 from mmneurons.vlm import provenance
 from mmneurons.vlm.vlm import VLM
 
@@ -44,25 +45,6 @@ MEANS_FROM = 32
 
 EXAMPLES = 3
 """Images whose maps are drawn."""
-
-Progress = Callable[[str, float, int], None]
-
-
-@dataclass(frozen=True)
-class InspectSettings:
-    """What is asked of the model, and how its neurons are ranked."""
-
-    score: Score = "logit"
-    top: int = 10
-    prompt: str = PROMPT
-    answer_prefix: str | None = None
-    max_new_tokens: int = MAX_NEW_TOKENS
-    seed: int = 0
-
-    @property
-    def question(self) -> Question:
-        """What the model is asked."""
-        return Question(self.prompt, self.answer_prefix, self.max_new_tokens)
 
 
 @dataclass(frozen=True)
@@ -100,8 +82,8 @@ def inspect(
     settings: InspectSettings | None = None,
     *,
     limit: int | None = None,
-    batch_size: int = 8,
-    progress: Progress | None = None,
+    progress: Progress = untold,
+    **options: Unpack[InspectOptions],
 ) -> Inspection:
     """Run experiments over images; what an earlier run left in the folder is read, not made again.
 
@@ -115,8 +97,8 @@ def inspect(
         settings: What is asked and how neurons are ranked; None: as `find` does.
         limit: At most so many images for each experiment, the first ones; None: all, but `SLOW_LIMIT` of causal and
             finders.
-        batch_size: Images in one batch where they can be run together.
-        progress: Called with the experiment, images done (a share of one counts) and images to do.
+        progress: Told of each experiment how many images are done; a share of one counts.
+        **options: Fields of `InspectSettings`, such as `top=20`, over those of `settings`.
 
     Raises:
         SettingError: the folder holds results of another model or other settings, or another run writes there; an
@@ -125,7 +107,7 @@ def inspect(
         ImageError: no image can be used.
         FormatError: what the folder holds is damaged.
     """
-    settings = settings or InspectSettings()
+    settings = settled(InspectSettings, settings, options)
     settings = replace(settings, answer_prefix=settings.question.prefix)
     n_neurons = sum(ffn.size for ffn in vlm.anatomy.ffns)
     if not 1 <= settings.top <= n_neurons:
@@ -146,8 +128,10 @@ def inspect(
     folder = Path(folder)
     # The folder first: who may not write there is told so, and does not wait for a model that is busy for hours.
     with one_writer(folder, folder / LOCK), vlm.alone():
-        made_by = {"model": dict(vlm.facts), "packages": provenance.versions(), "settings": asdict(settings)}
-        bench = _Bench(vlm, items, folder, settings, made_by, limit, batch_size, progress)
+        chosen = asdict(settings)
+        del chosen["batch_size"]  # no result depends on it
+        made_by = {"model": dict(vlm.facts), "packages": provenance.versions(), "settings": chosen}
+        bench = _Bench(vlm, items, folder, settings, made_by, limit, progress)
         found = {name: getattr(bench, name)() for name in dict.fromkeys(experiments)}
     pictures = {name: pixels for name, pixels in bench.pictures.items() if pixels is not None}
     given = {item.name: item.caption for item in items if item.name in pictures and item.caption is not None}
@@ -171,8 +155,7 @@ class _Bench:
     settings: InspectSettings
     made_by: Mapping[str, Any]
     limit: int | None
-    batch_size: int
-    progress: Progress | None
+    progress: Progress
     pictures: dict[str, str | None] = field(default_factory=dict)
     """By name the hash of the pixels of every image that was opened; None where it cannot be read."""
     left_out: dict[str, str] = field(default_factory=dict)
@@ -181,7 +164,7 @@ class _Bench:
     def sensitivity(self) -> dict[str, list[NounSensitivity]]:
         """Each image with the next one in its place, too."""
 
-        def one(item: Item, tell: Callable[[int, int], None]) -> list[NounSensitivity]:
+        def one(item: Item, tell: Progress) -> list[NounSensitivity]:
             s, other = self.settings, self._another(item)
             how = {"score": s.score, "top": s.top, "seed": s.seed, "question": s.question}
             try:
@@ -198,9 +181,9 @@ class _Bench:
     def causal(self) -> dict[str, list[NounCausal]]:
         """The top neurons of each noun disturbed."""
 
-        def one(item: Item, tell: Callable[[int, int], None]) -> list[NounCausal]:
+        def one(item: Item, tell: Progress) -> list[NounCausal]:
             s = self.settings
-            how = {"finder": s.score, "seed": s.seed, "batch_size": self.batch_size, "question": s.question}
+            how = {"finder": s.score, "seed": s.seed, "batch_size": s.batch_size, "question": s.question}
             return causal(self.vlm, item, progress=tell, **how)
 
         return self._each("causal", list[NounCausal], self._items(SLOW_LIMIT), one, self._key)
@@ -214,7 +197,7 @@ class _Bench:
         def means() -> list[Tensor]:
             return mean_activations(self.vlm, [item.image() for item in answering], question=self.settings.question)
 
-        def one(item: Item, tell: Callable[[int, int], None]) -> list[NounTruth]:
+        def one(item: Item, tell: Progress) -> list[NounTruth]:
             s = self.settings
             how = {"means": means(), "seed": s.seed, "question": s.question}
             return finder_truth(self.vlm, item.image(), FINDERS, progress=tell, **how)
@@ -232,8 +215,8 @@ class _Bench:
         items = self._usable(self._items(None))
         missing = list({key: item for item in items if (key := self._key(item)) not in store.found}.values())
         done = len(items) - len(missing)
-        for start in range(0, len(missing), self.batch_size):
-            batch = missing[start : start + self.batch_size]
+        for start in range(0, len(missing), self.settings.batch_size):
+            batch = missing[start : start + self.settings.batch_size]
             for item, mine in self._noun_scores(batch):
                 if not all(np.isfinite(one.scores).all() for one in mine):
                     raise no_number(item.name)
@@ -241,7 +224,7 @@ class _Bench:
                 write_whole(rows / f"{key}.f32", content)  # before its line: a line never lacks its rows
                 lemmas = tuple(one.lemma for one in mine)
                 store.add(key, item.name, _Rows(lemmas, hashlib.sha256(content).hexdigest()))
-            self._tell("specificity", done + start + len(batch), len(items))
+            self.progress("specificity", done + start + len(batch), len(items))
         items = [item for item in items if self._key(item) in store.found]
         found = [one for item in items for one in self._rows(store, rows, item)]
         if not found:
@@ -316,13 +299,15 @@ class _Bench:
             mine = keys[item.name]
             if mine not in store.found:
                 try:
-                    result = one(item, lambda part, of, done=done: self._tell(name, done + part / of, len(keys)))
+                    result = one(
+                        item, lambda stage, part, of, done=done: self.progress(name, done + part / of, len(keys))
+                    )
                 except ImageError as error:
                     self.left_out[item.name] = reason(error)
                     continue
                 store.add(mine, item.name, result)
                 done += 1
-                self._tell(name, done, len(keys))
+                self.progress(name, done, len(keys))
             found[item.name] = store.found[mine]
         if not any(found.values()):
             raise self._nothing(list(found))
@@ -333,7 +318,3 @@ class _Bench:
         if not used:
             return ImageError("None of the images can be used.", seen="\n".join(list(self.left_out.values())[:5]))
         return SettingError("There is no noun in any of the answers.", seen=f"{len(used)} images")
-
-    def _tell(self, name: str, done: float, total: int) -> None:
-        if self.progress is not None:
-            self.progress(name, done, total)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import islice
 
@@ -17,10 +17,10 @@ from mmneurons.attribution.controls import DRAWS, Matched, column_norms, loudnes
 from mmneurons.data.dataset import Item
 from mmneurons.finding.finder import BLANK, targets_of
 from mmneurons.finding.maps import Reread, region_maps, reread, with_maps
-from mmneurons.finding.result import NounFinding, Score
-from mmneurons.finding.scoring import REGION_SIZES, Choices, Scored, describe, score_targets
+from mmneurons.finding.result import NounFinding
+from mmneurons.finding.scoring import REGION_SIZES, Scored, describe, score_targets
 from mmneurons.metrics.regions import RegionMatch, match, mean_match
-from mmneurons.settings import Question
+from mmneurons.settings import FindSettings, Question, Score
 from mmneurons.vlm.asking import ask
 from mmneurons.vlm.grid import Grids, find_grids, model_view
 from mmneurons.vlm.hooks.interventions import shuffled
@@ -116,7 +116,7 @@ def sensitivity(
         ImageError: the image, or a mask, cannot be read or used.
     """
     image = item.image()
-    choices = Choices(question, top, score, maps=True, blank=True)
+    choices = FindSettings(**asdict(question), top=top, score=score, maps=True, blank=True)
     captions = None if item.caption is None else [item.caption]
     # 1. The neurons of each noun, as `find` finds them.
     (batch,) = ask(vlm, [image], question, captions=captions, recorder=partial(record, gates=score == "paper"))
@@ -182,7 +182,7 @@ def as_seen(
     return mask if view is None else np.asarray(view)[..., 0] > 127
 
 
-def _read(vlm: VLM, picture: Image.Image, answers: Answers, scored: Scored, choices: Choices) -> Reread:
+def _read(vlm: VLM, picture: Image.Image, answers: Answers, scored: Scored, choices: FindSettings) -> Reread:
     inputs = vlm.encode([[picture]], choices.question.prompt, choices.question.prefix)
     return reread(vlm, inputs, answers, scored.targets, choices)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import partial
 
 import numpy as np
@@ -13,10 +13,9 @@ from jaxtyping import Float
 from mmneurons.data.dataset import Item
 from mmneurons.errors import SettingError
 from mmneurons.finding.finder import targets_of
-from mmneurons.finding.result import Score
-from mmneurons.finding.scoring import Choices, Scored, score_targets
+from mmneurons.finding.scoring import Scored, score_targets
 from mmneurons.maths.statistics import Estimate, estimate, over_pairs
-from mmneurons.settings import Question
+from mmneurons.settings import FindSettings, Question, Score, settled
 from mmneurons.vlm.asking import ask
 from mmneurons.vlm.hooks.recording import record
 from mmneurons.vlm.locking import by_one_thread
@@ -84,7 +83,7 @@ def noun_scores(
         parts = [[item for item in items if (item.caption is None) == own] for own in (True, False)]
         return [one for part in parts for one in noun_scores(vlm, part, score=score, question=question)]
     captions = None if items[0].caption is None else [str(item.caption) for item in items]
-    choices = Choices(replace(question, batch_size=len(items)), 1, score)
+    choices = settled(FindSettings, None, asdict(question) | {"batch_size": len(items), "top": 1, "score": score})
     recorder = partial(record, gates=score == "paper")
     found = []
     for batch in ask(vlm, [item.image() for item in items], choices.question, captions=captions, recorder=recorder):

@@ -13,6 +13,7 @@ from torch import Tensor
 from mmneurons.errors import SettingError
 from mmneurons.maths.ranking import top_k
 from mmneurons.neurons import Neuron
+from mmneurons.settings import Blocks
 from mmneurons.vlm.anatomy.parts import Anatomy
 
 HASH_BYTES = 16
@@ -57,6 +58,18 @@ class Columns:
         chosen[top_k(whole, min(top, int((whole > 0).sum())))] = True
         parts = zip(scores, chosen.split([len(part) for part in scores.values()]), strict=True)
         return Columns(anatomy, {i: part.nonzero()[:, 0] for i, part in parts if bool(part.any())})
+
+
+def lowest_block(anatomy: Anatomy, blocks: Blocks) -> int:
+    """The first of the blocks that columns are taken from.
+
+    Raises:
+        SettingError: the model has not as many.
+    """
+    n_blocks = len(anatomy.blocks)
+    if blocks != "all" and not 1 <= blocks <= n_blocks:
+        raise SettingError(f"The model has {n_blocks} blocks.", seen=f"blocks={blocks}", fix="blocks=1 ... or 'all'")
+    return 0 if blocks == "all" else n_blocks - blocks
 
 
 def column_hashes(columns: Float[Tensor, "n hidden"]) -> UInt8[Tensor, "n 16"]:

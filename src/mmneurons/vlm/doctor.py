@@ -15,7 +15,7 @@ from mmneurons import pocket
 from mmneurons.data.images import open_image
 from mmneurons.data.pictures import Picture
 from mmneurons.errors import ModelError
-from mmneurons.settings import PROMPT, prefix_for
+from mmneurons.settings import PROMPT, Question
 from mmneurons.vlm import provenance, weights
 from mmneurons.vlm.anatomy import norms
 from mmneurons.vlm.anatomy.parts import Anatomy, hops, normed
@@ -93,7 +93,7 @@ def doctor(
         ModelError: if the model has no processor and no `inputs` are given.
         SettingError: if `inputs` have several rows and this model's prompts run one at a time.
     """
-    picture, answer_prefix = None, prefix_for(prompt, answer_prefix)
+    picture, answer_prefix = None, Question(prompt, answer_prefix).prefix
     if inputs is None:
         picture = open_image(pocket.samples()[0].path if image is None else image).image
         inputs = vlm.encode([picture], prompt, answer_prefix)
