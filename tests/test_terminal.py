@@ -72,15 +72,15 @@ def test_words_alone_and_ready_made_inputs_are_named():
 def test_maps_stand_beside_the_table_where_there_is_room_and_below_it_where_not():
     finding = make(square(4, 1), square(4, 0.5))
     wide, narrow = printed(finding, 80), printed(finding, 45)
-    assert any("neuron" in line and line.endswith("where they look") for line in wide)
-    assert narrow[-6:] == ["where they look", "1         2", "██▒▒      ▒▒░░", "▒▒        ░░", "", ""], "one scale"
+    assert any("neuron" in line and line.endswith("map of the top 10") for line in wide)
+    assert narrow[-6:] == ["map of the top 10", "1         2", "██▒▒      ▒▒░░", "▒▒        ░░", "", ""], "one scale"
 
 
 def test_maps_that_do_not_fit_in_one_row_go_on_in_the_next():
     lines = printed(make(*[square(8, 1)] * 5), 45)
     heads = [line.split() for line in lines if line and set(line) <= set("12345 ")]
     assert heads == [["1", "2"], ["3", "4"], ["5"]]
-    assert lines.count("where they look") == 1
+    assert lines.count("map of the top 10") == 1
 
 
 @pytest.mark.parametrize("width", [40, 60, 80, 120])
@@ -96,7 +96,7 @@ def test_no_line_is_wider_than_the_screen_and_no_number_is_lost(width: int, maps
 
 def test_a_large_map_is_reduced_by_means():
     lines = printed(make(square(60, 9)), 40)
-    shown = lines[lines.index("where they look") + 1 :]
+    shown = lines[lines.index("map of the top 10") + 1 :]
     assert len(shown) == 20
     assert shown[0].startswith("██")
 

@@ -17,7 +17,7 @@ _WORDS_WIDTH = 24
 _MAP_WIDTH = 48
 """Columns that a map takes at most: 24 patches side by side."""
 _GAP = 2
-_TITLE = "where they look"
+_TITLE = "map of the top 10"
 
 
 def show(finding: Finding, console: Console) -> None:
@@ -37,7 +37,7 @@ def show(finding: Finding, console: Console) -> None:
 
 
 def _show_neurons(noun: NounFinding, score: str, console: Console) -> None:
-    """The table of its neurons, and beside it where they look; below it where the screen is narrow."""
+    """The table of its neurons, and beside it the map of the top 10; below it where the screen is narrow."""
     table = _table(noun, score)
     grids = [grid for grid in noun.regions.get(10, ()) if any(grid)]
     if not grids:
