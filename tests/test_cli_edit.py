@@ -12,6 +12,7 @@ from PIL import Image
 import mmneurons as mmn
 from mmneurons import pocket
 from mmneurons.cli.edit import lines_of
+from mmneurons.errors import SettingError
 from mmneurons.patches.patch import Patch
 from mmneurons.words import says
 
@@ -127,3 +128,16 @@ def test_a_file_that_is_no_patch_is_refused(capsys, monkeypatch, folder, command
     assert code == 2
     assert "dog0.png is no patch" in err
     assert not Path("made").exists()
+
+
+def test_the_pocket_sets_of_a_plural_are_those_of_its_noun(capsys, monkeypatch, tmp_path):
+    asked: list[str] = []
+
+    def none(vlm: object, given: object, name: str, option: str | None) -> list[object]:
+        asked.append(name)
+        raise SettingError("No more is needed.")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("mmneurons.cli.edit.or_pocket", none)
+    assert call(capsys, monkeypatch, "edit", "--from", "dogs", "--to", "cat")[0] == 2
+    assert asked == ["edit/dog"]

@@ -25,6 +25,7 @@ from mmneurons.cli.options import (
 from mmneurons.errors import FormatError, ImageError, SettingError
 from mmneurons.files import check_folder, read_text
 from mmneurons.settings import EditSettings, Question, descriptions
+from mmneurons.words import singular
 
 if TYPE_CHECKING:
     from mmneurons.editing.judging import Case
@@ -91,7 +92,7 @@ def edit(
     vlm = load()
     # 2. The model, its own sets where nothing is given, and what is to stay.
     shown, kept, beyond, others = (fitting_items(vlm, items) for items in (shown, kept, beyond, others))
-    shown = or_pocket(vlm, shown, f"edit/{source}", "--images")
+    shown = or_pocket(vlm, shown, f"edit/{singular(source)}", "--images")
     if kept is None:
         kept = or_pocket(vlm, None, "reference-400", None)
         lines = lines or pocket_texts(vlm, 0)
@@ -210,11 +211,11 @@ def _judge(
     others = or_pocket(vlm, others, "locality-500", "--unrelated")[:limit]
 
     def of_edit(source: str) -> list[Any]:
-        return or_pocket(vlm, shown, f"edit/{source}", "--images")
+        return or_pocket(vlm, shown, f"edit/{singular(source)}", "--images")
 
     @functools.cache
     def of_held_out(source: str) -> list[Any]:
-        return or_pocket(vlm, beyond, f"held-out/{source}", "--held-out")
+        return or_pocket(vlm, beyond, f"held-out/{singular(source)}", "--held-out")
 
     texts = texts or pocket_texts(vlm, 1)
     with bars(err, "edits") as progress, goes_on():
