@@ -1,1 +1,1 @@
-"""The parts of a model that the maths needs: found by structure and one tiny forward pass, kept as data."""
+"""The anatomy of a model: the parts that the formulas need, found by structure and one tiny forward pass."""

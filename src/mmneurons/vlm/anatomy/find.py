@@ -1,4 +1,7 @@
-"""A loaded model -> its Anatomy: structure, one tiny pass, and the paths on which writes reach the final norm."""
+"""Make the anatomy of a loaded model.
+
+The structure is looked at, one tiny forward pass is run, and the paths on which writes reach the final norm are traced.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +32,7 @@ from mmneurons.vlm.anatomy.structure import (
 
 
 def find_anatomy(model: PreTrainedModel, decoder: str | None = None) -> Anatomy:
-    """Find the language model's blocks, their neurons, what else writes into the stream, final norm and unembedding.
+    """Find a model's blocks and neurons, whatever else writes into the residual stream, final norm and unembedding.
 
     Runs the language model once on a few made-up tokens; nothing in the model is changed.
 
@@ -40,21 +43,28 @@ def find_anatomy(model: PreTrainedModel, decoder: str | None = None) -> Anatomy:
     Raises:
         ModelError: if a part has no match or more than one, or its weights cannot be read.
     """
+    # Structure first, and every matrix is checked before the forward pass: what cannot be read is refused early, by
+    # name.
     tree = find_tree(model, decoder)
     ffns = [find_ffns(tree.name(block), block, tree.hidden) for block in tree.layers]
     for found in ffns:
         for ffn in found:
             weights.check(ffn.module)
     weights.check(tree.head)
+    # One forward pass shows what structure cannot: gates, multipliers, softcaps, the order of norms. From the final
+    # norm the tracer goes back to the embedding.
     seen = probe.run(tree, ffns)
     final, before = probe.find_final_norm(seen)
     tracer = _Tracer(tree, seen, ffns)
     embedding = tracer.trace_blocks(final)
+    # What could not be told is kept as a doubt, not raised: contributions are then approximate, and `doctor` says so.
     doubts = tracer.doubts
     if seen.rule is None:
         doubts.append("What the model does to the head's output is neither a scale nor a softcap.")
     if any("down_proj_bias" in ffn.module._parameters for ffn in tracer.ffns):
         doubts.append("The experts have biases, which are counted to nothing here.")
+    # The tracer goes from the last block to the first; the anatomy lists everything from the first to the last.
+    # `sorted` is stable, so that a dense FFN stays in front of the experts of its block.
     rule = replace(seen.rule or LogitRule(), before=before)
     return Anatomy(
         owner=tree.owner,
@@ -79,7 +89,7 @@ def find_anatomy(model: PreTrainedModel, decoder: str | None = None) -> Anatomy:
 
 @dataclass(eq=False)
 class _Tracer:
-    """Follows each block's output back to what it was made of, from the last block to the first."""
+    """A tracer takes each block's output apart into what it was made of, from the last block to the first."""
 
     tree: Tree
     seen: Pass
@@ -90,15 +100,20 @@ class _Tracer:
     doubts: list[str] = field(default_factory=list)
 
     def trace_blocks(self, final: Seen) -> WritePath | None:
-        """Fill in everything; the path of the embedding."""
+        """Trace all blocks, fill in the fields, and return the path of the embedding to the final norm."""
+        # `stream` is the path from the output of the current block on, and `after` the vector that was read there: the
+        # final norm's input, then what entered the block above.
         stream: WritePath | None = None
         after = final.input
         for layer in reversed(range(len(self.found))):
             block = self.seen.blocks[layer]
             name = self.tree.name(self.tree.layers[layer])
-            last = layer == len(self.found) - 1 and final in block.parts  # post-LN: its last norm is the final one
+            # In a post-LN model the last norm of the last block is the final norm itself: what entered that norm is
+            # taken apart, and only what ran before it can be a summand.
+            last = layer == len(self.found) - 1 and final in block.parts
             target = final.input if last else block.left
             assert target is not None
+            # What left this block must be what the next one read; a write between two blocks belongs to neither.
             if after is not None and not last and (apart := _apart(block.left, after)) > self.seen.limit:
                 self.doubts.append(f"Something is written into the stream after {name} ({apart:.1%} of it).")
             stream = self._trace_block(layer, target, final if last else None, stream)
@@ -106,10 +121,12 @@ class _Tracer:
         return stream
 
     def _trace_block(self, layer: int, target, before: Seen | None, out: WritePath | None) -> WritePath | None:
-        """Where everything in one block goes, given where its output goes; the path of what enters it."""
+        """Trace one block, given the path of its output, and return the path of what enters the block."""
         walk = _Walk(self, layer)
         walk.follow(target, before, out)
-        if silent := walk.silent():  # it writes, but hardly stands out from what is rounded
+        # An FFN whose write hardly stands out from the rounding of the sum is not found the first time. The second fit
+        # is told that its module does write, and keeps it where its scale is certain.
+        if silent := walk.silent():
             walk = _Walk(self, layer, writers=[found.module for found in silent])
             walk.follow(target, before, out)
             silent = walk.silent()
@@ -122,6 +139,8 @@ class _Tracer:
             self.sources += walk.sources
             self.norms += walk.norms
             return walk.entered[0]
+        # The sum has a rest that nothing explains. The block is still usable: FFNs and mixers are taken to write
+        # straight into the residual stream, and the doubt says how large the rest is.
         name = self.tree.name(self.tree.layers[layer])
         self.doubts.append(
             f"What block {name} writes is not a sum of what its parts give "
@@ -134,6 +153,7 @@ class _Tracer:
         return out
 
     def ffn(self, layer: int, found: FoundFfn, path: WritePath | None, gate: nn.Module | None = None) -> Ffn:
+        """Return one FFN that was found, with the path of its writes, as an entry of the anatomy."""
         n_neurons, n_experts = weights.shape(found.module, self.tree.hidden)
         name = self.tree.name(found.module)
         experts = n_experts if found.is_experts else None
@@ -142,25 +162,27 @@ class _Tracer:
 
 @dataclass(eq=False)
 class _Walk:
-    """One block taken apart."""
+    """A walk takes one block apart and keeps what it meets: FFNs, other sources, norms, and what entered."""
 
     tracer: _Tracer
     layer: int
     writers: Collection[nn.Module] = ()
     error: float = 0.0
     entered: list[WritePath | None] = field(default_factory=list)
-    """The paths on which what entered the block goes on; there should be one."""
+    """Paths on which the vector that entered the block goes on; in a sum that is understood there is exactly one."""
     ffns: list[Ffn] = field(default_factory=list)
     sources: list[Source] = field(default_factory=list)
     norms: list[NormSite] = field(default_factory=list)
     reached: set[int] = field(default_factory=set)
 
     def follow(self, target, before: Seen | None, path: WritePath | None) -> None:
-        """Take a vector apart whose path is known, and give each summand its own."""
+        """Take apart a vector whose path is known, and give each of its summands a path of its own."""
         seen = self.tracer.seen
         rounding = torch.finfo(seen.dtype).eps
         terms, error = explain(target, seen.blocks[self.layer], before, rounding=rounding, writers=self.writers)
         self.error = max(self.error, error)
+        # A summand is the vector that entered the block, a norm's output (whose input is taken apart in turn, which
+        # makes this recursive), or what an FFN or another module wrote.
         for term in terms:
             mine = path if term.scale == 1.0 else WritePath(term.scale, None, path)
             if term.part is None:
@@ -171,10 +193,11 @@ class _Walk:
                 self._leaf(term.part, mine)
 
     def silent(self) -> list[FoundFfn]:
-        """The block's FFNs that nothing was found to come from."""
+        """Return the block's FFNs of which no summand was found."""
         return [found for found in self.tracer.found[self.layer] if id(found.module) not in self.reached]
 
     def _through_norm(self, part: Seen, path: WritePath | None) -> None:
+        """Note a norm on the path, and go on with what entered it."""
         tree = self.tracer.tree
         norm = measure_norm(part.module, tree.hidden)
         site = NormSite(tree.name(part.module), part.module, norm, path)
@@ -182,12 +205,15 @@ class _Walk:
         self.follow(part.input, part, WritePath(1.0, site, path))
 
     def _leaf(self, part: Seen, path: WritePath | None) -> None:
+        """Note a module that wrote a summand, as an FFN or as another source."""
         tracer, module = self.tracer, part.module
         self.reached.add(id(module))
         for found in tracer.found[self.layer]:
             if found.module is module:
                 self.ffns.append(tracer.ffn(self.layer, found, path, part.gate))
                 return
+        # An FFN as wide as the residual stream has no shape that tells its output projection from its input projection.
+        # The pass has told: this one writes into the stream.
         for found in square_ffns(tracer.tree.layers[self.layer], tracer.tree.hidden):
             if found.module is module:
                 weights.check(module)
@@ -197,11 +223,12 @@ class _Walk:
         self.sources.append(Source(self.layer, tracer.tree.name(module), module, kind, path))
 
     def _in_mixer(self, module: nn.Module) -> bool:
+        """Whether a module of this block is a mixer or lies in one."""
         block = self.tracer.tree.layers[self.layer]
         return any(mixes_positions(m) and any(part is module for part in m.modules()) for m in block.modules())
 
 
 def _apart(one, other) -> float:
-    """How far two vectors differ in the stream that nothing was done to."""
+    """Return how far two tensors differ, relative to the second, in the rows where the stream was not made small."""
     one, other = one[:N_TOKENS], other[:N_TOKENS]
     return float((one - other).norm() / other.norm().clamp_min(1e-30))

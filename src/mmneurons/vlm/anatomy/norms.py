@@ -1,4 +1,4 @@
-"""A norm of any class as data, by what it does."""
+"""Turn a norm of any class into data, by what the norm does and not by what it is called."""
 
 from __future__ import annotations
 
@@ -16,6 +16,8 @@ def measure_norm(module: nn.Module, hidden: int) -> Norm:
 
     A LayerNorm sends a constant vector to its bias; an RMSNorm to its weight. Epsilon shows on a small input.
     """
+    # Entries of +1 and -1 have mean zero: a LayerNorm takes nothing from them, and its output divided by them is the
+    # weight. (With an odd hidden size one entry is left at 0, and is measured by a second probe below.)
     norm = _in_float32(module)
     device = next((p.device for p in norm.parameters()), torch.device("cpu"))
     ones = torch.ones(hidden, device=device, dtype=torch.float32)
@@ -27,12 +29,14 @@ def measure_norm(module: nn.Module, hidden: int) -> Norm:
             probe[1::2] = -1
             if hidden % 2:
                 probe[-1] = 0
+        # The same probe large and small: epsilon counts for nothing in the one and dominates the other.
         small = 1e-3
         size = probe.pow(2).mean()
         large, little = (norm(c * probe) - bias for c in (1.0, small))
         # little / large = small * sqrt(size + eps) / sqrt(small^2 * size + eps), solved for eps.
         ratio = float((little.abs().sum() / large.abs().sum()).double()) ** 2
         eps = float(size) * small**2 * (1 - ratio) / (ratio - small**2)
+        # The outputs were divided by sqrt(size + eps); undone, what is left is the weight as it acts (w, or 1 + w).
         weight = (large / torch.where(probe == 0, ones, probe)) * (size + eps).sqrt()
         if centred and hidden % 2:  # the entry that the probe left out
             probe = torch.roll(probe, 1)
@@ -41,18 +45,20 @@ def measure_norm(module: nn.Module, hidden: int) -> Norm:
 
 
 def kind(module: nn.Module, norm: Norm) -> str:
-    """What a norm is, in words: "RMSNorm, weight stored as w", "as 1 + w", "LayerNorm"."""
+    """Return the kind of a norm in words, such as "RMSNorm, weight stored as w" or "LayerNorm without bias"."""
     if norm.centred:
         return "LayerNorm" if norm.bias.any() else "LayerNorm without bias"
     stored = weights.parameters(module).get("weight")
     if stored is None or not isinstance(stored, Tensor):
         return "RMSNorm"
+    # Gemma stores w - 1: compare the weight as it acts with the stored one, as it is and with 1 added.
     error = [(norm.weight - shift - stored.float().to(norm.weight.device)).abs().max() for shift in (0.0, 1.0)]
     return f"RMSNorm, weight stored as {'w' if error[0] < error[1] else 'w - 1'}"
 
 
 def _in_float32(module: nn.Module) -> nn.Module:
-    """A copy that computes in float32 and has no hooks, wherever the weights are; the module stays as it is."""
+    """Return a copy of the norm that computes in float32 and has no hooks; the module itself stays as it is."""
+    # A shallow copy with dictionaries of its own: what is replaced below is replaced in the copy alone.
     norm = copy.copy(module)
     norm.__dict__ = dict(module.__dict__)
     for added in ("forward", "_hf_hook", "_old_forward"):  # by accelerate: it would move the weights

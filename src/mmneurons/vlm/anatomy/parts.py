@@ -1,7 +1,7 @@
-"""The parts of a model that the maths needs, as data: neurons, and how what is written becomes logits.
+"""The anatomy of a model as data: where its neurons are, and how what they write becomes logits.
 
-Everything here is linear once the scales of the norms on the path are held: a write reaches the final norm through a
-`WritePath`, and the head reads it there. `find.py` fills it in.
+Everything here is linear once the scales of the norms on the path are held fixed: a write reaches the final norm
+through a `WritePath`, and the head reads it there. `find.py` fills it in.
 """
 
 from __future__ import annotations
@@ -23,22 +23,23 @@ from mmneurons.vlm import weights
 
 @dataclass(frozen=True, eq=False)
 class NormSite:
-    """A norm that what is written passes on its path: after an FFN (Gemma 2), or in the stream itself (post-LN)."""
+    """A norm that writes pass on their path: behind an FFN (Gemma 2), or in the residual stream itself (post-LN)."""
 
     name: str
-    """Path in the model."""
+    """Path of the norm's module in the model."""
     module: nn.Module
     norm: Norm
-    """The module as data."""
+    """The norm as data: weight as it acts, bias, epsilon."""
     then: WritePath | None
-    """From its output on."""
+    """Path from the norm's output on."""
 
 
 @dataclass(frozen=True, eq=False)
 class WritePath:
-    """How a vector reaches the input of the final norm: times `scale`, through `norm`, then on by `then`.
+    """The path of a vector to the input of the final norm: times `scale`, through `norm`, then on by `then`.
 
-    None in the place of a WritePath: it is there already. Paths share their ends.
+    None in place of a WritePath means that the vector is there already. Paths share their ends: the same object stands
+    at the end of many, so that what is computed for it can be kept by its id.
     """
 
     scale: float
@@ -48,46 +49,46 @@ class WritePath:
 
 @dataclass(frozen=True, eq=False)
 class Ffn:
-    """One place where neurons are: a dense output projection, or the fused experts of a block."""
+    """One FFN: a dense output projection whose columns are neurons, or the fused experts of a block."""
 
     layer: int
     name: str
-    """Path in the model."""
+    """Path of the FFN's module in the model."""
     module: nn.Module
-    """`w_out` itself, whose input are the activations; or the module that holds all experts."""
+    """The module of `w_out`, whose input is the activations; or the module that holds all experts."""
     n_neurons: int
-    """Columns of `w_out`; of one expert, if there are several."""
+    """Number of columns of `w_out`, in one expert if there are several."""
     n_experts: int | None
-    """None: dense."""
+    """Number of fused experts; None for a dense FFN."""
     activation: nn.Module | None
     """The activation function's module; None where the code calls a function instead, and in experts."""
     gate: nn.Module | None
     """A projection to one number, whose sigmoid multiplies all activations (shared experts of Qwen)."""
     path: WritePath | None
-    """From the output of `w_out` on."""
+    """Path from the output of `w_out` on."""
 
     def neuron(self, flat: int) -> Neuron:
-        """The neuron at a place counted through all experts."""
+        """Return the neuron with this number, counted through all experts: expert 0 first, then expert 1, and so on."""
         if self.n_experts is None:
             return Neuron(self.layer, flat)
         return Neuron(self.layer, flat % self.n_neurons, flat // self.n_neurons)
 
     @property
     def size(self) -> int:
-        """Neurons of all experts together."""
+        """Number of neurons, of all experts together."""
         return self.n_neurons * (self.n_experts or 1)
 
 
 @dataclass(frozen=True, eq=False)
 class Source:
-    """Anything else that writes into the stream."""
+    """A module other than an FFN that writes into the residual stream."""
 
     layer: int
     name: str
-    """Path in the model."""
+    """Path of the module in the model."""
     module: nn.Module
     kind: Literal["attention", "other"]
-    """`attention`: any token mixer. `other`: a side path, such as the per-layer inputs of Gemma 4."""
+    """What it is: `attention` for any mixer, `other` for a side path such as the per-layer inputs of Gemma 4."""
     path: WritePath | None
 
 
@@ -96,96 +97,99 @@ class Block:
     """One block of the language model."""
 
     name: str
-    """Path in the model."""
+    """Path of the block in the model."""
     module: nn.Module
 
 
 @dataclass(frozen=True)
 class LogitRule:
-    """What the model does around its head: logits = cap * tanh(scale * head(before * h) / cap), or without the cap."""
+    """The rule from final norm to logits: cap * tanh(scale * head(before * h) / cap), or without the cap."""
 
     before: float = 1.0
-    """The norm's output is multiplied by this before the head."""
+    """Factor by which the final norm's output is multiplied before the head."""
     scale: float = 1.0
     cap: float | None = None
     barred: tuple[int, ...] = ()
-    """Tokens that the model never says, whatever its head gives (Chameleon: the codes of pictures)."""
+    """Token ids that the model never writes, whatever its head gives (Chameleon: the codes of pictures)."""
 
     def undo(self, logits: Float[Tensor, "*n"]) -> Float[Tensor, "*n"]:
-        """Logits as they were before the softcap: what contributions add up to."""
+        """Return the logits as they were before the softcap, which are what contributions add up to."""
         if self.cap is None:
             return logits
         limit = 1 - 1e-7  # a logit at the cap itself has no finite value before it
         return self.cap * torch.atanh((logits.float() / self.cap).clamp(-limit, limit))
 
     def __call__(self, head: Float[Tensor, "*n"]) -> Float[Tensor, "*n"]:
-        """Logits from what the head gives."""
+        """Return the model's logits, float32, from the output of its head."""
         scaled = self.scale * head.float()
         given = scaled if self.cap is None else self.cap * torch.tanh(scaled / self.cap)
+        # The lowest finite float32, as the model's own code has it, and not minus infinity.
         given[..., list(self.barred)] = torch.finfo(torch.float32).min
         return given
 
     def slope(self, logits: Float[Tensor, "*n"]) -> Float[Tensor, "*n"]:
-        """Derivative of the logit with respect to the logit before the softcap."""
+        """Return the derivative of each logit with respect to the same logit before the softcap."""
         return torch.ones_like(logits) if self.cap is None else 1 - (logits / self.cap).clamp(-1, 1) ** 2
 
 
 @dataclass(frozen=True, eq=False)
 class Anatomy:
-    """Where the neurons are and how what they write becomes logits."""
+    """The anatomy of one model: where its neurons are, and how what they write becomes logits."""
 
     owner: nn.Module
-    """The smallest model that holds language model and head: its forward gives the logits."""
+    """The smallest model that holds both language model and head, whose forward pass gives the logits."""
     decoder_name: str
     """Path of the language model in the whole model."""
     blocks: tuple[Block, ...]
     ffns: tuple[Ffn, ...]
-    """In order of the blocks; a block can have a dense one beside its experts."""
+    """The FFNs in order of their blocks; a block can have a dense one beside its experts."""
     sources: tuple[Source, ...]
     norms: tuple[NormSite, ...]
-    """Every norm on a path, once."""
+    """Every norm that stands on some path, each once."""
     embedding: WritePath | None
-    """From the input of the first block on."""
+    """Path from the input of the first block on."""
     norm_module: nn.Module
     norm_name: str
     norm: Norm
-    """`norm_module` as data: weight as it acts, bias, epsilon, measured on the module itself."""
+    """The final norm as data: weight as it acts, bias, epsilon, measured on `norm_module` itself."""
     head: nn.Module
     head_name: str
     logit_rule: LogitRule
     hidden: int
     vocab: int
-    """Rows of the unembedding, padding rows included."""
+    """Number of rows of the unembedding, padding rows included."""
     dtype: torch.dtype
-    """What the language model computes in: the vision tower, and queries that stay in float32, can differ."""
+    """The dtype that the language model computes in; that of the vision tower, or of query tokens, can differ."""
     doubts: tuple[str, ...] = ()
-    """What could not be told from the model: with any, contributions are approximate."""
+    """Sentences on what could not be told from the model; where there is any, contributions are approximate."""
 
     @property
     def unembed(self) -> Float[Tensor, "vocab hidden"]:
-        """Row t is what the logit of token t reads."""
+        """The unembedding, (vocab, hidden): row t is what the logit of token t reads."""
         return weights.dense(self.head)
 
     @property
     def head_bias(self) -> Float[Tensor, "vocab"] | None:
-        """Of the head, if it has one."""
+        """The bias of the output head, (vocab,), float32; None if the head has none."""
         return weights.bias(self.head)
 
     @property
     def n_neurons(self) -> int:
-        """Neurons in all blocks together."""
+        """Number of neurons in all blocks together."""
         return sum(ffn.size for ffn in self.ffns)
 
     @cached_property
     def layer_sizes(self) -> tuple[int, ...]:
-        """Neurons of each block."""
+        """Number of neurons in each block."""
         sizes = [0] * len(self.blocks)
         for ffn in self.ffns:
             sizes[ffn.layer] += ffn.size
         return tuple(sizes)
 
     def find(self, neuron: Neuron) -> Ffn | None:
-        """Where a neuron lives; None if the model has no such neuron."""
+        """Return the FFN that a neuron belongs to, or None if the model has no such neuron."""
+        # A block can have a dense FFN beside its experts: a name with an expert means the one, a name without it the
+        # other.
         for ffn in self.ffns:
             if ffn.layer == neuron.layer and (ffn.n_experts is None) == (neuron.expert is None):
                 inside = neuron.index < ffn.n_neurons and (neuron.expert or 0) < (ffn.n_experts or 1)
@@ -193,7 +197,7 @@ class Anatomy:
         return None
 
     def logits(self, x: Float[Tensor, "n hidden"], *, grad: bool = False) -> Float[Tensor, "n vocab"]:
-        """Logits, float32, of residual streams, by the model's own norm and head; differentiable if asked for."""
+        """Return the logits, float32, of residual streams, by the model's own norm and head; `grad` keeps a graph."""
         with torch.enable_grad() if grad else torch.inference_mode():
             h = self.logit_rule.before * normed(self.norm_module, x)
             check_finite(h, h.dtype)
@@ -201,21 +205,22 @@ class Anatomy:
 
 
 def normed(module: nn.Module, x: Float[Tensor, "n hidden"]) -> Float[Tensor, "n hidden"]:
-    """What a norm's own module gives, where its weights are and in their dtype."""
+    """Return the output of a norm's own module, on the device and in the dtype of its weights."""
+    # Off-loaded weights are on the meta device until the module runs: accelerate's hook then moves the input as well.
     like = next(module.parameters(), None)
     return module(x if like is None or like.is_meta else x.to(device=like.device, dtype=like.dtype))
 
 
 class NotFiniteError(ModelError):
-    """Logits that are no numbers."""
+    """The error for logits that are NaN or infinite."""
 
 
 def check_finite(values: Float[Tensor, "*n"], dtype: torch.dtype) -> None:
-    """Refuse logits that are no numbers: whatever is chosen by them means nothing.
+    """Refuse logits that are NaN or infinite, since a token that is chosen by them means nothing.
 
     Args:
-        values: What the logits are made of, or the logs of their totals.
-        dtype: What the model computes in.
+        values: What the logits are made of, or the logs of the sums of their exponentials.
+        dtype: The dtype that the model computes in, for the message.
 
     Raises:
         NotFiniteError: if any is NaN or infinite.
@@ -235,7 +240,7 @@ def check_finite(values: Float[Tensor, "*n"], dtype: torch.dtype) -> None:
 
 
 def hops(path: WritePath | None) -> Iterator[WritePath]:
-    """A path, step by step."""
+    """Iterate over the steps of a path, from its start to the final norm."""
     while path is not None:
         yield path
         path = path.then

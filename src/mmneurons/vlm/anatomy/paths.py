@@ -12,16 +12,16 @@ from mmneurons.vlm.anatomy.parts import Anatomy, WritePath, hops
 
 
 class Directions:
-    """What a write at the start of each path is multiplied by, so that it gives what it adds to the score.
+    """Read-out directions: what a write at the start of a path is multiplied by to give its share of a score.
 
-    Made of the directions at the input of the final norm, by going each path back with the scales of its norms held at
-    the values that they had. Paths that share an end share its computation.
+    They are made of the directions at the input of the final norm, by going each path back with the scales of its norms
+    held at the values that they had. Paths that share an end share its computation.
     """
 
     def __init__(
         self, anatomy: Anatomy, final: Float[Tensor, "n hidden"], norm_inputs: list[Float[Tensor, "n hidden"]]
     ) -> None:
-        """Start at the final norm.
+        """Start with the directions at the final norm.
 
         Args:
             anatomy: Where the paths are.
@@ -33,12 +33,16 @@ class Directions:
         self._known: dict[int, Tensor] = {}
 
     def at(self, path: WritePath | None) -> Float[Tensor, "n hidden"]:
-        """The directions at the start of a path."""
+        """Return the directions at the start of a path, float32, one per position."""
         if path is None:
             return self._final
+        # Kept by id: the path of a block's output is the same object for all that is written into that block, so that
+        # each norm of the stream is gone back through once.
         if id(path) not in self._known:
             direction = self.at(path.then)
             if path.norm is not None:
+                # One step of backpropagation through the norm, with its scale held at the value that it had in the
+                # model.
                 norm, entered = path.norm.norm, self._inputs[id(path.norm)].float().to(direction.device)
                 direction = frozen_direction(direction, entered, norm.to(direction.device))
             self._known[id(path)] = path.scale * direction
@@ -46,16 +50,19 @@ class Directions:
 
 
 def bias_total(anatomy: Anatomy, directions: Directions) -> Float[Tensor, "n"]:
-    """What the biases of the FFN output projections and of the norms on the paths add to the score.
+    """Return what the biases of the FFN output projections and of the norms on the paths add to the score.
 
-    Those of the final norm and of the head are not in it.
+    The biases of the final norm and of the head are not in it.
     """
     like = directions.at(None)
     total = torch.zeros(len(like), device=like.device, dtype=torch.float32)
+    # Biases of fused experts are left out: how much of each is written depends on the router (see the anatomy's
+    # doubts).
     for ffn in anatomy.ffns:
         bias = None if ffn.n_experts is not None else weights.bias(ffn.module)
         if bias is not None:
             total = total + directions.at(ffn.path) @ bias.float().to(total.device)
+    # A norm adds its bias to its output, so it goes on by the path behind the norm.
     for site in anatomy.norms:
         if site.norm.bias.any():
             total = total + directions.at(site.then) @ site.norm.bias.to(total.device)
@@ -63,7 +70,7 @@ def bias_total(anatomy: Anatomy, directions: Directions) -> Float[Tensor, "n"]:
 
 
 def in_stream(columns: Float[Tensor, "n hidden"], path: WritePath | None) -> Float[Tensor, "n hidden"]:
-    """Columns as they reach the final norm, up to a positive factor that depends on the position.
+    """Return columns as they reach the final norm, up to a positive factor that depends on the position.
 
     They go through the weights of all norms on their path; the scales by which norms divide are left out.
     """
@@ -77,6 +84,6 @@ def in_stream(columns: Float[Tensor, "n hidden"], path: WritePath | None) -> Flo
 def frozen_rows(
     anatomy: Anatomy, rows: Float[Tensor, "n hidden"], residual: Float[Tensor, "n hidden"]
 ) -> Float[Tensor, "n hidden"]:
-    """Directions of `score="logit"` at the input of the final norm, the model's own factors included."""
+    """Return the directions of `score="logit"` at the input of the final norm, the model's own factors included."""
     rule = anatomy.logit_rule
     return rule.scale * rule.before * frozen_direction(rows, residual, anatomy.norm.to(rows.device))

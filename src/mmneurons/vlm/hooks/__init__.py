@@ -1,1 +1,1 @@
-"""What listens to a model, or changes it, while it runs."""
+"""Hooks that record what a model does, or change it, while it runs."""

@@ -3,8 +3,8 @@
     with intervene(vlm, ["L0.u945", "L3.u12"], scale=0):
         print(vlm.caption("dog.png"))
 
-Dense FFNs are changed at the input of `w_out`, so that zero is exactly zero. Fused experts cannot be reached there: the
-difference is added to what they give.
+Dense FFNs are changed at the input of `w_out`, so that an activation of 0 writes exactly nothing. Fused experts cannot
+be reached there: the difference is added to their output.
 """
 
 from __future__ import annotations
@@ -30,21 +30,21 @@ from mmneurons.vlm.vlm import VLM
 
 @dataclass(frozen=True)
 class Intervention:
-    """What is done to a set of neurons, as data; one of `scale`, `values` and `noise`."""
+    """An intervention on a set of neurons, as data: exactly one of `scale`, `values` and `noise`."""
 
     neurons: tuple[Neuron, ...]
     scale: float | None = None
-    """Activations are multiplied by this; 0 switches the neurons off."""
+    """Factor by which the activations are multiplied; 0 switches the neurons off."""
     values: tuple[float, ...] | None = None
-    """Activations are set to these, one for each neuron: zero or mean ablation."""
+    """Numbers that the activations are set to, one for each neuron: zero or mean ablation."""
     noise: float | None = None
-    """Gaussian noise is added to the columns, its deviation this many times the column's root mean square."""
+    """Standard deviation of Gaussian noise on the columns, in units of each column's root mean square."""
     seed: int = 0
-    """Of the noise."""
+    """Seed of the noise."""
     positions: tuple[int, ...] | None = None
-    """Where in the sequence: counted from 0, padding and answer included; everywhere if None."""
+    """Positions of the sequence, counted from 0 with padding and answer; None changes all."""
     rows: tuple[int, ...] | None = None
-    """Which prompts of a batch, counted from 0; all if None. So rows of one batch can be changed each in its way."""
+    """Prompts of a batch, counted from 0, so that each can be changed in its own way; None changes all."""
 
 
 @restored
@@ -58,11 +58,10 @@ def intervene(
     seed: int = 0,
     positions: Sequence[int] | None = None,
 ) -> Iterator[Intervention]:
-    """Run the model with some neurons changed: in captions, findings, or forward passes of one's own.
+    """Run the model with some neurons changed, in captions, findings, or forward passes of one's own.
 
-    Other threads that ask the model wait for the end of the `with`.
-    Several can be nested: the inner one sees the activations that the outer one leaves. `record` inside of the `with`
-    records activations as they were changed.
+    Interventions can be nested: the inner one sees the activations that the outer one leaves. `record` inside the
+    `with` records activations as they were changed. Other threads that ask the model wait for the end of the `with`.
 
     Args:
         vlm: The model, or its anatomy.
@@ -70,11 +69,11 @@ def intervene(
         scale: Multiply their activations by this.
         values: Set their activations to these; one number for all, or one each.
         noise: Add Gaussian noise to their columns, in units of each column's root mean square.
-        seed: Of the noise; the same neurons with the same seed get the same noise.
+        seed: Seed of the noise; the same neurons with the same seed get the same noise.
         positions: Where in the sequence, counted from 0 with padding and answer; everywhere if None.
 
     Yields:
-        What is done, as data.
+        The intervention, as data.
 
     Raises:
         SettingError: not exactly one of `scale`, `values` and `noise`, values of another number than neurons, a
@@ -84,6 +83,7 @@ def intervene(
         change = neurons
     else:
         named = tuple(n if isinstance(n, Neuron) else Neuron.parse(n) for n in neurons)
+        # One number stands for as many as there are neurons.
         each = (float(values),) * len(named) if isinstance(values, int | float) else values
         places = None if positions is None else tuple(positions)
         change = Intervention(named, scale, None if each is None else tuple(each), noise, seed, places)
@@ -94,7 +94,7 @@ def intervene(
 
 @dataclass(eq=False)
 class Part:
-    """The neurons of one FFN, of one of its experts if it has several."""
+    """The chosen neurons of one FFN, or of one of its experts if it has several."""
 
     ffn: Ffn
     expert: int | None
@@ -103,18 +103,19 @@ class Part:
     noise: Float[Tensor, "n hidden"] | None
 
     def changed(self, fired: Float[Tensor, "*positions n"], scale: float | None) -> Float[Tensor, "*positions n"]:
-        """Activations as they are to be."""
+        """Return the activations as the intervention sets or scales them."""
         if self.values is not None:
             return self.values.to(fired).expand_as(fired)
         return fired if scale is None else fired * scale
 
 
 def parts_of(anatomy: Anatomy, change: Intervention) -> list[Part]:
-    """The neurons by FFN and expert, with their values or noise.
+    """Check an intervention and sort its neurons by FFN and expert, with their values or noise.
 
     Raises:
         SettingError: see `intervene`.
     """
+    # 1. What contradicts itself is refused.
     if sum(how is not None for how in (change.scale, change.values, change.noise)) != 1:
         raise SettingError(
             "An intervention does one thing to its neurons.",
@@ -125,6 +126,8 @@ def parts_of(anatomy: Anatomy, change: Intervention) -> list[Part]:
         raise SettingError(f"{len(change.values)} values for {len(change.neurons)} neurons.", fix="Give one each.")
     if len(set(change.neurons)) != len(change.neurons):
         raise SettingError("A neuron is named twice.", fix="Name each once.")
+    # 2. Each neuron is looked up and goes to its FFN or expert. `by_place` keeps its place in `change.neurons`, where
+    # its value stands.
     by_place: dict[tuple[int, int | None], list[int]] = {}
     ffns: dict[tuple[int, int | None], Ffn] = {}
     for i, neuron in enumerate(change.neurons):
@@ -141,6 +144,8 @@ def parts_of(anatomy: Anatomy, change: Intervention) -> list[Part]:
             )
         by_place.setdefault((neuron.layer, neuron.expert), []).append(i)
         ffns[neuron.layer, neuron.expert] = ffn
+    # 3. One part per FFN or expert. Places and neurons are sorted before anything is drawn, so that the noise depends
+    # on the set of neurons and the seed, not on the order in which they were named.
     random = torch.Generator().manual_seed(change.seed)
     parts = []
     for (layer, expert), members in sorted(by_place.items(), key=lambda item: (item[0][0], item[0][1] or 0)):
@@ -152,6 +157,7 @@ def parts_of(anatomy: Anatomy, change: Intervention) -> list[Part]:
         )
         noise = None
         if change.noise is not None:
+            # Drawn on the CPU: the same seed gives the same noise on every device.
             columns = weights.columns(ffn.module, indices, expert=expert).cpu()
             size = columns.pow(2).mean(-1, keepdim=True).sqrt()
             noise = change.noise * size * torch.randn(columns.shape, generator=random, dtype=torch.float32)
@@ -160,21 +166,22 @@ def parts_of(anatomy: Anatomy, change: Intervention) -> list[Part]:
 
 
 class _Running:
-    """The hooks of one `intervene`."""
+    """The hooks of one `intervene`, and what they know of the forward pass that is running."""
 
     def __init__(self, anatomy: Anatomy, change: Intervention) -> None:
         self.anatomy, self.change = anatomy, change
         self._shape = (1, 1)
         self._here: Tensor | None = None
-        """(batch, positions), true where to change; None: everywhere."""
+        """Mask (batch, positions) of the places to change in this pass; None stands for all of them."""
         self.parts = parts_of(anatomy, change)
 
     def setters(self) -> Iterator[Callable[[], RemovableHandle]]:
-        """What sets each hook."""
+        """Iterate over the functions that set one hook each."""
         first = self.anatomy.blocks[0].module
         yield partial(first.register_forward_pre_hook, self._enter, with_kwargs=True)
         for part in self.parts:
             module = part.ffn.module
+            # Noise is on the columns, so it is added behind `w_out`; values and factors replace its input.
             if part.expert is not None:
                 yield partial(module.register_forward_hook, partial(self._experts, part), with_kwargs=True)
             elif part.noise is not None:
@@ -183,11 +190,13 @@ class _Running:
                 yield partial(module.register_forward_pre_hook, partial(self._dense, part))
 
     def _enter(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        """Which positions this pass is about: those before it are in the cache."""
+        """Note which places of this forward pass are to be changed."""
         stream = args[0] if args else kwargs["hidden_states"]
         self._shape = stream.shape[:2]
         self._here = None
         if self.change.positions is not None:
+            # Positions are counted in the whole sequence, and a decoding step sees the new one only: those before it
+            # are in the KV cache. Its argument has one of two names, by version and model.
             cache = next(
                 (kwargs[name] for name in ("past_key_values", "past_key_value") if kwargs.get(name) is not None), None
             )
@@ -202,13 +211,14 @@ class _Running:
             self._here = mine if self._here is None else mine & self._here
 
     def _where(self, fired: Float[Tensor, "*positions n"]) -> Tensor | None:
-        """`_here` against activations: some FFNs see batch and positions as one axis."""
+        """Return the mask in the shape of activations: some FFNs see batch and positions as one axis."""
         if self._here is None:
             return None
         here = self._here.to(fired.device)
         return (here if fired.ndim == 3 else here.reshape(-1))[..., None]
 
     def _dense(self, part: Part, module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """Replace activations at the input of a dense `w_out`."""
         given = args[0]
         indices = part.indices.to(given.device)
         fired = given[..., indices]
@@ -219,6 +229,7 @@ class _Running:
         return given.index_copy(-1, indices, changed.to(given.dtype)), *args[1:]
 
     def _noise(self, part: Part, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        """Add to a dense FFN's output what the noise on its columns writes."""
         assert part.noise is not None
         fired = args[0][..., part.indices.to(output.device)].float()
         where = self._where(fired)
@@ -227,6 +238,9 @@ class _Running:
         return output + (fired @ part.noise.to(output.device)).to(output.dtype)
 
     def _experts(self, part: Part, module: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> Tensor:
+        """Add to the output of fused experts the difference that the intervention makes."""
+        # Activations inside the kernel cannot be hooked: they are computed again from the module's input, the router's
+        # weight in them. Those of the chosen neurons are zero where the router sent the position to other experts.
         assert part.expert is not None
         given = (*args, *kwargs.values())
         routed = experts.routed(module, given, self._shape[0])
@@ -237,7 +251,7 @@ class _Running:
             added = fired @ part.noise.to(fired.device)
         else:
             changed = part.changed(fired, self.change.scale)
-            if part.values is not None:  # an expert that is not asked writes nothing, whatever its neurons are set to
+            if part.values is not None:  # an expert without this position writes nothing, whatever is set
                 changed = changed * asked
             columns = weights.columns(module, part.indices, expert=part.expert).to(fired.device)
             added = (changed - fired) @ columns
@@ -245,7 +259,9 @@ class _Running:
         if where is not None:
             added = added * where
         added = added.to(output.dtype)
-        if len(given) == 1:  # every token for every expert, one expert after the other
+        # Llama 4 gives every token to every expert and sums the outputs later: the output is (experts * tokens,
+        # hidden), and the difference belongs to the rows of this expert.
+        if len(given) == 1:
             whole = output.clone().view(len(output) // added[..., 0].numel(), -1, output.shape[-1])
             whole[part.expert] += added.reshape(-1, added.shape[-1])
             return whole.view(output.shape)
@@ -254,7 +270,7 @@ class _Running:
 
 @restored
 def shuffled(vlm: VLM | Anatomy, positions: Int[Tensor, "batch n"], seed: int = 0) -> Iterator[None]:
-    """Run the model with what enters the first block at some positions in random order, the same for every pass.
+    """Run the model with the inputs of the first block at some positions shuffled, in the same order for every pass.
 
     With the image tokens of a picture (`find_grids`), the picture's patches change places before the language model
     reads them (Pan et al. 2024, section 4.2). Passes too short to hold the positions are left as they are: those that
@@ -262,14 +278,15 @@ def shuffled(vlm: VLM | Anatomy, positions: Int[Tensor, "batch n"], seed: int = 
 
     Args:
         vlm: The model, or its anatomy.
-        positions: Of each row, counted in the sequence that enters the first block.
-        seed: Of the order.
+        positions: Positions to shuffle in each row, counted in the sequence that enters the first block.
+        seed: Seed of the order.
     """
     anatomy = vlm.anatomy if isinstance(vlm, VLM) else vlm
     order = torch.randperm(positions.shape[1], generator=torch.Generator().manual_seed(seed))
 
     def hook(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         stream = args[0] if args else kwargs["hidden_states"]
+        # A decoding step: it holds the new position only, and the shuffled ones are in the KV cache.
         if stream.shape[1] <= int(positions.max()):
             return args, kwargs
         rows, places = torch.arange(len(stream), device=stream.device)[:, None], positions.to(stream.device)

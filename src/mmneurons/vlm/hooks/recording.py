@@ -1,4 +1,4 @@
-"""Record what the neurons do while the model runs, in one `with`; nothing is changed and no hook stays behind."""
+"""Record what neurons do while the model runs, in one `with`; nothing is changed and no hook stays behind."""
 
 from __future__ import annotations
 
@@ -16,37 +16,37 @@ from mmneurons.vlm.anatomy.parts import Anatomy, Ffn
 from mmneurons.vlm.locking import alone, restored
 
 Keep = Callable[[Shaped[Tensor, "batch positions *width"]], Shaped[Tensor, "batch kept *width"]]
-"""Which positions of one forward pass are kept; a view will do, what is kept of more is copied."""
+"""Function that picks the positions of one forward pass to keep; it may return a view, which is then copied."""
 
 PASSES_AT_ONCE = 8
-"""For how many passes memory is made at once."""
+"""Number of forward passes for which memory is made at once."""
 
 
 def last_position(values: Shaped[Tensor, "batch positions *width"]) -> Shaped[Tensor, "batch 1 *width"]:
-    """Keep the position that predicts the next token: while generating, the only new one."""
+    """Keep the last position, which predicts the next token: while generating, the only new one."""
     return values[:, -1:]
 
 
 @dataclass(eq=False)
 class Recording:
-    """What was recorded: one entry per forward pass in each innermost list.
+    """A recording: one entry per forward pass in each innermost list.
 
-    What was not asked for stays empty. Of experts, a position has slots for the neurons of its own experts only.
+    What was not asked for stays empty. Of fused experts, a position has slots for the neurons of its own experts only.
     """
 
     anatomy: Anatomy
     raw: list[list[Float[Tensor, "batch kept _"]]]
-    """Per FFN: the inputs of `w_out`, in the model's dtype; read them with `activations`."""
+    """Inputs of `w_out` per FFN, in the model's dtype, the gate of shared experts not in them; see `activations`."""
     experts: list[list[Int[Tensor, "batch kept _"]]]
-    """Per FFN: which experts the slots belong to; empty where it is dense."""
+    """Experts that the slots belong to, per FFN; empty where it is dense."""
     factors: list[list[Float[Tensor, "batch kept 1"]]]
-    """Per FFN: what its gate says; empty where it has none."""
+    """Outputs of the projection whose sigmoid multiplies all activations, per FFN; empty where it has none."""
     gates: list[list[Float[Tensor, "batch kept _"]]]
-    """Per FFN: the outputs of the activation function alone; empty unless asked for."""
+    """Outputs of the activation function alone, per FFN; empty unless asked for."""
     sources: list[list[Float[Tensor, "batch kept hidden"]]]
-    """What each source wrote."""
+    """What each source of the anatomy wrote."""
     norms: list[list[Float[Tensor, "batch kept hidden"]]]
-    """What entered each norm that writes pass."""
+    """What entered each norm that writes pass on their paths."""
     embedding: list[Float[Tensor, "batch kept hidden"]] = field(default_factory=list)
     """The residual stream as it enters the first block."""
     residual: list[Float[Tensor, "batch kept hidden"]] = field(default_factory=list)
@@ -54,22 +54,22 @@ class Recording:
 
     @staticmethod
     def nothing(anatomy: Anatomy) -> Recording:
-        """A recording for which nothing was asked."""
+        """Return a recording in which nothing is recorded."""
         return Recording(anatomy, [], [], [], [], [], [])
 
     @property
     def n_passes(self) -> int:
-        """Forward passes recorded."""
+        """Number of forward passes recorded."""
         return max((len(parts) for parts in self.raw), default=0)
 
     def activations(self, i: int) -> Float[Tensor, "batch steps slots"]:
-        """Activations of one FFN in all forward passes: what its columns are multiplied by."""
+        """Return the activations of one FFN in all forward passes: what its columns are multiplied by."""
         fired = self.stacked(self.raw[i])
         return fired * self.stacked(self.factors[i]).sigmoid() if self.factors[i] else fired
 
     @staticmethod
     def stacked(parts: list[Tensor]) -> Shaped[Tensor, "batch steps width"]:
-        """One tensor of all forward passes; narrower ones are filled up with zeros."""
+        """Join the forward passes in one tensor; narrower ones (Llama 4 has slots by need) are padded with zeros."""
         width = max(part.shape[-1] for part in parts)
         return torch.cat([_widened(part, width) for part in parts], dim=1)
 
@@ -86,9 +86,9 @@ def record(
     """Record activations in every forward pass inside the `with`; other threads wait for its end.
 
     Args:
-        anatomy: Where to look.
-        keep: Which positions to keep.
-        neurons: Per FFN the neurons to keep, counted through all its experts; None keeps all.
+        anatomy: The anatomy of the model that runs.
+        keep: Which positions to keep of each pass.
+        neurons: For each FFN the neurons to keep, counted through all its experts; None keeps all.
         gates: Also record the output of the activation function alone.
         writes: Also record the residual stream, and what everything but the neurons writes into it.
 
@@ -114,6 +114,7 @@ def record(
             yield recorder.recording
         finally:
             recorder.stop()
+    # After the `with`, and not in its `finally`: an error of the user's own inside it is not covered by this one.
     if recorder.missed:
         raise ModelError(
             "Not every block's FFN or activation function was reached in every forward pass.",
@@ -123,7 +124,7 @@ def record(
 
 
 class _Recorder:
-    """The hooks of one `record`."""
+    """The hooks of one `record`, and what they know of the forward pass that is running."""
 
     def __init__(self, anatomy: Anatomy, keep: Keep, neurons: Any, *, writes: bool, gates: bool) -> None:
         def lists(parts: Sequence[Any]) -> list[list[Tensor]]:
@@ -136,15 +137,18 @@ class _Recorder:
         self.keep, self.neurons, self.writes, self.gates = keep, neurons, writes, gates
         self.missed: set[str] = set()
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
+        # `_entered`: blocks entered in this pass. `_shape`: its batch and positions. `_rooms`: memory for what is kept.
         self._entered: set[int] = set()
         self._shape = (1, 1)
         self._rooms: dict[tuple[torch.dtype, torch.device], Tensor] = {}
         width = sum(ffn.n_neurons for ffn in ffns) * (2 if gates else 1)
         self._width = width + (2 + len(anatomy.sources) + len(anatomy.norms)) * anatomy.hidden * writes
-        """Numbers kept of one position, about."""
+        """About how many numbers are kept of one position."""
 
     def start(self) -> None:
+        """Set the hooks of every part that is to be recorded."""
         anatomy, recording, add = self.recording.anatomy, self.recording, self._hooks.append
+        # Every block, to tell one that was left out as a whole from a part that was missed in a block that ran.
         for layer, block in enumerate(anatomy.blocks):
             add(block.module.register_forward_pre_hook(self._enter(layer), with_kwargs=True))
         for i, ffn in enumerate(anatomy.ffns):
@@ -160,15 +164,20 @@ class _Recorder:
             for site, parts in zip(anatomy.norms, recording.norms, strict=True):
                 add(site.module.register_forward_pre_hook(self._input(parts)))
             add(anatomy.norm_module.register_forward_pre_hook(self._input(recording.residual)))
+        # The last module that a forward pass reaches closes it: the final norm, or the last block where nothing behind
+        # the blocks is recorded.
         end = self._end if self.writes else self._end_without_writes
         last = anatomy.norm_module if self.writes else anatomy.blocks[-1].module
         add(last.register_forward_hook(lambda module, args, output: end()))
 
     def stop(self) -> None:
+        """Remove all hooks."""
         for hook in self._hooks:
             hook.remove()
 
     def _enter(self, layer: int):
+        """Make the hook that notes that a block was entered; at the first block, the embedding and the shape."""
+
         def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
             self._entered.add(layer)
             if layer == 0:
@@ -180,6 +189,7 @@ class _Recorder:
         return hook
 
     def _dense(self, i: int):
+        """Make the hook that records the inputs of a dense `w_out`."""
         parts, chosen = self.recording.raw[i], None if self.neurons is None else self.neurons[i]
 
         def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
@@ -189,10 +199,12 @@ class _Recorder:
         return hook
 
     def _experts(self, i: int, ffn: Ffn):
+        """Make the hook that computes the activations of fused experts from their inputs, and records them."""
         recording, chosen = self.recording, None if self.neurons is None else self.neurons[i]
 
         def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
             all_places = experts.routed(module, (*args, *kwargs.values()), self._shape[0])
+            # Positions are picked before anything is computed: experts are computed again, and only for what is kept.
             places = experts.Routed(*(None if value is None else self._kept(value) for value in all_places))  # pyright: ignore[reportArgumentType]
             fired = experts.activations(module, places)
             if chosen is not None:
@@ -203,27 +215,34 @@ class _Recorder:
         return hook
 
     def _output(self, parts: list[Tensor]):
+        """Make a hook that records the output of a module, the first one of several."""
+
         def hook(module: nn.Module, args: tuple, output: Any) -> None:
             parts.append(self._kept(self._with_batch(output if isinstance(output, Tensor) else output[0])))
 
         return hook
 
     def _input(self, parts: list[Tensor]):
+        """Make a hook that records the input of a module."""
+
         def hook(module: nn.Module, args: tuple) -> None:
             parts.append(self._kept(self._with_batch(args[0])))
 
         return hook
 
     def _kept(self, values: Tensor) -> Tensor:
-        """The positions to keep, in memory of their own: a model may change in place what it gave.
+        """Return the positions to keep, in memory of their own: a model may change an output in place later.
 
         On a CPU all that is kept is copied into pieces of memory made for several passes: small pieces that stay,
         between the large ones that the model makes and frees, would keep the C library from using that space again,
         which costs more than what is recorded.
         """
         kept = self.keep(values)
+        # What `keep` returned can be a view of the model's tensor; only then is a copy needed.
         if self.keep is not last_position:
             return kept.clone() if kept.untyped_storage().data_ptr() == values.untyped_storage().data_ptr() else kept
+        # A piece is cut off the front of the room; a new room is made when it is used up. A tensor that was cut off
+        # keeps its room's memory alive.
         room = self._rooms.get((kept.dtype, kept.device))
         if room is None or len(room) < kept.numel():
             room = kept.new_empty(max(kept.numel(), PASSES_AT_ONCE * self._width * len(kept)))
@@ -231,16 +250,17 @@ class _Recorder:
         return room[: kept.numel()].view(kept.shape).copy_(kept)
 
     def _with_batch(self, values: Tensor) -> Tensor:
-        """The tensor as (batch, positions, width): some FFNs (OPT, experts) see batch and positions as one axis."""
+        """Return values as (batch, positions, width): some FFNs (OPT, experts) see batch and positions as one axis."""
         return values if values.ndim == 3 else values.reshape(*self._shape, values.shape[-1])
 
     def _end(self) -> None:
-        """Close one forward pass: a part of a block that was left out as a whole gave zeros."""
+        """Close one forward pass: a part that recorded nothing gets zeros, and counts as missed if its block ran."""
         recording, anatomy, like = self.recording, self.recording.anatomy, self.recording.residual[-1]
         n = len(recording.residual)
         for source, parts in zip(anatomy.sources, recording.sources, strict=True):
             if len(parts) < n:
                 self._fill(source.layer, source.name, parts, like)
+        # A norm counts as missed even if its block was left out: zeros would not be an input that its scale is held at.
         for site, parts in zip(anatomy.norms, recording.norms, strict=True):
             if len(parts) < n:
                 self.missed.add(site.name)
@@ -255,6 +275,7 @@ class _Recorder:
         self._entered.clear()
 
     def _end_without_writes(self) -> None:
+        """Close one forward pass of which only activations are recorded."""
         recording = self.recording
         n = recording.n_passes
         shape = next((parts[-1].shape[:2] for parts in recording.raw if parts), (1, 1))
@@ -265,10 +286,12 @@ class _Recorder:
         self._entered.clear()
 
     def _fill(self, layer: int, name: str, parts: list[Tensor], like: Tensor) -> None:
+        """Add zeros for a part that recorded nothing, and note it as missed if its block was entered."""
         if layer in self._entered:
             self.missed.add(name)
         parts.append(torch.zeros_like(like))
 
 
 def _widened(part: Tensor, width: int) -> Tensor:
+    """Pad the last axis with zeros up to a width."""
     return part if part.shape[-1] == width else torch.nn.functional.pad(part, (0, width - part.shape[-1]))

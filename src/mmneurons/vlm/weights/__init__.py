@@ -19,20 +19,20 @@ from mmneurons.vlm.weights.stored import holds_experts as holds_experts
 from mmneurons.vlm.weights.writable import writable as writable
 
 CHUNK = 4096
-"""Neurons converted to float32 at a time by `chunks`."""
+"""Number of neurons that `chunks` converts to float32 at a time."""
 SLICE = {"cpu": 2**20, "other": 2**26}
-"""Numbers converted to float32 at a time by `project`: what stays in a CPU's cache; what keeps a GPU busy."""
+"""Count of numbers that `project` converts to float32 at a time: what fits a CPU's cache; what keeps a GPU busy."""
 
 
 def shape(module: nn.Module, hidden: int) -> tuple[int, int | None]:
-    """How many neurons a module has and, if it holds fused experts, how many of those; each has so many neurons.
+    """Return the number of neurons of a module (of each expert, if it has fused experts) and of its experts, or None.
 
     Args:
         module: An FFN output projection, or a module of fused experts.
         hidden: The width of the residual stream, which tells the axes of fused experts apart.
 
     Raises:
-        ModelError: if the module does not say.
+        ModelError: if the module does not say how many inputs it has.
     """
     if holds_experts(module):
         return stored.experts_shape(module, hidden)
@@ -54,21 +54,22 @@ def check(module: nn.Module) -> None:
 
 
 def is_quantised(module: nn.Module) -> bool:
-    """Whether the weights are packed, so that the module's kernel may round more than its dtype says."""
+    """Whether the weights of a module are packed, so that its kernel may round more than its dtype says."""
     return stored.is_packed(module)
 
 
 def parameters(module: nn.Module) -> dict[str, Tensor]:
-    """A module's own parameters by name, as stored, off-loaded or not."""
+    """Return a module's own parameters by name, in the form in which they are stored, off-loaded or not."""
     return offload.parameters(module)
 
 
 @torch.no_grad()
 def dense(module: nn.Module, expert: int | None = None) -> Float[Tensor, "hidden neurons"]:
-    """The matrix that the module multiplies by in eval mode, adapters included.
+    """Return the matrix that the module multiplies by in evaluation mode, adapters included.
 
     Returns:
-        The stored numbers, a view, where they are plain: in their dtype. Otherwise a float32 copy, or torchao's dtype.
+        (hidden, neurons). A view in the stored dtype where weights are plain; otherwise a copy, in float32 or, of
+        tensor classes that dequantise themselves (torchao), in the dtype that these give.
 
     Raises:
         ModelError: if it cannot be read.
@@ -81,13 +82,14 @@ def dense(module: nn.Module, expert: int | None = None) -> Float[Tensor, "hidden
 
 
 def bias(module: nn.Module, expert: int | None = None) -> Float[Tensor, "hidden"] | None:
-    """What the module adds whatever the activations are, float32; None if nothing."""
+    """Return the bias that the module adds whatever the activations are, float32; None if it adds none."""
     return stored.locate_bias(module, expert)
 
 
 def chunks(module: nn.Module, expert: int | None = None) -> Iterator[tuple[slice, Float[Tensor, "hidden chunk"]]]:
-    """Slices of neurons and their columns in float32; one slice where the matrix is float32 already."""
+    """Iterate over slices of neurons with their columns in float32; one slice where the matrix is float32 already."""
     matrix = dense(module, expert)
+    # A float32 copy of a whole 16-bit matrix would take twice the memory of the matrix itself.
     step = matrix.shape[1] if matrix.dtype == torch.float32 else CHUNK
     for start in range(0, matrix.shape[1], step):
         part = slice(start, min(start + step, matrix.shape[1]))
@@ -98,28 +100,30 @@ def chunks(module: nn.Module, expert: int | None = None) -> Iterator[tuple[slice
 def project(
     directions: Float[Tensor, "nouns hidden"], module: nn.Module, expert: int | None = None
 ) -> Float[Tensor, "nouns neurons"]:
-    """Dot products direction . w_out[:, i] for every neuron, in float32, the matrix read once for all directions.
+    """Multiply directions by the column of every neuron: direction . w_out[:, i], the matrix read once for all of them.
 
     Returns:
-        On the device where the weights are.
+        Dot products, float32, on the device where the weights are.
     """
     located = locate(module, expert)
     matrix = located.read()
     directions = directions.to(device=matrix.device, dtype=torch.float32)
     result = _product(directions, matrix)
+    # An adapter that is not merged is added as (direction . up) . down: its full matrix is never made.
     for up, down in located.low_rank:
         result += (directions.to(up.device) @ up @ down).to(result.device)
     return result
 
 
 def columns(module: nn.Module, indices: Int[Tensor, "n"], expert: int | None = None) -> Float[Tensor, "n hidden"]:
-    """Some columns of `w_out` in float32; of plain weights only those are read."""
+    """Return the columns of some neurons as rows, float32; of plain weights only these are read."""
     located = locate(module, expert)
     with torch.no_grad():
         return _columns(located, indices)
 
 
 def _columns(located: Located, indices: Tensor) -> Tensor:
+    """Return columns of a located matrix as rows, (n, hidden), low-rank terms included."""
     matrix = located.read()
     result = matrix[:, indices.to(matrix.device)].T.float()
     for up, down in located.low_rank:
@@ -128,7 +132,7 @@ def _columns(located: Located, indices: Tensor) -> Tensor:
 
 
 def _product(directions: Tensor, matrix: Tensor) -> Tensor:
-    """(n, hidden) @ (hidden, neurons), the products of 16-bit weights summed in float32.
+    """Multiply (n, hidden) by (hidden, neurons), the products of 16-bit weights summed in float32.
 
     Such a matrix is converted slice by slice along the axis in which it is stored, so that each slice is read in one
     go and its float32 copy is still in the cache when it is multiplied.
@@ -138,6 +142,8 @@ def _product(directions: Tensor, matrix: Tensor) -> Tensor:
     hidden, neurons = matrix.shape
     budget = SLICE["cpu" if matrix.device.type == "cpu" else "other"]
     result = directions.new_zeros(len(directions), neurons)
+    # Stored row by row (`Linear`): slices of rows, each a part of the sum for every neuron. Stored column by column
+    # (`Conv1D`, transposed experts): slices of neurons, each with its whole sum.
     if matrix.stride(0) >= matrix.stride(1):
         step = max(budget // neurons, 1)
         for start in range(0, hidden, step):

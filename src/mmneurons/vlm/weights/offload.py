@@ -1,4 +1,4 @@
-"""The tensors of one module, wherever accelerate keeps them, without running it; and the error when that fails."""
+"""Fetch the tensors of one module, wherever accelerate keeps them, without running the module."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from mmneurons.errors import ModelError
 
 
 def fetch(module: nn.Module, name: str) -> Tensor | None:
-    """A parameter or buffer, detached; None if there is none.
+    """Return a parameter or buffer of a module, detached; None if it has none of this name.
 
-    An off-loaded one is taken out of accelerate's map, in memory or on disk; the module keeps its empty one.
+    An off-loaded one is taken from accelerate's map, in memory or on disk; the module keeps its empty placeholder.
     """
     value = getattr(module, name, None)
     if not isinstance(value, Tensor):
@@ -21,15 +21,15 @@ def fetch(module: nn.Module, name: str) -> Tensor | None:
 
 
 def parameters(module: nn.Module) -> dict[str, Tensor]:
-    """The module's own parameters by name, not those of its children."""
+    """Return the module's own parameters by name, without those of its children."""
     names = [name for name, value in module.named_parameters(recurse=False)]
     return {name: value for name in names if (value := fetch(module, name)) is not None}
 
 
 def offloaded(module: nn.Module, name: str) -> Tensor:
-    """A tensor that accelerate keeps for this module under `name`."""
+    """Return the tensor that accelerate keeps for this module under `name`."""
     for weights_map in weights_maps(module):
-        try:  # `name in weights_map` would read the file twice
+        try:  # asking with `name in weights_map` first would read the file twice
             return weights_map[name]
         except KeyError:
             continue
@@ -41,14 +41,15 @@ def offloaded(module: nn.Module, name: str) -> Tensor:
 
 
 def weights_maps(module: nn.Module) -> list[Any]:
-    """Where accelerate's hooks on this module keep its tensors, by name; empty where nothing is off-loaded."""
+    """Return the maps in which accelerate's hooks keep a module's tensors by name; empty if nothing is off-loaded."""
     hook = getattr(module, "_hf_hook", None)
+    # A `SequentialHook` holds several hooks; any other stands for itself.
     maps = [getattr(each, "weights_map", None) for each in getattr(hook, "hooks", [hook])]
     return [weights_map for weights_map in maps if weights_map is not None]
 
 
 def unreadable(module: nn.Module, why: str, fix: str = "") -> ModelError:
-    """The error that says which module cannot be read, what it holds, and what to do."""
+    """Return the error that says which module cannot be read, what it holds, and what to do."""
     held = ""
     for weight in (getattr(module, "weight", None), getattr(module, "down_proj", None)):
         if isinstance(weight, Tensor):

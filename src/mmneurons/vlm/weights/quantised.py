@@ -1,6 +1,6 @@
-"""Packed weights turned back into numbers, without running the module and without changing it.
+"""Turn packed weights back into numbers, without running the module and without changing it.
 
-What each gives is what the packed numbers stand for. The kernels that use them add errors of their own: LLM.int8()
+The result is what the packed numbers stand for. The kernels that use them add errors of their own: LLM.int8()
 also rounds the inputs to 8 bits (all but outliers), 4-bit on a CPU with AVX512-BF16 computes in bfloat16, FP8 rounds
 the inputs to 8 bits.
 """
@@ -20,12 +20,12 @@ _FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 
 
 def knows(module: nn.Module) -> bool:
-    """Whether the module's `weight` is of a kind that is read here: bitsandbytes 8 and 4 bit, transformers' FP8."""
+    """Whether a module's `weight` is of a kind that is read here: bitsandbytes 8 and 4 bit, transformers' FP8."""
     return _kind(module) in ("Int8Params", "Params4bit") or is_fp8(module, "weight")
 
 
 def check(module: nn.Module) -> None:
-    """Refuse what is only half quantised, or packed where it cannot be reached."""
+    """Refuse a weight that is only half quantised, or that is packed where it cannot be reached."""
     weight: Any = module.weight
     if _kind(module) == "Params4bit":
         if weight.is_meta:
@@ -41,7 +41,7 @@ def check(module: nn.Module) -> None:
 
 
 def matrix(module: nn.Module) -> Tensor:
-    """The numbers of `weight`, (hidden, neurons), float32; of a module that `knows` knows."""
+    """Return the numbers of a module's `weight`, (hidden, neurons), float32, if it is of a kind that `knows` knows."""
     if _kind(module) == "Int8Params":
         return _eight_bit(module)
     if _kind(module) == "Params4bit":
@@ -56,28 +56,34 @@ def is_fp8(module: nn.Module, name: str) -> bool:
 
 
 def fp8(module: nn.Module, name: str, expert: int | None = None) -> Tensor:
-    """8-bit floats times the scale of their block, or of the whole matrix; (rows, columns) as stored."""
+    """Return 8-bit floats times the scale of their block or of the whole matrix, float32, (rows, columns) as stored."""
     values, scales = cast(Tensor, fetch(module, name)), cast(Tensor, fetch(module, f"{name}_scale_inv"))
     if expert is not None:
         values, scales = values[expert], scales[expert]
     values, scales = values.float(), scales.float()
     block = cast("Sequence[int] | None", getattr(module, "block_size", None))
     if block is not None:
+        # One scale for each block of the matrix, spread over its entries; the last blocks may reach beyond the edges.
         scales = scales.repeat_interleave(block[0], 0)[: values.shape[0]]
         scales = scales.repeat_interleave(block[1], 1)[:, : values.shape[1]]
     return values * scales
 
 
 def _kind(module: nn.Module) -> str:
+    """Return the class name of a module's weight, so that bitsandbytes need not be installed to ask."""
     return type(getattr(module, "weight", None)).__name__
 
 
 def _scale(module: nn.Module, name: str) -> object:
+    """Return the scales stored beside an FP8 parameter, if there are any."""
     return getattr(module, f"{name}_scale_inv", None)
 
 
 def _eight_bit(module: Any) -> Tensor:
-    """LLM.int8(): one scale per row, kept with the weight until the first run and with the module's state after it."""
+    """Return LLM.int8() weights as float32: there is one scale per row.
+
+    The scales are kept with the weight until the first run, and with the module's state after it.
+    """
     values, scale = cast(Tensor, fetch(module, "weight")), getattr(module.weight, "SCB", None)
     if module.weight.is_meta:
         scale = offloaded(module, "SCB")
@@ -89,10 +95,10 @@ def _eight_bit(module: Any) -> Tensor:
 
 
 def _four_bit(weight: Any) -> Tensor:
-    """NF4 and FP4; the scales of the blocks may be quantised themselves, which bitsandbytes undoes.
+    """Return NF4 or FP4 weights as float32; scales that are quantised themselves are undone by bitsandbytes.
 
-    Running it on a CPU with AVX512-BF16 repacks the weight in place, with scales in bfloat16 and never packed. The
-    copy of the state is unpacked here; the module's own would be changed by it.
+    Running the module on a CPU with AVX512-BF16 repacks the weight in place, with scales in bfloat16 and never packed.
+    A copy of the state is unpacked here, since unpacking changes it.
     """
     from bitsandbytes import functional  # only installed where such weights are
 

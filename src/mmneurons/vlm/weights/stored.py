@@ -1,11 +1,11 @@
-"""Where the numbers of an FFN output projection are, in each form that a module can have.
+"""Locate the numbers of an FFN output projection, in each form that a module can have.
 
 A module is recognised by what it holds and by which forward it runs, not by a list of models. In this order: a PEFT
 adapter around another module; fused experts (one 3-D `down_proj`); bitsandbytes and FP8 weights; tensor subclasses
 that can dequantise themselves (torchao, quanto); plain `Linear` and `Conv1D`; anything else that is linear, which is
 measured (`measured.py`). Weights that accelerate has off-loaded are taken from its map, the module is not run.
 
-To locate a matrix reads nothing; only `Located.read` does. (A `Linear` with a forward of its own is run once, on one
+Locating a matrix reads nothing; only `Located.read` does. (A `Linear` with a forward of its own is run once, on one
 random vector, to see whether it uses its weight.)
 """
 
@@ -26,18 +26,18 @@ from mmneurons.vlm.weights.offload import fetch, offloaded, unreadable, weights_
 
 @dataclass(frozen=True)
 class Located:
-    """One matrix (hidden, neurons): `read()` plus `up @ down` for every low-rank term."""
+    """A matrix (hidden, neurons) that was located: `read()`, plus `up @ down` for every low-rank term."""
 
     read: Callable[[], Tensor]
-    """Gives the matrix, or the part of it that is stored in full; a view where it is stored plainly."""
+    """Function that returns the matrix, or the part of it that is stored in full; a view where it is stored plainly."""
     trial: Callable[[], object] | None = None
-    """What to run to learn whether `read` will work, where that cannot be seen."""
+    """Function that raises if `read` would not work; None where looking was enough to know."""
     low_rank: tuple[tuple[Tensor, Tensor], ...] = ()
-    """(up (hidden, rank), down (rank, neurons)), float32: LoRA that has not been merged."""
+    """Pairs of factors, (hidden, rank) and (rank, neurons), float32: LoRA that has not been merged."""
 
 
 def locate(module: nn.Module, expert: int | None = None) -> Located:
-    """Find the matrix of a module, or of one of its experts.
+    """Locate the matrix of a module, or of one of its fused experts.
 
     Raises:
         ModelError: if it is stored in a form that cannot be read.
@@ -51,7 +51,7 @@ def locate(module: nn.Module, expert: int | None = None) -> Located:
 
 
 def locate_bias(module: nn.Module, expert: int | None = None) -> Tensor | None:
-    """The bias (hidden,) in float32, if there is one; the same forms and errors as `locate`."""
+    """Return the bias, (hidden,), float32, or None if there is none; the same forms and errors as `locate`."""
     if is_adapter(module):
         return _adapted_bias(module, expert)
     if expert is None and needs_measuring(module):
@@ -63,7 +63,7 @@ def locate_bias(module: nn.Module, expert: int | None = None) -> Tensor | None:
 
 
 def is_packed(module: nn.Module) -> bool:
-    """Whether the weights are anything but plain floats, adapters aside."""
+    """Whether the weights of a module are anything but plain floats, adapters aside."""
     while is_adapter(module):
         module = cast(Any, module).base_layer
     held = getattr(module, "down_proj" if holds_experts(module) else "weight", None)
@@ -71,7 +71,7 @@ def is_packed(module: nn.Module) -> bool:
 
 
 def in_features(module: nn.Module) -> int:
-    """Inputs of a linear module: its neurons. Never from the shape of packed storage."""
+    """Return the number of inputs of a linear module, which are its neurons; never from the shape of packed storage."""
     if isinstance(module, Conv1D):
         return module.weight.shape[0]
     size = getattr(module, "in_features", None)
@@ -86,10 +86,11 @@ def in_features(module: nn.Module) -> int:
 
 
 def _dense(module: nn.Module) -> Located:
-    """A module that holds one matrix."""
+    """Locate the matrix of a module that holds one."""
     weight = getattr(module, "weight", None)
     if isinstance(weight, Tensor):
         _check_held(module, weight)
+    # Known packed kinds come first: bitsandbytes' weights are tensor subclasses too, and would match a case below.
     if quantised.knows(module):
         quantised.check(module)
         return Located(partial(_of_right_shape, module, quantised.matrix))
@@ -103,17 +104,19 @@ def _dense(module: nn.Module) -> Located:
         return Located(read, trial=read)
     if weight.dtype not in PLAIN:
         raise unreadable(module, "Its weight is packed in a way that is not known.")
+    # Plain at last: what `fetch` gives is the matrix, or its transpose.
     _check_shape(module, weight.T if isinstance(module, Conv1D) else weight)
     return Located(partial(_plain, module))
 
 
 def _plain(module: nn.Module) -> Tensor:
+    """Return the weight of a plain `Linear` or `Conv1D` as (hidden, neurons), a view."""
     weight = cast(Tensor, fetch(module, "weight"))
     return weight.T if isinstance(module, Conv1D) else weight
 
 
 def _own_dequantise(module: nn.Module) -> Tensor:
-    """Of a tensor class that can, as those of torchao and quanto; in the dtype of the model."""
+    """Return the weight of a tensor class that dequantises itself (torchao, quanto), in the dtype of the model."""
     try:
         return cast(Any, fetch(module, "weight")).dequantize()
     except Exception as error:  # whatever the library raises, the user should read which module it was
@@ -121,6 +124,7 @@ def _own_dequantise(module: nn.Module) -> Tensor:
 
 
 def _of_right_shape(module: nn.Module, read: Callable[[nn.Module], Tensor]) -> Tensor:
+    """Read a matrix, and refuse it if it is not as large as the module says."""
     matrix = read(module)
     _check_shape(module, matrix)
     return matrix
@@ -135,7 +139,7 @@ def _check_shape(module: nn.Module, matrix: Tensor) -> None:
 
 
 def needs_measuring(module: nn.Module) -> bool:
-    """Whether only running a module tells its matrix: its forward is its own, and is not seen to use its weight."""
+    """Whether only running a module tells its matrix, since its forward is its own and does not just use its weight."""
     if quantised.knows(module) or type(module).forward in (nn.Linear.forward, Conv1D.forward):
         return False
     weight = getattr(module, "weight", None)
@@ -145,11 +149,12 @@ def needs_measuring(module: nn.Module) -> bool:
 
 
 def _is_subclass(weight: Tensor) -> bool:
+    """Whether a weight is of a tensor class of its own, whose storage need not be its numbers."""
     return type(weight) not in (Tensor, nn.Parameter, nn.Buffer)
 
 
 def _check_held(module: nn.Module, weight: Tensor) -> None:
-    """Refuse a shard of a weight, and a weight that nobody holds."""
+    """Refuse a weight that is one process's shard, and a weight on the meta device that nobody holds."""
     if type(weight).__name__ == "DTensor":
         raise unreadable(
             module,
@@ -172,7 +177,7 @@ def holds_experts(module: nn.Module) -> bool:
 
 
 def experts_shape(module: nn.Module, hidden: int) -> tuple[int, int]:
-    """(neurons of each expert, experts) of a fused-experts module."""
+    """Return (neurons of each expert, experts) of a module of fused experts."""
     while is_adapter(module):
         module = cast(Any, module).base_layer
     shape = cast(Tensor, module.down_proj).shape
@@ -188,6 +193,8 @@ def is_transposed(module: nn.Module, hidden: int | None = None) -> bool:
     told = getattr(module, "is_transposed", None)
     if isinstance(told, bool):
         return told
+    # `gate_up_proj` is stored the same way round: (2 neurons, hidden) beside (hidden, neurons), or (hidden, 2 neurons)
+    # beside (neurons, hidden).
     rows, cols = cast(Tensor, module.down_proj).shape[1:]
     entry = getattr(module, "gate_up_proj", None)
     if isinstance(entry, Tensor):
@@ -202,6 +209,7 @@ def is_transposed(module: nn.Module, hidden: int | None = None) -> bool:
 
 
 def _expert(module: nn.Module, expert: int) -> Located:
+    """Locate the matrix of one of a module's fused experts."""
     down, transposed = cast(Tensor, module.down_proj), is_transposed(module)
     _check_held(module, down)
     if quantised.is_fp8(module, "down_proj"):
@@ -214,10 +222,12 @@ def _expert(module: nn.Module, expert: int) -> Located:
 
 
 def _one_expert(module: nn.Module, expert: int) -> Tensor:
+    """Return the plain numbers of one expert's output projection, as stored."""
     return cast(Tensor, fetch(module, "down_proj"))[expert]
 
 
 def _transposed(read: Callable[[], Tensor]) -> Tensor:
+    """Read a matrix that is stored as (neurons, hidden)."""
     return read().T
 
 
@@ -225,13 +235,14 @@ def _transposed(read: Callable[[], Tensor]) -> Tensor:
 
 
 def is_adapter(module: nn.Module) -> bool:
-    """Whether PEFT has wrapped the module; told by what its layers have in common, so PEFT need not be installed."""
+    """Whether PEFT has wrapped a module; told by attributes that its layers share, so PEFT need not be installed."""
     return all(hasattr(module, name) for name in ("base_layer", "active_adapters", "disable_adapters", "merged"))
 
 
 def _adapted(module: Any, expert: int | None) -> Located:
-    """What the forward of a PEFT layer computes: the base alone, or the base and its active adapters."""
+    """Locate the matrix that a PEFT layer multiplies by: its base alone, or the base and its active adapters."""
     terms = _terms(module)
+    # An adapter of another kind (DoRA, OFT ...) is more than a low-rank term: the wrapped layer is measured as a whole.
     if terms is None:
         if expert is not None:
             raise unreadable(module, "An adapter is active on its fused experts.", "Merge it: model.merge_and_unload()")
@@ -242,6 +253,7 @@ def _adapted(module: Any, expert: int | None) -> Located:
 
 
 def _adapted_bias(module: Any, expert: int | None) -> Tensor | None:
+    """Return the bias of a PEFT layer, with the biases that its adapters have of their own."""
     terms = _terms(module)
     if terms is None:
         return measured.bias(module, in_features(module))
@@ -254,12 +266,13 @@ def _adapted_bias(module: Any, expert: int | None) -> Tensor | None:
 
 
 def _terms(module: Any) -> list[tuple[str, float]] | None:
-    """(adapter, scaling) of the low-rank terms to add to the base; None where an active adapter is no plain LoRA."""
+    """List the (adapter, scaling) of each low-rank term on the base; None if an active adapter is no plain LoRA."""
     if getattr(module, "parameter_name", "down_proj") != "down_proj":
         return []  # wraps the fused experts too, but adapts another of their parameters
     sign = -1.0 if module.disable_adapters else 1.0
     # Disabled while merged: the next forward takes the merged ones out, so what it will compute is without them.
     names = module.merged_adapters if module.disable_adapters else [] if module.merged else module.active_adapters
+    # A layer knows only the adapters that it has: another layer's may be active too.
     names = [name for name in names if name in getattr(module, "lora_A", names)]
     if not all(_is_plain_lora(module, name) for name in names):
         if module.disable_adapters:
@@ -271,7 +284,7 @@ def _terms(module: Any) -> list[tuple[str, float]] | None:
 
 
 def _is_plain_lora(module: Any, name: str) -> bool:
-    """LoRA as such: low-rank and nothing else, on a module (DoRA and other variants rescale; some take a parameter)."""
+    """Whether an adapter is LoRA and nothing else, on a module: variants rescale (DoRA), or adapt one parameter."""
     return (
         name in getattr(module, "lora_A", ())
         and name not in getattr(module, "lora_variant", ())
@@ -280,5 +293,6 @@ def _is_plain_lora(module: Any, name: str) -> bool:
 
 
 def _factors(module: Any, name: str, scale: float) -> tuple[Tensor, Tensor]:
+    """Return the factors of one LoRA adapter, up (hidden, rank) and down (rank, neurons), float32, scaling in up."""
     up, down = (cast(Tensor, fetch(part[name], "weight")) for part in (module.lora_B, module.lora_A))
     return scale * up.float(), down.float()

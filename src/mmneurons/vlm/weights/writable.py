@@ -1,4 +1,4 @@
-"""The stored numbers of a `w_out` as a view that can be written to, in the forms that have one.
+"""Return the stored numbers of a `w_out` as a view that can be written to, in the forms that have one.
 
 Plain `Linear` and `Conv1D`, fused experts, the base layer below LoRA, and weights that accelerate keeps in memory. What
 is packed, computed when asked for, on disk or spread over processes has no such view and is refused by name.
@@ -18,7 +18,7 @@ from mmneurons.vlm.weights.offload import weights_maps
 
 
 def writable(module: nn.Module, expert: int | None = None) -> Tensor:
-    """The matrix (hidden, neurons) in the dtype in which it is stored: what is written to it, the model runs with.
+    """Return a view of the matrix, (hidden, neurons), in its stored dtype; the model runs with what is written to it.
 
     Args:
         module: An FFN output projection, or a module of fused experts.
@@ -41,6 +41,7 @@ def writable(module: nn.Module, expert: int | None = None) -> Tensor:
 
 
 def _held(module: nn.Module, name: str) -> Tensor:
+    """Return the storage of a module's parameter, refused if its numbers are not the weights themselves."""
     value = getattr(module, name)
     if value.is_meta:
         value = _in_memory(module, name)
@@ -52,7 +53,9 @@ def _held(module: nn.Module, name: str) -> Tensor:
 
 
 def _in_memory(module: nn.Module, name: str) -> Tensor:
-    """What accelerate keeps in memory for a module; its copy on disk is not written to."""
+    """Return the tensor that accelerate keeps in memory for a module; what is on disk is refused."""
+    # accelerate's `PrefixedDataset` wraps an `OffloadedWeightsLoader`, whose `state_dict` is what lies in memory; its
+    # keys are paths in the whole model.
     for weights_map in weights_maps(module):
         dataset = getattr(weights_map, "dataset", None)
         held = getattr(dataset, "state_dict", dataset)
@@ -63,4 +66,5 @@ def _in_memory(module: nn.Module, name: str) -> Tensor:
 
 
 def _unwritable(module: nn.Module, why: str, fix: str) -> ModelError:
+    """Return the error for a module whose weights cannot be edited."""
     return ModelError(f"A module of type {type(module).__name__} cannot be edited.", seen=why, fix=fix)
