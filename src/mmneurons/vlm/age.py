@@ -1,4 +1,4 @@
-"""Whether a model's weights are still those that were looked at.
+"""Tell whether a model's weights are still those that were looked at.
 
 Users train, cast, move, resize and reload models between two calls, and what was measured on the old weights (norms,
 scales, the hash in a provenance) would be wrong in silence. A tensor is as it was while its storage, type, shape and
@@ -24,21 +24,22 @@ from mmneurons.vlm import provenance
 
 @dataclass(frozen=True, slots=True)
 class _Place:
-    """One thing in a module, as it was."""
+    """One entry of a module (a submodule, parameter or buffer), as it was when it was looked at."""
 
     held: dict[str, Any]
-    """The module's own parts, parameters or buffers."""
+    """Dictionary of the module that holds the entry: its submodules, parameters or buffers."""
     key: str
     name: str
-    """Path in the model."""
+    """Path of the entry in the model."""
     identity: int
     version: int = 0
     dtype: torch.dtype | None = None
     storage: StorageWeakRef | None = None
-    """Of a tensor: keeps the storage's address from being given to another one, and none of its memory."""
+    """Weak reference to a tensor's storage: it keeps the address from being given to another one, but no memory."""
 
     @property
     def is_as_it_was(self) -> bool:
+        """Whether the entry is the same object and, if a tensor, has the same dtype, storage and version."""
         now = self.held.get(self.key)
         if self.storage is None or now is None:
             return id(now) == self.identity
@@ -52,33 +53,36 @@ class _Place:
 
 @dataclass(eq=False)
 class _Watch:
-    """What one model looked like."""
+    """What is known of one model: what it looked like, how old it is, and which edits of ours it has."""
 
     places: list[_Place]
     weights_hash: str | None = None
     age: int = 0
     changed: list[str] = field(default_factory=list)
-    """What was changed by something else, until the model counts as older."""
+    """Entries that something else was found to have changed, until the model counts as older."""
     patches: tuple[str, ...] = ()
-    """Hashes of the patches that are applied."""
+    """Hashes of the patches that are applied, sorted."""
     depth: int = 0
-    """Edits of ours that are being made, one in the other."""
+    """Number of edits of ours that are being made now, one inside the other."""
     edits: int = 0
-    """How many were begun so far."""
+    """Number of edits of ours begun so far."""
 
 
 _WATCHES: WeakKeyDictionary[nn.Module, _Watch] = WeakKeyDictionary()
+"""What is known of each model that is still alive."""
 
 
 def age(model: nn.Module) -> int:
-    """How often a model was found changed by something else than edits of ours; asking finds it out.
+    """Look at a model, and return how often it was found changed by something else than edits of ours.
 
     Raises:
         ModelError: if it was changed while patches were applied, so that nobody knows its weights without them.
     """
     watch = _watch(model)
     edits, found = watch.edits, _changed(watch)
-    if watch.depth == 0 and watch.edits == edits:  # else another thread began an edit while this one looked
+    # If another thread began an edit while this one looked, what was found may be that edit: it does not count. The
+    # next look, after the edit, tells.
+    if watch.depth == 0 and watch.edits == edits:
         watch.changed = watch.changed or found
         if watch.changed and watch.patches:
             names = [*watch.changed[:3], *(["..."] if len(watch.changed) > 3 else [])]
@@ -93,14 +97,14 @@ def age(model: nn.Module) -> int:
 
 
 def renew(model: nn.Module) -> None:
-    """Take the weights as they are now for unedited, and all that was known of the model for old."""
+    """Take a model's weights as they are now for unedited, and all that was known of the model for outdated."""
     watch = _watch(model)
     watch.age, watch.places, watch.changed = watch.age + 1, _look(model), []
     watch.weights_hash, watch.patches = None, ()
 
 
 def weights_hash(model: PreTrainedModel) -> str:
-    """The hash of the weights as they were before any edit, read once at each age."""
+    """Return the hash of the weights as they were before any edit, read once at each age of the model."""
     age(model)
     watch = _watch(model)
     if watch.weights_hash is None:
@@ -110,9 +114,11 @@ def weights_hash(model: PreTrainedModel) -> str:
 
 @contextmanager
 def editing(model: nn.Module) -> Iterator[None]:
-    """Within it, what is changed is an edit of ours: the model stays as old as it was."""
+    """Inside the `with`, what is changed counts as an edit of ours: the model stays as old as it was."""
     watch = _watch(model)
-    watch.changed = watch.changed or _changed(watch)  # told to who asks for its age, not to who takes a patch back
+    # A change by something else that was not noticed yet is kept: the next call of `age` tells it. Here it would keep a
+    # patch from being taken back.
+    watch.changed = watch.changed or _changed(watch)
     watch.depth += 1
     watch.edits += 1  # before anything is written: see `age`
     try:
@@ -124,29 +130,31 @@ def editing(model: nn.Module) -> Iterator[None]:
 
 
 def mark_edited(model: nn.Module, patches: Iterable[str]) -> None:
-    """Note which patches are applied, by their hashes: with any, the weights without cannot be read off the model."""
+    """Note the hashes of the patches that are applied: with any, the unedited weights cannot be read off the model."""
     _watch(model).patches = tuple(sorted(patches))
 
 
 def patches(model: nn.Module) -> tuple[str, ...]:
-    """Hashes of the patches that are applied to a model."""
+    """Return the hashes of the patches that are applied to a model."""
     return _watch(model).patches
 
 
 def _watch(model: nn.Module) -> _Watch:
+    """Return what is known of a model, looked at now if it never was."""
     if model not in _WATCHES:
         _WATCHES[model] = _Watch(_look(model))
     return _WATCHES[model]
 
 
 def _changed(watch: _Watch) -> list[str]:
+    """List the paths of the entries that are not as they were; none while an edit of ours is being made."""
     return [place.name for place in watch.places if not place.is_as_it_was] if watch.depth == 0 else []
 
 
 def _look(model: nn.Module) -> list[_Place]:
-    """Every module, parameter and saved buffer.
+    """Look at every module, parameter and saved buffer of a model.
 
-    What changes its form as the model runs (packed, or off-loaded by accelerate) is left out.
+    Tensors that change their form as the model runs (packed, or off-loaded by accelerate) are left out.
     """
     places = []
     for path, module in model.named_modules():
@@ -162,6 +170,7 @@ def _look(model: nn.Module) -> list[_Place]:
 
 
 def _place(held: dict[str, Any], key: str, name: str, tensor: Tensor | None) -> _Place:
+    """Note what a parameter or buffer is now."""
     if tensor is None:
         return _Place(held, key, name, id(None))
     storage = StorageWeakRef(tensor.untyped_storage())
@@ -169,8 +178,10 @@ def _place(held: dict[str, Any], key: str, name: str, tensor: Tensor | None) -> 
 
 
 def _is_packed(tensor: Tensor | None) -> bool:
+    """Whether a tensor is on the meta device or of a class of its own."""
     return tensor is not None and (tensor.is_meta or type(tensor) not in (Tensor, nn.Parameter, nn.Buffer))
 
 
 def _version(tensor: Tensor) -> int:
+    """Return torch's count of writes to a tensor; tensors made in inference mode have none."""
     return 0 if tensor.is_inference() else tensor._version

@@ -1,4 +1,4 @@
-"""Ask a model about pictures: opened batch by batch, encoded, answered, and what was asked for recorded on the way.
+"""Ask a model about pictures: they are opened batch by batch, encoded and answered, and what is wanted is recorded.
 
 for batch in ask(vlm, images, Question("What is on the table?"), recorder=record):
     print(batch.answers.texts, batch.recording.n_passes)
@@ -23,38 +23,38 @@ if TYPE_CHECKING:
     from mmneurons.vlm.vlm import VLM, Answers, Inputs
 
 Recorder = Callable[[Anatomy, Keep], AbstractContextManager[Recording]]
-"""`record`, or `partial(record, ...)` with what is to be recorded."""
+"""Function that starts a recording: `record`, or `partial(record, ...)` with what is to be recorded."""
 TAIL = 16
-"""Tokens of a prompt that decide how the words behind them are written."""
+"""Number of tokens at a prompt's end that decide how the words behind them are written."""
 TokenLists = Sequence[Sequence[int]]
-"""Answers as tokens, one prompt after the other."""
+"""Answers as token ids, one sequence per prompt."""
 
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """Prompts that are answered together."""
+    """A batch holds prompts that will be answered together."""
 
     first: int
-    """How many prompts were asked before."""
+    """Index of the first prompt among all that are asked, from 0."""
     rows: list[list[OpenedImage]]
-    """The pictures of each prompt, as many in each."""
+    """The pictures of each prompt; every prompt of a batch has as many."""
 
     def inputs(self, vlm: VLM, question: Question) -> Inputs:
-        """The prompts as the model takes them."""
+        """Encode the prompts as the model takes them."""
         return vlm.encode([[opened.image for opened in row] for row in self.rows], question.prompt, question.prefix)
 
 
 @dataclass(frozen=True, eq=False)
 class AnswerBatch:
-    """Prompts that were answered together."""
+    """An answered batch holds its prompts, the answers, and what was recorded on the way."""
 
     first: int
-    """How many prompts were asked before."""
+    """Index of the first prompt among all that are asked, from 0."""
     rows: list[list[OpenedImage]]
     inputs: Inputs
     answers: Answers
     recording: Recording
-    """Step s of it is where token s of the answer was chosen, or read."""
+    """The recording; its step s is the position at which token s of the answer was predicted."""
 
 
 def ask(
@@ -66,18 +66,21 @@ def ask(
     captions: Sequence[str] | None = None,
     recorder: Recorder | None = None,
 ) -> Iterator[AnswerBatch]:
-    """Let the model answer, or read answers that it is given, batch by batch.
+    """Let the model answer prompts, or read answers that it is given, batch by batch.
 
-    Whoever reads weights as well has to hold the model over both, by `vlm.alone`: see `batches_of` and `answer`. Who
-    lets go of a batch (`del`) before asking for the next one has one recording in memory, not two.
+    A caller that reads weights as well has to hold the model over both, by `vlm.alone`: see `batches_of` and `answer`.
+    One that lets go of a batch (`del`) before it asks for the next has one recording in memory, not two.
 
     Args:
         vlm: The model.
         images: One prompt each, as `find` takes them; files are opened when their turn comes.
-        question: What is asked.
+        question: What is asked, and how long an answer may be.
         given: Answers to read instead of generating, as tokens; their logits are not looked at.
         captions: Answers to read instead of generating, in words.
         recorder: What to record.
+
+    Yields:
+        The batches in order, each with its answers and its recording.
 
     Raises:
         ImageError: something is not an image; headers of files are looked at before the first batch.
@@ -96,6 +99,10 @@ def _answered(
     captions: Sequence[str] | None,
     recorder: Recorder | None,
 ) -> AnswerBatch:
+    """Encode and answer one batch.
+
+    A function of its own, so that the generator `ask` itself holds no recording that its caller has let go of.
+    """
     inputs = batch.inputs(vlm, question)
     if captions is not None:
         given = [tokens_of_answer(vlm, inputs, text) for text in captions]
@@ -104,12 +111,12 @@ def _answered(
 
 
 def texts_of(vlm: VLM, images: Sequence[Any], question: Question) -> list[str]:
-    """What the model answers."""
+    """Return the texts that the model answers, one for each prompt."""
     return [text for batch in ask(vlm, images, question) for text in batch.answers.texts]
 
 
 def batches_of(vlm: VLM, images: Sequence[Any], question: Question) -> Iterator[Batch]:
-    """Prompts in batches, in order, not yet asked; each batch is opened when its turn comes."""
+    """Iterate over the prompts in batches, in order and not yet asked; each batch is opened when its turn comes."""
     first = 0
     for rows in opened_batches(images, 1 if vlm.family.one_at_a_time else question.batch_size):
         yield Batch(first, rows)
@@ -131,18 +138,20 @@ def answer(
         vlm: The model.
         inputs: From `VLM.encode`, or ready-made.
         question: How long an answer may be.
-        given: Answers to read.
+        given: Answers to read instead of generating, as tokens.
         recorder: What to record.
         scored: Whether the logits of answers that are given are wanted; those of generated ones are there anyway.
     """
     recorder = recorder or (lambda anatomy, keep: nullcontext(Recording.nothing(anatomy)))
+    # Generated: every forward pass predicts one token at its last position.
     if given is None:
         with recorder(vlm.anatomy, last_position) as recording:
             answers = vlm.generate(inputs, question.max_new_tokens)
         return answers, recording
     answers = vlm.given(inputs, given)
-    # Counted from the end: some models put the picture before the first position. The last one predicts what is
-    # behind the answer.
+    # Given: one forward pass over prompt and answer. Positions are counted from the end, since some models put the
+    # picture before the first position. The position before the answer predicts its first token; the last one predicts
+    # what would stand behind the answer.
     n_kept = answers.sequences.shape[1] - answers.n_prompt + 1
     with recorder(vlm.anatomy, lambda values: values[:, -n_kept:]) as recording:
         if scored:
@@ -153,7 +162,7 @@ def answer(
 
 
 def tokens_of_answer(vlm: VLM, inputs: Inputs, text: str) -> list[int]:
-    """The tokens of an answer, as the model would write them behind encoded prompts, which all end alike.
+    """Return the tokens of an answer, as the model would write them behind encoded prompts, which all end alike.
 
     Raises:
         SettingError: a token of the answer is no text, but stands for a picture or for the end.

@@ -1,4 +1,4 @@
-"""What blocks were called with at one step, kept so that they can be called again with several rows."""
+"""Keep the arguments with which blocks were called at one step, to call the blocks again with several rows."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from transformers import Cache
 
 @dataclass(frozen=True)
 class Shared:
-    """Something that blocks pass on to each other and write into, such as a cache, as it was before a block ran."""
+    """An object that blocks pass on to each other and write into, such as a cache, as it was before a block ran."""
 
     key: int
-    """One thing, wherever it is passed."""
+    """Identity of the object, the same wherever it is passed."""
     content: Any
 
 
 class Catcher:
-    """Keeps what the blocks are called with at some steps of `generate`."""
+    """A catcher keeps the arguments with which the blocks are called at some steps of `generate`."""
 
     def __init__(self, steps: set[int]) -> None:
         self.steps = steps
@@ -30,9 +30,10 @@ class Catcher:
         self._caches: dict[int, Shared] = {}
 
     def hook(self, layer: int):
-        """For the block of this number."""
+        """Make the forward pre-hook of the block with this number."""
 
         def hook(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+            # The first block begins a new step: what was copied of the cache at the last one is outdated.
             if layer == 0:
                 self._step += 1
                 self._caches.clear()
@@ -42,14 +43,14 @@ class Catcher:
         return hook
 
     def _copied(self, value: Any) -> Any:
-        """Tensors copied: models write into some of theirs."""
+        """Return a copy of an argument, its tensors copied too: models write into some of theirs."""
         if isinstance(value, Tensor):
             return value.clone()
         if isinstance(value, tuple | list):
             return type(value)(self._copied(part) for part in value)
         if type(value) is dict:
             return {name: self._copied(part) for name, part in value.items()}
-        if isinstance(value, Cache):  # large: copied once, before the first block adds to it
+        if isinstance(value, Cache):  # large: copied once a step, before the first block adds to it
             if id(value) not in self._caches:
                 self._caches[id(value)] = Shared(id(value), copy.deepcopy(value))
             return self._caches[id(value)]
@@ -59,7 +60,7 @@ class Catcher:
 
 
 def repeated(value: Any, n_rows: int, shared: dict[int, Any]) -> Any:
-    """What belongs to one row, for `n_rows`; `shared` are the things already made for this run."""
+    """Repeat an argument that was caught for one row; `shared` holds, by key, the shared objects already made."""
     if isinstance(value, Tensor):
         return value.expand(n_rows, *value.shape[1:]).clone() if value.ndim > 1 and len(value) == 1 else value
     if isinstance(value, tuple | list):
@@ -74,7 +75,9 @@ def repeated(value: Any, n_rows: int, shared: dict[int, Any]) -> Any:
 
 
 def _widened(state: Any, n_rows: int) -> Any:
-    """A cache of one row, for `n_rows`, in place: every tensor in it, of attention and of other mixers alike."""
+    """Repeat every tensor in a cache of one row, in place, be it of attention or of another mixer."""
+    # By what a cache is made of and not by its class: caches of transformers hold layers, which hold tensors, in
+    # attributes whose names differ.
     if isinstance(state, Tensor | tuple | dict):
         return repeated(state, n_rows, {})
     if isinstance(state, list):

@@ -35,24 +35,25 @@ CONVERTED = {
     "internvl": "OpenGVLab/InternVL3-1B-hf",
     "florence": "florence-community/Florence-2-base",
 }
-"""By how the type of a checkpoint in its authors' own layout begins: one that transformers reads by itself."""
+"""Checkpoints in transformers' own layout, by the beginning of the model type of those in another layout."""
 USUAL = ("dtype", "revision", "trust_remote_code")
-"""What `load` itself passes on."""
+"""Options that `load` always passes on, whether the user gave them or not."""
 PICKLES = ("*.bin", "*.pt", "*.pth")
+"""File names of weights that are pickled."""
 
 
 @dataclass(frozen=True)
 class Loading:
-    """How a model's weights and its checkpoint fit together."""
+    """A record of how a model's weights and its checkpoint fit together."""
 
     made_up: Mapping[str, str]
-    """Weights that the checkpoint does not have, with why; transformers drew them at random."""
+    """Weights that transformers drew at random, by name, with the reason why they were not read."""
     unexpected: tuple[str, ...]
-    """What the checkpoint has and the model has no place for."""
+    """Names of weights in the checkpoint for which the model has no place."""
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What a reader of this model's results should be told."""
+        """Notes for a reader of this model's results."""
         if not self.unexpected:
             return ()
         return (f"Not read: {_counted(self.unexpected)} of the checkpoint, for which the model has no place.",)
@@ -63,13 +64,18 @@ def read_checkpoint(source: str, options: Mapping[str, Any]) -> tuple[PreTrained
 
     Args:
         source: A hub id or a folder; of an adapter (PEFT), its base model is loaded and the adapter put on.
-        options: For transformers' `from_pretrained`.
+        options: Options of transformers' `from_pretrained`.
+
+    Returns:
+        The model, and how its weights and the checkpoint fit together.
 
     Raises:
         ModelError: if it cannot be loaded.
     """
     asked = source
     try:
+        # `asked` is the name that is being loaded, for the error: an adapter's base model can fail in the adapter's
+        # place.
         adapter = _adapter(source, options)
         if adapter is None:
             model, said = _from_pretrained(source, options)
@@ -81,6 +87,7 @@ def read_checkpoint(source: str, options: Mapping[str, Any]) -> tuple[PreTrained
             )
         else:
             asked = _base(source, adapter)
+            # The revision that the user gave is the adapter's; its config may name one of the base model.
             model, said = _from_pretrained(asked, {**options, "revision": adapter.get("revision")})
             asked = source
             more = model.load_adapter(source, adapter_kwargs={"revision": options.get("revision")})
@@ -95,7 +102,7 @@ def read_checkpoint(source: str, options: Mapping[str, Any]) -> tuple[PreTrained
 
 
 def original(source: str, options: Mapping[str, Any]) -> str | None:
-    """The model whose processor fits this one too: an adapter's base, or what a fine-tuned model says it was."""
+    """Return the model whose processor should fit this one too: an adapter's base, or a fine-tuned model's origin."""
     try:
         adapter = _adapter(source, options)
         return adapter["base_model_name_or_path"] if adapter else _config(source, options).get("_name_or_path")
@@ -104,11 +111,14 @@ def original(source: str, options: Mapping[str, Any]) -> str | None:
 
 
 def running(vlm: VLM, names: Iterable[str], picture: Image.Image) -> set[str]:
-    """Which of these weights matter to an answer about a picture.
+    """Return those of some weights that matter to an answer about a picture.
 
-    One does not if its module is not entered, nor the same module of another block or expert, and the answer is the
-    same to the bit with NaN in its place. What cannot be filled with NaN (quantised, off-loaded) counts as running.
+    A weight does not matter if neither its module nor the same module of another block or expert is entered, and if the
+    answer stays the same to the bit with NaN in its place. A weight that cannot be filled with NaN (quantised,
+    off-loaded) counts as one that matters.
     """
+    # 1. Which modules are entered while the model answers, counted for all blocks and experts together: another picture
+    # could be routed to another expert.
     model, inputs, entered = vlm.model, vlm.encode([picture]), set[nn.Module]()
     hooks = [module.register_forward_pre_hook(lambda module, args: entered.add(module)) for module in model.modules()]
     try:
@@ -123,6 +133,8 @@ def running(vlm: VLM, names: Iterable[str], picture: Image.Image) -> set[str]:
         for name, tensor in tensors.items()
         if _everywhere(name.rpartition(".")[0]) not in ran and tensor.is_floating_point() and not tensor.is_meta
     }
+    # 2. NaN in every weight that seems idle: a weight can be read without its module being entered, and NaN shows it in
+    # the logits. The numbers are put back in any case, and `editing` keeps the model as old as it was.
     kept = {name: tensor.detach().clone() for name, tensor in idle.items()}
     with editing(model):
         try:
@@ -137,11 +149,12 @@ def running(vlm: VLM, names: Iterable[str], picture: Image.Image) -> set[str]:
             with torch.no_grad():
                 for name, tensor in idle.items():
                     tensor.copy_(kept[name])
+    # If anything changed, it is not known which of them did it: all count as running.
     return set(tensors) - set(idle) if same else set(tensors)
 
 
 def made_up_weights(source: str, model: PreTrainedModel, loading: Loading, names: Iterable[str]) -> ModelError:
-    """The error for a model that runs weights its checkpoint does not have."""
+    """Return the error for a model that runs weights which its checkpoint does not have."""
     names = sorted(names)
     shown = [f"  {name}: {loading.made_up[name]}" for name in names[:5]]
     left = [f"  and {len(names) - 5} more"] if len(names) > 5 else []
@@ -156,8 +169,9 @@ def made_up_weights(source: str, model: PreTrainedModel, loading: Loading, names
 
 
 def refusal(source: str, error: Exception, options: Mapping[str, Any]) -> ModelError:
-    """What to tell a user whose model cannot be loaded; `error` is what transformers or the model's own code said."""
+    """Return the error for a user whose model cannot be loaded; `error` came from transformers or the model's code."""
     seen, text = first_line(error), str(error)
+    # From the surest sign to the vaguest. First the causes that the error itself names.
     package = missing_package(error)
     if package is not None:
         return ModelError(
@@ -183,6 +197,7 @@ def refusal(source: str, error: Exception, options: Mapping[str, Any]) -> ModelE
             fix='If you trust where they come from, convert them: python -c "from transformers import '
             f"AutoModelForImageTextToText as M; M.from_pretrained({source!r}).save_pretrained('converted')\"",
         )
+    # Then those that the checkpoint's config shows: code of its own, or a type that this transformers does not know.
     config = _config_or_nothing(source, options)
     kind = str(config.get("model_type") or "")
     if "auto_map" in config and kind not in CONFIG_MAPPING:
@@ -200,6 +215,7 @@ def refusal(source: str, error: Exception, options: Mapping[str, Any]) -> ModelE
             seen=seen,
             fix=f"Give a model for image-text-to-text, such as {_converted('')}.",
         )
+    # At last what is left: no such source, an option of the user's, or a config that makes no model.
     given = [name for name in options if name not in USUAL]
     if isinstance(error, OSError) or not (given or kind):
         what = f"Cannot load the model '{source}'."
@@ -216,6 +232,7 @@ def refusal(source: str, error: Exception, options: Mapping[str, Any]) -> ModelE
 
 
 def _from_pretrained(source: str, options: Mapping[str, Any]) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """Load a model by transformers, with its report of missing, unexpected and mismatched weights."""
     return AutoModelForImageTextToText.from_pretrained(  # pyright: ignore[reportReturnType]  # with what it reports
         source,
         output_loading_info=True,
@@ -226,7 +243,7 @@ def _from_pretrained(source: str, options: Mapping[str, Any]) -> tuple[PreTraine
 
 
 def _adapter(source: str, options: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The config of an adapter of PEFT; None where the source is no adapter, or a model as well."""
+    """Return the config of a PEFT adapter, or None where the source is no adapter, or holds a model as well."""
     found = find_adapter_config_file(source, revision=options.get("revision"))
     if found is None or (Path(found).parent / "config.json").exists():
         return None
@@ -234,7 +251,7 @@ def _adapter(source: str, options: Mapping[str, Any]) -> dict[str, Any] | None:
 
 
 def _base(source: str, adapter: Mapping[str, Any]) -> str:
-    """Which model an adapter is for."""
+    """Return the model that an adapter is for."""
     base = adapter.get("base_model_name_or_path")
     if isinstance(base, str) and base:
         return base
@@ -247,7 +264,7 @@ def _base(source: str, adapter: Mapping[str, Any]) -> str:
 
 
 def _own_code(source: str, kind: str, seen: str, *, trusted: bool) -> ModelError:
-    """The error for a repository whose model is code of its own."""
+    """Return the error for a repository whose model is code of its own."""
     fix = f"Give the same model in transformers' own layout, such as {_converted(kind)}"
     if trusted:
         what = f"The code that comes with '{source}' makes no model for image-text-to-text with this transformers."
@@ -260,7 +277,7 @@ def _own_code(source: str, kind: str, seen: str, *, trusted: bool) -> ModelError
 
 
 def _made_up(model: PreTrainedModel, report: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
-    """Names of weights that transformers drew at random, each with why, from what it reports."""
+    """Iterate over the weights that transformers drew at random, each with the reason, from what it reports."""
     for name in report["missing_keys"]:
         if _is_drawn(model, name):
             yield name, "missing"
@@ -271,7 +288,7 @@ def _made_up(model: PreTrainedModel, report: Mapping[str, Any]) -> Iterable[tupl
 
 
 def _is_drawn(model: PreTrainedModel, name: str) -> bool:
-    """Whether a missing tensor is made up: whole numbers (position ids, counts) are set by the model's own code."""
+    """Whether a missing tensor is drawn at random: integers (position ids, counts) are set by the model's own code."""
     try:
         return _tensor(model, name).is_floating_point()
     except AttributeError:  # of a quantised layer, which packs it under other names
@@ -279,25 +296,29 @@ def _is_drawn(model: PreTrainedModel, name: str) -> bool:
 
 
 def _tensor(model: PreTrainedModel, name: str) -> Tensor:
+    """Return a parameter or buffer by its path in the model."""
     path, _, last = name.rpartition(".")
     return getattr(model.get_submodule(path), last)
 
 
 def _everywhere(path: str) -> str:
-    """A path without its numbers: the same module of every block, or every expert."""
+    """Replace the numbers in a path, so that it stands for the same module of every block and expert."""
     return re.sub(r"(?<=\.)\d+(?=\.|$)", "*", path)
 
 
 def _counted(names: Iterable[str]) -> str:
+    """Write how many weights there are, and the name of the first."""
     names = sorted(names)
     return f"{len(names)} weight{'' if len(names) == 1 else 's'} ({names[0]}{' ...' if len(names) > 1 else ''})"
 
 
 def _converted(kind: str) -> str:
+    """Return a checkpoint in transformers' layout for a type of model, or LLaVA's where none is known."""
     return next((name for begin, name in CONVERTED.items() if kind.startswith(begin)), CONVERTED["llava"])
 
 
 def _has_pickles_only(source: str, text: str) -> bool:
+    """Whether a folder, or a repository of the hub by what the error says, has pickled weights alone."""
     folder = Path(source)
     if folder.is_dir():
         return not any(folder.glob("*.safetensors")) and any(any(folder.glob(kind)) for kind in PICKLES)
@@ -305,11 +326,12 @@ def _has_pickles_only(source: str, text: str) -> bool:
 
 
 def _config(source: str, options: Mapping[str, Any]) -> dict[str, Any]:
-    """A model's config.json as it is stored."""
+    """Return a model's config.json as it is stored."""
     return transformers.PretrainedConfig.get_config_dict(source, revision=options.get("revision"))[0]
 
 
 def _config_or_nothing(source: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a model's config.json as it is stored, or nothing if it cannot be read."""
     try:
         config = _config(source, options)
     except Exception:  # noqa: BLE001 - an unreadable config is what is being reported

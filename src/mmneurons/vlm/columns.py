@@ -1,4 +1,4 @@
-"""Columns of `w_out`: whose they are, which of them matter most, and what tells them apart."""
+"""Columns of `w_out`: which neurons they belong to, which of them score highest, and hashes that tell them apart."""
 
 from __future__ import annotations
 
@@ -17,25 +17,25 @@ from mmneurons.settings import Blocks
 from mmneurons.vlm.anatomy.parts import Anatomy
 
 HASH_BYTES = 16
-"""Of the SHA-256 of each column."""
+"""Number of bytes that are kept of the SHA-256 of each column."""
 
 
 @dataclass(frozen=True, eq=False)
 class Columns:
-    """Columns of `w_out` in order, FFN after FFN."""
+    """A set of columns of `w_out`, in order, FFN after FFN."""
 
     anatomy: Anatomy
     indices: dict[int, Int[Tensor, "n"]]
-    """Per FFN, by its number, counted through all its experts; rising."""
+    """Indices of the columns by the FFN's place in the anatomy, counted through all its experts, in rising order."""
 
     @property
     def neurons(self) -> list[Neuron]:
-        """Whose they are."""
+        """The neurons that the columns belong to, in the order of the columns."""
         return [self.anatomy.ffns[i].neuron(index) for i, mine in self.indices.items() for index in mine.tolist()]
 
     @staticmethod
     def of(anatomy: Anatomy, neurons: Sequence[Neuron]) -> Columns:
-        """Those of given neurons.
+        """Return the columns of these neurons, each once.
 
         Raises:
             SettingError: the model has no such neuron, or none is given.
@@ -43,6 +43,7 @@ class Columns:
         if not neurons:
             raise SettingError("No neuron is given whose column could move.")
         found: dict[int, list[int]] = {}
+        # Experts of one FFN share one index: its columns are counted through expert 0, then expert 1, and so on.
         for neuron in set(neurons):
             ffn = anatomy.find(neuron)
             if ffn is None:
@@ -52,7 +53,9 @@ class Columns:
 
     @staticmethod
     def best(anatomy: Anatomy, scores: Mapping[int, Float[Tensor, "neurons"]], top: int) -> Columns:
-        """Those with the largest scores, above 0, of all these FFNs together."""
+        """Return the columns with the `top` largest scores, if above 0, of all these FFNs together."""
+        # All FFNs compete in one vector, which is cut up again afterwards; FFNs with no column among the best are left
+        # out.
         whole = torch.cat(list(scores.values()))
         chosen = torch.zeros(len(whole), dtype=torch.bool)
         chosen[top_k(whole, min(top, int((whole > 0).sum())))] = True
@@ -61,10 +64,10 @@ class Columns:
 
 
 def lowest_block(anatomy: Anatomy, blocks: Blocks) -> int:
-    """The first of the blocks that columns are taken from.
+    """Return the number of the first block that columns are taken from, if they come from the last `blocks`.
 
     Raises:
-        SettingError: the model has not as many.
+        SettingError: the model does not have as many blocks.
     """
     n_blocks = len(anatomy.blocks)
     if blocks != "all" and not 1 <= blocks <= n_blocks:
@@ -73,10 +76,11 @@ def lowest_block(anatomy: Anatomy, blocks: Blocks) -> int:
 
 
 def column_hashes(columns: Float[Tensor, "n hidden"]) -> UInt8[Tensor, "n 16"]:
-    """What tells columns apart: the first 16 bytes of the SHA-256 of each one's numbers as float32.
+    """Return the hash of each column: the first 16 bytes of the SHA-256 of its numbers as float32.
 
     The same numbers in another dtype have the same hash; numbers that another dtype rounds have not.
     """
     rows = columns.detach().float().cpu().contiguous().numpy()
+    # Little-endian on every machine, so that a patch made on one fits on another.
     made = b"".join(hashlib.sha256(row.astype("<f4").tobytes()).digest()[:HASH_BYTES] for row in rows)
     return torch.frombuffer(bytearray(made), dtype=torch.uint8).view(-1, HASH_BYTES)

@@ -1,4 +1,4 @@
-"""How a model is run: where its inputs go, and states that it is put into for a while and put back from."""
+"""Prepare a model to run: where its inputs go, and states that it is put into for the length of a `with`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from mmneurons.vlm.locking import restored
 
 @restored
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode; modules that were training go on training afterwards."""
+    """Put a model into evaluation mode inside the `with`; modules that were training go on training afterwards."""
     training = [module for module in model.modules() if module.training]
     try:
         model.eval()
@@ -27,7 +27,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 @restored
 def frozen(model: nn.Module) -> Iterator[None]:
-    """No parameter asks for gradients: below the first change that does, a pass leaves no graph behind."""
+    """Let no parameter ask for gradients inside the `with`: below the first change that does, a pass keeps no graph."""
     asking = [parameter for parameter in model.parameters() if parameter.requires_grad]
     try:
         for parameter in asking:
@@ -40,17 +40,19 @@ def frozen(model: nn.Module) -> Iterator[None]:
 
 @restored
 def greedy(model: PreTrainedModel, tokenizer: Any, max_new_tokens: int) -> Iterator[None]:
-    """Greedy generation by our settings alone; the checkpoint's are put back afterwards.
+    """Let a model generate greedily, by our settings alone, inside the `with`; its own are put back afterwards.
 
-    What stands for a picture in a prompt is never said: no pixels belong to it, and the answer could not be read again.
-    They are swapped, not overridden: `generate` fills every setting that is left open from the model's own. Models in
-    the model (BLIP-2's language model generates by itself) have settings of their own.
+    Settings are swapped, not overridden: `generate` fills every setting that is left open from the model's own. Models
+    inside the model (BLIP-2's language model generates by itself) have settings of their own. Tokens that stand for a
+    picture in a prompt are never written: no pixels belong to them, and the answer could not be read again.
     """
     stops = sorted(stop_ids(model, tokenizer))
     generators = [m for m in model.modules() if isinstance(m, PreTrainedModel) and m.can_generate()]
     own = [(m, m.generation_config) for m in generators if m.generation_config is not None]
     try:
         for module, config in own:
+            # Without a token for padding, rows that end early cannot be filled up: any token that ends an answer will
+            # do, since what stands behind it is cut off.
             pad = config.pad_token_id if config.pad_token_id is not None else getattr(tokenizer, "pad_token_id", None)
             module.generation_config = GenerationConfig(
                 do_sample=False,
@@ -73,7 +75,7 @@ def greedy(model: PreTrainedModel, tokenizer: Any, max_new_tokens: int) -> Itera
 
 @restored
 def hooked(setters: Iterable[Callable[[], RemovableHandle]]) -> Iterator[None]:
-    """Hooks that each of `setters` sets, all removed whatever happens."""
+    """Set hooks inside the `with`, one by each of `setters`, and remove them all whatever happens."""
     handles: list[RemovableHandle] = []
     try:
         for setter in setters:
@@ -85,12 +87,12 @@ def hooked(setters: Iterable[Callable[[], RemovableHandle]]) -> Iterator[None]:
 
 
 def input_device(model: nn.Module) -> torch.device:
-    """Where a model's inputs go: to its first weights that are not off-loaded."""
+    """Return the device that a model's inputs go to, which is that of its first weights that are not off-loaded."""
     return next((parameter.device for parameter in model.parameters() if not parameter.is_meta), torch.device("cpu"))
 
 
 def stop_ids(model: PreTrainedModel, tokenizer: Any) -> set[int]:
-    """The tokens that end an answer."""
+    """Return the tokens that end an answer, by the model's settings or else by its tokenizer."""
     eos = None if model.generation_config is None else model.generation_config.eos_token_id
     if eos is None:
         eos = getattr(tokenizer, "eos_token_id", None)
@@ -98,7 +100,7 @@ def stop_ids(model: PreTrainedModel, tokenizer: Any) -> set[int]:
 
 
 def placeholder_ids(config: Any) -> tuple[int, ...]:
-    """The tokens that stand for pictures, videos and sounds in a prompt."""
+    """Return the tokens that stand for pictures, videos and sounds in a prompt, sorted."""
     names = (f"{kind}_token_{ending}" for kind in ("image", "video", "audio") for ending in ("id", "index"))
     found = {getattr(config, name, None) for name in names}
     return tuple(sorted(token for token in found if isinstance(token, int) and token >= 0))

@@ -1,4 +1,4 @@
-"""What was found in a model, and whether the numbers that rest on it are true for this model: measured, not assumed."""
+"""Report what was found in a model, and measure whether the numbers that rest on it hold for this model."""
 
 from __future__ import annotations
 
@@ -28,15 +28,14 @@ from mmneurons.vlm.traces import Trace, pick_trace, written
 from mmneurons.vlm.vlm import VLM, Answers, Inputs
 
 TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-4, torch.bfloat16: 3e-2, torch.float16: 5e-3}
-"""Largest error of the additivity identity, by the dtype that the language model computes in (ours is float32
-throughout)."""
+"""Largest error of additivity, by the dtype of the language model (this package computes in float32 throughout)."""
 QUANTISED_TOLERANCE = 3e-2
-"""The same where weights are quantised: some kernels round the activations too."""
+"""Largest error of additivity where weights are quantised: some kernels round the activations too."""
 
 
 @dataclass(frozen=True)
 class Check:
-    """One thing that was measured."""
+    """A check is one thing that was measured on a model, with its outcome."""
 
     name: str
     passed: bool
@@ -45,7 +44,7 @@ class Check:
 
 @dataclass(frozen=True)
 class Report:
-    """What `doctor` says."""
+    """A report says what `doctor` found in a model and what it measured."""
 
     model: dict[str, Any]
     structure: dict[str, Any]
@@ -58,7 +57,7 @@ class Report:
         return all(check.passed for check in self.checks)
 
     def to_dict(self) -> dict[str, Any]:
-        """The report as plain data, for JSON."""
+        """Return the report as plain data, for JSON."""
         return {"passed": self.passed, **asdict(self)}
 
 
@@ -72,16 +71,16 @@ def doctor(
     inputs: Inputs | None = None,
     max_new_tokens: int = 16,
 ) -> Report:
-    """Check a model on one image; a sample image if none is given.
+    """Check a model on one image, or on a sample if none is given.
 
-    The additivity identity: for every generated token, the contributions of all neurons and what attention, embedding
-    and biases write, each recorded by itself, add up to the logit that the model gave (before any softcap). Reading
-    `w_out` the wrong way round, a missed bias or a misread norm all break it. Where a model's architecture makes
-    contributions inexact, the check fails and its detail says by how much.
+    The main check is additivity: for every generated token, the contributions of all neurons and what attention,
+    embedding and biases write, each recorded by itself, add up to the logit that the model gave (before any softcap).
+    Reading `w_out` the wrong way round, a missed bias or a misread norm all break it. Where a model's architecture
+    makes contributions inexact, the check fails and its detail says by how much.
 
     Args:
         vlm: The model, from `load`.
-        image: What to ask about.
+        image: The picture to ask about.
         prompt: What to ask.
         answer_prefix: Words that the answer is made to begin with; None: "An image of" with the default prompt, none
             with another.
@@ -89,20 +88,27 @@ def doctor(
             a processor.
         max_new_tokens: How many tokens to check.
 
+    Returns:
+        The parts found, the outcome of every check, and the versions of the packages.
+
     Raises:
         ModelError: if the model has no processor and no `inputs` are given.
         SettingError: if `inputs` have several rows and this model's prompts run one at a time.
     """
+    # 1. What the model is asked: `picture` stays None for ready-made inputs, of which nothing is known but their
+    # tensors.
     picture, answer_prefix = None, Question(prompt, answer_prefix).prefix
     if inputs is None:
         picture = open_image(pocket.samples()[0].path if image is None else image).image
         inputs = vlm.encode([picture], prompt, answer_prefix)
     else:
         inputs, answer_prefix = vlm.placed(inputs), ""
+    # 2. Generated twice, without hooks and with: recording must not change the answer.
     plain = vlm.generate(inputs, max_new_tokens)
     vlm.check_batch(len(plain.token_ids))
     with record(vlm.anatomy) as recording, _outputs(vlm.anatomy, len(plain.token_ids)) as outputs:
         answers = vlm.generate(inputs, max_new_tokens)
+    # 3. Everything is measured at the position of every generated token.
     trace = pick_trace(recording, _places(answers))
     checks = [
         _weights(vlm),
@@ -120,6 +126,7 @@ def doctor(
     ]
     if picture is not None:
         checks.append(_batched(vlm, picture, prompt, answer_prefix, trace, max_new_tokens))
+    # 4. The structure, as a reader should see it.
     structure = describe_anatomy(vlm)
     grids = find_grids(vlm.model, inputs, n_images=1)
     structure["patch_grid"] = grids if isinstance(grids, str) else [grids[0][0].rows, grids[0][0].columns]
@@ -128,7 +135,7 @@ def doctor(
 
 
 def additivity(vlm: VLM, trace: Trace, answers: Answers) -> Check:
-    """Check the identity for each token of a recorded batch, row by row, against the logits that the model gave."""
+    """Check additivity for each token of a recorded batch, row by row, against the logits that the model gave."""
     error, limit = additivity_error(vlm, trace, answers), tolerance(vlm)
     return Check(
         "neurons, attention, embedding and biases add up to the logit",
@@ -139,7 +146,7 @@ def additivity(vlm: VLM, trace: Trace, answers: Answers) -> Check:
 
 
 def additivity_error(vlm: VLM, trace: Trace, answers: Answers) -> float:
-    """Largest difference between a logit and the sum of what was written into it, over the largest logit."""
+    """Return the largest difference between a logit and the sum of its parts, relative to the largest logit."""
     token_ids, logits = _said(answers)
     summed = sum_of_writes(trace, token_ids)
     given = vlm.anatomy.logit_rule.undo(logits).to(summed.device)
@@ -147,7 +154,7 @@ def additivity_error(vlm: VLM, trace: Trace, answers: Answers) -> float:
 
 
 def sum_of_writes(trace: Trace, token_ids: list[int]) -> Tensor:
-    """Logit of one token at each moment, from the recorded writes alone: none of them is had by subtraction."""
+    """Return the logit of one token per position, summed from recorded writes, none of them a rest of the others."""
     anatomy = trace.anatomy
     rows = anatomy.unembed[token_ids].float().to(trace.residual.device)
     directions = Directions(anatomy, frozen_rows(anatomy, rows, trace.residual), trace.norms)
@@ -159,7 +166,7 @@ def sum_of_writes(trace: Trace, token_ids: list[int]) -> Tensor:
 
 
 def describe_anatomy(vlm: VLM) -> dict[str, Any]:
-    """The parts found, as plain data."""
+    """Return the parts that were found in a model, as plain data."""
     anatomy, rule = vlm.anatomy, vlm.anatomy.logit_rule
     padding = anatomy.vocab - vlm.n_tokens
     logits = [f"x {rule.before * rule.scale:.6g}"] if rule.before * rule.scale != 1 else []
@@ -185,12 +192,12 @@ def describe_anatomy(vlm: VLM) -> dict[str, Any]:
 
 
 def _list(items: Iterable[str]) -> str:
-    """Different items, each once."""
+    """Join different items in one text, each once."""
     return "; ".join(dict.fromkeys(items)) or "none"
 
 
 def _weights(vlm: VLM) -> Check:
-    """Nothing that runs was filled with random numbers: `load` refuses a checkpoint where something would be."""
+    """Check that no weight that runs was drawn at random; `load` has refused any checkpoint where one would be."""
     name, loading = "every weight that runs came from the checkpoint", vlm.loading
     if loading is None:
         return Check(name, True, "not known: the model came loaded")
@@ -199,18 +206,20 @@ def _weights(vlm: VLM) -> Check:
 
 
 def _structure(vlm: VLM) -> Check:
+    """Check that nothing about the anatomy is in doubt."""
     doubts = vlm.anatomy.doubts
     detail = f"{len(vlm.anatomy.blocks)} blocks, each a sum of what its parts give"
     return Check("every write into the residual stream is known", not doubts, " ".join(doubts[:3]) or detail)
 
 
 def _reading(vlm: VLM, recording: Recording, outputs: dict[int, list[Tensor]]) -> Check:
-    """`w_out` as it is read here, times the recorded activations, is what each module gave."""
+    """Check that `w_out` as it is read here, times the recorded activations, is what each module gave."""
     worst, limit = 0.0, tolerance(vlm)
     name = "none could be compared"
     for i, ffn in enumerate(recording.anatomy.ffns):
         if ffn.n_experts is not None or not outputs[id(ffn.module)]:  # not reached: a block left out as a whole
             continue
+        # Without the gate of shared experts, which multiplies the module's output later.
         fired = recording.stacked(recording.raw[i]).float()
         gave = recording.stacked(outputs[id(ffn.module)]).float()
         matrix = weights.dense(ffn.module).float()
@@ -218,7 +227,7 @@ def _reading(vlm: VLM, recording: Recording, outputs: dict[int, list[Tensor]]) -
         bias = weights.bias(ffn.module)
         ours = ours if bias is None else ours + bias.float()
         error = float((ours - gave.to(ours.device)).norm() / gave.norm().clamp_min(1e-30))
-        if not error <= worst:  # a NaN too
+        if not error <= worst:  # also true of NaN, which must not pass
             worst, name = error, ffn.name
     return Check(
         "each w_out times its activations is what its module gave",
@@ -229,7 +238,7 @@ def _reading(vlm: VLM, recording: Recording, outputs: dict[int, list[Tensor]]) -
 
 @torch.inference_mode()
 def _norms(vlm: VLM, trace: Trace) -> Check:
-    """The final norm and those on the paths, as they are read here, give what their modules give."""
+    """Check that the final norm and those on the paths, as they are read here, give what their modules give."""
     anatomy = vlm.anatomy
     given = [(anatomy.norm_name, anatomy.norm_module, anatomy.norm, trace.residual)]
     given += [(s.name, s.module, s.norm, x) for s, x in zip(anatomy.norms, trace.norms, strict=True)]
@@ -238,6 +247,8 @@ def _norms(vlm: VLM, trace: Trace) -> Check:
         gave = normed(module, x).float().to(x.device)
         errors[name] = float((norm.to(x.device)(x) - gave).norm() / gave.norm().clamp_min(1e-30))
     limit = tolerance(vlm) / 2  # nothing adds up on the way
+    # A NaN is no larger than anything, and `max` would pass over it: it is made infinite, as is any error over the
+    # limit.
     worst = max(errors, key=lambda name: errors[name] if errors[name] <= limit else float("inf"))
     return Check(
         "each norm as it is read gives what its module gives",
@@ -247,7 +258,7 @@ def _norms(vlm: VLM, trace: Trace) -> Check:
 
 
 def _residual(vlm: VLM, trace: Trace, answers: Answers) -> Check:
-    """Final norm, head and what follows, as they are read here, give the logits that the model gave."""
+    """Check that final norm, head and logit rule, as they are read here, give the logits that the model gave."""
     token_ids, logits = _said(answers)
     ours = vlm.anatomy.logits(trace.residual)
     chosen, gave = ours[torch.arange(len(token_ids)), token_ids], logits.to(ours.device)
@@ -260,7 +271,8 @@ def _residual(vlm: VLM, trace: Trace, answers: Answers) -> Check:
 
 
 def _forced(vlm: VLM, inputs: Inputs, answers: Answers, trace: Trace) -> Check:
-    """What is recorded step by step is what one pass over prompt and answer gives."""
+    """Check that what is recorded step by step is what one forward pass over prompt and answer gives."""
+    # Counted from the end: some models put the picture before the first position.
     last = torch.arange(answers.n_prompt - 1 - answers.sequences.shape[1], -1)
     name = "recording step by step is recording the whole answer at once"
     try:
@@ -275,13 +287,15 @@ def _forced(vlm: VLM, inputs: Inputs, answers: Answers, trace: Trace) -> Check:
 def _batched(
     vlm: VLM, picture: Image.Image, prompt: str, answer_prefix: str, trace: Trace, max_new_tokens: int
 ) -> Check:
-    """A prompt in a batch gives what it gives alone, padding included."""
+    """Check that a prompt in a padded batch gives what it gives alone."""
     name = "a batch gives what single prompts give"
     if vlm.family.one_at_a_time:
         return Check(name, True, f"not asked: prompts run one at a time. {vlm.family.why}")
+    # A picture of another shape, which a processor may turn into another number of image tokens: the batch is padded.
     other = picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT).resize((2 * picture.width, picture.height))
     with record(vlm.anatomy) as recording:
         answers = vlm.generate(vlm.encode([picture, other], prompt, answer_prefix), max_new_tokens)
+    # Row 0 is the picture that was asked about alone. Rounding may have ended the answer earlier or later.
     n = min(len(trace.residual), len(answers.token_ids[0]))
     together = pick_trace(recording, torch.tensor([[0, i] for i in range(n)]))
     error, limit = _largest_difference(trace, together), 10 * tolerance(vlm)
@@ -289,18 +303,18 @@ def _batched(
 
 
 def _places(answers: Answers) -> Tensor:
-    """(row, step) of every token of every answer."""
+    """Return the (row, step) of every token of every answer, (n, 2)."""
     return torch.tensor([(row, step) for row, ids in enumerate(answers.token_ids) for step in range(len(ids))])
 
 
 def _said(answers: Answers) -> tuple[list[int], Tensor]:
-    """Every token of every answer, and the logits that the model gave them."""
+    """Return every token of every answer, row by row, and the logits that the model gave them, float32."""
     logits = [row[: len(ids)] for ids, row in zip(answers.token_ids, answers.logits, strict=True)]
     return [token for ids in answers.token_ids for token in ids], torch.cat(logits).float()
 
 
 def _largest_difference(one: Trace, other: Trace) -> float:
-    """Of activations at the same places, over the largest activation; both as far as the shorter goes."""
+    """Return the largest difference of two traces' activations, over the largest of each FFN, as far as both go."""
     worst = 0.0
     for i, mine in enumerate(one.activations):
         theirs = other.activations[i]
@@ -313,7 +327,7 @@ def _largest_difference(one: Trace, other: Trace) -> float:
 
 @restored
 def _outputs(anatomy: Anatomy, n_rows: int) -> Iterator[dict[int, list[Tensor]]]:
-    """What each dense `w_out` gives at the last position of every pass."""
+    """Record the output of each dense `w_out` at the last position of every forward pass, inside the `with`."""
     outputs: dict[int, list[Tensor]] = {id(ffn.module): [] for ffn in anatomy.ffns if ffn.n_experts is None}
 
     def hook(module: torch.nn.Module, args: tuple, output: Tensor) -> None:
@@ -325,17 +339,19 @@ def _outputs(anatomy: Anatomy, n_rows: int) -> Iterator[dict[int, list[Tensor]]]
 
 
 def tolerance(vlm: VLM) -> float:
-    """How far the additivity identity may be off for this model."""
+    """Return how far additivity may be off for this model, as a share of the largest logit."""
     if any(weights.is_quantised(ffn.module) for ffn in vlm.anatomy.ffns):
         return QUANTISED_TOLERANCE
     return TOLERANCE[vlm.anatomy.dtype]
 
 
 def _name(dtype: torch.dtype) -> str:
+    """Return the name of a dtype without its module."""
     return str(dtype).removeprefix("torch.")
 
 
 def _ffn(anatomy: Anatomy, i: int) -> str:
+    """Describe one FFN: path in its block, shape, bias, class."""
     ffn = anatomy.ffns[i]
     size = f"{anatomy.hidden} x {ffn.n_neurons}"
     if ffn.n_experts is not None:
@@ -345,23 +361,26 @@ def _ffn(anatomy: Anatomy, i: int) -> str:
 
 
 def _path(path: Any) -> str:
-    """How what an FFN writes reaches the final norm, in words."""
+    """Describe how what an FFN writes reaches the final norm."""
     said = []
     for step in hops(path):
         if step.scale != 1:
             said.append(f"x {step.scale:.4g}")
         if step.norm is not None:
             said.append(f"through {step.norm.name.rpartition('.')[2]}")
+    # In a post-LN model a path goes through two norms of every block above.
     if len(said) > 3:
         said = [*said[:2], f"{len(said) - 2} more"]
     return ", ".join(said) or "as it is"
 
 
 def _below(anatomy: Anatomy, layer: int, name: str) -> str:
+    """Return a path without that of its block, so that the same part of every block has one name."""
     return name.removeprefix(f"{anatomy.blocks[layer].name}.")
 
 
 def _is_tied(vlm: VLM) -> bool:
+    """Whether the unembedding and the input embedding are one parameter."""
     try:
         embedding = vlm.model.get_input_embeddings()
     except (AttributeError, NotImplementedError, ModelError):

@@ -1,4 +1,4 @@
-"""What to tell a user whose model fails while it runs."""
+"""Errors for users whose model fails while it runs."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ import torch
 from mmneurons.errors import MmneuronsError, ModelError
 
 FULL = re.compile("out of memory|not enough memory|can't allocate memory|ALLOC_FAILED", re.IGNORECASE)
-"""What torch and its back ends say where there is no memory left."""
+"""Words that torch and its back ends use where there is no memory left."""
 
 
 @contextmanager
 def told() -> Iterator[None]:
-    """Within it a model runs; what its code raises is told as an error of ours.
+    """Turn what a model's code raises inside the `with` into an error of ours.
 
-    What the code of somebody else raises, such as a hook of the user's own, stays what it is.
+    An error that passes through the user's own code, such as a hook, stays what it is.
     """
     try:
         yield
@@ -37,6 +37,8 @@ def told() -> Iterator[None]:
                 fix='Ask about fewer images at once (batch_size=1), or load the model smaller: dtype="bfloat16"    '
                 "CLI: --batch-size 1, --dtype bfloat16, --bits 4",
             ) from error
+        # A traceback of the user's own code says more about the cause than our message would. Memory was asked first,
+        # since it can run out anywhere.
         if any(map(_is_users, frames)):
             raise
         raise ModelError(
@@ -48,7 +50,7 @@ def told() -> Iterator[None]:
 
 
 def _is_users(frame: FrameType) -> bool:
-    """Whether code is neither ours, nor that of a package, nor code that came with a model."""
+    """Whether a frame's code is the user's: neither ours, nor a package's, nor code that came with a model."""
     package = str(frame.f_globals.get("__name__")).partition(".")[0]
     if package in ("mmneurons", "transformers_modules") or package in sys.stdlib_module_names:
         return False
@@ -56,14 +58,16 @@ def _is_users(frame: FrameType) -> bool:
 
 
 def is_out_of_memory(error: BaseException | None) -> bool:
-    """Whether there was not enough memory, a GPU's or the machine's."""
+    """Whether an error says that there was not enough memory, a GPU's or the machine's."""
+    # By its words as well: back ends other than CUDA, and allocators of the CPU, raise a plain RuntimeError.
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or FULL.search(str(error)) is not None
 
 
 def first_line(error: Exception) -> str:
-    """The first line that says something, and what it announces; transformers' messages run to hundreds of lines."""
+    """Return the first line of an error that says something, with the one it announces; messages can be very long."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     if not lines:
         return type(error).__name__
+    # The text of a KeyError is the key alone, which says nothing without the name of the error.
     said = " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
     return f"{type(error).__name__}: {said}"[:300] if isinstance(error, LookupError) else said[:300]

@@ -1,4 +1,4 @@
-"""What must be told per family of models, since neither structure nor a probe shows it. Keep this short."""
+"""Facts about families of models that neither structure nor a forward pass shows; the list is to stay short."""
 
 from __future__ import annotations
 
@@ -12,23 +12,26 @@ from transformers import configuration_utils
 from mmneurons.errors import ModelError
 
 NEWER = ("aria", "git", "kosmos-2", "lfm2-vl", "lfm2_vl", "llama4", "paligemma", "qwen3_vl_moe")
-"""Types of model whose code in transformers 4 computes in other ways than in 5: what is read there is wrong."""
+"""Types of model that transformers 4 computes otherwise than 5, so that what is read there would be wrong."""
 
 
 @dataclass(frozen=True)
 class Family:
-    """What is special about one type of model (`config.model_type`)."""
+    """A family says what is special about one type of model (`config.model_type`)."""
 
     why: str = ""
-    """The reason, as a user should read it."""
+    """Reason for what is set here, as a user should read it."""
     one_at_a_time: bool = False
     """Whether a batch changes what the model computes, so that each prompt runs alone."""
     counts_positions: bool = False
-    """Whether, in a padded batch, it must be told the positions of the tokens, as `generate` tells it."""
+    """Whether the model must be told the positions of the tokens in a padded batch, as `generate` tells it."""
     whole: Literal["first", "last"] | None = None
-    """Of a picture that its processor cuts into tiles: where the tokens of the whole picture stand beside those."""
+    """Where the tokens of the whole picture stand beside those of its tiles; None if it is not known."""
     suffix: Mapping[str, int] = field(default_factory=dict)
-    """What inputs with one number per token hold for the answer's tokens, where it is not 0 (attention mask: 1)."""
+    """Numbers for the answer's tokens in inputs with one number per token, by input; 0 unless given here.
+
+    (The attention mask, which is 1 for them in every family, is not listed.)
+    """
 
 
 _FIRST = Family("Its processor puts the whole picture before its tiles.", whole="first")
@@ -61,7 +64,7 @@ def check_version(config: Any) -> None:
     Raises:
         ModelError: if this version is too old for it.
     """
-    is_5 = hasattr(configuration_utils, "PreTrainedConfig")  # spelled otherwise before
+    is_5 = hasattr(configuration_utils, "PreTrainedConfig")  # PretrainedConfig before
     if config.model_type in NEWER and not is_5:
         raise ModelError(
             f"Models of type '{config.model_type}' are read rightly under transformers 5 alone.",
@@ -71,5 +74,5 @@ def check_version(config: Any) -> None:
 
 
 def family_of(config: Any) -> Family:
-    """What is special about a model; an empty Family where nothing is."""
+    """Return what is special about a model, or an empty Family where nothing is."""
     return FAMILIES.get(getattr(config, "model_type", ""), Family())

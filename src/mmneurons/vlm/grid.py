@@ -1,4 +1,4 @@
-"""Which image patch each image token stands for, and the picture as the model saw it."""
+"""Find which patch of the picture each image token stands for, and show the picture as the model saw it."""
 
 from __future__ import annotations
 
@@ -19,37 +19,41 @@ from mmneurons.vlm.anatomy.structure import language_model, mixes_positions
 from mmneurons.vlm.families import family_of
 
 _SHAPES = ("image_grid_thw", "spatial_shapes")
-"""Model inputs that hold the height and width, in patches, of each picture in their last two columns."""
+"""Names of model inputs that hold the height and width of each picture, in patches, in their last two columns."""
 _PLACES = "image_position_ids"
-"""Model input that holds column and row of each patch of each picture, -1 for padding (Gemma 4)."""
+"""Name of the model input that holds column and row of each patch of each picture, -1 for padding (Gemma 4)."""
 _MERGES = (1, 2, 3, 4)
-"""How many patches a side are merged into one image token."""
+"""Numbers of patches a side that models merge into one image token."""
 _TOWERS = ("vision", "visual", "image_encoder", "vqmodel")
-"""How the path of a vision tower is called."""
+"""Words that occur in the path of a vision tower."""
 
 
 @dataclass(frozen=True, eq=False)
 class PatchGrid:
-    """Where one picture is in the language model's sequence."""
+    """A patch grid says where one picture lies in the language model's sequence, patch by patch."""
 
     positions: Int[Tensor, "patches"]
-    """Positions of its image tokens, patches in reading order."""
+    """Positions of the picture's image tokens, row after row of patches."""
     rows: int
     columns: int
 
 
 Grids = list[tuple[PatchGrid, ...]]
-"""For each row of a batch, its pictures."""
+"""The grids of the pictures in each row of a batch."""
 
 
 def find_grids(model: PreTrainedModel, inputs: Mapping[str, Any], n_images: int) -> Grids | str:
-    """The patch grids of a batch with `n_images` pictures a row, or the reason why there are none.
+    """Find the patch grids of a batch with `n_images` pictures a row, or say why there are none.
 
-    Only what can be told for certain. Where a picture is cut into tiles, the tokens of the whole picture, which stands
-    beside its tiles, are taken.
+    A grid is given only where it is certain. Where a picture is cut into tiles, the tokens of the whole picture, which
+    stands beside its tiles, are taken.
+
+    Returns:
+        For each row of the batch its grids, one per picture, or the reason why no map can be drawn.
     """
     if n_images == 0:
         return "there is no picture"
+    # 1. Models in which nothing has to be searched: no position of the sequence is a patch, or the picture is a prefix.
     if model.config.get_text_config(decoder=True).is_encoder_decoder or model.config.is_encoder_decoder:
         return "the picture is read by the encoder; the decoder's sequence has no image tokens"
     ids = inputs.get("input_ids")
@@ -59,6 +63,7 @@ def find_grids(model: PreTrainedModel, inputs: Mapping[str, Any], n_images: int)
         return f"image tokens are queries of {resampler}, which have no place in the picture"
     if ids is None or image_token is None:
         return _prefix(model, inputs, n_images)
+    # 2. Each row by itself: its image tokens, and where the inputs say nothing of shapes, the runs in which they stand.
     shapes = _shapes(inputs)
     made: Grids = []
     for row, marked in enumerate(ids == image_token):
@@ -76,18 +81,19 @@ def find_grids(model: PreTrainedModel, inputs: Mapping[str, Any], n_images: int)
 
 
 def model_view(processor: Any, inputs: Mapping[str, Any], i: int) -> Image.Image | None:
-    """Picture i of a batch as the model saw it: resized, cropped, normalisation undone; None if pixels are packed."""
+    """Return picture i of a batch as the model saw it, resized and cropped, or None if its pixels are packed."""
     pixels = inputs.get("pixel_values")
     image_processor = getattr(processor, "image_processor", None)
     mean, std = getattr(image_processor, "image_mean", None), getattr(image_processor, "image_std", None)
     if pixels is None or pixels.ndim != 4 or pixels.shape[1] != 3 or i >= len(pixels) or mean is None or std is None:
         return None
+    # The processor's normalisation is undone: the result has channels last, and 0 to 1 before the rounding to bytes.
     values = pixels[i].float().permute(1, 2, 0).cpu().numpy() * np.array(std) + np.array(mean)
     return Image.fromarray((values * 255).clip(0, 255).round().astype(np.uint8))
 
 
 def _resampler(model: PreTrainedModel) -> str | None:
-    """The path of an attention between vision tower and language model: what it gives are queries, not patches."""
+    """Return the path of an attention between vision tower and language model, whose outputs are no patches."""
     language = {id(m) for m in language_model(model).modules()}
     for name, module in model.named_modules():
         between = name and id(module) not in language and not any(tower in name.lower() for tower in _TOWERS)
@@ -97,7 +103,7 @@ def _resampler(model: PreTrainedModel) -> str | None:
 
 
 def _prefix(model: PreTrainedModel, inputs: Mapping[str, Any], n_images: int) -> Grids | str:
-    """GIT: the tokens of the picture stand before the text, inside the model; a class token is the first."""
+    """Find the grids of a model that puts the picture's tokens before the text by itself, a class token first (GIT)."""
     crosses = any("cross" in name.lower() for name, _ in model.named_modules())
     side = _tower_side(model)
     if crosses or side is None or "pixel_values" not in inputs or n_images > 1:
@@ -107,7 +113,7 @@ def _prefix(model: PreTrainedModel, inputs: Mapping[str, Any], n_images: int) ->
 
 
 def _shapes(inputs: Mapping[str, Any]) -> list[tuple[int, int]] | None:
-    """Height and width of each picture in patches, where the inputs say them."""
+    """Return (height, width) of each picture in patches, where the inputs say them."""
     for name in _SHAPES:
         if name in inputs:
             return [(h, w) for *_, h, w in inputs[name].tolist()]
@@ -118,6 +124,7 @@ def _shapes(inputs: Mapping[str, Any]) -> list[tuple[int, int]] | None:
 
 
 def _from_shapes(shapes: list[tuple[int, int]], places: Tensor) -> tuple[PatchGrid, ...] | str:
+    """Split a row's image tokens by the shapes of its pictures; the merge is the one that makes the count right."""
     for merge in _MERGES:
         grids = [(h // merge, w // merge) for h, w in shapes]
         if sum(h * w for h, w in grids) == len(places):
@@ -133,9 +140,10 @@ def _from_runs(
     n_images: int,
     sides: list[int],
 ) -> tuple[PatchGrid, ...] | str:
-    """Tell pictures, tiles and rows by the runs of image tokens and what stands between them."""
+    """Tell pictures, tiles and rows apart by the runs of image tokens and what stands between them."""
     cuts = [i + 1 for i, (a, b) in enumerate(pairwise(places.tolist())) if b != a + 1]
     runs = list(places.tensor_split(cuts))
+    # Pictures with nothing between them are one run; all have as many tokens, or it cannot be told.
     if len(runs) == 1 and n_images > 1 and len(places) % n_images == 0:
         runs = list(places.chunk(n_images))
     if len(runs) % n_images:
@@ -149,7 +157,8 @@ def _from_runs(
 def _one_picture(
     model: PreTrainedModel, ids: Int[Tensor, "positions"], runs: list[Tensor], sides: list[int]
 ) -> PatchGrid | str:
-    """The grid of one picture; `sides` are the sides that the tokens of one tile can have, none if that is open."""
+    """Find the grid of one picture; `sides` lists the possible sides of one tile in tokens, empty if that is open."""
+    # Several runs: tiles with something between them, or rows of one picture, each with a line end behind it.
     lengths = {len(run) for run in runs}
     if len(runs) > 1:
         if len(lengths) == 1 and lengths <= {side * side for side in sides}:
@@ -159,6 +168,7 @@ def _one_picture(
         if single and len(lengths) == 1 and len(between) == 1:  # rows, the same token after each
             return PatchGrid(torch.cat(runs), len(runs), len(runs[0]))
         return f"{len(runs)} runs of image tokens are neither tiles nor rows of one picture"
+    # One run: a square picture; the same behind a class token; or tiles with nothing between them.
     run = runs[0]
     root = math.isqrt(len(run))
     if root * root == len(run) and (not sides or root in sides):
@@ -176,7 +186,7 @@ def _one_picture(
 
 
 def _whole(model: PreTrainedModel, tiles: list[Tensor]) -> PatchGrid | str:
-    """Of a picture cut into tiles, the grid of the whole picture that stands beside them."""
+    """Return the grid of the whole picture that stands beside its tiles, if it is known which of them that is."""
     place = family_of(model.config).whole
     if place is None:
         return f"the picture is cut into {len(tiles)} tiles, and which is the whole of it is not known for this model"
@@ -184,14 +194,16 @@ def _whole(model: PreTrainedModel, tiles: list[Tensor]) -> PatchGrid | str:
 
 
 def _square(run: Tensor) -> PatchGrid:
+    """Return the grid of a square picture."""
     side = math.isqrt(len(run))
     return PatchGrid(run, side, side)
 
 
 def _tile_sides(model: PreTrainedModel, inputs: Mapping[str, Any], marked: Tensor) -> list[int]:
-    """Sides that the tokens of one tile can have: the tower's patches, merged; one, where the tiles can be counted."""
+    """List the sides that one tile can have in tokens: the tower's merged; just one where tiles can be counted."""
     side, pixels = _tower_side(model), inputs.get("pixel_values")
     sides = [side // merge for merge in _MERGES if side % merge == 0 and side > merge] if side else []
+    # Pixels as (tiles, channels, height, width): all image tokens, shared out among the tiles, must make squares.
     if isinstance(pixels, Tensor) and pixels.ndim == 4:
         tile = math.isqrt(int(marked.sum()) // len(pixels))
         if tile * tile * len(pixels) == int(marked.sum()) and (not sides or tile in sides):
@@ -200,7 +212,7 @@ def _tile_sides(model: PreTrainedModel, inputs: Mapping[str, Any], marked: Tenso
 
 
 def _tower_side(model: PreTrainedModel) -> int | None:
-    """Patches along one side of what the vision tower sees; None where it takes any size."""
+    """Return the patches along one side of what the vision tower sees, or None where it takes any size."""
     vision = getattr(model.config, "vision_config", None)
     sizes = [getattr(vision, name, None) for name in ("image_size", "patch_size")]
     image_size, patch_size = (size[0] if isinstance(size, list | tuple) else size for size in sizes)

@@ -23,9 +23,9 @@ from mmneurons.vlm.processors import load_processor
 from mmneurons.vlm.vlm import VLM
 
 POCKET = "pocket"
-"""The name of the model that comes with the package."""
+"""Name of the model that comes with the package."""
 SPREAD = ("auto", "balanced", "balanced_low_0", "sequential")
-"""Values of `device_map` that are no devices."""
+"""Values of `device_map` that name a way to spread a model and not a device."""
 
 
 def load(
@@ -59,6 +59,7 @@ def load(
         ModelError: if there is no such model, it has no weights, is no vision-language model, or its parts cannot be
             told.
     """
+    # A model object is used as it is: none of the steps below is about it.
     if isinstance(model, nn.Module):
         return _adopt(_unwrapped(model), processor, decoder, trust_remote_code=trust_remote_code)
     if model is not None and not isinstance(model, str | os.PathLike):
@@ -105,7 +106,7 @@ def load(
 
 
 def _processor(source: str, model_type: str, options: dict[str, Any], given: Any) -> Any:
-    """The one given; else the one beside the weights, or of a fine-tuned model without one that of its original."""
+    """Return the processor given; else the one beside the weights, or beside those of a fine-tuned model's origin."""
     if isinstance(given, str | os.PathLike):
         return load_processor(os.fspath(given), model_type=model_type, trust_remote_code=options["trust_remote_code"])
     if given is not None:
@@ -121,16 +122,17 @@ def _processor(source: str, model_type: str, options: dict[str, Any], given: Any
 
 
 def _unwrapped(model: nn.Module) -> nn.Module:
-    """The model inside what torch wraps around one: compilation, or several devices."""
+    """Return the model inside what torch wraps around one for compilation or for several devices."""
     if isinstance(model, nn.DataParallel | DistributedDataParallel):
         return _unwrapped(model.module)
-    inner = getattr(model, "_orig_mod", None)  # of torch.compile
+    inner = getattr(model, "_orig_mod", None)  # the name that torch.compile gives it
     return _unwrapped(inner) if isinstance(inner, nn.Module) else model
 
 
 def _check_calls(model: PreTrainedModel) -> None:
-    """Refuse a model whose parts are not called as they are written: what they do would not be seen."""
+    """Refuse a model that is compiled or gives its results without names: hooks would not see what they need."""
     for name, module in model.named_modules():
+        # Three ways of compiling: a wrapper around the module, `module.compile()`, and a compiled `forward` put on it.
         forward = getattr(module.forward, "__func__", module.forward)
         if (
             hasattr(module, "_orig_mod")
@@ -152,7 +154,7 @@ def _check_calls(model: PreTrainedModel) -> None:
 
 
 def _adopt(model: nn.Module, processor: Any, decoder: str | None, *, trust_remote_code: bool) -> VLM:
-    """Use a model object as it is."""
+    """Make a VLM of a model object, which is used as it is."""
     wrapped = getattr(model, "get_base_model", None)  # of PEFT; the adapters stay inside the model
     if wrapped is not None and hasattr(model, "peft_config"):
         if any(getattr(config, "is_prompt_learning", False) for config in model.peft_config.values()):  # pyright: ignore[reportCallIssue, reportAttributeAccessIssue]
@@ -174,6 +176,7 @@ def _adopt(model: nn.Module, processor: Any, decoder: str | None, *, trust_remot
 
 
 def _not_a_model(given: Any) -> ModelError:
+    """Return the error for an object that is no model of transformers."""
     return ModelError(
         "This is not a model of the transformers library.",
         seen=f"{type(given).__module__}.{type(given).__name__}",
@@ -182,6 +185,7 @@ def _not_a_model(given: Any) -> ModelError:
 
 
 def _check_kind(config: Any) -> None:
+    """Refuse a model that transformers does not list for image-text-to-text."""
     if type(config) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
         raise ModelError(
             f"A model of type '{config.model_type}' is not a vision-language model that transformers knows.",
@@ -190,6 +194,7 @@ def _check_kind(config: Any) -> None:
 
 
 def _dtype(dtype: str | torch.dtype | None) -> torch.dtype | str:
+    """Return the torch dtype of a name, or "auto", which stands for the checkpoint's own."""
     if dtype is None or isinstance(dtype, torch.dtype):
         return dtype or "auto"
     named = getattr(torch, dtype, None)
@@ -199,10 +204,11 @@ def _dtype(dtype: str | torch.dtype | None) -> torch.dtype | str:
 
 
 def _check_device(device: Any) -> None:
-    """Refuse a device that is not there, before anything is loaded; ways to spread a model are transformers' matter."""
+    """Refuse a device that is not there before anything is loaded; ways to spread a model are left to transformers."""
     if device is None or not isinstance(device, str | torch.device) or str(device) in SPREAD:
         return
     try:
+        # The round trip to the CPU waits for the device: some errors come only then.
         torch.zeros(1, device=device, dtype=torch.float32).cpu()
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         there = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
@@ -212,6 +218,7 @@ def _check_device(device: Any) -> None:
 
 
 def _move(model: PreTrainedModel, source: str, device: str | torch.device) -> None:
+    """Move a model to its device, and say so if it does not fit there."""
     try:
         model.to(device)  # pyright: ignore[reportArgumentType]
     except RuntimeError as error:

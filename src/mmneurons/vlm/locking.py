@@ -1,10 +1,10 @@
-"""One thread at a time with a model, and states of a model that are always put back.
+"""Let one thread at a time have a model, and put the states of a model back whatever happens.
 
     with vlm.alone(): ...
 
-A model's weights, hooks and settings are shared by all who hold it, so that whoever runs or changes it holds its lock,
-from before the change until it is taken back. A state that a model is put into for a while is a generator under
-`restored`: a signal (Ctrl-C) that comes while it is put on or taken off waits until that is done.
+A model's weights, hooks and settings are shared by all that hold it, so that a thread that runs or changes the model
+holds its lock, from before the change until it is taken back. A state that a model is put into for a while is a
+generator under `restored`: a signal (Ctrl-C) that comes while the state is put on or taken off waits for that.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 LOOK = 0.05
-"""Seconds from one look for a waiting signal to the next while another thread has the model."""
+"""Seconds between two looks for a waiting signal while another thread has the model."""
 
 
 class _Signals:
-    """Signals that Python handles, held back while a model is between two states.
+    """A holder of the signals that Python handles, which wait while a model is between two states.
 
     Their handlers are replaced, not masked: a mask holds for one thread only. Python runs handlers in the main thread
     alone, at some instructions; none of them lies between two assignments, which is what the code here rests on.
@@ -36,26 +36,31 @@ class _Signals:
 
     def __init__(self) -> None:
         self.usual: dict[int, Callable[[int, FrameType | None], Any]] = {}
-        """The handlers that were there before."""
+        """Handlers that were there before, by the number of the signal."""
         self.open = 0
-        """How many `with`s have asked for this and are not left yet."""
+        """Number of `with`s that have asked for this and are not left yet."""
         self.busy = 0
-        """How many of them are between two states."""
+        """Number of them that are between two states."""
         self.waiting: list[int] = []
+        """Signals that came meanwhile, in order."""
         self.leaving: CodeType | None = None
-        """A function that a signal must not keep from beginning."""
+        """Code of a function that a signal must not keep from beginning."""
 
     def come(self, number: int, frame: FrameType | None) -> None:
-        """The handler: at once or, between two states, later."""
+        """Handle a signal at once or, between two states, note it for later."""
+        # A signal can come after `_Restored.__exit__` was called and before its first instruction made this busy: the
+        # frame is already that of `__exit__`, which says so.
         if self.busy or (frame is not None and frame.f_code is self.leaving):
             self.waiting.append(number)
         else:
             self.usual[number](number, frame)
 
     def hold(self) -> None:
-        """From here on signals wait."""
+        """Let signals wait from here on."""
         for number in _NUMBERS:
             usual = signal.getsignal(number)
+            # Looked up each time: the user can have set another handler since. One that is not callable (ignored,
+            # default, set outside Python) does not run Python code and needs no holding back.
             if callable(usual) and usual != self.come:
                 self.usual[number] = usual
                 signal.signal(number, self.come)
@@ -63,7 +68,7 @@ class _Signals:
         self.busy += 1
 
     def leave(self) -> None:
-        """The end of a `with`: what waits is delivered, and the usual handlers are back after the last."""
+        """Leave a `with`: deliver the signals that wait, and put the usual handlers back after the last one."""
         self.open -= 1
         self.busy -= 1
         if self.busy:
@@ -71,6 +76,7 @@ class _Signals:
         try:
             self.deliver()
         finally:
+            # Only where this one still is the handler: one that was set in the meantime stays.
             if not self.open:
                 for number, usual in self.usual.items():
                     if signal.getsignal(number) == self.come:
@@ -78,7 +84,7 @@ class _Signals:
                 self.usual.clear()
 
     def deliver(self) -> None:
-        """Handle what waits, which may raise, where nothing is half done."""
+        """Handle the signals that wait, which may raise, at a point where nothing is half done."""
         numbers, self.waiting = self.waiting, []
         for number in numbers:
             self.usual[number](number, None)
@@ -89,12 +95,12 @@ _SIGNALS = _Signals()
 
 
 def _is_main() -> bool:
-    """Whether this is the one thread that signals interrupt."""
+    """Whether this is the main thread, the only one that signals interrupt."""
     return threading.current_thread() is threading.main_thread()
 
 
 class uninterrupted:  # noqa: N801 - read as a word: with uninterrupted():
-    """Within it signals wait for the end of the `with`."""
+    """Let signals wait for the end of the `with`."""
 
     def __enter__(self) -> None:
         self._main = _is_main()
@@ -107,7 +113,7 @@ class uninterrupted:  # noqa: N801 - read as a word: with uninterrupted():
 
 
 class _Restored(AbstractContextManager[T]):
-    """A context manager whose way in and way out are whole, whatever signal comes; inside, signals come at once."""
+    """A context manager that no signal can leave half entered or half left; inside it signals come at once."""
 
     def __init__(self, inner: AbstractContextManager[T]) -> None:
         self._inner = inner
@@ -118,6 +124,8 @@ class _Restored(AbstractContextManager[T]):
             _SIGNALS.hold()
         try:
             value = self._inner.__enter__()
+            # What came on the way in is handled now, inside: if the handler raises, the state is taken off again. (In a
+            # nested one, busy is larger than 1 where an outer way in or out is not done yet: signals wait for that.)
             try:
                 while self._main and _SIGNALS.busy == 1 and _SIGNALS.waiting:
                     _SIGNALS.deliver()
@@ -128,7 +136,8 @@ class _Restored(AbstractContextManager[T]):
             if self._main:
                 _SIGNALS.leave()
             raise
-        # No call from the last look at what waits to the return: a signal comes before the one or after the other.
+        # There is no call between the last look at what waits and the return: a signal comes before the look, or inside
+        # the `with`.
         if self._main:
             _SIGNALS.busy -= 1
         return value
@@ -136,7 +145,7 @@ class _Restored(AbstractContextManager[T]):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> bool | None:
-        if self._main:  # no call before this: see `_Signals.leaving`
+        if self._main:  # there must be no call before this line: see `_Signals.come`
             _SIGNALS.busy += 1
         try:
             return self._inner.__exit__(kind, error, trace)
@@ -149,9 +158,10 @@ _SIGNALS.leaving = _Restored.__exit__.__code__
 
 
 def restored(function: Callable[P, Iterator[T]]) -> Callable[P, AbstractContextManager[T]]:
-    """As `contextlib.contextmanager`, for a state that must be taken back whenever it was put on.
+    """Make a context manager of a generator, as `contextlib.contextmanager` does, safe against signals.
 
-    With an ordinary one, a Ctrl-C between putting a state on and entering the `with` leaves it on.
+    It is for a state that must be taken back whenever it was put on. With an ordinary one, a Ctrl-C between putting the
+    state on and entering the `with` would leave it on.
     """
     managed = contextmanager(function)
 
@@ -167,12 +177,14 @@ _LOCKS: WeakKeyDictionary[nn.Module, threading.RLock] = WeakKeyDictionary()  # p
 
 @restored
 def alone(owner: nn.Module) -> Iterator[None]:
-    """Within it the model is this thread's; other threads wait for the end of the `with`. It may be nested.
+    """Give this thread the model to itself inside the `with`; other threads wait for its end. It may be nested.
 
     Args:
         owner: The model that holds language model and head, `Anatomy.owner`: the same for all who share a model.
     """
+    # One lock for each model, not for each VLM: two VLMs can hold the same model.
     lock = _LOCKS.setdefault(owner, threading.RLock())
+    # On the way into a `with` under `restored`, signals are only noted: the wait is cut into pieces, to handle them.
     while not lock.acquire(timeout=LOOK):
         if _is_main():
             _SIGNALS.deliver()  # nothing is changed yet: Ctrl-C need not wait
@@ -183,10 +195,10 @@ def alone(owner: nn.Module) -> Iterator[None]:
 
 
 class Lockable(Protocol):
-    """A VLM."""
+    """Anything that one thread at a time can have, such as a VLM."""
 
     def alone(self) -> AbstractContextManager[None]:
-        """Within it the model is this thread's."""
+        """Give this thread the object to itself inside the `with`."""
         ...
 
 
@@ -194,7 +206,7 @@ V = TypeVar("V", bound=Lockable)
 
 
 def by_one_thread(function: Callable[Concatenate[V, P], T]) -> Callable[Concatenate[V, P], T]:
-    """Let a function have the model, its first argument, to itself from beginning to end."""
+    """Decorate a function so that its thread has the model, its first argument, to itself from beginning to end."""
 
     @wraps(function)
     def made(vlm: V, *args: P.args, **kwargs: P.kwargs) -> T:

@@ -1,4 +1,4 @@
-"""Load what turns pictures and words into tensors, with torchvision or without it.
+"""Load processors, which turn pictures and words into tensors, with torchvision or without it.
 
 transformers refuses the processors of many families where torchvision is missing, because they could read videos too,
 or because one of their modules takes a helper from torchvision. Pictures need neither: here the same processor class is
@@ -23,16 +23,17 @@ import transformers  # its names are looked up where they are used: with a broke
 from mmneurons.errors import ModelError
 
 VIDEO = "video_processor"
+"""Name of the part of a processor that reads videos, which is left out here."""
 REFUSALS = (ImportError, OSError, ValueError, TypeError, AttributeError, LookupError, RecursionError)
-"""What transformers raises where a processor cannot be loaded."""
+"""Errors that transformers raises where a processor cannot be loaded."""
 
 
 class ImageAndTokenizer:
     """An image processor and a tokenizer side by side, for models whose picture and words go to different parts.
 
     Args:
-        image_processor: For the encoder.
-        tokenizer: For the decoder.
+        image_processor: Makes the encoder's inputs of pictures.
+        tokenizer: Makes the decoder's inputs of words.
     """
 
     chat_template = None
@@ -73,10 +74,12 @@ def load_processor(
         found = transformers.AutoProcessor.from_pretrained(source, **options)
     except REFUSALS as error:
         found = _without_torchvision(source, model_type, options, error)
+    # transformers may return a part alone (an image processor or a tokenizer) where the family has no processor class.
     try:
         if not (hasattr(found, "image_processor") and hasattr(found, "tokenizer")):
             found = ImageAndTokenizer(*(_part(name, source, options) for name in ("image_processor", "tokenizer")))
-        if not found.tokenizer("a dog", add_special_tokens=False).input_ids:  # transformers makes one without its files
+        # Without its files transformers makes an empty tokenizer, silently.
+        if not found.tokenizer("a dog", add_special_tokens=False).input_ids:
             raise ValueError("Its tokenizer knows no words: tokenizer.json is not there.")
     except REFUSALS as error:
         raise refusal(source, error) from error
@@ -102,7 +105,7 @@ def check_torchvision() -> None:
 
 
 def refusal(source: str, error: Exception) -> ModelError:
-    """What to tell a user whose processor cannot be loaded; `error` is what transformers said.
+    """Return the error for a user whose processor cannot be loaded; `error` is what transformers raised.
 
     Raises:
         ModelError: if the cause is a torchvision that cannot be imported.
@@ -131,9 +134,11 @@ def refusal(source: str, error: Exception) -> ModelError:
 
 
 def _without_torchvision(source: str, model_type: str, options: dict[str, Any], error: Exception) -> Any:
-    """The same processor by Pillow alone, if torchvision was all that was missing."""
+    """Load the same processor by Pillow alone, if torchvision was all that was missing."""
     if find_spec("torchvision") is not None:
         raise refusal(source, error) from error
+    # Only a class that wants a video processor, or that transformers hides without torchvision, can have failed for
+    # that.
     name = _class_name(source, model_type, options) or ""
     kind = _processor_class(name)
     if kind is None or (VIDEO not in _attributes(kind) and not _is_hidden(name)):
@@ -141,6 +146,7 @@ def _without_torchvision(source: str, model_type: str, options: dict[str, Any], 
     try:
         if VIDEO not in _attributes(kind):
             return kind.from_pretrained(source, **options)
+        # `from_pretrained` would load the video processor: the parts are loaded one by one and put together.
         stored, _ = kind.get_processor_dict(source, **options)
         parts = [_part(name, source, options) for name in _attributes(kind)]
         return _images_only(kind).from_args_and_dict(parts, stored)
@@ -151,7 +157,7 @@ def _without_torchvision(source: str, model_type: str, options: dict[str, Any], 
 
 
 def _class_name(source: str, model_type: str, options: dict[str, Any]) -> str | None:
-    """The name of the processor class, from the places where AutoProcessor looks, in its order."""
+    """Return the name of the processor class, from the places where AutoProcessor looks, in its order."""
     auto = transformers.models.auto
     readers = (
         lambda: transformers.ProcessorMixin.get_processor_dict(source, **options)[0],
@@ -169,26 +175,27 @@ def _class_name(source: str, model_type: str, options: dict[str, Any]) -> str | 
 
 
 def _class_names() -> Mapping[str, str | None]:
-    """The processor class of each type of model, as transformers knows them."""
+    """Return the name of the processor class of each type of model, as transformers lists them."""
     return transformers.models.auto.processing_auto.PROCESSOR_MAPPING_NAMES  # pyright: ignore[reportPrivateImportUsage]
 
 
 def _attributes(kind: Any) -> list[str]:
-    """The names of the parts that a processor is made of; transformers 4 lists them on the class."""
+    """Return the names of the parts that a processor is made of; transformers 4 lists them on the class."""
     return kind.get_attributes() if hasattr(kind, "get_attributes") else kind.attributes
 
 
 def _is_hidden(name: str) -> bool:
-    """Whether transformers shows a dummy in place of this class."""
+    """Whether transformers shows a dummy in place of this class, since torchvision is missing."""
     found = transformers.models.auto.processing_auto.processor_class_from_name(name)
     return getattr(found, "is_dummy", False)
 
 
 def _processor_class(name: str) -> Any:
-    """The processor class of this name, also if transformers hides it; None if it is not there."""
+    """Return the processor class of this name, also if transformers hides it, or None if it is not there."""
     auto = transformers.models.auto
     if not _is_hidden(name):
         return auto.processing_auto.processor_class_from_name(name) if name else None
+    # A hidden class is still in its family's module, which can be imported if that module finds what it asks for.
     for model_type, known in _class_names().items():
         if known == name:
             family = auto.configuration_auto.model_type_to_module_name(model_type)
@@ -204,7 +211,7 @@ def _processor_class(name: str) -> Any:
 
 @contextmanager
 def _pillow_module(family: str) -> Iterator[None]:
-    """Within it, who imports a helper from a family's torchvision module gets the same one of its Pillow module."""
+    """Put a family's Pillow module in the place of its torchvision module inside the `with`, for imports of helpers."""
     package = f"transformers.models.{family}"
     wanted = f"{package}.image_processing_{family}"
     if wanted in sys.modules:
@@ -218,7 +225,7 @@ def _pillow_module(family: str) -> Iterator[None]:
 
 
 def _part(name: str, source: str, options: dict[str, Any]) -> Any:
-    """One of the things that a processor is made of; nothing for videos."""
+    """Load one of the parts that a processor is made of; None for videos."""
     if name == VIDEO:
         return None
     if name == "image_processor":
@@ -230,7 +237,7 @@ def _part(name: str, source: str, options: dict[str, Any]) -> Any:
 
 
 def _images_only(kind: Any) -> Any:
-    """A processor class like this one that does without its video processor."""
+    """Make a processor class like this one that accepts None as its video processor."""
 
     class ImagesOnly(kind):
         def check_argument_for_proper_class(self, argument_name: str, argument: Any) -> Any:
@@ -238,12 +245,13 @@ def _images_only(kind: Any) -> Any:
                 return None
             return super().check_argument_for_proper_class(argument_name, argument)
 
+    # Under the name of the original, by which transformers and users know it.
     ImagesOnly.__name__ = ImagesOnly.__qualname__ = kind.__name__
     return ImagesOnly
 
 
 def missing_package(error: BaseException) -> str | None:
-    """The package that an error says is missing, as pip calls it; None if what it names is installed."""
+    """Return the package that an error says is missing, as pip calls it, or None if what it names is installed."""
     text = str(error)
     if "torchvision" in text.casefold():
         return "torchvision" if find_spec("torchvision") is None else None
@@ -259,7 +267,7 @@ def missing_package(error: BaseException) -> str | None:
 
 
 def is_installed(package: str) -> bool:
-    """Whether a package of this name, as pip calls it, is there."""
+    """Whether a package of this name, as pip calls it, is installed."""
     try:
         metadata.distribution(package)
     except metadata.PackageNotFoundError:
@@ -268,12 +276,12 @@ def is_installed(package: str) -> bool:
 
 
 def _install_torchvision(*, force: bool = False) -> str:
-    """The line that installs a torchvision built for this torch: +cpu and +cu130 have an index of their own."""
+    """Return the line that installs a torchvision built for this torch: +cpu and +cu130 have an index of their own."""
     build = torch.__version__.partition("+")[2]
     index = f" --index-url https://download.pytorch.org/whl/{build}" if build else ""
     return f"pip install {'--force-reinstall --no-deps ' if force else ''}torchvision{index}"
 
 
 def _said(error: BaseException) -> str:
-    """What an error says, on one line; transformers' messages run to hundreds."""
+    """Return an error's message on one line, cut off at 400 characters."""
     return shorten(str(error), 400) or type(error).__name__

@@ -1,4 +1,4 @@
-"""What the model is asked, and how the question is written for it."""
+"""Write a prompt as a model expects it, and turn it into the model's inputs."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ from mmneurons.vlm.tokens import TokenIds
 WORDINGS = ("What is in the image?", "Write a short caption.", "What do you see?")
 """Other ways to ask for a caption."""
 REFUSALS = (ValueError, TypeError, AttributeError, IndexError, KeyError, AssertionError, NotImplementedError)
-"""What processors raise at a text or a layout of pictures that is not theirs."""
+"""Errors that processors raise at a text or a layout of pictures that is not theirs."""
 
 
 def prompt_text(
     processor: Any, prompt: str, answer_prefix: str = "", n_images: int = 1, *, image_token: str = ""
 ) -> str:
-    """The text of one row: by the chat template of the processor or its tokenizer, else the prompt as it is.
+    """Write the text of one prompt, by the chat template of processor or tokenizer, or as it is without one.
 
     Args:
-        processor: What the model's processor is.
+        processor: The model's processor.
         prompt: What is asked.
-        answer_prefix: What the answer is made to begin with; stands at the end.
-        n_images: Pictures in front of the prompt; 0 for words alone.
-        image_token: What stands for a picture, for texts in which no template and no processor would write it: once
-            for each picture, on a line of its own.
+        answer_prefix: Words that the answer is made to begin with; they stand at the end.
+        n_images: Number of pictures in front of the prompt; 0 for words alone.
+        image_token: Text that stands for a picture, where no template and no processor would write it: it is put
+            before the prompt once for each picture, on a line of its own.
 
     Returns:
         The text, not yet expanded to one token per patch.
@@ -44,10 +44,12 @@ def prompt_text(
     template = getattr(processor, "chat_template", None)
     template = template or getattr(getattr(processor, "tokenizer", None), "chat_template", None)
     if template:
+        # A template that can take pictures gets a list of parts. One for words alone drops the prompt, prints the list,
+        # or fails: it then gets the words, with the tokens of the pictures in them.
         content = [{"type": "image"}] * n_images + [{"type": "text", "text": prompt}]
         text = _rendered(processor, template, content)
         if text is None or prompt.strip() not in text or "{'type':" in text or text.count(image_token) < n_images:
-            text = _rendered(processor, template, asked) or asked  # a template for words alone
+            text = _rendered(processor, template, asked) or asked
     else:
         text = asked
     joint = "" if not text or text[-1].isspace() or not answer_prefix else " "
@@ -66,21 +68,21 @@ def encode_prompt(
     keep_end: bool = False,
     names: Collection[str] | None = None,
 ) -> BatchFeature:
-    """Model inputs of a batch: in each row the same prompt, and pictures of its own.
+    """Encode a batch as model inputs: in each row the same prompt, and pictures of its own.
 
     Families differ in whether the text must hold a token for each picture, and in whether pictures are given row by
     row or in one list; both are found out by trying.
 
     Args:
-        processor: What the model's processor is.
+        processor: The model's processor.
         images: For each row its RGB pictures, as many in each row; none for words alone.
         prompt: What is asked.
-        answer_prefix: What the answer is made to begin with.
-        image_token_id: What stands for a patch in `input_ids`; None if nothing does, or if it is not known.
+        answer_prefix: Words that the answer is made to begin with.
+        image_token_id: Token that stands for a patch in `input_ids`; None if nothing does, or if it is not known.
         padding_side: "left" for decoders, which continue the text; "right" for encoders with absolute positions.
         decoder_start: For encoder-decoder models, the token or tokens that a decoder's text begins with.
         keep_end: Whether an end-of-text token that the tokenizer writes stays; BLIP takes it away itself.
-        names: What the model's `forward` takes; anything else is left out. None for all that the processor makes.
+        names: Arguments that the model's `forward` takes; anything else is left out. None keeps all that was made.
 
     Returns:
         Tensors, on the CPU, in the processor's dtype. `input_ids` ends with the answer prefix; or, with
@@ -95,6 +97,8 @@ def encode_prompt(
     _check_words(processor, f"{prompt}\n{answer_prefix}", image_token_id)
     answer_prefix = answer_prefix.strip(" ")  # a space at the end would be a token of its own, before one of the answer
     in_text = answer_prefix if decoder_start is None else ""
+    # Decoder-only: the prefix stands at the end of the prompt. Some processors end a prompt with a token or text of
+    # their own behind it; then it is encoded without the prefix, whose tokens are appended.
     with _padded(processor.tokenizer, padding_side):
         batch = _encode(processor, images, prompt, in_text, image_token_id, padding_side)
         if decoder_start is None and not keep_end and "input_ids" in batch:
@@ -102,6 +106,7 @@ def encode_prompt(
             if in_text and not _ends_with(batch, processor.tokenizer, in_text):
                 batch = _encode(processor, images, prompt, "", image_token_id, padding_side)
                 _append(batch, _ids(processor.tokenizer, in_text), image_token_id)
+    # Encoder-decoder: the prefix is the beginning of the decoder's own sequence.
     if decoder_start is not None:
         start = [decoder_start] if isinstance(decoder_start, int) else list(decoder_start)
         begun = torch.tensor(start + _ids(processor.tokenizer, answer_prefix))
@@ -113,13 +118,15 @@ def encode_prompt(
 
 
 def continued(tokenizer: Any, written: Sequence[int], text: str) -> list[int]:
-    """The tokens of a text behind others, as a model would go on: with a space before it, unless it begins a line.
+    """Return the tokens of a text behind others, as a model would go on: after a space, unless it begins a line.
 
     Args:
-        tokenizer: The model's.
-        written: The last tokens before it.
+        tokenizer: The model's tokenizer.
+        written: The last tokens before the text.
         text: What follows; spaces around it do not matter.
     """
+    # Tokens depend on what stands before them: the text is tokenised together with the end of what is written, from the
+    # last special token on, and the tokens behind that end are its own.
     special = {*tokenizer.all_special_ids}
     begin = next((i for i in range(len(written), 0, -1) if written[i - 1] in special), 0)
     before = tokenizer.decode(list(written[begin:]))  # of what was written as text
@@ -132,7 +139,7 @@ def continued(tokenizer: Any, written: Sequence[int], text: str) -> list[int]:
 
 
 def token_of(tokenizer: Any, word: str) -> int:
-    """The first token of a word inside a sentence: what a model would write to begin it.
+    """Return the first token of a word inside a sentence, with which a model would begin to write it.
 
     Raises:
         WordError: see `tokens_of`.
@@ -141,7 +148,7 @@ def token_of(tokenizer: Any, word: str) -> int:
 
 
 def tokens_of(tokenizer: Any, word: str) -> list[int]:
-    """The tokens of a word inside a sentence, as a model would write it.
+    """Return the tokens of a word inside a sentence, as a model would write it.
 
     Raises:
         WordError: if the word is empty or unknown, or its first token is no more than the space before it.
@@ -150,7 +157,9 @@ def tokens_of(tokenizer: Any, word: str) -> list[int]:
         return [tokenizer.token_of(word)]
     word = word.encode("utf-8", "replace").decode("utf-8")  # from a terminal come bytes that are no text
     rest: list[int] = []
-    for before in ("a", "the", "of", ","):  # the first that keeps its own tokens when the word follows
+    # A word by itself is often tokenised otherwise than behind another. Some tokenizers join the two: then the next
+    # word in front is tried.
+    for before in ("a", "the", "of", ","):
         alone, both = _ids(tokenizer, before), _ids(tokenizer, f"{before} {word.strip()}")
         if both[: len(alone)] == alone:
             rest = both[len(alone) :]
@@ -166,7 +175,7 @@ def tokens_of(tokenizer: Any, word: str) -> list[int]:
 
 
 def _check_words(processor: Any, words: str, image_token_id: int | None) -> None:
-    """Refuse words that hold the token which stands for a picture: it is written here, one for each that is given."""
+    """Refuse words that hold the token of a picture, which is written here, once for each picture."""
     tokens = {str(_of_either(processor, "image_token") or ""), str(_of_either(processor, "video_token") or "")}
     added = getattr(processor.tokenizer, "added_tokens_decoder", {})
     if image_token_id in added:
@@ -179,8 +188,9 @@ def _check_words(processor: Any, words: str, image_token_id: int | None) -> None
 
 
 def _rendered(processor: Any, template: Any, content: Any) -> str | None:
-    """One turn of a user by the chat template, open for the answer; None if the template cannot write it."""
+    """Render one turn of a user by the chat template, open for the answer; None if the template cannot write it."""
     owner = processor if getattr(processor, "chat_template", None) else processor.tokenizer
+    # A model that thinks first would write its thoughts where the answer is expected.
     options = {"enable_thinking": False} if "enable_thinking" in str(template) else {}
     try:
         return owner.apply_chat_template(
@@ -198,10 +208,11 @@ def _encode(
     image_token_id: int | None,
     padding_side: str,
 ) -> BatchFeature:
-    """The first form of the prompt that the processor takes and that shows it the pictures."""
+    """Encode the first form of the prompt that the processor takes and in which the pictures have image tokens."""
     n_images = len(images[0])
     token = str(_of_either(processor, "image_token") or "")
     image_id = image_token_id if image_token_id is not None else _of_either(processor, "image_token_id")
+    # The forms: as the template or the processor writes it, then with the token of each picture in the text.
     texts = [prompt_text(processor, prompt, answer_prefix, n_images)]
     if token and n_images:
         texts.append(prompt_text(processor, prompt, answer_prefix, n_images, image_token=token))
@@ -210,6 +221,8 @@ def _encode(
     for text in dict.fromkeys(texts):
         try:
             batch = _called(processor, images, text, padding_side)
+            # The same text for one picture as for several: the pictures are not in it, and the processor may use the
+            # first one only. More image tokens for all than for one show that it does not.
             if n_images > 1 and text == prompt_text(processor, prompt, answer_prefix, 1):
                 one = _n_patches(_called(processor, [images[0][:1]], text, padding_side), image_id)
                 if _n_patches(batch, image_id) <= one or image_id is None:
@@ -221,6 +234,7 @@ def _encode(
             refused.append(error)
             continue
         batch.pop("labels", None)  # of processors that are made for training
+        # Taken, and the pictures are in it as far as can be told; else the next form may be better.
         if not n_images or image_id is None or "input_ids" not in batch or _n_patches(batch, image_id):
             return batch
         taken.append(batch)
@@ -234,14 +248,14 @@ def _encode(
 
 
 def _n_patches(batch: BatchFeature, image_token_id: int | None) -> int:
-    """How many image tokens the first row holds."""
+    """Count the image tokens of the first row."""
     if image_token_id is None or "input_ids" not in batch:
         return 0
     return int((batch["input_ids"][0] == image_token_id).sum())
 
 
 def _called(processor: Any, images: Sequence[Sequence[Image.Image]], text: str, padding_side: str) -> BatchFeature:
-    """The processor's tensors for one text in every row; the pictures row by row, or in one list if that is refused."""
+    """Encode one text in every row; pictures are given row by row, or in one list if the processor refuses that."""
     options: dict[str, Any] = {"return_tensors": "pt", "padding": True, "padding_side": padding_side}
     if not isinstance(processor, ImageAndTokenizer):
         options["text"] = [text] * len(images)
@@ -257,14 +271,15 @@ def _called(processor: Any, images: Sequence[Sequence[Image.Image]], text: str, 
             raise
         options["images"] = [image for row in images for image in row]
         batch = _tolerant(processor, options)
-    if _n_bos(batch, processor.tokenizer) > 1:  # some processors write it too
+    # Two tokens for the beginning of text would be a prompt that the model has never seen.
+    if _n_bos(batch, processor.tokenizer) > 1:  # some processors add one of their own
         other = _tolerant(processor, options | {"add_special_tokens": False})
         return other if _n_bos(other, processor.tokenizer) else batch
     return batch
 
 
 def _tolerant(processor: Any, options: dict[str, Any]) -> BatchFeature:
-    """Call a processor; without `padding_side` if it does not know it, the tokenizer has been set then."""
+    """Call a processor, without `padding_side` if it does not know that: the tokenizer is set to the side as well."""
     try:
         return processor(**options)
     except TypeError as error:
@@ -274,6 +289,7 @@ def _tolerant(processor: Any, options: dict[str, Any]) -> BatchFeature:
 
 
 def _n_bos(batch: BatchFeature, tokenizer: Any) -> int:
+    """Count the tokens for the beginning of text in the first row, padding aside."""
     bos = getattr(tokenizer, "bos_token_id", None)
     if bos is None or "input_ids" not in batch:
         return 0
@@ -285,7 +301,7 @@ def _n_bos(batch: BatchFeature, tokenizer: Any) -> int:
 
 @restored
 def _padded(tokenizer: Any, side: str) -> Iterator[None]:
-    """Within it the tokenizer pads on this side, with its end token if it has none for padding."""
+    """Let the tokenizer pad on this side inside the `with`, by its end token if it has none for padding."""
     own = tokenizer.padding_side
     lacks_pad = tokenizer.pad_token is None
     try:
@@ -300,7 +316,7 @@ def _padded(tokenizer: Any, side: str) -> Iterator[None]:
 
 
 def _open_end(batch: BatchFeature, tokenizer: Any) -> None:
-    """Take away the end-of-text tokens that a tokenizer writes behind every text: the model is to go on."""
+    """Remove the end-of-text tokens that a tokenizer writes behind every text, since the model is to go on."""
     ends = {getattr(tokenizer, name, None) for name in ("eos_token_id", "sep_token_id")} - {None}
     while batch["input_ids"].shape[1] > 1 and set(batch["input_ids"][:, -1].tolist()) <= ends:
         for name, tensor in _by_position(batch).items():
@@ -308,15 +324,18 @@ def _open_end(batch: BatchFeature, tokenizer: Any) -> None:
 
 
 def _ends_with(batch: BatchFeature, tokenizer: Any, words: str) -> bool:
+    """Whether the first row ends with these words."""
+    # Compared as text: behind other words their tokens can differ. Two tokens more are read, as their number can, too.
     ids = _ids(tokenizer, words)
     written = tokenizer.decode(batch["input_ids"][0, -len(ids) - 2 :].tolist())
     return _squashed(written).endswith(_squashed(tokenizer.decode(ids)))
 
 
 def _append(batch: BatchFeature, ids: list[int], image_token_id: int | None) -> None:
-    """Write tokens behind every row, for processors that end a prompt with something of their own."""
+    """Append tokens to every row, for processors that end a prompt with something of their own."""
     written = batch["input_ids"]
     for name, tensor in _by_position(batch).items():
+        # Every input with one entry per position grows as well, each by what it means for a token of text.
         fill = torch.zeros_like(tensor[:, :1]).repeat_interleave(len(ids), dim=1)
         if name == "input_ids":
             fill += torch.tensor(ids)
@@ -331,20 +350,22 @@ def _append(batch: BatchFeature, ids: list[int], image_token_id: int | None) -> 
 
 
 def _by_position(batch: BatchFeature) -> dict[str, Tensor]:
-    """The tensors that have one entry for each position of `input_ids`."""
+    """Return the tensors that have one entry for each position of `input_ids`."""
     shape = batch["input_ids"].shape
     return {name: t for name, t in batch.items() if name.endswith(("ids", "mask")) and t.shape[:2] == shape}
 
 
 def _of_either(processor: Any, name: str) -> Any:
+    """Return an attribute of the processor or, if it has none, of its tokenizer."""
     found = getattr(processor, name, None)
     return found if found is not None else getattr(processor.tokenizer, name, None)
 
 
 def _ids(tokenizer: Any, text: str) -> list[int]:
+    """Return the tokens of a text without any that mark its beginning or end."""
     return tokenizer(text, add_special_tokens=False).input_ids
 
 
 def _squashed(text: str) -> str:
-    """Without spaces and case: tokenizers give back neither faithfully. Line ends stay."""
+    """Remove spaces and case, which tokenizers do not give back faithfully; line ends stay."""
     return text.replace(" ", "").casefold()

@@ -1,4 +1,4 @@
-"""What made a result: model, weights, versions."""
+"""Record what made a result: the model, its weights, the versions of packages."""
 
 from __future__ import annotations
 
@@ -16,21 +16,22 @@ from transformers import PreTrainedModel
 from mmneurons.vlm import weights
 
 PACKAGES = ("mmneurons", "torch", "transformers", "tokenizers", "numpy", "pillow", "HanTa")
+"""Packages whose version can change a result."""
 
 
 @functools.cache
 def versions() -> dict[str, str]:
-    """Versions of Python and of the packages that decide a result."""
+    """Return the versions of Python and of the packages that can change a result."""
     return {"python": platform.python_version(), **{name: metadata.version(name) for name in PACKAGES}}
 
 
 def weights_hash(model: PreTrainedModel) -> str:
-    """One hash over every parameter and buffer that is saved: type, shape, and two checksums of all its bits.
+    """Return one hash over every parameter and buffer that is saved: dtype, shape, and two checksums of all its bits.
 
-    In the order in which the model defines them, without their names: versions of transformers name the same weights
-    differently. A checksum is a sum over 32-bit words (modulo 2^64), plain and weighted by position: any one changed
-    number changes it, and it is as fast as reading the weights, on any device. It tells models apart; it is no
-    protection against someone who wants two models to look alike.
+    They are taken in the order in which the model defines them, without their names: versions of transformers name the
+    same weights differently. A checksum is a sum over 32-bit words (modulo 2^64), plain and weighted by position: any
+    one changed number changes it, and it is as fast as reading the weights, on any device. It tells models apart; it is
+    no protection against someone who wants two models to look alike.
     """
     digest = hashlib.sha256()
     for tensor in _saved(model):
@@ -39,9 +40,10 @@ def weights_hash(model: PreTrainedModel) -> str:
 
 
 def _saved(model: PreTrainedModel) -> Iterator[Tensor]:
-    """Every parameter and buffer that is saved, fetched where it is off-loaded, one at a time.
+    """Iterate over every parameter and buffer that is saved, fetched where it is off-loaded, one at a time.
 
-    Not `state_dict()`: where bitsandbytes has repacked 4-bit weights for a CPU, it unpacks them, not always rightly.
+    `state_dict()` is not used: where bitsandbytes has repacked 4-bit weights for a CPU, it unpacks them, not always
+    rightly.
     """
     for module in model.modules():
         buffers = {k: v for k, v in module._buffers.items() if k not in module._non_persistent_buffers_set}
@@ -49,12 +51,16 @@ def _saved(model: PreTrainedModel) -> Iterator[Tensor]:
 
 
 def _checksums(tensor: Tensor, chunk: int = 1 << 20) -> tuple[int, int]:
+    """Return the sum of a tensor's 32-bit words, and their sum weighted by position from 1, modulo 2^64."""
+    # As bytes first: a tensor of any dtype can be seen as bytes, and four of them as a word.
     words = tensor.detach().contiguous().view(-1).view(torch.uint8)
     if len(words) % 4:  # padding copies: only where it must
         words = torch.nn.functional.pad(words, (0, -len(words) % 4))
     words = words.view(torch.int32)
     ranks = torch.arange(1, min(chunk, len(words)) + 1, device=words.device)
     sums = torch.zeros(2, dtype=torch.int64, device=words.device)  # int64 wraps around: a sum modulo 2^64
+    # A chunk at a time, since its words take twice their memory as int64. `ranks` are the positions in a chunk; what
+    # the chunk's start adds to them is start * total.
     for start in range(0, len(words), chunk):
         part = words[start : start + chunk].long()
         total = part.sum()
@@ -67,9 +73,9 @@ def _checksums(tensor: Tensor, chunk: int = 1 << 20) -> tuple[int, int]:
 def model_facts(
     model: PreTrainedModel, model_id: str, revision: str | None, known_hash: str | None, dtype: torch.dtype
 ) -> dict[str, Any]:
-    """Which model made a result, as plain data; its weights are read if their hash is not known yet.
+    """Describe the model that made a result as plain data; its weights are read if their hash is not known yet.
 
-    `dtype` is what the language model computes in: the model's first parameter can be a query that stays in float32.
+    `dtype` is that of the language model: the model's first parameter can be a query token that stays in float32.
     """
     return {
         "id": model_id,

@@ -1,4 +1,4 @@
-"""Tokens as text, with a tokenizer or without."""
+"""Write tokens as text, with a tokenizer or without."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ from mmneurons.errors import WordError
 
 
 class TokenIds:
-    """Stands in for a tokenizer where there is none: token 17 is written `<17>`."""
+    """A stand-in for a tokenizer where there is none: token 17 is written `<17>`."""
 
     eos_token_id = None
     pad_token_id = None
 
     def decode(self, token_ids: Sequence[int], **_: object) -> str:
-        """Ids as text, one after the other."""
+        """Write token ids as text, one after the other."""
         return " ".join(f"<{i}>" for i in token_ids)
 
     def convert_ids_to_tokens(self, token_id: int) -> str:
-        """One id as text."""
+        """Write one token id as text."""
         return f"<{token_id}>"
 
     def token_of(self, word: str) -> int:
-        """The id that `<17>` stands for.
+        """Return the token id that a word such as `<17>` stands for.
 
         Raises:
             WordError: if the word is of another form.
@@ -36,10 +36,10 @@ class TokenIds:
         return int(number[1])
 
     def __len__(self) -> int:
-        """Every row of the unembedding has a name."""
+        """Return a number beyond any vocabulary: every row of the unembedding has a name."""
         return 1 << 62
 
 
 def pieces(tokenizer: object) -> int:
-    """How many tokens a tokenizer knows: rows of the unembedding beyond them are padding that no text can hold."""
+    """Return the number of tokens that a tokenizer knows; rows of the unembedding beyond them are padding."""
     return min(len(tokenizer), 1 << 62) if hasattr(tokenizer, "__len__") else 1 << 62  # pyright: ignore[reportArgumentType]

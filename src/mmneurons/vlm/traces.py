@@ -1,4 +1,4 @@
-"""The model's state at the positions that are scored, and what every neuron writes there, read off along directions."""
+"""Traces: a model's state at the positions that are scored, and what neurons write there, read off along directions."""
 
 from __future__ import annotations
 
@@ -16,37 +16,41 @@ from mmneurons.vlm.hooks.recording import Recording
 
 @dataclass(frozen=True, eq=False)
 class Trace:
-    """The model's state at n positions, float32, on one device.
+    """A trace holds the model's state at n positions, float32, on one device.
 
-    Neurons are counted in *slots*, block after block: all neurons of dense FFNs, and of experts those that the router
-    asked at that position, so that one slot can be one neuron here and another there.
+    Neurons are counted in *slots*, FFN after FFN: all neurons of a dense FFN, and of fused experts those of the experts
+    that the router chose at that position, so that one slot can be one neuron here and another there.
     """
 
     anatomy: Anatomy
     activations: list[Float[Tensor, "n _"]]
-    """Per FFN; the sizes of FFNs differ."""
+    """Activations per FFN, one column for each slot."""
     experts: list[Int[Tensor, "n _"] | None]
-    """Per FFN: the experts that the slots belong to; None where it is dense."""
+    """Experts that the slots belong to, per FFN; None where it is dense."""
     gates: list[Float[Tensor, "n _"]]
-    """Per FFN, the outputs of the activation function alone; empty unless recorded."""
+    """Outputs of the activation function alone, per FFN; empty unless recorded."""
     sources: list[Float[Tensor, "n hidden"]]
+    """What each source of the anatomy wrote."""
     norms: list[Float[Tensor, "n hidden"]]
+    """What entered each norm that writes pass on their paths."""
     residual: Float[Tensor, "n hidden"]
+    """The residual stream as it entered the final norm."""
     embedding: Float[Tensor, "n hidden"]
+    """The residual stream as it entered the first block."""
 
     def neurons(self, i: int) -> Int[Tensor, "n slots"]:
-        """Which neuron of one FFN, counted through all its experts, each slot is."""
+        """Return the neuron of one FFN, counted through all its experts, that each slot stands for."""
         shape, width = self.activations[i].shape, self.anatomy.ffns[i].n_neurons
         slots = torch.arange(shape[1], device=self.activations[i].device).expand(shape)
         experts = self.experts[i]
         return slots if experts is None else experts.gather(1, slots // width) * width + slots % width
 
     def projected(self, i: int, directions: Float[Tensor, "n hidden"]) -> Float[Tensor, "n slots"]:
-        """Dot product of each slot's column with the direction of its position; each matrix is read once."""
+        """Multiply each slot's column by the direction of its position; each matrix is read once."""
         return self.projected_all(i, directions[None])[0]
 
     def projected_all(self, i: int, directions: Float[Tensor, "m n hidden"]) -> Float[Tensor, "m n slots"]:
-        """The same for several sets of directions, in one read."""
+        """Multiply each slot's column by the directions of its position, of m sets of directions in one read."""
         ffn, experts = self.anatomy.ffns[i], self.experts[i]
         if experts is None:
             found = weights.project(directions.flatten(0, 1), ffn.module)
@@ -54,6 +58,7 @@ class Trace:
         found = torch.zeros(
             len(directions), *experts.shape, ffn.n_neurons, device=directions.device, dtype=torch.float32
         )
+        # The positions of each expert together, so that its matrix is read once for all of them.
         for expert in torch.unique(experts).tolist():
             rows, places = torch.nonzero(experts == expert, as_tuple=True)
             read = weights.project(directions[:, rows].flatten(0, 1), ffn.module, expert=expert)
@@ -62,8 +67,8 @@ class Trace:
 
 
 def pick_trace(recording: Recording, places: Int[Tensor, "n 2"]) -> Trace:
-    """What was recorded at (row, step) of each place."""
-    device = recording.residual[-1].device  # blocks may lie on several
+    """Pick what was recorded at the (row, step) of each place, float32, on the device of the final norm."""
+    device = recording.residual[-1].device  # the blocks may lie on several devices
 
     def pick(stacked: Tensor) -> Tensor:
         rows, steps = places.to(stacked.device).unbind(1)
@@ -86,7 +91,7 @@ def pick_trace(recording: Recording, places: Int[Tensor, "n 2"]) -> Trace:
 
 @dataclass(frozen=True, eq=False)
 class Written:
-    """What was written into the logit of one token at each of n positions, norm scales frozen; before any softcap."""
+    """The parts of one token's logit at each of n positions, with norm scales held fixed, before any softcap."""
 
     ffn: Float[Tensor, "n"]
     attention: Float[Tensor, "n"]
@@ -96,7 +101,7 @@ class Written:
 
     @property
     def total(self) -> Float[Tensor, "n"]:
-        """The logit, if nothing was missed."""
+        """Sum of all parts, which is the logit if nothing was missed."""
         return self.ffn + self.attention + self.other + self.embedding + self.bias
 
 
@@ -107,20 +112,25 @@ def written(
     ffn: Float[Tensor, "n"],
     head_bias: Float[Tensor, "n"] | None,
 ) -> Written:
-    """Each recorded write read off in logits: none of them is had by subtraction.
+    """Read off each recorded write in logits; none of them is what the others leave over.
 
     Args:
         trace: What was recorded.
-        rows: Unembedding rows of the tokens.
-        directions: The frozen directions of these rows.
-        ffn: What all neurons wrote, along those directions.
-        head_bias: Entries of the head's bias.
+        rows: Rows of the unembedding, those of the tokens.
+        directions: Read-out directions of these rows.
+        ffn: What all neurons wrote along those directions, summed.
+        head_bias: Entries of the head's bias, those of the tokens.
+
+    Returns:
+        The parts in logits, float32, any sign.
     """
     anatomy, device = trace.anatomy, rows.device
     rule = anatomy.logit_rule
     by_kind = {kind: torch.zeros(len(rows), device=device, dtype=torch.float32) for kind in ("attention", "other")}
     for source, wrote in zip(anatomy.sources, trace.sources, strict=True):
         by_kind[source.kind] += (directions.at(source.path) * wrote.to(device)).sum(-1)
+    # The final norm's bias is multiplied by `before` and `scale`, as the rest of its output; the head's own bias comes
+    # behind `before`, and is multiplied by `scale` alone.
     bias = bias_total(anatomy, directions) + rule.scale * rule.before * (rows @ anatomy.norm.bias.to(device))
     if head_bias is not None:
         bias = bias + rule.scale * head_bias.to(device)

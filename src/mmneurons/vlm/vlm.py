@@ -1,4 +1,4 @@
-"""A vision-language model as the rest of the package uses it. It *has* a Hugging Face model, and is not one."""
+"""A vision-language model as the rest of the package uses it; it *has* a Hugging Face model and is not one."""
 
 from __future__ import annotations
 
@@ -34,43 +34,42 @@ from mmneurons.vlm.prompts import encode_prompt
 from mmneurons.vlm.tokens import TokenIds, pieces
 
 Inputs = Mapping[str, Any]
-"""What the model takes, as tensors by name."""
+"""Inputs of the model, tensors by name."""
 
 
 @dataclass(frozen=True, eq=False)
 class Answers:
-    """What the model generated for one batch."""
+    """Answers hold what the model generated, or read, for one batch."""
 
     token_ids: tuple[tuple[int, ...], ...]
-    """Per row, end-of-text included where it came, padding left out."""
+    """Tokens of each answer, end-of-text included where it came, padding left out."""
     texts: tuple[str, ...]
-    """Per row, decoded without special tokens and stripped; the answer prefix is not part of it."""
+    """Text of each answer, without special tokens and spaces around it; the answer prefix is not part of it."""
     sequences: Int[Tensor, "batch positions"]
-    """Prompt and answer, padded, as the language model reads them; for reading the same words again."""
+    """Tokens of prompt and answer, padded, as the language model reads them; for reading the same words again."""
     logits: Float[Tensor, "batch steps"]
-    """Of each token generated, as the model gave it: the largest but for what may not be said, which stands for a
-    picture."""
+    """Logit of each token of the answers; of generated ones the largest, tokens that stand for a picture aside."""
     log_totals: Float[Tensor, "batch steps"]
-    """Log of the sum of the exponentials of all logits there: log p = logit - log total."""
+    """Log of the sum of the exponentials of all logits at that step, so that log p = logit - log total."""
     n_prompt: int
-    """Positions of the prompt: what predicted generated token s stands at n_prompt + s - 1."""
+    """Number of positions of the prompt: token s of an answer is predicted at position n_prompt + s - 1."""
 
 
 @dataclass(eq=False)
 class VLM:
-    """A model, its processor and its anatomy; made by `load`."""
+    """A VLM holds a model, its processor and its anatomy; it is made by `load`."""
 
     model: PreTrainedModel
     processor: Any
-    """None: the model works on ready-made inputs, and tokens are shown by number."""
+    """The processor, or None: the model then works on ready-made inputs, and tokens are shown by number."""
     analysed: Anatomy
-    """Where its neurons are, as last found: read it as `anatomy`."""
+    """The anatomy as last found, to be read as `anatomy`, which looks whether the weights are still the same."""
     model_id: str
     revision: str | None = None
     is_pocket: bool = False
-    """The model that comes with the package, which knows only its own scenes."""
+    """Whether this is the pocket model, which knows only its own scenes."""
     weights_hash: str | None = None
-    """Known from the time of loading where running the model changes how its weights are stored (4-bit on CPUs)."""
+    """Hash taken when the model was loaded, if running it changes how its weights are stored (4-bit on CPUs)."""
     loading: Loading | None = None
     """How the weights and their checkpoint fit together; None for a model that came loaded."""
     _age: int = field(default=0, init=False, repr=False)
@@ -83,22 +82,22 @@ class VLM:
         return f"VLM({self.model_id!r}, {kind}: {size}, {dtype} on {self.device})"
 
     def alone(self) -> AbstractContextManager[None]:
-        """Within the `with` the model is this thread's; others wait for its end. It may be nested."""
+        """Give this thread the model to itself inside the `with`; other threads wait for its end. It may be nested."""
         return alone(self.analysed.owner)
 
     @cached_property
     def tokenizer(self) -> Any:
-        """The processor's tokenizer, or what writes tokens as numbers."""
+        """The processor's tokenizer, or a stand-in that writes tokens as numbers."""
         return TokenIds() if self.processor is None else getattr(self.processor, "tokenizer", self.processor)
 
     @property
     def family(self) -> Family:
-        """What is special about this type of model."""
+        """The family, which says what is special about this type of model."""
         return family_of(self.model.config)
 
     @property
     def device(self) -> torch.device:
-        """Where inputs go."""
+        """The device that inputs go to."""
         return input_device(self.model)
 
     @property
@@ -110,24 +109,25 @@ class VLM:
 
     @property
     def n_tokens(self) -> int:
-        """Tokens that can be written: rows of the unembedding without those that only pad it."""
+        """Number of tokens that can be written: rows of the unembedding without those that only pad it."""
         return min(self.anatomy.vocab, pieces(self.tokenizer))
 
     def __post_init__(self) -> None:
-        """Note the weights as they are now."""
+        """Look at the weights, to notice when something else changes them."""
         self._age = age(self.model)
 
     @property
     def anatomy(self) -> Anatomy:
-        """Where its neurons are; found anew where the weights were changed by something else than patches."""
+        """The anatomy of the model, found anew if something else than patches has changed the weights."""
         self._notice()
         return self.analysed
 
     @property
     def facts(self) -> dict[str, Any]:
-        """Id, revision, class, weights hash, dtype, device, form of the neurons' weights; the weights are read once.
+        """Facts about the model: id, revision, class, weights hash, dtype, device, form of `w_out`.
 
-        The hash is that of the weights without patches; those that are applied are named beside it, if there are any.
+        The weights are read once for their hash, which is that without patches; patches that are applied are named
+        beside it, if there are any.
         """
         kinds = dict.fromkeys(type(ffn.module).__name__ for ffn in self.anatomy.ffns)
         with self.alone():
@@ -139,6 +139,7 @@ class VLM:
             return {**self._facts, "patches": list(applied)} if applied else self._facts
 
     def _notice(self) -> None:
+        """Find the anatomy anew, and forget what was known of the weights, if something else has changed them."""
         if age(self.model) == self._age:
             return
         with self.alone():
@@ -146,7 +147,7 @@ class VLM:
             self._age, self._facts, self.weights_hash, self.loading = age(self.model), None, None, None
 
     def token_text(self, token_id: int) -> str:
-        """One token as text, leading space kept; part of a character is given as the vocabulary writes it."""
+        """Return one token as text, leading space kept; part of a character is given as the vocabulary writes it."""
         if token_id not in self._token_texts:
             text = self.tokenizer.decode([token_id])
             if not text or "\ufffd" in text:
@@ -173,7 +174,7 @@ class VLM:
         max_new_tokens: int = MAX_NEW_TOKENS,
         batch_size: int = 8,
     ) -> str | list[str]:
-        """Say what is in one image, or in each of several, or answer a question.
+        """Let the model say what is in one image, or in each of several, or answer a question.
 
         Args:
             images: A path, PIL image or array, or a list of them; a list in the list is several images in one prompt;
@@ -181,8 +182,8 @@ class VLM:
             prompt: What is asked.
             answer_prefix: Words that the answer is made to begin with; not part of what is returned. None: "An image
                 of" with the default prompt, none with another. Spaces around them do not matter.
-            max_new_tokens: Where to stop if the model does not.
-            batch_size: Prompts generated for at once.
+            max_new_tokens: Number of tokens after which to stop if the model does not.
+            batch_size: Number of prompts answered at once.
 
         Returns:
             One text, or a list of as many texts as prompts: greedy, whatever the checkpoint's own settings.
@@ -197,7 +198,7 @@ class VLM:
     def encode(
         self, images: Sequence[Image.Image | Sequence[Image.Image]], prompt: str = PROMPT, answer_prefix: str = ""
     ) -> Inputs:
-        """Model inputs for RGB images, one prompt a row, or several images in each; on the model's device, its dtype.
+        """Encode one prompt for each RGB image, or list of images, as inputs on the model's device and in its dtype.
 
         Raises:
             ModelError: if the model came without a processor, or its processor cannot write this prompt.
@@ -225,7 +226,7 @@ class VLM:
         return self.placed(batch)
 
     def placed(self, inputs: Inputs) -> Inputs:
-        """Inputs on the model's device, floating ones in its dtype."""
+        """Move inputs to the model's device, floating ones also to its dtype."""
         return {
             name: value.to(self.device, self.model.dtype if value.is_floating_point() else None)
             if isinstance(value, Tensor)
@@ -241,7 +242,7 @@ class VLM:
             )
 
     def generate(self, inputs: Inputs, max_new_tokens: int = MAX_NEW_TOKENS) -> Answers:
-        """Greedy answers for one encoded batch, with a KV cache and nothing compiled.
+        """Generate greedy answers for one encoded batch, with a KV cache and nothing compiled.
 
         Raises:
             SettingError: no token is asked for, or the prompt leaves no place for one.
@@ -255,6 +256,8 @@ class VLM:
         decoding = greedy(self.model, self.tokenizer, max_new_tokens)
         with self.alone(), watching, torch.inference_mode(), decoding, told():
             made = cast(Any, self.model).generate(**inputs)
+        # One forward pass of the owner per generated token; what is before them is the prompt, as the language model
+        # has it.
         n_prompt = made.shape[1] - len(watch.logits)
         stops = stop_ids(self.model, self.tokenizer)
         rows = tuple(_until_stop(row, stops) for row in made[:, n_prompt:].tolist())
@@ -277,9 +280,9 @@ class VLM:
             )
 
     def given(self, inputs: Inputs, token_ids: Sequence[Sequence[int]]) -> Answers:
-        """Answers that the model is given and did not choose, for `read`; behind its end a short one is filled up."""
+        """Make answers of tokens that the model did not choose, for `read`; short ones are filled up by the longest."""
         if self.is_encoder_decoder or "input_ids" not in inputs:
-            first = self.generate(inputs, 1)  # how the prompt stands in the language model's own sequence
+            first = self.generate(inputs, 1)  # shows the prompt as the language model's own sequence has it
             prompts = first.sequences[:, : first.n_prompt]
         else:
             prompts = inputs["input_ids"]
@@ -292,13 +295,13 @@ class VLM:
         return Answers(rows, texts, torch.cat([prompts, fed], dim=1), nothing, nothing, n_prompt)
 
     def read(self, inputs: Inputs, answers: Answers | None = None) -> None:
-        """Run the model once over a prompt, and an answer if one is given, for what `record` records on the way."""
+        """Run the model once over a prompt and, if given, an answer, for the sake of what is recorded on the way."""
         batch = dict(inputs) if answers is None else self.extended(inputs, answers)
         with self.alone(), torch.inference_mode(), evaluating(self.model), told():
             self.model(**batch, **self.once())
 
     def scored(self, inputs: Inputs, answers: Answers) -> Answers:
-        """The same answers with the logits that the model gives to their tokens, in one pass over prompt and answer.
+        """Return the same answers with the logits of their tokens, read in one forward pass over prompt and answer.
 
         Raises:
             SettingError: prompt and answer are longer than the model's context.
@@ -309,6 +312,7 @@ class VLM:
         self._check_length(extended)
         with self.alone(), torch.inference_mode(), evaluating(self.model), told():
             output = self.model(**extended, **self.once(n_added + 1))
+        # The logits at a position are about the next token: from the prompt's last one to the answer's last but one.
         logits = output.logits[:, -n_added - 1 : -1].float()
         totals = logits.logsumexp(-1)
         check_finite(totals, self.model.dtype)
@@ -316,18 +320,19 @@ class VLM:
         return replace(answers, logits=logits.gather(-1, said)[..., 0], log_totals=totals)
 
     def once(self, n_logits: int = 1) -> dict[str, Any]:
-        """Options of a pass that nothing follows, as far as the model takes them: the logits of its last positions."""
+        """Return options for a forward pass that nothing follows: no cache, and the logits of the last positions only."""
         # A number of logits to keep would let Gemma 4 skip positions in its last blocks; a list of them does not.
         options = {"use_cache": False, "logits_to_keep": torch.arange(-n_logits, 0, device=self.device)}
         takes = inspect.signature(self.model.forward).parameters
         return {name: value for name, value in options.items() if name in takes}
 
     def extended(self, inputs: Inputs, answers: Answers) -> dict[str, Any]:
-        """The inputs of a prompt, extended to prompt and answer."""
+        """Extend the inputs of a prompt by an answer."""
         batch = dict(inputs)
         if self.is_encoder_decoder:
             return batch | {"decoder_input_ids": answers.sequences}
         n_rows, n_added = len(answers.sequences), answers.sequences.shape[1] - answers.n_prompt
+        # Every input with one entry per position of the prompt gets one for each token of the answer.
         for name, value in inputs.items():
             if name == "pixel_values" or not isinstance(value, Tensor) or value.shape[:2] != (n_rows, answers.n_prompt):
                 continue
@@ -342,7 +347,7 @@ class VLM:
         return batch | {"input_ids": answers.sequences}
 
     def notes(self, opened: OpenedImage) -> tuple[str, ...]:
-        """What a reader of an answer about this image should be told."""
+        """Return notes for a reader of an answer about this image."""
         width, height = opened.image.size
         if self.is_pocket and (width, height) != (SIDE, SIDE):
             warning = (
@@ -353,7 +358,7 @@ class VLM:
         return opened.notes
 
     def _decoder_start(self) -> list[int]:
-        """The tokens that the decoder's text begins with: as `generate` of the model that holds it would begin."""
+        """Return the tokens that the decoder's text begins with, as `generate` of the model that holds it would begin."""
         owner = cast(PreTrainedModel, self.anatomy.owner)
         text = self.model.config.get_text_config(decoder=True)
         configs = (owner.generation_config, self.model.generation_config, self.model.config, text)
@@ -368,10 +373,10 @@ class VLM:
 
 
 class _Chosen:
-    """Notes, of each step, what greedy decoding needs to know of the logits; they are large and not kept.
+    """A hook that notes at each step what is needed of the logits, which are too large to keep.
 
     Args:
-        unsaid: Tokens that are not chosen, however high; the totals are of all tokens, as the model gave them.
+        unsaid: Tokens that are never chosen, however likely; log totals are over all tokens, as the model gave them.
     """
 
     def __init__(self, unsaid: Sequence[int]) -> None:
@@ -387,5 +392,6 @@ class _Chosen:
 
 
 def _until_stop(row: list[int], stops: set[int]) -> tuple[int, ...]:
+    """Cut a row of tokens off behind the first that ends an answer."""
     end = next((i + 1 for i, token in enumerate(row) if token in stops), len(row))
     return tuple(row[:end])

@@ -30,7 +30,7 @@ from mmneurons.vlm.vlm import VLM
 
 @dataclass(frozen=True)
 class Intervention:
-    """An intervention on a set of neurons, as data: exactly one of `scale`, `values` and `noise`."""
+    """An intervention says what is done to a set of neurons: exactly one of `scale`, `values` and `noise` is given."""
 
     neurons: tuple[Neuron, ...]
     scale: float | None = None

@@ -29,7 +29,7 @@ def last_position(values: Shaped[Tensor, "batch positions *width"]) -> Shaped[Te
 
 @dataclass(eq=False)
 class Recording:
-    """A recording: one entry per forward pass in each innermost list.
+    """A recording holds what was recorded, one entry per forward pass in each innermost list.
 
     What was not asked for stays empty. Of fused experts, a position has slots for the neurons of its own experts only.
     """
