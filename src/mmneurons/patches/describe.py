@@ -1,6 +1,6 @@
-"""What a patch changes, as data: which columns, how far, what they promote before and after.
+"""Describe what a patch changes, as data: which columns, how far, what they promote before and after.
 
-The text is made by `report/patch.py`.
+The text is made from it by `report/patch.py`.
 """
 
 from __future__ import annotations
@@ -25,34 +25,34 @@ from mmneurons.vlm.vlm import VLM
 
 @dataclass(frozen=True)
 class ColumnChange:
-    """What a patch does to one neuron's column."""
+    """A column change says what a patch does to the column of one neuron."""
 
     neuron: Neuron
     size: float
-    """Length of what is added."""
+    """Euclidean length of what is added to the column."""
     share: float | None
-    """The same as a share of the length of the column before any edit; None without a model."""
+    """The size as a share of the column's length before any edit; None without a model."""
     before: tuple[str, ...]
-    """Tokens that the column promotes before any edit, most first; empty without a model."""
+    """Tokens that the column promotes before any edit, the most promoted first; empty without a model."""
     after: tuple[str, ...]
-    """Those with this patch alone."""
+    """Tokens that it promotes with this patch alone; empty without a model."""
 
 
 @dataclass(frozen=True)
 class PatchDescription:
-    """What `describe_patch` says."""
+    """A patch description says what a patch changes in a model, and what made the patch."""
 
     hash: str
     changes: tuple[ColumnChange, ...]
-    """One for each column, the largest change first."""
+    """Changes of columns, one for each, the largest first."""
     blocks: tuple[int, ...]
-    """Those in which columns change."""
+    """Blocks in which columns change, in rising order."""
     rank: int
-    """In how many independent directions the columns move."""
+    """Number of independent directions in which columns move."""
     n_bytes: int
-    """Of the file that holds the patch."""
+    """Size in bytes of the file that holds the patch."""
     facts: tuple[tuple[str, str], ...]
-    """What made it, as name and text; nothing for a patch that does not say."""
+    """Facts about what made the patch, as (name, text); empty for a patch that does not say."""
 
 
 @torch.no_grad()
@@ -63,7 +63,10 @@ def describe_patch(patch: Patch, vlm: VLM | None = None, n_tokens: int = 10) -> 
         patch: The patch, active or not.
         vlm: The model that it is for: with it, changes are told as shares of columns, and in tokens. Patches that are
             active in it do not count, and it is not changed.
-        n_tokens: How many tokens of each column.
+        n_tokens: Number of promoted tokens to name for each column.
+
+    Returns:
+        The description, columns in order of the size of their change.
 
     Raises:
         ModelError: the patch is of another model.
@@ -80,16 +83,19 @@ def describe_patch(patch: Patch, vlm: VLM | None = None, n_tokens: int = 10) -> 
 
 
 def sizes_of(patch: Patch) -> Iterator[ColumnChange]:
-    """How far each column moves, as far as the patch alone tells."""
+    """Iterate over the changes of a patch, as far as the patch alone tells: how far each column moves."""
     for part in patch.parts:
         for neuron, delta in zip(part.neurons, patch.deltas(part), strict=True):
             yield ColumnChange(neuron, float(delta.double().norm()), None, (), ())
 
 
 def _compared(patch: Patch, vlm: VLM, n_tokens: int) -> Iterator[ColumnChange]:
+    """Iterate over the changes of a patch in a model, with shares of columns and promoted tokens."""
     for part in patch.parts:
         if not part.neurons:
             continue
+        # The columns as they were before any edit, whatever is active; their hashes must be those that the patch
+        # expects, or the comparison would be with another model's neurons.
         before, delta = _pristine(patch, vlm, part.neurons), patch.deltas(part)
         hashes = column_hashes(before)
         if not torch.equal(hashes, part.hashes):
@@ -101,12 +107,14 @@ def _compared(patch: Patch, vlm: VLM, n_tokens: int) -> Iterator[ColumnChange]:
         old, new = before.float().cpu(), before.float().cpu() + delta
         promoted, promotes = (_tokens(vlm, part.neurons, columns, n_tokens) for columns in (old, new))
         for neuron, column, change, *tokens in zip(part.neurons, old, delta, promoted, promotes, strict=True):
+            # In float64: a sum of squares can overflow float32.
             size, length = float(change.double().norm()), float(column.double().norm())
             yield ColumnChange(neuron, size, size / length if length else None, *tokens)
 
 
 def _pristine(patch: Patch, vlm: VLM, neurons: Sequence[Neuron]) -> Tensor:
-    """Columns before any edit, (n, hidden), of neurons of one FFN or expert."""
+    """Return the columns of neurons of one FFN or expert before any edit, (n, hidden), in their stored dtype."""
+    # Asked only to refuse: neurons that the model does not have, and then columns of another width.
     try:
         Columns.of(vlm.anatomy, neurons)
     except SettingError as error:
@@ -120,10 +128,12 @@ def _pristine(patch: Patch, vlm: VLM, neurons: Sequence[Neuron]) -> Tensor:
 
 
 def _tokens(vlm: VLM, neurons: Sequence[Neuron], columns: Tensor, n_tokens: int) -> list[tuple[str, ...]]:
+    """Return the tokens that each column promotes most, read as the final norm and the head read it."""
     anatomy = vlm.anatomy
     ffn = anatomy.find(neurons[0])
     assert ffn is not None
     number = anatomy.ffns.index(ffn)
+    # A place is (FFN, neuron counted through all its experts).
     places = [(number, (neuron.expert or 0) * ffn.n_neurons + neuron.index) for neuron in neurons]
     device = anatomy.unembed.device
     promoted, _ = said(vlm, as_read(anatomy, columns.to(device), places, "logit"), n_tokens)
@@ -131,35 +141,41 @@ def _tokens(vlm: VLM, neurons: Sequence[Neuron], columns: Tensor, n_tokens: int)
 
 
 def _rank(patch: Patch) -> int:
+    """Return the number of independent directions in which the columns of a patch move."""
     parts = [part for part in patch.parts if len(part.indices)]
     if not parts:
         return 0
+    # In full: the rank of all deltas, one row for each column.
     if patch.directions is None or any(part.coefficients is None for part in parts):
         return int(torch.linalg.matrix_rank(_scaled(torch.cat([patch.deltas(part) for part in parts]))))
-    # Of coefficients @ directions, at the size of the coefficients: directions.T = q r, and q changes no rank.
+    # By coefficients: the rank of coefficients @ directions, without making that product, which is as wide as the
+    # residual stream. directions.T = q r with orthonormal q, and so the rank is that of coefficients @ r.T.
     coefficients = torch.cat([part.coefficients for part in parts if part.coefficients is not None])
     directions = torch.linalg.qr(_scaled(patch.directions).T).R.T
     return int(torch.linalg.matrix_rank(_scaled(coefficients) @ directions))
 
 
 def _scaled(matrix: Tensor) -> Tensor:
-    """Of the same rank, with squares that float32 can hold."""
+    """Scale a matrix so that float32 can hold its squares; the rank stays."""
     return matrix / matrix.abs().max().clamp_min(1e-30)
 
 
 def _n_bytes(patch: Patch) -> int:
+    """Return the size in bytes of a patch's file, by writing it."""
     with TemporaryDirectory() as folder:
         patch.save(path := Path(folder) / "patch.safetensors")
         return path.stat().st_size
 
 
 def facts_of(made_by: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """What is known of what made a patch; it was read from a file, and may lack or hold anything."""
+    """Iterate over what is known of what made a patch: it was read from a file, and may lack or hold anything."""
+    # A sum of patches: the facts of each, numbered from 1.
     stacked = made_by.get("stacked")
     if isinstance(stacked, Sequence) and not isinstance(stacked, str):
         for i, one in enumerate(stacked, start=1):
             yield from ((f"{i}: {name}", text) for name, text in facts_of(_mapping(one)))
         return
+    # One patch: the words and the model it was made for, the images it was made with, and how its strength was chosen.
     if "source" in made_by:
         yield "source", str(made_by["source"])
         target = made_by.get("target")
@@ -173,6 +189,7 @@ def facts_of(made_by: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     if "reference" in made_by:
         said = f"{reference.get('images', '?')} images, {reference.get('texts', '?')} texts" if reference else "none"
         yield "reference", said
+    # The search for a strength, which not every method makes.
     search = _mapping(made_by.get("search"))
     if search:
         told = [f"{name} {value:.3g}" for name in ("strength", "turned") if _is_number(value := search.get(name))]
@@ -185,8 +202,10 @@ def facts_of(made_by: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 
 
 def _mapping(value: Any) -> Mapping[str, Any]:
+    """Return a value if it is a mapping, else an empty one."""
     return value if isinstance(value, Mapping) else {}
 
 
 def _is_number(value: Any) -> bool:
+    """Whether a value is a number; True and False are integers to Python, but none here."""
     return isinstance(value, int | float) and not isinstance(value, bool)

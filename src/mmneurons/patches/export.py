@@ -1,4 +1,4 @@
-"""An edited model as an ordinary Hugging Face folder, for those who do not have this package.
+"""Export an edited model as an ordinary Hugging Face folder, for people who do not have this package.
 
 export(vlm, [Patch.load("dog-to-cat.safetensors")], "model-without-dogs")
 
@@ -30,25 +30,27 @@ from mmneurons.vlm.vlm import VLM
 from mmneurons.vlm.weights import stored
 
 NOTE = "mmneurons_patches.json"
-"""What says in the folder where it comes from."""
+"""Name of the file that says in the folder where it comes from."""
 SCHEMA = 1
 CHANGED_BY_SAVING = ("dtype", "architectures")
-"""What `save_pretrained` writes into the config of the live model."""
+"""Entries that `save_pretrained` changes in the config of the live model."""
 PROCESSOR_FILES = ("*.json", "*.jinja", "*.model", "*.txt", "chat_templates/*.jinja")
+"""Names of files that processors are made of."""
 NOT_OF_PROCESSOR = ("config.json", "generation_config.json", NOTE)
+"""Files that match those names, but belong to the model."""
 
 
 @by_one_thread
 def export(vlm: VLM, patches: Sequence[Patch], folder: str | os.PathLike[str]) -> Path:
     """Write the unedited model with these patches, and nothing else, as a folder that plain transformers loads.
 
-    What is active in the live model does not matter, and is as before afterwards. The folder is written beside its
-    place and renamed at the end: whatever happens, it is there whole or not at all.
+    Patches that are active in the live model do not matter, and are active again afterwards. The folder is written
+    beside its place and renamed at the end: whatever happens, it is there whole or not at all.
 
     Args:
         vlm: The model, from `load`.
-        patches: What is changed; none writes the model as it was loaded.
-        folder: Where to; not there yet, or empty. Its parent must be there.
+        patches: Patches to write into the weights; none writes the model as it was loaded.
+        folder: Path of the folder, not there yet or empty. Its parent must be there.
 
     Returns:
         The folder. Weights have the dtype in which the live model holds them, and those that no patch names are the
@@ -60,6 +62,7 @@ def export(vlm: VLM, patches: Sequence[Patch], folder: str | os.PathLike[str]) -
         ModelError: a patch is of another model; adapters (LoRA) are attached, or weights are quantised.
     """
     folder = Path(folder).expanduser().resolve()
+    # Everything that can be refused is refused before gigabytes are written.
     if len({patch.hash for patch in patches}) < len(patches):
         raise SettingError("One patch is given twice.", fix="Scale it to change more: 2 * patch")
     _check_folder(vlm, folder)
@@ -81,12 +84,13 @@ def export(vlm: VLM, patches: Sequence[Patch], folder: str | os.PathLike[str]) -
 
 @contextmanager
 def _beside(folder: Path) -> Iterator[Path]:
-    """An empty folder to build this one in; what a run that was killed left there is removed.
+    """Make an empty folder to build this one in; what a run that was killed has left there is removed.
 
-    The lock tells such a run from one that is still writing: the system opens it when a process ends, however it ends.
+    A lock tells such a run from one that is still writing: the system releases it when a process ends, however it ends.
     """
     temporary, lock = (folder.with_name(f".{folder.name}.{what}") for what in ("tmp", "lock"))
     with FileLock(lock, timeout=0):
+        # This run has the lock, so that nobody writes in a folder that is there: it is left over.
         shutil.rmtree(temporary, ignore_errors=True)
         try:
             temporary.mkdir()
@@ -98,6 +102,9 @@ def _beside(folder: Path) -> Iterator[Path]:
 
 
 def _write(vlm: VLM, patches: Sequence[Patch], folder: Path) -> None:
+    """Write weights, config, processor and note into an empty folder."""
+    # 1. The weights. The live model gets these patches for as long as it is saved, and keeps its own config: of it
+    # `save_pretrained` changes entries.
     config = vlm.model.config
     kept = {name: getattr(config, name, None) for name in CHANGED_BY_SAVING}
     try:
@@ -111,6 +118,7 @@ def _write(vlm: VLM, patches: Sequence[Patch], folder: Path) -> None:
     finally:
         for name, value in kept.items():
             setattr(config, name, value)
+    # 2. The processor, and the note that says of which model and which patches this one is made.
     _save_processor(vlm, folder)
     note = {
         "schema": SCHEMA,
@@ -126,6 +134,7 @@ def _write(vlm: VLM, patches: Sequence[Patch], folder: Path) -> None:
 
 
 def _check_folder(vlm: VLM, folder: Path) -> None:
+    """Refuse a folder that is not empty, has no parent, or lies in the folder that the model was loaded from."""
     loaded_from = (vlm.model_id, getattr(vlm.model.config, "_name_or_path", ""))
     sources = [Path(name).resolve() for name in loaded_from if name and Path(name).is_dir()]
     if any(source in (folder, *folder.parents) for source in sources):
@@ -142,17 +151,20 @@ def _check_model(model: Any) -> None:
     Raises:
         ModelError: adapters, or packed weights.
     """
+    # Adapters: attached by PEFT around modules, or by transformers' own `load_adapter`.
     modules: list[nn.Module] = list(model.modules())
     if any(map(stored.is_adapter, modules)) or getattr(model, "_hf_peft_config_loaded", False):
         raise ModelError(
             "A model with adapters (LoRA) attached is not exported: transformers would write the adapters alone.",
             fix="Merge them, load(peft_model.merge_and_unload()), and make the patches anew; or keep the patch files.",
         )
+    # Off-loaded by `device_map`, which `hf_device_map` shows, weights are fetched by `save_pretrained` itself.
     if any(tensor.is_meta for tensor in model.parameters()) and not hasattr(model, "hf_device_map"):
         raise ModelError(
             "Weights are off-loaded in a way that transformers does not know, and so cannot write.",
             fix='Load the model whole, or off-loaded by load(..., device_map="auto").',
         )
+    # Packed weights: of any module, not only of those that a patch could change, or the folder would not be ordinary.
     packed = [m for m in modules if getattr(m, "weight", None) is not None and stored.is_packed(m)]
     packed += [m for m in modules if stored.holds_experts(m) and stored.is_packed(m)]
     if packed or getattr(model, "is_quantized", False) or getattr(model, "hf_quantizer", None) is not None:
@@ -165,7 +177,7 @@ def _check_model(model: Any) -> None:
 
 @restored
 def _exactly(ledger: Ledger, patches: Sequence[Patch]) -> Iterator[None]:
-    """Within it these patches are applied and no others; afterwards those that were before."""
+    """Apply these patches and no others inside the `with`; afterwards those that were applied before."""
     before = ledger.active
     try:
         _change(ledger, patches)
@@ -175,6 +187,8 @@ def _exactly(ledger: Ledger, patches: Sequence[Patch]) -> Iterator[None]:
 
 
 def _change(ledger: Ledger, patches: Sequence[Patch]) -> None:
+    """Revert and apply what it takes for these patches to be the active ones."""
+    # Reverted first: two patches together can be too large for the dtype of the weights where each alone is not.
     wanted, active = ({patch.hash: patch for patch in each} for each in (patches, ledger.active))
     for patch in [patch for key, patch in active.items() if key not in wanted]:
         ledger.revert(patch)
@@ -183,6 +197,7 @@ def _change(ledger: Ledger, patches: Sequence[Patch]) -> None:
 
 
 def _save_processor(vlm: VLM, folder: Path) -> None:
+    """Write the processor's files into the folder, if there is a processor."""
     processor = vlm.processor
     if processor is None:
         return
@@ -197,9 +212,10 @@ def _save_processor(vlm: VLM, folder: Path) -> None:
 
 
 def _copy_processor(vlm: VLM, folder: Path) -> None:
-    """Take the processor's files as they lie beside the weights that were loaded."""
+    """Copy the processor's files as they lie beside the weights that were loaded."""
     source = Path(vlm.model_id)
     if not source.is_dir():
+        # A model of the hub: its files were downloaded when it was loaded, and nothing is downloaded now.
         patterns = list(PROCESSOR_FILES)
         options: dict[str, Any] = {"allow_patterns": patterns, "local_files_only": True}
         source = Path(huggingface_hub.snapshot_download(vlm.model_id, revision=vlm.revision, **options))

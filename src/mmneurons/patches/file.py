@@ -1,6 +1,6 @@
-"""Patches as files: safetensors with a JSON header, written whole or not at all, read with suspicion.
+"""Write and read patches as files: safetensors with a JSON header, written whole or not at all, read with suspicion.
 
-For `Patch.save` and `Patch.load`; the form is that of docs/format.md.
+`Patch.save` and `Patch.load` call these functions; the format is that of docs/format.md.
 """
 
 from __future__ import annotations
@@ -24,30 +24,35 @@ from mmneurons.files import check_facts, decode_json, read_file, write_whole
 from mmneurons.patches.patch import Patch, PatchPart, place_order
 
 SCHEMA = 2
+"""Version of the format."""
 LARGEST = 2**31
-"""Bytes: what a file of a few columns never has."""
+"""Largest size of a file in bytes, which a patch of some columns never reaches."""
 LARGEST_HEADER = 2**24
+"""Largest size of a header in bytes."""
 DTYPES = {
     "indices": torch.int64,
     "hashes": torch.uint8,
     "deltas": torch.float32,
     "coefficients": torch.float32,
 }
+"""Dtype of each tensor of a part, by its name in `PatchPart`."""
 _NUMBER = "(0|[1-9][0-9]{0,5})"
 _NAME = re.compile(rf"L{_NUMBER}(?:\.e{_NUMBER})?\.({'|'.join(DTYPES)})")
-"""Of a tensor: one spelling for each place."""
+"""Pattern for the name of a tensor; each place has one spelling only."""
 
 
 def write(patch: Patch, path: str | os.PathLike[str]) -> None:
-    """Write a patch; the same patch gives the same bytes."""
+    """Write a patch to a file; the same patch gives the same bytes."""
     path = Path(path)
     tensors: dict[str, Tensor] = {} if patch.directions is None else {"directions": patch.directions.clone()}
     for part in patch.parts:
         place = f"L{part.layer}" if part.expert is None else f"L{part.layer}.e{part.expert}"
         for name in DTYPES:
             if (tensor := getattr(part, name)) is not None:
-                # Two parts may share one, which safetensors refuses.
+                # Two parts may share a tensor, or hold a view of one, which safetensors refuses.
                 tensors[f"{place}.{name}"] = tensor.contiguous().clone()
+    # The header is JSON in JSON, since safetensors' metadata are strings; sorted, so that equal patches give equal
+    # bytes.
     facts = {"schema": SCHEMA, "hidden": patch.hidden, "hash": patch.hash, "provenance": patch.provenance}
     header = {"mmneurons_patch": json.dumps(facts, ensure_ascii=False, sort_keys=True, allow_nan=False)}
     content = to_bytes(tensors, metadata=header)
@@ -55,13 +60,15 @@ def write(patch: Patch, path: str | os.PathLike[str]) -> None:
 
 
 def read(path: str | os.PathLike[str]) -> Patch:
-    """Read a patch that `write` wrote.
+    """Read a patch from a file that `write` wrote.
 
     Raises:
         FormatError: no such file, no patch, one of another schema, damaged or unsound.
     """
     path = Path(path)
     content = read_file(path, limit=LARGEST)
+    # A file can come from anywhere: header first, then names and dtypes of tensors, then what `Patch` itself refuses
+    # (shapes, order, NaN), and at last the hash over all numbers.
     facts = _facts(path, content)
     try:
         tensors = from_bytes(content)
@@ -77,31 +84,39 @@ def read(path: str | os.PathLike[str]) -> Patch:
 
 
 class _Facts(msgspec.Struct, forbid_unknown_fields=True):
-    """The JSON in the metadata."""
+    """Facts in the metadata of a file; a key that is not listed here is refused."""
 
     schema: Literal[2]
     hidden: Annotated[int, msgspec.Meta(ge=1, le=2**31)]
     hash: str
-    """Of the patch."""
+    """Hash of the patch, to be compared with that of the tensors."""
     provenance: dict[str, Any]
 
 
 class _Schema(msgspec.Struct):
+    """The version in the metadata, read by itself, so that another version is called that and not damaged."""
+
     schema: Any = None
 
 
 class _Metadata(msgspec.Struct):
+    """The metadata of a file, of which one entry is ours."""
+
     mmneurons_patch: str
 
 
 class _Header(msgspec.Struct):
+    """The header of a safetensors file, as far as it is read here."""
+
     metadata: _Metadata = msgspec.field(name="__metadata__")
 
 
 def _facts(path: Path, content: bytes) -> _Facts:
-    """The JSON of the header, looked at before any tensor."""
+    """Read the facts from a file's header, before any tensor is looked at."""
     if len(content) < 8:
         raise _refused(path, f"It has {len(content)} bytes.")
+    # safetensors: eight bytes for the length of the header, the header, the tensors. The length is checked before
+    # anything is cut out by it.
     (length,) = struct.unpack("<Q", content[:8])
     if length > min(LARGEST_HEADER, len(content) - 8):
         raise _refused(
@@ -121,6 +136,8 @@ def _facts(path: Path, content: bytes) -> _Facts:
 
 
 def _patch(path: Path, facts: _Facts, tensors: dict[str, Tensor]) -> Patch:
+    """Make the patch of its tensors, sorted into parts by their names."""
+    # 1. Every name must be known, every tensor of the one dtype and number of axes that belong to its name.
     directions = tensors.pop("directions", None)
     places: dict[tuple[int, int | None], dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
@@ -133,6 +150,7 @@ def _patch(path: Path, facts: _Facts, tensors: dict[str, Tensor]) -> Patch:
         places.setdefault((int(layer), int(expert) if expert else None), {})[kind] = tensor
     if directions is not None and (directions.dtype != torch.float32 or directions.ndim != 2):
         raise _refused(path, f"'directions' is {directions.dtype} of {directions.ndim} axes.")
+    # 2. The order of tensors in a file means nothing: parts are sorted as the hash sorts them.
     parts = []
     for (layer, expert), mine in sorted(places.items(), key=lambda entry: place_order(entry[0])):
         if not {"indices", "hashes"} <= set(mine):
@@ -142,4 +160,5 @@ def _patch(path: Path, facts: _Facts, tensors: dict[str, Tensor]) -> Patch:
 
 
 def _refused(path: Path, why: str) -> FormatError:
+    """Return the error for a file that holds no sound patch."""
     return FormatError(f"{path} is no patch that can be used.", seen=why)

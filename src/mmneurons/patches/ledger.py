@@ -1,7 +1,7 @@
-"""One ledger per model: its columns before any edit, and the patches that are active. Any order is exact.
+"""Keep one ledger per model: its columns before any edit, and the patches that are active.
 
 A weight is round(pristine + sum of deltas), summed in float32 in the order of the patches' hashes and rounded once to
-the dtype in which it is stored. It is worked out anew at each `apply` and `revert`, so that the order of these does not
+the dtype in which it is stored. It is computed anew at each `apply` and `revert`, so that the order of these does not
 matter and an empty ledger leaves the model bit for bit as it was.
 """
 
@@ -28,12 +28,12 @@ if TYPE_CHECKING:
     from mmneurons.patches.patch import Patch, PatchPart
 
 Place = tuple[int, int | None]
-"""Layer and expert."""
+"""Place of a `w_out`: its layer and its expert, which is None for a dense FFN."""
 
 
 @dataclass(eq=False)
 class _Columns:
-    """Columns of one place that a patch changes or has changed: as they were, and as the ledger wrote them."""
+    """Columns of one place that are edited, by index: as they were before any edit, and as the ledger wrote them."""
 
     pristine: dict[int, Tensor] = field(default_factory=dict)
     written: dict[int, Tensor] = field(default_factory=dict)
@@ -41,7 +41,7 @@ class _Columns:
 
 @dataclass(frozen=True, eq=False)
 class _Change:
-    """What one column is to be."""
+    """A planned write of one column."""
 
     view: Tensor
     place: Place
@@ -51,7 +51,7 @@ class _Change:
 
 
 class Ledger:
-    """What is edited in one model; made by `ledger_of`."""
+    """A ledger keeps what is edited in one model; it is made by `ledger_of`."""
 
     def __init__(self, model: nn.Module, anatomy: Anatomy) -> None:
         self.age = age(model)
@@ -70,13 +70,14 @@ class Ledger:
         return tuple(self._active[key] for key in sorted(self._active))
 
     def apply(self, patch: Patch) -> None:
-        """See `Patch.apply`."""
+        """Add a patch to those that are active; see `Patch.apply`."""
         if patch.hash in self._active:
             raise SettingError("This patch is applied already.", fix="Scale it to change more: 2 * patch")
         if patch.hidden != self._hidden:
             raise ModelError(
                 "This patch is of another model.", seen=f"Width {patch.hidden}, the model's is {self._hidden}."
             )
+        # Everything is checked before a single column is written.
         for part in patch.parts:
             self._check(part)
         active = {**self._active, patch.hash: patch}
@@ -84,18 +85,19 @@ class Ledger:
         self._write(active)
 
     def revert(self, patch: Patch) -> None:
-        """See `Patch.revert`."""
+        """Remove a patch from those that are active; see `Patch.revert`."""
         if patch.hash not in self._active:
             raise SettingError("This patch is not applied to this model.")
         self._write({key: other for key, other in self._active.items() if key != patch.hash})
 
     def pristine(self, place: Place, indices: Tensor) -> Tensor:
-        """Columns as they were before any edit, (n, hidden), in the dtype in which they are stored.
+        """Return columns as they were before any edit, (n, hidden), in the dtype in which they are stored.
 
         Raises:
-            ModelError: they could not be written to.
+            ModelError: the columns could not be written to.
         """
         view = weights.writable(self._ffns[place].module, place[1])
+        # A column that is edited now is taken from the ledger, any other from the model.
         kept = self._columns.get(place, _Columns()).pristine
         current = view[:, indices.to(view.device)].T
         rows = [kept.get(i, column) for i, column in zip(indices.tolist(), current, strict=True)]
@@ -112,6 +114,7 @@ class Ledger:
             raise ModelError(
                 "This patch is of another model.", seen=f"No neuron {largest} in {name}: it has {ffn.n_neurons}."
             )
+        # By their hashes and not by the model's name: the same model in another dtype has other columns.
         differ = (column_hashes(self.pristine(part.place, part.indices)) != part.hashes).any(1)
         if bool(differ.any()):
             first = int(differ.nonzero()[0])
@@ -123,7 +126,9 @@ class Ledger:
             )
 
     def _check_finite(self, active: Mapping[str, Patch]) -> None:
-        """Refuse what the dtype of the weights cannot hold, whichever of these patches are active at once."""
+        """Refuse patches whose sum the dtype of the weights cannot hold, whichever of them are active at once."""
+        # How far each column can move: the sum of absolute deltas bounds that of any subset of the patches, so that
+        # taking back one of two opposite patches cannot overflow.
         reach: dict[Place, dict[int, Tensor]] = {}
         for patch in active.values():
             for part in patch.parts:
@@ -135,6 +140,7 @@ class Ledger:
                 continue
             pristine = self.pristine(place, torch.tensor(list(sizes)))
             largest = pristine.float().abs().cpu() + torch.stack(list(sizes.values()))
+            # Overflow shows as infinity in the stored dtype. Numbers that were not finite before any edit do not count.
             over = (pristine.isfinite().cpu() & ~largest.to(pristine.dtype).isfinite()).any(1)
             if bool(over.any()):
                 neuron = Neuron(place[0], list(sizes)[int(over.nonzero()[0])], place[1])
@@ -145,19 +151,22 @@ class Ledger:
                 )
 
     def _write(self, active: Mapping[str, Patch]) -> None:
-        """Make the model what `active` says; whatever happens in between, it is either that or what it was."""
+        """Write the columns that `active` asks for; whatever happens on the way, the model has all of them or none."""
         plan, model = self._plan(active), self._model()
         assert model is not None
+        # No signal comes between two columns, and none between the weights and the books about them.
         with uninterrupted(), torch.no_grad(), editing(model):
             done: list[tuple[_Change, Tensor]] = []
             try:
                 for change in plan:
                     done.append((change, change.view[:, change.index].clone()))
                     change.view[:, change.index] = change.new
+            # A write can fail (a device error): what was written is taken back, last first, from exact copies.
             except BaseException:
                 for change, old in reversed(done):
                     change.view[:, change.index] = old
                 raise
+            # All is written: now the books. With no patch left nothing is kept, and the model is as it was loaded.
             self._active = dict(active)
             mark_edited(model, active)
             self._columns.clear()
@@ -166,7 +175,7 @@ class Ledger:
                 columns.pristine[change.index], columns.written[change.index] = change.pristine, change.new
 
     def _plan(self, active: Mapping[str, Patch]) -> list[_Change]:
-        """Every column that is or was edited, with what it is to be. Changes nothing."""
+        """Plan the write of every column that is or was edited; nothing is changed."""
         # 1. What is added to each column, summed in the order of the hashes; to one that is edited no longer, nothing.
         sums: dict[tuple[Place, int], Tensor] = {
             (place, index): torch.zeros(self._hidden, dtype=torch.float32)
@@ -185,6 +194,7 @@ class Ledger:
         plan = []
         for (place, index), total in sums.items():
             current, known = views[place][:, index], self._columns.get(place, _Columns())
+            # An edited column must be what the ledger wrote or, if something else has put it back, what it was before.
             own = (known.written[index], known.pristine[index]) if index in known.written else (current,)
             if not any(_same_bits(current, column) for column in own):
                 raise ModelError(
@@ -193,6 +203,7 @@ class Ledger:
                     fix="Load the model again. If its weights are as you want them: mmneurons.forget(vlm)",
                 )
             pristine = known.pristine[index] if index in known.pristine else current.clone()
+            # Without any change the pristine bits themselves are written: adding zero would make -0.0 into 0.0.
             changed = bool(total.any())
             new = (pristine.float() + total.to(pristine.device)).to(pristine.dtype) if changed else pristine
             plan.append(_Change(views[place], place, index, pristine, new))
@@ -200,32 +211,34 @@ class Ledger:
 
 
 def _same_bits(one: Tensor, other: Tensor) -> bool:
-    """Whether two columns are the same numbers, NaN and the sign of zero included, wherever they are."""
+    """Whether two columns are the same to the bit, NaN and the sign of zero included, on whatever devices they are."""
     if one.dtype != other.dtype or one.shape != other.shape:
         return False
     return torch.equal(*(column.to(one.device).contiguous().view(torch.uint8) for column in (one, other)))
 
 
 _LEDGERS: WeakKeyDictionary[nn.Module, Ledger] = WeakKeyDictionary()
+"""The ledger of each model that is still alive; VLMs that share a model share its ledger."""
 
 
 def ledger_of(vlm: VLM) -> Ledger:
-    """The one ledger of a model, made when it is first asked for, and anew when its weights were changed otherwise."""
+    """Return the one ledger of a model, made at first use, and anew if something else has changed the weights."""
     with vlm.alone():
         owner = vlm.analysed.owner
         known = _LEDGERS.get(owner)
+        # A ledger with active patches is never replaced: it alone knows the pristine columns.
         if known is None or (not known.active and known.age != age(vlm.model)):
-            _ = vlm.facts  # the hash in it is that of the weights before any edit
+            _ = vlm.facts  # reads the weights hash now, before any edit
             _LEDGERS[owner] = Ledger(vlm.model, vlm.anatomy)
         return _LEDGERS[owner]
 
 
 def forget(vlm: VLM) -> None:
-    """Take the weights as they are now for unedited: no patch is active any more, and nothing is changed.
+    """Take a model's weights as they are now for unedited: no patch counts as active, and no weight is changed.
 
-    For a model whose weights something else has replaced, such as `load_state_dict` or `.to(dtype)`. Patches made for
-    the weights before are refused where the columns differ.
+    It is for a model whose weights something else has replaced, such as `load_state_dict` or `.to(dtype)`. Patches made
+    for the weights before are refused where the columns differ.
     """
     with vlm.alone():
-        renew(vlm.model)  # what names the weights by their hash, too
+        renew(vlm.model)  # the weights hash is forgotten as well
         _LEDGERS.pop(vlm.anatomy.owner, None)

@@ -1,4 +1,4 @@
-"""An edit as data: which columns of which `w_out` change, by how much, and what they must be before.
+"""Patches: edits as data, which say which columns of `w_out` change, by how much, and what they must be before.
 
     patch = Patch.load("dog-to-cat.safetensors")
     with patch.applied(vlm): ...
@@ -31,59 +31,62 @@ from mmneurons.vlm.vlm import VLM
 
 
 class Edit(Protocol):
-    """Anything that edits a model and takes it back: a `Patch`, or a rival."""
+    """Anything that edits a model for a while and takes the edit back: a `Patch`, or a baseline."""
 
     def applied(self, vlm: VLM) -> AbstractContextManager[Any]:
-        """Edited inside the `with`."""
+        """Edit the model inside the `with`."""
         ...
 
 
 @dataclass(frozen=True, eq=False)
 class PatchPart:
-    """The change of some columns of one FFN, or of one of its experts.
+    """A patch part changes some columns of one FFN, or of one of its experts.
 
-    In full, `deltas`; or `coefficients` of the patch's `directions`: kilobytes at any width.
+    The changes are given in full, as `deltas`, or as `coefficients` of the patch's `directions`, which take kilobytes
+    at any width.
     """
 
     layer: int
     expert: int | None
     indices: Int[Tensor, "n"]
-    """Columns, each once, rising; int64."""
+    """Indices of the columns, each once, in rising order; int64."""
     hashes: UInt8[Tensor, "n 16"]
-    """Of the columns before any edit, from `column_hashes`."""
+    """Hashes of the columns before any edit, from `column_hashes`."""
     deltas: Float[Tensor, "n hidden"] | None = None
-    """float32."""
+    """What is added to each column, float32; None where coefficients are given."""
     coefficients: Float[Tensor, "n directions"] | None = None
-    """float32."""
+    """Factors of the patch's directions, one row for each column, float32; None where deltas are given."""
 
     @property
     def place(self) -> tuple[int, int | None]:
-        """Layer and expert."""
+        """The layer and the expert, which is None for a dense FFN."""
         return self.layer, self.expert
 
     @property
     def neurons(self) -> list[Neuron]:
-        """Whose columns change."""
+        """The neurons whose columns change, in the order of `indices`."""
         return [Neuron(self.layer, index, self.expert) for index in self.indices.tolist()]
 
 
 @dataclass(frozen=True, eq=False)
 class Patch:
-    """An edit.
+    """A patch is an edit as data: it holds no model, and making one changes no model.
 
     Raises:
         SettingError: parts that name a place twice, columns that do not rise, shapes that do not fit, NaN or infinity.
     """
 
     hidden: int
-    """Width of the residual stream."""
+    """Width of the residual stream of the model that the patch is for."""
     parts: tuple[PatchPart, ...]
     directions: Float[Tensor, "directions hidden"] | None = None
-    """What the `coefficients` of parts are of; float32."""
+    """Directions that the coefficients of parts multiply, float32; None if all parts are in full."""
     provenance: Mapping[str, Any] = field(default_factory=dict)
-    """What made it, plain data."""
+    """What made the patch, as plain data; it does not count for the hash."""
 
     def __post_init__(self) -> None:
+        # A patch may come from a file that anybody wrote: what is let in here is applied to weights without a further
+        # look. 1. Places, columns and shapes.
         places = [part.place for part in self.parts]
         if len(set(places)) < len(places):
             raise _unsound("It changes one FFN in two parts.")
@@ -105,6 +108,8 @@ class Patch:
                     )
         if self.directions is not None and (self.directions.ndim != 2 or self.directions.shape[1] != self.hidden):
             raise _unsound(f"Directions are {tuple(self.directions.shape)}, of {self.hidden} numbers each.")
+        # 2. Numbers: all finite, and so are the deltas that coefficients and directions can give, without computing
+        # them.
         for tensor in self._numbers():
             if not bool(tensor.isfinite().all()):
                 raise _unsound("It holds NaN or infinity.")
@@ -117,7 +122,7 @@ class Patch:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Patch:
-        """Read a patch that `save` wrote.
+        """Read a patch from a file that `save` wrote.
 
         Raises:
             FormatError: no such file, no patch, one of another schema, damaged or unsound.
@@ -127,7 +132,7 @@ class Patch:
         return file.read(path)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write it, whole or not at all; the same patch gives the same bytes. The form is that of docs/format.md.
+        """Write the patch to a file, whole or not at all; the same patch gives the same bytes (docs/format.md).
 
         Raises:
             SettingError: the file cannot be written.
@@ -146,12 +151,13 @@ class Patch:
         return f"Patch({shorten(says, 60)}{': ' if says else ''}{n_columns} columns of {where}, hash {self.hash[:12]})"
 
     def _repr_html_(self) -> str:
-        """What it changes, and how much, as a table for a notebook."""
+        """Show what the patch changes, and how much, as a table for a notebook."""
         from mmneurons.report.patch import patch_html
 
         return patch_html(self)
 
     def _numbers(self) -> Iterator[Tensor]:
+        """Iterate over the tensors that hold the change."""
         if self.directions is not None:
             yield self.directions
         for part in self.parts:
@@ -159,10 +165,12 @@ class Patch:
 
     @cached_property
     def hash(self) -> str:
-        """SHA-256 of what is changed and of what is expected; provenance does not count."""
+        """The SHA-256 of what is changed and of what is expected, in hexadecimal; provenance does not count."""
         digest = hashlib.sha256(f"{self.hidden}".encode())
         parts = sorted(self.parts, key=lambda part: place_order(part.place))  # a file does not keep their order
         for tensor in (self.directions, *(t for p in parts for t in (p.indices, p.hashes, p.deltas, p.coefficients))):
+            # Dtype and shape go in front of the bytes, and "-" stands for a tensor that is missing: else other patches
+            # could give the same bytes.
             if tensor is None:
                 digest.update(b"-")
             else:
@@ -171,7 +179,7 @@ class Patch:
         return digest.hexdigest()
 
     def deltas(self, part: PatchPart) -> Float[Tensor, "n hidden"]:
-        """What is added to the columns of a part, in full, float32."""
+        """Return what is added to the columns of a part in full, (n, hidden), float32, one row for each column."""
         if part.deltas is not None:
             return part.deltas
         assert part.coefficients is not None
@@ -180,11 +188,11 @@ class Patch:
 
     @property
     def neurons(self) -> list[Neuron]:
-        """Whose columns change, in order."""
+        """The neurons whose columns change, sorted."""
         return sorted(neuron for part in self.parts for neuron in part.neurons)
 
     def __mul__(self, factor: float) -> Patch:
-        """The same change, `factor` times as large.
+        """Return a patch with the same change, `factor` times as large.
 
         Raises:
             SettingError: the factor is not finite.
@@ -204,7 +212,7 @@ class Patch:
     __rmul__ = __mul__
 
     def __add__(self, other: Patch) -> Patch:
-        """Both changes in one.
+        """Return one patch that makes both changes.
 
         Raises:
             SettingError: they are of models of different width, or expect different columns.
@@ -213,9 +221,10 @@ class Patch:
 
     @restored
     def applied(self, vlm: VLM) -> Iterator[Patch]:
-        """Apply, and take back whatever happens; errors as of `apply`.
+        """Apply the patch inside the `with`, and take it back whatever happens.
 
-        Other threads that ask or edit this model wait for the end of the `with`: do not wait for them inside.
+        Other threads that ask or edit this model wait for the end of the `with`: do not wait for them inside. Errors
+        are those of `apply`.
         """
         with vlm.alone():
             self.apply(vlm)
@@ -225,7 +234,7 @@ class Patch:
                 self.revert(vlm)
 
     def apply(self, vlm: VLM) -> None:
-        """Change the columns of a model.
+        """Apply the patch: change the columns of a model.
 
         Raises:
             ModelError: the model has other columns than the patch expects, or they cannot be written.
@@ -235,7 +244,7 @@ class Patch:
             ledger_of(vlm).apply(self)
 
     def revert(self, vlm: VLM) -> None:
-        """Take the change back: without patches the model is what it was, bit for bit.
+        """Take the patch back; without any patch the model is what it was, bit for bit.
 
         Raises:
             SettingError: the patch is not applied.
@@ -245,7 +254,7 @@ class Patch:
 
 
 def stack(patches: Sequence[Patch]) -> Patch:
-    """One patch that does what all do, in full where any of an FFN's parts is, else as coefficients.
+    """Return one patch that makes the changes of all, in full where any part of an FFN is, else as coefficients.
 
     Raises:
         SettingError: none is given, they are of models of different width, or expect different columns.
@@ -254,9 +263,11 @@ def stack(patches: Sequence[Patch]) -> Patch:
         raise SettingError("These patches are not of one model.", seen=f"Widths {sorted({p.hidden for p in patches})}.")
     hidden = patches[0].hidden
     directions = [patch.directions for patch in patches if patch.directions is not None]
+    # Directions of all patches are put one below the other; those of patch i begin at `starts[i]`.
     starts = torch.tensor([0, *(0 if p.directions is None else len(p.directions) for p in patches)]).cumsum(0)
     parts = []
-    # All columns that any of them changes, and their changes added up, place by place.
+    # Place by place: every column that any of them changes, and the sum of its changes. Coefficients are written into
+    # the columns of their own patch's directions.
     for place in sorted({part.place for patch in patches for part in patch.parts}, key=place_order):
         mine = [(i, part) for i, patch in enumerate(patches) for part in patch.parts if part.place == place]
         indices = torch.cat([part.indices for _, part in mine]).unique()
@@ -267,6 +278,7 @@ def stack(patches: Sequence[Patch]) -> Patch:
         known = torch.zeros(len(indices), dtype=torch.bool)
         for i, part in mine:
             rows = torch.searchsorted(indices, part.indices)
+            # A column that two patches change must be the same to both before any edit.
             clash = known[rows] & (hashes[rows] != part.hashes).any(1)
             if bool(clash.any()):
                 raise SettingError(
@@ -286,9 +298,10 @@ def stack(patches: Sequence[Patch]) -> Patch:
 
 
 def place_order(place: tuple[int, int | None]) -> tuple[int, int]:
-    """By layer; in one, what is dense before the experts beside it."""
+    """Return the sort key of a place: by layer and, within it, a dense FFN before the experts beside it."""
     return place[0], -1 if place[1] is None else place[1]
 
 
 def _unsound(why: str) -> SettingError:
+    """Return the error for a patch that contradicts itself."""
     return SettingError("This is no sound patch.", seen=why)

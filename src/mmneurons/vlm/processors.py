@@ -110,6 +110,7 @@ def refusal(source: str, error: Exception) -> ModelError:
     Raises:
         ModelError: if the cause is a torchvision that cannot be imported.
     """
+    # A broken torchvision hides itself behind many errors, and is told before whatever else this one says.
     check_torchvision()
     package = missing_package(error)
     if package == "torchvision":

@@ -126,8 +126,7 @@ class VLM:
     def facts(self) -> dict[str, Any]:
         """Facts about the model: id, revision, class, weights hash, dtype, device, form of `w_out`.
 
-        The weights are read once for their hash, which is that without patches; patches that are applied are named
-        beside it, if there are any.
+        The weights are read once, for their hash without patches; those that are applied are named beside it.
         """
         kinds = dict.fromkeys(type(ffn.module).__name__ for ffn in self.anatomy.ffns)
         with self.alone():
@@ -213,6 +212,8 @@ class VLM:
         image_processor = getattr(self.processor, "image_processor", None)
         check_scaled((picture.size for row in rows for picture in row), image_processor)
         with self.alone():  # the tokenizer is told how to pad
+            # A decoder goes on from its last position, so it pads to the left; an encoder's positions count from the
+            # left.
             batch = encode_prompt(
                 self.processor,
                 rows,
@@ -320,7 +321,7 @@ class VLM:
         return replace(answers, logits=logits.gather(-1, said)[..., 0], log_totals=totals)
 
     def once(self, n_logits: int = 1) -> dict[str, Any]:
-        """Return options for a forward pass that nothing follows: no cache, and the logits of the last positions only."""
+        """Return options for a forward pass that nothing follows: no cache, and logits of the last positions alone."""
         # A number of logits to keep would let Gemma 4 skip positions in its last blocks; a list of them does not.
         options = {"use_cache": False, "logits_to_keep": torch.arange(-n_logits, 0, device=self.device)}
         takes = inspect.signature(self.model.forward).parameters
@@ -358,7 +359,7 @@ class VLM:
         return opened.notes
 
     def _decoder_start(self) -> list[int]:
-        """Return the tokens that the decoder's text begins with, as `generate` of the model that holds it would begin."""
+        """Return the tokens that the decoder's text begins with, as `generate` of the model that holds it begins."""
         owner = cast(PreTrainedModel, self.anatomy.owner)
         text = self.model.config.get_text_config(decoder=True)
         configs = (owner.generation_config, self.model.generation_config, self.model.config, text)

@@ -101,6 +101,7 @@ def record(
             taken for zero. (A block that is left out as a whole, as Mllama leaves out cross-attention without an image,
             writes nothing.)
     """
+    # Where the code calls a function, or a fused kernel holds it, there is nothing to hook.
     if gates and (nameless := [ffn.name for ffn in anatomy.ffns if ffn.activation is None]):
         raise ModelError(
             "Not every block has a module of its own for its activation function.",

@@ -76,6 +76,7 @@ def dense(module: nn.Module, expert: int | None = None) -> Float[Tensor, "hidden
     """
     located = locate(module, expert)
     matrix = located.read()
+    # Adapters are added in float32: in a 16-bit dtype, small ones would be lost in the rounding of the base.
     for up, down in located.low_rank:
         matrix = matrix.float() + (up @ down).to(matrix.device)
     return matrix
@@ -125,6 +126,7 @@ def columns(module: nn.Module, indices: Int[Tensor, "n"], expert: int | None = N
 def _columns(located: Located, indices: Tensor) -> Tensor:
     """Return columns of a located matrix as rows, (n, hidden), low-rank terms included."""
     matrix = located.read()
+    # Picked before they are converted: of plain weights, the rest of the matrix is not read.
     result = matrix[:, indices.to(matrix.device)].T.float()
     for up, down in located.low_rank:
         result = result + (up @ down[:, indices.to(down.device)]).T.to(result.device)

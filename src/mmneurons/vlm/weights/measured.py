@@ -79,6 +79,7 @@ def uses(module: nn.Module, weight: Callable[[], Tensor], neurons: int) -> bool:
         return True
     device, dtype = _place(module)
     held, vector = weight(), _random(1, neurons, device, dtype)
+    # Storage of another shape (packed, a shard) is not the matrix.
     if held.shape[1] != neurons:
         return False
     with _undisturbed(module):

@@ -85,12 +85,14 @@ def _eight_bit(module: Any) -> Tensor:
     The scales are kept with the weight until the first run, and with the module's state after it.
     """
     values, scale = cast(Tensor, fetch(module, "weight")), getattr(module.weight, "SCB", None)
+    # Off-loaded by accelerate, the scales lie in its map, beside the weight.
     if module.weight.is_meta:
         scale = offloaded(module, "SCB")
     elif scale is None:
         scale = module.state.SCB
     if scale is None:
         raise unreadable(module, "Its 8-bit weight has no scale (SCB).")
+    # The largest number of a row is stored as 127 or -127.
     return values.as_subclass(Tensor).float() * (scale.float() / 127)[:, None]
 
 

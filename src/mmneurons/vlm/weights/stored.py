@@ -54,6 +54,7 @@ def locate_bias(module: nn.Module, expert: int | None = None) -> Tensor | None:
     """Return the bias, (hidden,), float32, or None if there is none; the same forms and errors as `locate`."""
     if is_adapter(module):
         return _adapted_bias(module, expert)
+    # A module with a forward of its own may add something else than its `bias`.
     if expert is None and needs_measuring(module):
         return measured.bias(module, in_features(module))
     bias = fetch(module, "bias" if expert is None else "down_proj_bias")
