@@ -71,11 +71,11 @@ def export(vlm: VLM, patches: Sequence[Patch], folder: str | os.PathLike[str]) -
         with _beside(folder) as temporary:
             _write(vlm, patches, temporary)
             if folder.is_dir():
-                folder.rmdir()  # empty, as of above; on Windows no folder can be renamed to one that is there
+                folder.rmdir()  # known to be empty; Windows renames no folder to a name that is taken
             temporary.rename(folder)
     except Timeout as error:
         raise SettingError(f"Another run is exporting to {folder}.", fix="Wait for it, or choose another.") from error
-    except (OSError, SafetensorError) as error:  # safetensors wraps what the system says
+    except (OSError, SafetensorError) as error:  # safetensors wraps errors of the system in its own
         raise SettingError(
             f"Cannot write {folder}.", seen=str(error), fix="Choose another place, or make room there."
         ) from error
@@ -97,7 +97,7 @@ def _beside(folder: Path) -> Iterator[Path]:
             yield temporary
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
-            with suppress(OSError):  # Windows removes no file that is open
+            with suppress(OSError):  # Windows does not remove a file that is open
                 lock.unlink()
 
 
@@ -109,7 +109,7 @@ def _write(vlm: VLM, patches: Sequence[Patch], folder: Path) -> None:
     kept = {name: getattr(config, name, None) for name in CHANGED_BY_SAVING}
     try:
         with _exactly(ledger_of(vlm), ()):
-            # Not `vlm.facts`, which may have been worked out while some patch was active.
+            # Not `vlm.facts`, which may have been computed while some patch was active.
             facts = provenance.model_facts(vlm.model, vlm.model_id, vlm.revision, vlm.weights_hash, vlm.anatomy.dtype)
         with _exactly(ledger_of(vlm), patches):
             vlm.model.save_pretrained(folder)
@@ -205,7 +205,7 @@ def _save_processor(vlm: VLM, folder: Path) -> None:
         processor.image_processor.save_pretrained(folder)
         processor.tokenizer.save_pretrained(folder)
     elif any(getattr(processor, name, None) is None for name in getattr(processor, "get_attributes", tuple)()):
-        # Loaded without its part for videos, which it can be saved neither with nor without.
+        # A processor loaded without its video part: `save_pretrained` fails without that part, and there is none.
         _copy_processor(vlm, folder)
     else:
         processor.save_pretrained(folder)

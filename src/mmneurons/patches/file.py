@@ -68,7 +68,7 @@ def read(path: str | os.PathLike[str]) -> Patch:
     path = Path(path)
     content = read_file(path, limit=LARGEST)
     # A file can come from anywhere: header first, then names and dtypes of tensors, then what `Patch` itself refuses
-    # (shapes, order, NaN), and at last the hash over all numbers.
+    # (shapes, order, NaN), and finally the hash over all numbers.
     facts = _facts(path, content)
     try:
         tensors = from_bytes(content)
@@ -94,7 +94,7 @@ class _Facts(msgspec.Struct, forbid_unknown_fields=True):
 
 
 class _Schema(msgspec.Struct):
-    """The version in the metadata, read by itself, so that another version is called that and not damaged."""
+    """The version in the metadata, read first, so that a file of another version is not called damaged."""
 
     schema: Any = None
 

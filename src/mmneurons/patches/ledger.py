@@ -154,7 +154,7 @@ class Ledger:
         """Write the columns that `active` asks for; whatever happens on the way, the model has all of them or none."""
         plan, model = self._plan(active), self._model()
         assert model is not None
-        # No signal comes between two columns, and none between the weights and the books about them.
+        # No signal comes between two columns, or between the weights and the ledger's record of them.
         with uninterrupted(), torch.no_grad(), editing(model):
             done: list[tuple[_Change, Tensor]] = []
             try:
@@ -166,7 +166,7 @@ class Ledger:
                 for change, old in reversed(done):
                     change.view[:, change.index] = old
                 raise
-            # All is written: now the books. With no patch left nothing is kept, and the model is as it was loaded.
+            # All is written: now the record of it. With no patch left, nothing is kept: the model is as it was loaded.
             self._active = dict(active)
             mark_edited(model, active)
             self._columns.clear()
@@ -176,7 +176,8 @@ class Ledger:
 
     def _plan(self, active: Mapping[str, Patch]) -> list[_Change]:
         """Plan the write of every column that is or was edited; nothing is changed."""
-        # 1. What is added to each column, summed in the order of the hashes; to one that is edited no longer, nothing.
+        # 1. What is added to each column, summed in the order of the hashes, since float32 sums depend on their order.
+        # Columns that are edited now get a zero to begin with, so that one which no patch names any more is restored.
         sums: dict[tuple[Place, int], Tensor] = {
             (place, index): torch.zeros(self._hidden, dtype=torch.float32)
             for place, columns in self._columns.items()
@@ -188,7 +189,7 @@ class Ledger:
                     sums[part.place, index] = (
                         sums.get((part.place, index), torch.zeros(self._hidden, dtype=torch.float32)) + delta
                     )
-        # 2. Each column as it was before any edit, if nobody else has changed it, and as it is to be.
+        # 2. Each column as it was before any edit, unless something else has changed it, and as it is to be.
         places = {place for place, _ in sums}
         views = {place: weights.writable(self._ffns[place].module, place[1]) for place in places}
         plan = []

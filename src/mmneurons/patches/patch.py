@@ -85,8 +85,8 @@ class Patch:
     """What made the patch, as plain data; it does not count for the hash."""
 
     def __post_init__(self) -> None:
-        # A patch may come from a file that anybody wrote: what is let in here is applied to weights without a further
-        # look. 1. Places, columns and shapes.
+        # A patch may come from a file that anybody wrote: what passes here is applied to weights without another look.
+        # 1. Places, columns and shapes.
         places = [part.place for part in self.parts]
         if len(set(places)) < len(places):
             raise _unsound("It changes one FFN in two parts.")
@@ -108,8 +108,8 @@ class Patch:
                     )
         if self.directions is not None and (self.directions.ndim != 2 or self.directions.shape[1] != self.hidden):
             raise _unsound(f"Directions are {tuple(self.directions.shape)}, of {self.hidden} numbers each.")
-        # 2. Numbers: all finite, and so are the deltas that coefficients and directions can give, without computing
-        # them.
+        # 2. Numbers: all are finite, and so are the deltas that coefficients and directions give. A bound shows it: the
+        # deltas themselves can be large.
         for tensor in self._numbers():
             if not bool(tensor.isfinite().all()):
                 raise _unsound("It holds NaN or infinity.")

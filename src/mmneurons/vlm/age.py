@@ -125,7 +125,7 @@ def editing(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         if watch.depth == 1:
-            watch.places = _look(model)  # before another thread may look again
+            watch.places = _look(model)  # before depth is 0 and another thread may look again
         watch.depth -= 1
 
 

@@ -91,7 +91,7 @@ def read_checkpoint(source: str, options: Mapping[str, Any]) -> tuple[PreTrained
             model, said = _from_pretrained(asked, {**options, "revision": adapter.get("revision")})
             asked = source
             more = model.load_adapter(source, adapter_kwargs={"revision": options.get("revision")})
-            reports = [said] if more is None else [said, more.to_dict()]  # transformers 4 says nothing of adapters
+            reports = [said] if more is None else [said, more.to_dict()]  # transformers 4 reports nothing on adapters
     except MmneuronsError:
         raise
     except Exception as error:  # a config or code of somebody's own can raise anything
@@ -237,7 +237,7 @@ def _from_pretrained(source: str, options: Mapping[str, Any]) -> tuple[PreTraine
         source,
         output_loading_info=True,
         use_safetensors=True,
-        ignore_mismatched_sizes=True,  # they are reported, which says more than the error
+        ignore_mismatched_sizes=True,  # its report on them says more than its error
         **options,
     )
 
@@ -291,7 +291,7 @@ def _is_drawn(model: PreTrainedModel, name: str) -> bool:
     """Whether a missing tensor is drawn at random: integers (position ids, counts) are set by the model's own code."""
     try:
         return _tensor(model, name).is_floating_point()
-    except AttributeError:  # of a quantised layer, which packs it under other names
+    except AttributeError:  # a quantised layer packs it under other names
         return True
 
 
@@ -322,7 +322,7 @@ def _has_pickles_only(source: str, text: str) -> bool:
     folder = Path(source)
     if folder.is_dir():
         return not any(folder.glob("*.safetensors")) and any(any(folder.glob(kind)) for kind in PICKLES)
-    return "use_safetensors=True" in text  # of the hub: other weights are there
+    return "use_safetensors=True" in text  # what transformers says of a hub repository with other weights
 
 
 def _config(source: str, options: Mapping[str, Any]) -> dict[str, Any]:

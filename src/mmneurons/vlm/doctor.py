@@ -126,7 +126,7 @@ def doctor(
     ]
     if picture is not None:
         checks.append(_batched(vlm, picture, prompt, answer_prefix, trace, max_new_tokens))
-    # 4. The structure, as a reader should see it.
+    # 4. What a reader wants to see beside the checks: the parts, the patch grid, the answer.
     structure = describe_anatomy(vlm)
     grids = find_grids(vlm.model, inputs, n_images=1)
     structure["patch_grid"] = grids if isinstance(grids, str) else [grids[0][0].rows, grids[0][0].columns]
@@ -217,7 +217,7 @@ def _reading(vlm: VLM, recording: Recording, outputs: dict[int, list[Tensor]]) -
     worst, limit = 0.0, tolerance(vlm)
     name = "none could be compared"
     for i, ffn in enumerate(recording.anatomy.ffns):
-        if ffn.n_experts is not None or not outputs[id(ffn.module)]:  # not reached: a block left out as a whole
+        if ffn.n_experts is not None or not outputs[id(ffn.module)]:  # no outputs: a block that was left out as a whole
             continue
         # Without the gate of shared experts, which multiplies the module's output later.
         fired = recording.stacked(recording.raw[i]).float()
@@ -321,7 +321,7 @@ def _largest_difference(one: Trace, other: Trace) -> float:
         n, width = min(len(mine), len(theirs)), min(mine.shape[1], theirs.shape[1])
         largest = float(mine.abs().max().clamp_min(1e-30))
         error = float((mine[:n, :width] - theirs[:n, :width]).abs().max()) / largest
-        worst = worst if error <= worst else error  # a NaN stays
+        worst = worst if error <= worst else error  # a NaN stays, once it is there
     return worst
 
 

@@ -37,10 +37,10 @@ def routed(module: nn.Module, args: tuple[Tensor, ...], batch: int) -> Routed:
     n_experts = module.get_parameter("down_proj").shape[0]
     if len(args) == 3:
         hidden, experts, weights = (value.reshape(batch, -1, value.shape[-1]) for value in args)
-        if experts.is_floating_point():  # transformers 4: the weights first, one for every expert
+        if experts.is_floating_point():  # transformers 4 gives the weights first, one for every expert
             experts, weights = weights, experts.gather(-1, weights)
         return Routed(hidden, experts, weights)
-    if len(args) == 1 and args[0].shape[0] % n_experts == 0:  # every token for every expert, most of them zeros
+    if len(args) == 1 and args[0].shape[0] % n_experts == 0:  # Llama 4: every token for every expert, most are zeros
         inputs = args[0].view(n_experts, batch, -1, args[0].shape[-1]).permute(1, 2, 0, 3)
         # Which experts a position has shows only in which of its inputs are not zero. All positions get as many experts
         # as the one with the most; those too many have zeros for input, and so activations of zero.

@@ -68,6 +68,6 @@ def first_line(error: Exception) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     if not lines:
         return type(error).__name__
-    # The text of a KeyError is the key alone, which says nothing without the name of the error.
     said = " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
+    # The text of a KeyError is the key alone, which says nothing without the name of the error.
     return f"{type(error).__name__}: {said}"[:300] if isinstance(error, LookupError) else said[:300]

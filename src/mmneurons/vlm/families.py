@@ -12,7 +12,7 @@ from transformers import configuration_utils
 from mmneurons.errors import ModelError
 
 NEWER = ("aria", "git", "kosmos-2", "lfm2-vl", "lfm2_vl", "llama4", "paligemma", "qwen3_vl_moe")
-"""Types of model that transformers 4 computes otherwise than 5, so that what is read there would be wrong."""
+"""Types of model that transformers 4 computes in another way than 5, so that results there would be wrong."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ FAMILIES = {
 
 
 def check_version(config: Any) -> None:
-    """Refuse a type of model that is read rightly under newer versions of transformers alone.
+    """Refuse a type of model whose results are right under newer versions of transformers only.
 
     Raises:
         ModelError: if this version is too old for it.

@@ -165,7 +165,7 @@ def _one_picture(
             return _whole(model, runs)
         between = {int(ids[int(run[-1]) + 1]) for run in runs[:-1]}
         single = all(int(b[0]) - int(a[-1]) == 2 for a, b in pairwise(runs))
-        if single and len(lengths) == 1 and len(between) == 1:  # rows, the same token after each
+        if single and len(lengths) == 1 and len(between) == 1:  # rows of one picture, with the same token after each
             return PatchGrid(torch.cat(runs), len(runs), len(runs[0]))
         return f"{len(runs)} runs of image tokens are neither tiles nor rows of one picture"
     # One run: a square picture; the same behind a class token; or tiles with nothing between them.
@@ -173,10 +173,10 @@ def _one_picture(
     root = math.isqrt(len(run))
     if root * root == len(run) and (not sides or root in sides):
         return _square(run)
-    if any(len(run) == side * side + 1 for side in sides):  # a class token first
+    if any(len(run) == side * side + 1 for side in sides):  # a class token stands first
         return _square(run[1:])
     tile = next((side * side for side in sides if len(run) > side * side), 0)
-    if tile and family_of(model.config).whole == "first":  # what follows may have line ends
+    if tile and family_of(model.config).whole == "first":  # behind the whole, tiles may have line ends among them
         return _square(run[:tile])
     tile = next((side * side for side in sides if len(run) % (side * side) == 0), 0)
     if tile:

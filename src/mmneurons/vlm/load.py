@@ -64,7 +64,7 @@ def load(
         return _adopt(_unwrapped(model), processor, decoder, trust_remote_code=trust_remote_code)
     if model is not None and not isinstance(model, str | os.PathLike):
         raise _not_a_model(model)
-    # 1. What is to be loaded, and where to; what cannot be is told before anything is read.
+    # 1. What to load and where to: a dtype or device that does not exist is refused before anything is read.
     is_pocket = model is None or model == POCKET
     source = str(pocket.folder()) if model is None or is_pocket else os.fspath(model)
     if is_pocket and dtype is None:
@@ -81,7 +81,7 @@ def load(
         _move(loaded, source, device or ("cuda" if torch.cuda.is_available() else "cpu"))
     for part in loaded.modules():
         if isinstance(part, PreTrainedModel):
-            part.config.return_dict = True  # results are read by name
+            part.config.return_dict = True  # the outputs of models are read by name here
     try:
         # 3. The processor, and the model's parts.
         vlm = VLM(
@@ -94,10 +94,10 @@ def load(
             weights_hash=provenance.weights_hash(loaded) if quantised else None,
             loading=loading,
         )
-        # 4. What the checkpoint lacked is let pass where an answer does not need it.
+        # 4. Weights that the checkpoint lacked do not matter if no answer needs them: the model is run to find out.
         made_up = loading.made_up and running(vlm, loading.made_up, Image.open(pocket.samples()[0].path))
     except ModelError as error:
-        if loading.made_up and not is_out_of_memory(error.__cause__):  # which is the first thing to mend
+        if loading.made_up and not is_out_of_memory(error.__cause__):  # the likely cause, and the first to mend
             raise made_up_weights(source, loaded, loading, loading.made_up) from error
         raise
     if made_up:
@@ -155,7 +155,7 @@ def _check_calls(model: PreTrainedModel) -> None:
 
 def _adopt(model: nn.Module, processor: Any, decoder: str | None, *, trust_remote_code: bool) -> VLM:
     """Make a VLM of a model object, which is used as it is."""
-    wrapped = getattr(model, "get_base_model", None)  # of PEFT; the adapters stay inside the model
+    wrapped = getattr(model, "get_base_model", None)  # a PEFT model; its adapters stay inside the model
     if wrapped is not None and hasattr(model, "peft_config"):
         if any(getattr(config, "is_prompt_learning", False) for config in model.peft_config.values()):  # pyright: ignore[reportCallIssue, reportAttributeAccessIssue]
             raise ModelError(

@@ -48,8 +48,8 @@ class _Signals:
 
     def come(self, number: int, frame: FrameType | None) -> None:
         """Handle a signal at once or, between two states, note it for later."""
-        # A signal can come after `_Restored.__exit__` was called and before its first instruction made this busy: the
-        # frame is already that of `__exit__`, which says so.
+        # A signal can come after `_Restored.__exit__` was called and before its first line has made this busy: the
+        # frame that was interrupted tells.
         if self.busy or (frame is not None and frame.f_code is self.leaving):
             self.waiting.append(number)
         else:

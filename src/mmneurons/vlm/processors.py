@@ -152,7 +152,7 @@ def _without_torchvision(source: str, model_type: str, options: dict[str, Any], 
         parts = [_part(name, source, options) for name in _attributes(kind)]
         return _images_only(kind).from_args_and_dict(parts, stored)
     except REFUSALS as second:
-        # Some classes cannot do without a video processor: then torchvision is what is missing.
+        # Some classes cannot do without a video processor, and meet a None: then torchvision is what is missing.
         cause = error if isinstance(second, AttributeError) and "NoneType" in str(second) else second
         raise refusal(source, cause) from cause
 

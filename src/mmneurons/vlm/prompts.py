@@ -129,13 +129,13 @@ def continued(tokenizer: Any, written: Sequence[int], text: str) -> list[int]:
     # last special token on, and the tokens behind that end are its own.
     special = {*tokenizer.all_special_ids}
     begin = next((i for i in range(len(written), 0, -1) if written[i - 1] in special), 0)
-    before = tokenizer.decode(list(written[begin:]))  # of what was written as text
+    before = tokenizer.decode(list(written[begin:]))  # only what was written as text
     text = text.strip().encode("utf-8", "replace").decode("utf-8")  # from a terminal come bytes that are no text
     joint = "" if not before or before[-1].isspace() else " "
     alone, both = _ids(tokenizer, before), _ids(tokenizer, f"{before}{joint}{text}")
     if both[: len(alone)] == alone:
         return both[len(alone) :]
-    return _ids(tokenizer, f"{joint}{text}")  # the first letters were written together with what stands before
+    return _ids(tokenizer, f"{joint}{text}")  # its first letters share a token with what stands before
 
 
 def token_of(tokenizer: Any, word: str) -> int:
@@ -157,7 +157,7 @@ def tokens_of(tokenizer: Any, word: str) -> list[int]:
         return [tokenizer.token_of(word)]
     word = word.encode("utf-8", "replace").decode("utf-8")  # from a terminal come bytes that are no text
     rest: list[int] = []
-    # A word by itself is often tokenised otherwise than behind another. Some tokenizers join the two: then the next
+    # A word alone and behind another often has different tokens. Some tokenizers join the two: then the next
     # word in front is tried.
     for before in ("a", "the", "of", ","):
         alone, both = _ids(tokenizer, before), _ids(tokenizer, f"{before} {word.strip()}")
@@ -196,7 +196,7 @@ def _rendered(processor: Any, template: Any, content: Any) -> str | None:
         return owner.apply_chat_template(
             [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False, **options
         )
-    except (*REFUSALS, RuntimeError, TemplateError):  # the last two of the template engine
+    except (*REFUSALS, RuntimeError, TemplateError):  # the last two come from the template engine
         return None
 
 
@@ -227,13 +227,13 @@ def _encode(
                 one = _n_patches(_called(processor, [images[0][:1]], text, padding_side), image_id)
                 if _n_patches(batch, image_id) <= one or image_id is None:
                     refused.append(ValueError("It takes one picture for a prompt."))
-                    if one or image_id is None:  # it writes what stands for the picture itself
+                    if one or image_id is None:  # it writes the token of the picture itself
                         break
                     continue
         except REFUSALS as error:
             refused.append(error)
             continue
-        batch.pop("labels", None)  # of processors that are made for training
+        batch.pop("labels", None)  # some processors add it for training
         # Taken, and the pictures are in it as far as can be told; else the next form may be better.
         if not n_images or image_id is None or "input_ids" not in batch or _n_patches(batch, image_id):
             return batch
@@ -261,7 +261,7 @@ def _called(processor: Any, images: Sequence[Sequence[Image.Image]], text: str, 
         options["text"] = [text] * len(images)
     bos = getattr(processor.tokenizer, "bos_token", None)
     if bos and bos in text:
-        options["add_special_tokens"] = False  # some chat templates write it themselves
+        options["add_special_tokens"] = False  # the chat template has written it already
     if images[0]:
         options["images"] = [list(row) for row in images]
     try:
@@ -341,7 +341,7 @@ def _append(batch: BatchFeature, ids: list[int], image_token_id: int | None) -> 
             fill += torch.tensor(ids)
         elif name == "attention_mask":
             fill += 1
-        elif tensor.ndim > 2:  # which pictures a position sees
+        elif tensor.ndim > 2:  # a mask of the pictures that each position sees
             fill += tensor[:, -1:]
         elif name == "token_type_ids" and image_token_id is not None:
             # Where pictures are of type 0, the types tell the prompt (0) from what is written after it (1).

@@ -42,8 +42,8 @@ def weights_hash(model: PreTrainedModel) -> str:
 def _saved(model: PreTrainedModel) -> Iterator[Tensor]:
     """Iterate over every parameter and buffer that is saved, fetched where it is off-loaded, one at a time.
 
-    `state_dict()` is not used: where bitsandbytes has repacked 4-bit weights for a CPU, it unpacks them, not always
-    rightly.
+    `state_dict()` is not used: where bitsandbytes has repacked 4-bit weights for a CPU, it unpacks them, and not always
+    to what they were.
     """
     for module in model.modules():
         buffers = {k: v for k, v in module._buffers.items() if k not in module._non_persistent_buffers_set}
@@ -54,7 +54,7 @@ def _checksums(tensor: Tensor, chunk: int = 1 << 20) -> tuple[int, int]:
     """Return the sum of a tensor's 32-bit words, and their sum weighted by position from 1, modulo 2^64."""
     # As bytes first: a tensor of any dtype can be seen as bytes, and four of them as a word.
     words = tensor.detach().contiguous().view(-1).view(torch.uint8)
-    if len(words) % 4:  # padding copies: only where it must
+    if len(words) % 4:  # padding makes a copy, so only where it must be
         words = torch.nn.functional.pad(words, (0, -len(words) % 4))
     words = words.view(torch.int32)
     ranks = torch.arange(1, min(chunk, len(words)) + 1, device=words.device)

@@ -133,7 +133,8 @@ class _Tracer:
         if not walk.ffns and not silent:
             raise no_ffn(self.tree.name(self.tree.layers[layer]))
         if walk.error < self.seen.limit and len(walk.entered) == 1:
-            # The sum is whole without these, even beside a tiny stream: a gate at zero (Mllama as initialised).
+            # The sum is complete without the silent FFNs, even beside a tiny stream: a gate at zero multiplies them
+            # (Mllama as initialised). They stay neurons, on a path with the factor 0.
             walk.ffns += [self.ffn(layer, found, WritePath(0.0, None, out)) for found in silent]
             self.ffns += sorted(walk.ffns, key=lambda ffn: ffn.n_experts or 0)
             self.sources += walk.sources

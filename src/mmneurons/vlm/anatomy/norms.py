@@ -16,8 +16,6 @@ def measure_norm(module: nn.Module, hidden: int) -> Norm:
 
     A LayerNorm sends a constant vector to its bias; an RMSNorm to its weight. Epsilon shows on a small input.
     """
-    # Entries of +1 and -1 have mean zero: a LayerNorm takes nothing from them, and its output divided by them is the
-    # weight. (With an odd hidden size one entry is left at 0, and is measured by a second probe below.)
     norm = _in_float32(module)
     device = next((p.device for p in norm.parameters()), torch.device("cpu"))
     ones = torch.ones(hidden, device=device, dtype=torch.float32)
@@ -25,6 +23,8 @@ def measure_norm(module: nn.Module, hidden: int) -> Norm:
         bias = norm(torch.zeros(hidden, device=device, dtype=torch.float32))
         centred = bool(torch.allclose(norm(ones), bias, atol=1e-5))
         probe = ones.clone()
+        # A LayerNorm takes the mean away, and would leave nothing of a vector of ones. Entries of +1 and -1 have mean
+        # zero; with an odd hidden size one entry is left at 0, and is measured by a second probe below.
         if centred:
             probe[1::2] = -1
             if hidden % 2:
@@ -38,7 +38,7 @@ def measure_norm(module: nn.Module, hidden: int) -> Norm:
         eps = float(size) * small**2 * (1 - ratio) / (ratio - small**2)
         # The outputs were divided by sqrt(size + eps); undone, what is left is the weight as it acts (w, or 1 + w).
         weight = (large / torch.where(probe == 0, ones, probe)) * (size + eps).sqrt()
-        if centred and hidden % 2:  # the entry that the probe left out
+        if centred and hidden % 2:  # the entry that the first probe left at 0
             probe = torch.roll(probe, 1)
             weight[-1] = ((norm(probe) - bias)[-1] / probe[-1]) * (size + eps).sqrt()
     return Norm(weight=weight.clone(), bias=bias.clone(), eps=max(eps, 0.0), centred=centred)
@@ -61,7 +61,7 @@ def _in_float32(module: nn.Module) -> nn.Module:
     # A shallow copy with dictionaries of its own: what is replaced below is replaced in the copy alone.
     norm = copy.copy(module)
     norm.__dict__ = dict(module.__dict__)
-    for added in ("forward", "_hf_hook", "_old_forward"):  # by accelerate: it would move the weights
+    for added in ("forward", "_hf_hook", "_old_forward"):  # what accelerate puts on a module, which would move weights
         norm.__dict__.pop(added, None)
     for hooks in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"):
         norm.__dict__[hooks] = type(getattr(module, hooks))()

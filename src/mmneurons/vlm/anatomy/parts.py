@@ -116,7 +116,7 @@ class LogitRule:
         """Return the logits as they were before the softcap, which are what contributions add up to."""
         if self.cap is None:
             return logits
-        limit = 1 - 1e-7  # a logit at the cap itself has no finite value before it
+        limit = 1 - 1e-7  # a logit at the cap itself would be infinite before it
         return self.cap * torch.atanh((logits.float() / self.cap).clamp(-limit, limit))
 
     def __call__(self, head: Float[Tensor, "*n"]) -> Float[Tensor, "*n"]:

@@ -171,8 +171,9 @@ def explain(
     # Otherwise least squares over all candidates: the stream that entered (None), and each output that is not a copy.
     candidates: list[Seen | None] = [None, *_distinct(block, parts)]
     columns = [block.entered if part is None else part.output for part in candidates]
-    # A sum is rounded in proportion to its size, entry by entry: a few can be a thousand times larger than others.
-    # Where summands cancel, it is not; hence the median.
+    # A sum is rounded in proportion to its size, entry by entry, and a few entries can be a thousand times larger than
+    # others: each equation is weighted by the inverse of its size. Where summands cancel, the rounding is larger than
+    # the sum tells; hence the median of the position is added.
     size = target.abs() + block.entered.abs()
     usual = size.median(1, keepdim=True).values
     weight = 1 / (size + usual.clamp_min(1e-6 * float(usual.max())).clamp_min(1e-30))

@@ -115,7 +115,7 @@ def parts_of(anatomy: Anatomy, change: Intervention) -> list[Part]:
     Raises:
         SettingError: see `intervene`.
     """
-    # 1. What contradicts itself is refused.
+    # 1. An intervention that contradicts itself is refused.
     if sum(how is not None for how in (change.scale, change.values, change.noise)) != 1:
         raise SettingError(
             "An intervention does one thing to its neurons.",

@@ -105,7 +105,7 @@ def _dense(module: nn.Module) -> Located:
         return Located(read, trial=read)
     if weight.dtype not in PLAIN:
         raise unreadable(module, "Its weight is packed in a way that is not known.")
-    # Plain at last: what `fetch` gives is the matrix, or its transpose.
+    # What is left is plain: the weight is the matrix or its transpose.
     _check_shape(module, weight.T if isinstance(module, Conv1D) else weight)
     return Located(partial(_plain, module))
 
@@ -269,9 +269,9 @@ def _adapted_bias(module: Any, expert: int | None) -> Tensor | None:
 def _terms(module: Any) -> list[tuple[str, float]] | None:
     """List the (adapter, scaling) of each low-rank term on the base; None if an active adapter is no plain LoRA."""
     if getattr(module, "parameter_name", "down_proj") != "down_proj":
-        return []  # wraps the fused experts too, but adapts another of their parameters
+        return []  # this layer wraps the fused experts too, but adapts another of their parameters
     sign = -1.0 if module.disable_adapters else 1.0
-    # Disabled while merged: the next forward takes the merged ones out, so what it will compute is without them.
+    # Disabled while merged: the next forward pass takes the merged adapters out first, so they are subtracted here.
     names = module.merged_adapters if module.disable_adapters else [] if module.merged else module.active_adapters
     # A layer knows only the adapters that it has: another layer's may be active too.
     names = [name for name in names if name in getattr(module, "lora_A", names)]
