@@ -375,9 +375,9 @@ def test_a_caption_without_nouns_says_so(vlm, images, monkeypatch):
     ("choice", "message"),
     [
         ({"score": "grad"}, "logit, logprob, paper"),
-        ({"top": 0}, "one neuron"),
-        ({"batch_size": 0}, "at least one prompt"),
-        ({"max_new_tokens": 0}, "at least one token"),
+        ({"top": 0}, "top=0"),
+        ({"batch_size": 0}, "batch_size=0"),
+        ({"max_new_tokens": 0}, "max_new_tokens=0"),
     ],
 )
 def test_settings_without_meaning_are_refused(vlm, images, choice, message):

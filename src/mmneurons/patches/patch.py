@@ -16,7 +16,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from textwrap import shorten
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int, UInt8
@@ -30,6 +30,7 @@ from mmneurons.vlm.locking import restored
 from mmneurons.vlm.vlm import VLM
 
 
+@runtime_checkable
 class Edit(Protocol):
     """Anything that edits a model for a while and takes the edit back: a `Patch`, or a baseline."""
 

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from functools import wraps
 from types import CodeType, FrameType, TracebackType
-from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
+from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar, runtime_checkable
 from weakref import WeakKeyDictionary
 
 from torch import nn
@@ -194,6 +194,7 @@ def alone(owner: nn.Module) -> Iterator[None]:
         lock.release()
 
 
+@runtime_checkable
 class Lockable(Protocol):
     """Anything that one thread at a time can have, such as a VLM."""
 
