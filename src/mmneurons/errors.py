@@ -1,4 +1,4 @@
-"""Errors that a user can cause.
+"""The errors that a user can cause, one class for each kind.
 
 Each says what went wrong, what was seen, and the line that fixes it. The command line prints them without a
 traceback and exits with code 2; in Python they are ordinary exceptions under one base class.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 
 class MmneuronsError(Exception):
-    """Base of every error this package raises on purpose.
+    """The base of every error that this package raises on purpose.
 
     Args:
         what: One sentence that says what went wrong.
@@ -22,24 +22,24 @@ class MmneuronsError(Exception):
 
 
 class ImageError(MmneuronsError):
-    """A file or object that cannot be used as an image."""
+    """A file or an object cannot be used as an image."""
 
 
 class ModelError(MmneuronsError):
-    """A model that cannot be loaded, or whose structure cannot be told."""
+    """A model cannot be loaded, or its parts cannot be found."""
 
 
 class WordError(MmneuronsError):
-    """A word that cannot be scored: not in the caption, or not one the tokenizer can write."""
+    """A word cannot be scored: the caption does not have it, or the tokenizer cannot write it."""
 
 
 class FormatError(MmneuronsError):
-    """A saved file that this version cannot read."""
+    """A saved file cannot be read by this version."""
 
 
 class SettingError(MmneuronsError):
-    """A setting, or a pair of settings, that has no meaning."""
+    """A setting, or a pair of settings, has no meaning."""
 
 
 INSPECT_EXTRA = 'pip install "mmneurons[inspect]"'
-"""The line that brings plots and BERTScore."""
+"""The command that installs what plots and BERTScore need."""

@@ -1,4 +1,4 @@
-"""Files read with suspicion, and written whole or not at all."""
+"""Reading of files that nobody vouches for, and writing of files whole or not at all."""
 
 from __future__ import annotations
 
@@ -18,28 +18,30 @@ from mmneurons.errors import FormatError, SettingError
 T = TypeVar("T")
 
 DEEPEST = 200
-"""Levels of free-form JSON."""
+"""How many levels deep free-form JSON may be nested."""
 LARGEST = 2**28
-"""Bytes of a file of text: a hundred times what any command here writes."""
+"""The most bytes that a text file may have: a hundred times what any command here writes."""
 PACKAGE = Path(__file__).resolve().parent
-"""Nothing is ever written here."""
+"""The folder of the installed package; nothing is ever written in it."""
 
 
 def read_file(path: str | os.PathLike[str], *, limit: int = LARGEST) -> bytes:
-    """The bytes of a regular file of a sane size.
+    """Read the bytes of a regular file, unless it is larger than expected.
 
     Args:
         path: The file; a link to one is followed.
-        limit: Bytes: a larger file is refused before it is read.
+        limit: The most bytes that it may have: a larger file is refused before it is read.
 
     Raises:
         FormatError: no such file, one that may not be read, a folder, device or pipe, or a file that is too large.
     """
     try:
         with open(path, "rb", opener=_open_at_once) as file:
+            # The open file is asked, not its path: the path may lead to another file by now.
             facts = os.fstat(file.fileno())
             if not stat.S_ISREG(facts.st_mode):
                 raise FormatError(f"Cannot read {path}.", seen="It is no file, but a device or a pipe.")
+            # Bounded by the size just seen: a file that grows meanwhile is not read without end.
             content = file.read(facts.st_size + 1) if facts.st_size <= limit else b""
     except OSError as error:
         raise FormatError(f"Cannot read {path}.", seen=error.strerror or str(error)) from error
@@ -53,7 +55,7 @@ def read_file(path: str | os.PathLike[str], *, limit: int = LARGEST) -> bytes:
 
 
 def read_text(path: str | os.PathLike[str], *, limit: int = LARGEST) -> str:
-    """The text of a file in UTF-8, without the mark that some editors put before it.
+    """Read the text of a file in UTF-8, without the byte order mark that some editors put before it.
 
     Raises:
         FormatError: as `read_file`, or the file is not UTF-8.
@@ -66,12 +68,12 @@ def read_text(path: str | os.PathLike[str], *, limit: int = LARGEST) -> str:
 
 
 def decode_json(content: bytes | str, kind: type[T], name: str) -> T:
-    """JSON as typed data; nothing of another type, no NaN, no text that cannot be written.
+    """Decode JSON into typed data; refuse any other type, NaN, and text that is not valid Unicode.
 
     Args:
         content: The JSON.
-        kind: What it must be: a msgspec struct or a dataclass, or a type of these.
-        name: What it is, for the message: a path.
+        kind: The type that it must have: a msgspec struct or a dataclass, or a type made of these.
+        name: What the message calls it: a path.
 
     Raises:
         FormatError: it is not JSON, or not of this kind.
@@ -86,8 +88,9 @@ def check_facts(facts: Any, name: str) -> None:
     """Refuse free-form JSON that cannot be shown: nested very deeply, or with numbers of hundreds of digits.
 
     Raises:
-        FormatError: it is such.
+        FormatError: the JSON is such.
     """
+    # Level by level instead of by recursion: deep nesting must not reach Python's own limit.
     level = [facts]
     for _ in range(DEEPEST):
         if any(isinstance(value, int) and abs(value) >= 2**64 for value in level):
@@ -103,17 +106,17 @@ def check_facts(facts: Any, name: str) -> None:
 
 
 def _open_at_once(path: str, flags: int) -> int:
-    """Without waiting for the other end of a pipe."""
+    """Open a file without waiting for the other end of a pipe, which might never come."""
     return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
 
 
 def write_whole(path: str | os.PathLike[str], content: bytes) -> None:
-    """Write beside the file, then rename: a stop or a full disk leaves what was there before.
+    """Write a file beside its place, then rename it: a stop or a full disk leaves what was there before.
 
     A link stays a link, a file that is replaced keeps its mode, and a device or pipe is written to as it is.
 
     Raises:
-        SettingError: it cannot be written.
+        SettingError: the file cannot be written.
     """
     try:
         if _is_written_directly(path):
@@ -128,15 +131,17 @@ def check_writable(path: str | os.PathLike[str]) -> None:
     """Refuse a file that `write_whole` could not write, before anything is worked out; nothing is left behind.
 
     Raises:
-        SettingError: so.
+        SettingError: the file could not be written.
     """
     try:
+        # A pipe whose reader is not there yet would block here for ever without O_NONBLOCK.
         if _is_written_directly(path):
             os.close(os.open(path, os.O_WRONLY | getattr(os, "O_NONBLOCK", 0)))
             return
         target, folder = Path(os.path.realpath(path)), Path(path).parent
         with suppress(FileNotFoundError, NotADirectoryError):
             os.lstat(target)  # a name that is too long raises
+        # The commonest reasons first, each with its own remedy; the system's own word is left for the rest.
         if PACKAGE in target.parents:
             raise _unwritable(path, "It lies in the installed package.")
         if target.is_dir():
@@ -145,6 +150,7 @@ def check_writable(path: str | os.PathLike[str]) -> None:
             raise _unwritable(path, f"{folder} is a file.")
         if not target.parent.is_dir():
             raise _unwritable(path, f"There is no folder {folder}.", fix=f"Make it first: mkdir -p {folder}")
+        # Permissions tell only half: a read-only or full disk shows when a file is made.
         _probe(target.parent)
     except OSError as error:
         raise _unwritable(path, error.strerror or str(error)) from error
@@ -154,10 +160,11 @@ def check_folder(path: str | os.PathLike[str]) -> None:
     """Refuse a folder in which results could not be kept, before anything is worked out; it is not made yet.
 
     Raises:
-        SettingError: so.
+        SettingError: results could not be kept there.
     """
     folder = Path(os.path.realpath(path))
     try:
+        # The folder itself may be missing: then the nearest one above it decides whether it can be made.
         there = next(one for one in (folder, *folder.parents) if one.exists())
         if not there.is_dir():
             raise _unwritable(path, f"{there} is a file.", fix="Choose another folder.")
@@ -169,10 +176,14 @@ def check_folder(path: str | os.PathLike[str]) -> None:
 
 
 def check_apart(outputs: Iterable[str | os.PathLike[str]], inputs: Iterable[str | os.PathLike[str]]) -> None:
-    """Refuse a file to be written that is one to be read, or that is to be written twice, by whatever name.
+    """Refuse an output that is also an input, or that is named twice, whatever links or paths lead to it.
+
+    Args:
+        outputs: The files that are to be written.
+        inputs: The files that are to be read.
 
     Raises:
-        SettingError: so.
+        SettingError: a file would be overwritten.
     """
     taken = [(path, "is read") for path in inputs]
     for path in outputs:
@@ -183,17 +194,17 @@ def check_apart(outputs: Iterable[str | os.PathLike[str]], inputs: Iterable[str 
 
 
 def json_bytes(document: Any) -> bytes:
-    """A document as a file of JSON: UTF-8, and `?` for the bytes of a file name that are no text.
+    """Encode a document as a JSON file: UTF-8, with `?` for the bytes of a file name that are no text.
 
     Raises:
-        ValueError: it holds NaN or infinity.
+        ValueError: the document holds NaN or infinity.
     """
     text = json.dumps(document, ensure_ascii=False, indent=1, allow_nan=False)
     return f"{text}\n".encode("utf-8", "replace")
 
 
 def _is_written_directly(path: str | os.PathLike[str]) -> bool:
-    """A device, a pipe, or what a process holds open: a file in its place would be another thing."""
+    """Whether a path is a device, a pipe, or what a process holds open, which a renamed file must not replace."""
     if Path(path).absolute().is_relative_to("/dev") or Path(path).absolute().is_relative_to("/proc"):
         return True
     try:
@@ -204,6 +215,7 @@ def _is_written_directly(path: str | os.PathLike[str]) -> bool:
 
 
 def _replace(target: Path, content: bytes) -> None:
+    # In the same folder: a rename is atomic only within one file system.
     temporary = target.with_name(_temporary_name())
     try:
         temporary.write_bytes(content)
@@ -215,7 +227,7 @@ def _replace(target: Path, content: bytes) -> None:
 
 
 def _probe(folder: Path) -> None:
-    """Make a file and remove it."""
+    """Make a file in a folder and remove it, to see whether files can be made there."""
     temporary = folder / _temporary_name()
     try:
         temporary.touch(exist_ok=False)
@@ -224,7 +236,7 @@ def _probe(folder: Path) -> None:
 
 
 def _temporary_name() -> str:
-    """Short, whatever the file is called: its own name may be as long as the system allows."""
+    """A name for a temporary file, short because the file's own name may be as long as the system allows."""
     return f".{os.getpid()}-{secrets.token_hex(4)}.tmp"
 
 

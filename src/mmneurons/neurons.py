@@ -1,4 +1,4 @@
-"""What a neuron is called: `L23.u6012`, or `L23.e5.u6012` inside a mixture of experts."""
+"""The name of a neuron: `L23.u6012`, or `L23.e5.u6012` inside a mixture of experts."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ _NAME = re.compile(r"L([0-9]{1,9})(?:\.e([0-9]{1,9}))?\.u([0-9]{1,9})")
 class Neuron:
     """One column of the FFN output projection `w_out` of one block of the language model.
 
-    Ordered by (layer, index): the order in which equal scores are listed.
+    Neurons are ordered by (layer, index), the order in which equal scores are listed.
     """
 
     layer: int
-    """Block of the language model, counted from 0 at the embedding."""
+    """The block of the language model, counted from 0 at the embedding."""
     index: int
-    """Column of that block's `w_out`, counted from 0."""
+    """The column of that block's `w_out`, counted from 0."""
     expert: int | None = None
-    """Expert that the column belongs to; None in a dense FFN."""
+    """The expert that the column belongs to; None in a dense FFN."""
 
     def __lt__(self, other: Neuron) -> bool:
         return self._place < other._place
@@ -35,11 +35,12 @@ class Neuron:
 
     @property
     def _place(self) -> tuple[int, int, int]:
+        # None does not compare with numbers; a dense neuron sorts before those of experts.
         return self.layer, self.index, -1 if self.expert is None else self.expert
 
     @classmethod
     def parse(cls, name: str) -> Neuron:
-        """Read a name that `str()` wrote.
+        """Read a neuron from the name that `str()` gives it.
 
         Raises:
             SettingError: if `name` is not of that form.

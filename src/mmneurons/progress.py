@@ -1,12 +1,12 @@
-"""What long work tells of how far it is: one shape for all."""
+"""How long work reports its progress: one shape of callback for the whole package."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
 Progress = Callable[[str, float, int], None]
-"""Called with what is being done, how much of it is done, shares counted, and how much there is; 0: not known."""
+"""A callback, given the name of a stage, how much of it is done (in fractions, too), and the total; 0: not known."""
 
 
 def untold(stage: str, done: float, total: int) -> None:
-    """For whoever waits without looking."""
+    """Report nothing: the default callback, for callers who do not ask for progress."""

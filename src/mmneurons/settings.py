@@ -1,6 +1,7 @@
-"""What each verb can be told: a class for each, whose fields are its keyword arguments, its options and its provenance.
+"""The settings of each verb: one class, whose fields are its keyword arguments, its options and its provenance.
 
-A field's default, its bounds (`setting`) and the text below it are the only place where they are said.
+Here alone each field has its default, its bounds (`setting`) and its description: the text below it is the help of the
+command line.
 """
 
 from __future__ import annotations
@@ -20,28 +21,29 @@ if TYPE_CHECKING:
     from mmneurons.words import Tagger
 
 PROMPT = "Describe the image in few words."
-"""Asked unless the user asks something else (Pan et al., section 4)."""
+"""The prompt that is used unless the user gives another (Pan et al., section 4)."""
 ANSWER_PREFIX = "An image of"
 """The words an answer to `PROMPT` is made to begin with, so that nouns come first (Pan et al., section 4)."""
 MAX_NEW_TOKENS = 32
+"""The most tokens of an answer, unless the user says otherwise."""
 
 Score = Literal["logit", "logprob", "paper"]
 Method = Literal["selective", "closed_form", "optimised"]
 SCORES: tuple[Score, ...] = get_args(Score)
 METHODS: tuple[Method, ...] = get_args(Method)
 CHOICES: Mapping[str, tuple[str, ...]] = {"score": SCORES, "method": METHODS}
-"""By name of a field, what it can be."""
+"""The values that a field can take, by the name of the field."""
 Blocks = int | Literal["all"]
-"""So many of the last blocks, or all."""
+"""How many of the last blocks are meant, or all of them."""
 
 
 def setting(default: Any, *, at_least: float | None = None, option: str | None = None) -> Any:
-    """A field of a settings class.
+    """Declare a field of a settings class.
 
     Args:
-        default: Its value where nobody says another.
+        default: Its value where nobody gives another.
         at_least: The smallest number that has a meaning.
-        option: How the command line calls it, where that is not the field's own name.
+        option: The name of its option on the command line, where that is not the field's own name.
     """
     return field(default=default, metadata={"at_least": at_least, "option": option})
 
@@ -51,17 +53,18 @@ class Question:
     """What a model is asked about each image, how long its answer may be, and how many are asked at once.
 
     Raises:
-        SettingError: of this class and of those made of it: a value that has no meaning.
+        SettingError: a value has no meaning, here or in a class derived from this one.
     """
 
     prompt: str = PROMPT
-    """What the model is asked."""
+    """The question or instruction that the model is given with each image."""
     answer_prefix: str | None = None
-    """Words the answer begins with. Default: 'An image of' with the default prompt, none with another."""
+    """Words that the answer is made to begin with; the model goes on from them. Default: 'An image of' with the default
+    prompt, none with another."""
     max_new_tokens: int = setting(MAX_NEW_TOKENS, at_least=1)
-    """Stop an answer after this many tokens, if the model does not stop by itself."""
+    """Cut an answer off after this many tokens, if the model has not ended it by then."""
     batch_size: int = setting(8, at_least=1)
-    """How many prompts are asked at once, by models whose batches change nothing."""
+    """How many prompts the model is given at once; always 1 where a batch would change a model's answers."""
 
     def __post_init__(self) -> None:
         if not isinstance(self.prompt, str) or not isinstance(self.answer_prefix, str | None):  # pyright: ignore[reportUnnecessaryIsInstance]
@@ -74,24 +77,26 @@ class Question:
             self._check(one.name, getattr(self, one.name), one.metadata.get("at_least"))
 
     def _check(self, name: str, value: Any, at_least: float | None) -> None:
+        """Refuse a value that is none of the field's choices, or below its bound."""
         choices = CHOICES.get(name)
         if choices is not None and value not in choices:
             raise SettingError(f"There is no {name} '{value}'.", fix=f"Choose one of: {', '.join(choices)}.")
         if at_least is None or (name == "blocks" and value == "all"):
             return
+        # `not >=` instead of `<`: it refuses NaN, too.
         if not isinstance(value, int | float) or not value >= at_least:
             raise SettingError(f"'{name}' is {at_least:g} or more.", seen=f"{name}={value!r}")
 
     @property
     def question(self) -> Question:
-        """What the model is asked, without what else a verb is told."""
+        """The part of these settings that says what the model is asked."""
         return Question(self.prompt, self.answer_prefix, self.max_new_tokens, self.batch_size)
 
     @property
     def prefix(self) -> str:
-        """The words that the answer is made to begin with: those given; else the paper's, with the paper's prompt only.
+        """The words that the answer is made to begin with: those given, else the paper's with the paper's prompt.
 
-        Behind a question of one's own, "An image of" would turn the answer into something else.
+        After a question of the user's own, "An image of" would lead the answer away from the question.
         """
         if self.answer_prefix is not None:
             return self.answer_prefix
@@ -100,32 +105,33 @@ class Question:
 
 @dataclass(frozen=True)
 class FindSettings(Question):
-    """Which neurons `find` looks for, and what it tells of them."""
+    """Which neurons `find` looks for, and what it reports about them."""
 
     top: int = setting(10, at_least=1)
     """How many neurons are listed for each noun."""
     score: Score = "logit"
-    """How many logits of the word a neuron wrote (logit), how far it pushes log p of it, to first order (logprob), or
-    what the released code prints (paper); see docs/method.md."""
+    """How neurons are scored: by the logits of the noun that they wrote (logit), by how far they push its log
+    probability, to first order (logprob), or as in the paper's released code (paper); see docs/method.md."""
     words: str | Sequence[str] | None = setting(None, option="--word")
     """A word of the answer to explain instead of its nouns; repeatable."""
     token_ids: Sequence[int] | None = None
-    """Tokens of the answer to explain instead of its nouns, each wherever it was said."""
+    """Token ids of the answer to explain instead of its nouns, each wherever it was said."""
     against: str | None = None
-    """Score why the noun rather than this word. A noun that is this word is left out."""
+    """Another word: the scores then say why the model said the noun rather than this word. Nouns that are this word are
+    left out."""
     maps: bool = False
-    """Also show where in the image the neurons look: one more prefill."""
+    """Also show where in the image the neurons are active; this takes a second pass over the prompt."""
     blank: bool = False
-    """Also show what is lost with a blank image: one more pass over the answer."""
+    """Also show how much of each score is lost with a blank image; this takes a second pass over the answer."""
     tagger: Tagger | None = None
-    """What tells the nouns, such as `mmneurons.words.SpacyTagger("zh_core_web_sm")`; None: HanTa, in English, German
-    and Dutch. In another language an answer then has no nouns, and a note says so."""
+    """The tagger that finds the nouns, such as `mmneurons.words.SpacyTagger("zh_core_web_sm")`; None: HanTa, for
+    English, German and Dutch. In another language an answer then has no nouns, and a note says so."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.words is not None and self.token_ids is not None:
             raise SettingError("Ask for words or for tokens, not both.", fix="find(vlm, image, words=[...])")
-        # One word is a list of one, none at all are the nouns; and what is recorded cannot change.
+        # A single word is a list of one; an empty list means the nouns, like None. Tuples, as settings do not change.
         words = (self.words,) if isinstance(self.words, str) else tuple(self.words or ()) or None
         object.__setattr__(self, "words", words)
         object.__setattr__(self, "token_ids", None if self.token_ids is None else tuple(self.token_ids))
@@ -136,20 +142,21 @@ class EditSettings(Question):
     """How `edit` makes a patch."""
 
     method: Method = "selective"
-    """A change that spares what the reference shares (selective), the smallest one (closed_form), or by gradients
-    (optimised); see docs/edit.md."""
+    """How the change is found: in closed form, sparing what the reference answers rely on (selective), as the smallest
+    change in closed form (closed_form), or by gradient descent (optimised); see docs/edit.md."""
     top: int = setting(400, at_least=1)
-    """How many columns the edit moves: those that write most of SOURCE."""
+    """How many columns the edit moves: the ones that contribute most to SOURCE."""
     blocks: Blocks = setting(1, at_least=1)
     """Take the columns from this many of the last blocks, or from all."""
     ridge: float = setting(0.005, at_least=0)
-    """How near the selective change is to the smallest one: 0 spares most."""
+    """Strength of the regularisation of the selective change: 0 spares the reference most, larger values come nearer to
+    the smallest change."""
     wordings: tuple[str, ...] = setting((), option="--wording")
-    """Another prompt under which the edit shall hold; repeatable."""
+    """Another prompt under which the edit is to hold as well; repeatable."""
 
     @property
     def questions(self) -> list[Question]:
-        """What the model is asked, one for each prompt."""
+        """The questions that the model is asked about each image: one for each prompt, `prompt` first."""
         first = self.question
         return [first, *(replace(first, prompt=prompt) for prompt in self.wordings)]
 
@@ -159,11 +166,11 @@ class InspectSettings(Question):
     """How `inspect` ranks neurons."""
 
     score: Score = "logit"
-    """By which of `find`'s scores neurons are ranked; see docs/method.md."""
+    """The score of `find` by which neurons are ranked; see docs/method.md."""
     top: int = setting(10, at_least=1)
-    """How many top neurons of each noun are tested (sensitivity)."""
+    """How many top neurons of each noun are tested (sensitivity only)."""
     seed: int = 0
-    """Of noise, random neurons and shuffled patches."""
+    """Seed of the noise, the random neurons and the shuffled patches."""
 
 
 @dataclass(frozen=True)
@@ -171,23 +178,24 @@ class DehallucinateSettings(Question):
     """How `dehallucinate` makes a patch."""
 
     say: str = "thing"
-    """The word that comes where the model declines, one token."""
+    """The word, one token, that the model learns to say where it declines to name an object."""
     payoff: float = setting(4.0, at_least=1.01)
-    """It comes where the best guess is right with less than 1 / payoff."""
+    """How much a right guess is worth: the model declines where its best guess is right with a probability below
+    1 / payoff."""
     top: int = setting(1000, at_least=1)
-    """How many columns the edit moves: those along which the loss falls most steeply."""
+    """How many columns the edit moves: the ones along which the loss falls most steeply."""
     blocks: Blocks = setting("all", at_least=1)
     """Take the columns from this many of the last blocks, or from all."""
     rank: int = setting(32, at_least=1)
-    """How many shared directions the columns move along."""
+    """How many directions the columns move along; all columns share them (the rank of the change)."""
     steps: int = setting(900, at_least=1)
-    """Steps of gradient descent, at most."""
+    """The most steps of gradient descent."""
     questions: int = setting(2000, at_least=0)
-    """Of how many images it is asked as well whether something is there; these answers are to stay as they are."""
+    """The number of images about which yes-or-no questions are asked as well, whose answers are to stay as they are."""
 
 
 class QuestionOptions(TypedDict, total=False):
-    """Keyword arguments of what asks a model: the fields of `Question`."""
+    """Keyword arguments of every function that asks a model: the fields of `Question`."""
 
     prompt: str
     answer_prefix: str | None
@@ -242,19 +250,20 @@ Kind = TypeVar("Kind", bound=Question)
 
 
 def settled(kind: type[Kind], settings: Kind | None, options: Mapping[str, Any]) -> Kind:
-    """The settings given, or the defaults, with the options given put over them.
+    """Combine settings with keyword arguments: the settings given, or the defaults, with the options put over them.
 
     Raises:
-        SettingError: a value that has no meaning.
-        TypeError: an option that there is not.
+        SettingError: a value has no meaning.
+        TypeError: there is no such option.
     """
     return replace(settings, **options) if settings is not None else kind(**options)
 
 
 @cache
 def descriptions(kind: type[Question]) -> dict[str, str]:
-    """By name of a field the text below it, of a settings class and of those that it is made of."""
+    """Read the text below each field, by the field's name, from the source of a settings class and its bases."""
     found: dict[str, str] = {}
+    # Bases first, so that a class can describe an inherited field anew. Python itself drops the text below a field.
     for one in reversed(kind.__mro__[:-1]):
         (tree,) = ast.parse(dedent(inspect.getsource(one))).body
         body = cast("ast.ClassDef", tree).body
