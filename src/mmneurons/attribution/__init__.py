@@ -1,1 +1,1 @@
-"""The ways to find neurons that `find` is compared with, ablation, and matched controls."""
+"""Other ways to score neurons, to compare `find` with; ablation of neurons; and matched random neurons as controls."""

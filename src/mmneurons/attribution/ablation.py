@@ -1,8 +1,8 @@
-"""What would the model have said next, had some neurons been silent? Many such questions in few short passes.
+"""Ablation: the model's next token with some neurons silenced (zero-ablated), for many sets of neurons in few passes.
 
-One answer is generated; at the steps asked for, what enters every block is kept, and the key-value cache of everything
-before. A question about neurons then runs the blocks from theirs upwards, for one position only, a row for each set of
-neurons: the prompt, and the blocks below, are never run again.
+One answer is generated. At the steps asked for, what enters every block is kept, with the key-value cache of all that
+came before. Each set of neurons is then one row of a batch that runs the blocks from theirs upwards, for one position
+only: the prompt, and the blocks below, are never run again.
 """
 
 from __future__ import annotations
@@ -32,49 +32,53 @@ from mmneurons.vlm.vlm import VLM, Answers, Inputs
 
 @dataclass(frozen=True, eq=False)
 class Effects:
-    """What silence does, for each set of neurons: how far the token falls; float32, on the CPU."""
+    """The effect of ablating each set of neurons: how far the token falls; float32, on the CPU, positive for a fall."""
 
     logit: Float[Tensor, "sets"]
+    """The fall of the token's logit."""
     logprob: Float[Tensor, "sets"]
+    """The fall of its log probability, in nats."""
 
 
 @dataclass(eq=False)
 class Replay:
     """One step of an answer, ready to be run again from any block upwards.
 
-    Neurons are counted in slots, FFN after FFN, as `Trace` counts them: of experts, those asked at this position.
+    Neurons are counted in slots, FFN after FFN, as `Trace` counts them: of a mixture of experts, only the neurons of
+    the experts that were asked at this position have slots.
     """
 
     anatomy: Anatomy
     token_id: int
-    """What the model said here."""
+    """The token that the model generated at this step."""
     logits: Float[Tensor, "vocab"]
-    """As the model's blocks gave them, float32."""
+    """The logits of this step, from the residual stream as the model's blocks left it, float32."""
     activations: list[Float[Tensor, "slots"]]
-    """Per FFN, what enters `w_out`, float32 (before the gate of shared experts)."""
+    """For each FFN the activations, the input of `w_out`, float32 (before the gate of shared experts)."""
     experts: list[Int[Tensor, "k"] | None]
-    """Per FFN: the experts that the slots belong to."""
+    """For each FFN the experts that the slots belong to; None where it is dense."""
     _calls: list[tuple[tuple, dict[str, Any]]]
-    """What each block was called with."""
+    """For each block the arguments that it was called with."""
 
     @cached_property
     def slot_starts(self) -> Int[Tensor, "ffns"]:
-        """Where each FFN's slots begin when all are laid end to end."""
+        """The first slot of each FFN, when the slots of all FFNs are laid end to end."""
         return torch.tensor([0, *(len(part) for part in self.activations)]).cumsum(0)[:-1]
 
     @property
     def n_slots(self) -> int:
-        """Of all FFNs together."""
+        """The number of slots of all FFNs together."""
         return sum(len(part) for part in self.activations)
 
     def place(self, slot: int) -> tuple[int, int]:
-        """The FFN that a slot is of, and its neuron there, counted through all experts."""
+        """The FFN that a slot belongs to, and the neuron's number there, counted through all experts."""
         i = int(torch.bucketize(torch.tensor(slot), self.slot_starts, right=True)) - 1
+        # Slots count only the experts asked, one after the other; the neuron's number counts all experts of the FFN.
         of, inside, width = self.experts[i], slot - int(self.slot_starts[i]), self.anatomy.ffns[i].n_neurons
         return i, inside if of is None else int(of[inside // width]) * width + inside % width
 
     def neuron(self, slot: int) -> Neuron:
-        """Which neuron a slot is."""
+        """The neuron that a slot stands for."""
         i, neuron = self.place(slot)
         return self.anatomy.ffns[i].neuron(neuron)
 
@@ -85,12 +89,12 @@ class Replay:
         *,
         batch_size: int = 256,
     ) -> Float[Tensor, "sets vocab"]:
-        """Logits of the next token with each set of neurons silent at this position.
+        """Compute the logits of the next token with each set of neurons ablated at this position.
 
         Args:
-            sets: Slots; each set is a question of its own.
+            sets: Sets of slots; each set is ablated by itself.
             values: What activations are set to, for all slots, instead of zero: for mean ablation.
-            batch_size: How many questions are run at once.
+            batch_size: How many sets are run at once.
 
         Returns:
             float32, on the CPU.
@@ -108,13 +112,16 @@ class Replay:
         batch_size: int = 256,
         progress: Callable[[int], None] | None = None,
     ) -> Effects:
-        """How far the token's log probability and logit fall with each set silent.
+        """Compute how far the token's logit and log probability fall with each set of neurons ablated.
 
         Args:
-            sets: Slots; each set is a question of its own.
-            values: What activations are set to instead of zero.
-            batch_size: How many questions are run at once.
-            progress: Called with the number of questions answered after each pass.
+            sets: Sets of slots; each set is ablated by itself.
+            values: What activations are set to, for all slots, instead of zero: for mean ablation.
+            batch_size: How many sets are run at once.
+            progress: Called after each pass with the number of sets that are done.
+
+        Returns:
+            One number for each set; 0 for an empty set.
         """
         logit, logprob = torch.empty(len(sets), dtype=torch.float32), torch.empty(len(sets), dtype=torch.float64)
         done = 0
@@ -124,43 +131,48 @@ class Replay:
             done += len(rows)
             if progress is not None:
                 progress(done)
-        # Against the same blocks run again, so that an empty set has no effect to the last bit.
+        # Compared with the same blocks run again, not with the logits of generation, which differ by rounding.
         return Effects(self.base[self.token_id] - logit, (log_p(self.base, self.token_id) - logprob).float())
 
     @cached_property
     def base(self) -> Float[Tensor, "vocab"]:
-        """The logits of the blocks run again as they were."""
+        """The logits of the blocks run again with nothing ablated: what effects are compared with."""
         return self.without([torch.tensor([], dtype=torch.long)])[0]
 
     def _answers(
         self, sets: Sequence[Int[Tensor, "_"]], values: Float[Tensor, "slots"] | None, batch_size: int
     ) -> Iterator[tuple[Int[Tensor, "rows"], Float[Tensor, "rows vocab"]]]:
-        """Logits of some of the sets at a time: those whose lowest block is the same, so that none below is run."""
+        """Yield the numbers and the logits of some sets at a time, those that share their lowest block.
+
+        No block below that one is run. An empty set runs the last block alone.
+        """
         places = [self._places(slots) for slots in sets]
         last = len(self.anatomy.blocks) - 1
         lowest = [min((self.anatomy.ffns[i].layer for i in place), default=last) for place in places]
+        # groupby joins neighbours only: sets are sorted by their lowest block first, and come back out of order.
         for layer, group in groupby(sorted(range(len(sets)), key=lowest.__getitem__), key=lowest.__getitem__):
             for rows in torch.tensor(list(group)).split(batch_size):
                 yield rows, self._silent(layer, [places[row] for row in rows.tolist()], values)
 
     def _places(self, slots: Int[Tensor, "_"]) -> dict[int, Int[Tensor, "_"]]:
-        """Slots by FFN, counted inside it."""
+        """The slots of one set by the number of their FFN, counted from the FFN's own first slot."""
         slots = slots.cpu()
         ffns = torch.bucketize(slots, self.slot_starts, right=True) - 1
         return {i: slots[ffns == i] - self.slot_starts[i] for i in ffns.unique().tolist()}
 
     def gradients(self, layer: int | None = None, scales: Float[Tensor, "n"] | None = None) -> Float[Tensor, "slots"]:
-        """Derivatives of the token's log probability by the activations at this position.
+        """Compute the derivatives of the token's log probability by the activations at this position.
 
         Args:
             layer: All activations of this block are multiplied by each of `scales`, and its derivatives averaged over
                 them (integrated gradients); those of other blocks are zero. None: all blocks, as they are.
-            scales: Numbers from 0 to 1.
+            scales: Numbers from 0 to 1, a row of the batch for each; None: 1 alone.
 
         Returns:
             float32, on the CPU.
         """
         scales = torch.ones(1, dtype=torch.float32) if scales is None else scales
+        # Zeros are added to the activations: the derivative by what is added is the derivative by the activation.
         asked = [i for i, ffn in enumerate(self.anatomy.ffns) if layer is None or ffn.layer == layer]
         added = {
             i: torch.zeros(len(scales), len(self.activations[i]), requires_grad=True, dtype=torch.float32)
@@ -170,6 +182,7 @@ class Replay:
         with torch.enable_grad(), torch.autograd.graph.allow_mutation_on_saved_tensors():
             changes = [partial(self._raise, i, values, scales) for i, values in added.items()]
             logits = self._run(layer or 0, len(scales), changes, grad=True)
+            # Rows do not read one another, so that the gradient of the sum holds the gradient of each row.
             total = log_p(logits, self.token_id).sum()
             found = dict(zip(added, torch.autograd.grad(total, list(added.values())), strict=True))
         zeros = (torch.zeros(len(part), dtype=torch.float32) for part in self.activations)
@@ -178,7 +191,8 @@ class Replay:
     def _silent(
         self, layer: int, places: list[dict[int, Int[Tensor, "_"]]], values: Float[Tensor, "slots"] | None
     ) -> Float[Tensor, "rows vocab"]:
-        """Logits of a row for each of `places`, whose neurons are silent; all of them lie in block `layer` or above."""
+        """Compute one row of logits for each of `places`, whose neurons are ablated; none lies below block `layer`."""
+        # One hook for each FFN in question, with a mask of its slots for each row: rows ablate different neurons.
         changes = []
         for i in sorted({i for place in places for i in place}):
             silent = torch.zeros(len(places), len(self.activations[i]), dtype=torch.bool)
@@ -194,7 +208,11 @@ class Replay:
     def _run(
         self, layer: int, n_rows: int, changes: Sequence[Callable[[], RemovableHandle]], *, grad: bool = False
     ) -> Float[Tensor, "rows vocab"]:
-        """Logits of the blocks from `layer` on; each of `changes` sets a hook on an FFN, removed afterwards."""
+        """Run the blocks from `layer` on and compute the logits; each of `changes` sets a hook on an FFN for this run.
+
+        The blocks are called with what was kept, repeated for `n_rows`; each is given the output of the one before.
+        """
+        # One memory of what blocks share, such as the cache: it is widened once, and every block writes into that one.
         shared: dict[int, Any] = {}
         # The norm before the head can be the last one of the last block (post-LN): then it has run already.
         entered: list[Tensor] = []
@@ -204,6 +222,7 @@ class Replay:
             for k in range(layer, len(self.anatomy.blocks)):
                 args, kwargs = self._calls[k]
                 args, kwargs = repeated(args, n_rows, shared), repeated(kwargs, n_rows, shared)
+                # The first block that runs keeps its own input; the others get the residual stream, by place or name.
                 if hidden is not None and args:
                     args = (hidden, *args[1:])
                 elif hidden is not None:
@@ -213,18 +232,22 @@ class Replay:
         return self.anatomy.logits((entered or [hidden])[-1][:, -1], grad=grad)
 
     def _silence(self, i: int, silent: Bool[Tensor, "rows slots"], values: Tensor | None) -> RemovableHandle:
-        """A hook on one FFN that sets the activations of some neurons, others in each row, at the last position."""
+        """Set a hook on one FFN that sets the activations of some neurons, others in each row, at the last position."""
         ffn, n_rows = self.anatomy.ffns[i], len(silent)
+        # A dense FFN: the activations are the input of w_out itself, and are changed before it reads them.
         if ffn.n_experts is None:
 
             def dense(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
                 given = args[0].clone()
+                # Some models flatten rows and positions into one axis here. A view: what `last` is given, `given` has.
                 last = given.view(n_rows, -1, given.shape[-1])[:, -1]
                 new = torch.zeros_like(last) if values is None else values.to(last).expand_as(last)
                 last.copy_(torch.where(silent.to(last.device), new, last))
                 return given, *args[1:]
 
             return ffn.module.register_forward_pre_hook(dense)
+        # Fused experts: no module takes their activations as its input. What the neurons write is worked out here, and
+        # the difference is added to the module's output: (new - old activation) times the column, for each neuron.
         of = self.experts[i]
         assert of is not None
         slots = torch.nonzero(silent.any(0)).squeeze(1)
@@ -241,6 +264,7 @@ class Replay:
             device = output.device
             fired = experts.activations(module, last)
             fired = experts.of_neurons(fired, last.experts, chosen.to(device), width)[:, 0].float()
+            # Ablation below can change whom the router asks: of an expert that a row does not ask, no neuron writes.
             asked = (last.experts[:, 0, :, None] == chosen.to(device) // width).any(1)
             new = 0.0 if values is None else values[slots].to(device) * asked
             change = ((new - fired) * mine.to(device))[..., None] * columns.to(device)  # rows, chosen, hidden
@@ -256,7 +280,10 @@ class Replay:
         return ffn.module.register_forward_hook(fused, with_kwargs=True)
 
     def _raise(self, i: int, added: Float[Tensor, "rows slots"], scales: Float[Tensor, "rows"]) -> RemovableHandle:
-        """A hook on one FFN that multiplies its activations by `scales` and adds `added`, at the last position."""
+        """Set a hook on one FFN that multiplies its activations by `scales` and adds `added`, at the last position.
+
+        Nothing is written in place, so that autograd can follow.
+        """
         ffn, n_rows, of = self.anatomy.ffns[i], len(scales), self.experts[i]
         if of is None:
 
@@ -266,14 +293,17 @@ class Replay:
                 return torch.cat([given[:, :-1], last[:, None]], dim=1).view(args[0].shape), *args[1:]
 
             return ffn.module.register_forward_pre_hook(dense)
+        # Fused experts, as in `_silence`: the output is changed, by the columns of the experts asked (hidden, slots).
         columns = torch.cat([weights.dense(ffn.module, int(expert)).float() for expert in of], dim=1)
         fired = self.activations[i]
 
         def fused(module: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> Tensor:
             change = (fired * (scales - 1)[:, None] + added).to(output.device) @ columns.T.to(output.device)
-            # Of an answer of each expert to each token the first carries it: they are added up.
+            # Where the module returns every expert's output for every token, they are added up later: the first
+            # expert's output carries the whole change.
             copies = int(ffn.n_experts or 1) if len(args) + len(kwargs) == 1 else 1
             rows = output.reshape(copies, n_rows, -1, output.shape[-1])
+            # Padded with zeros to (copies, rows, positions, hidden): only the first copy's last position changes.
             before = (0, 0, rows.shape[2] - 1, 0, 0, 0, 0, copies - 1)
             return (rows + torch.nn.functional.pad(change[None, :, None], before).to(rows.dtype)).view(output.shape)
 
@@ -281,9 +311,9 @@ class Replay:
 
 
 def log_p(logits: Float[Tensor, "*n vocab"], token_id: int) -> Float[Tensor, "*n"]:
-    """Log probability of one token, float64: as exact where p is close to 1 as elsewhere.
+    """Compute the log probability of one token, float64, as exact where p is close to 1 as elsewhere.
 
-    A logarithm of a softmax in float32 cannot tell 0.9999999 from 1; the odds against the token are exact.
+    A softmax in float32 cannot tell 0.9999999 from 1. Here log p = -log(1 + odds against the token), by `log1p`.
     """
     others = logits.to(torch.float64, copy=True)
     own = others[..., token_id].clone()
@@ -295,9 +325,11 @@ class Kept(NamedTuple):
     """One answer, what was recorded while it was generated, and some of its steps to be run again."""
 
     answers: Answers
-    """Up to the last of the steps."""
+    """The answer, up to the last of the steps."""
     recording: Recording
+    """What was recorded at every step up to there."""
     replays: list[Replay]
+    """One for each of the steps, in the order asked for."""
 
 
 def replays(vlm: VLM, inputs: Inputs, steps: Sequence[int], *, gates: bool = False) -> Kept:
@@ -306,13 +338,14 @@ def replays(vlm: VLM, inputs: Inputs, steps: Sequence[int], *, gates: bool = Fal
     Args:
         vlm: The model.
         inputs: One encoded prompt (one row), from `VLM.encode`.
-        steps: Which generated tokens, counted from 0.
+        steps: The generated tokens that are to be run again, counted from 0.
         gates: Also record the outputs of the activation functions alone.
 
     Raises:
         ModelError: if the answer ends before a step, or the blocks, called again, do not give what they gave.
     """
     anatomy = vlm.anatomy
+    # What blocks are called with is caught while the answer is generated, in the same pass that records activations.
     catcher = Catcher(set(steps))
     catching = (
         partial(block.module.register_forward_pre_hook, catcher.hook(layer), with_kwargs=True)
@@ -333,19 +366,21 @@ def replays(vlm: VLM, inputs: Inputs, steps: Sequence[int], *, gates: bool = Fal
             [_own(parts[step]) if parts else None for parts in recording.experts],
             catcher.caught[step],
         )
+        # A block that reads more than its arguments (a state of its own, a global) would give wrong effects unnoticed.
         _check(replay, tolerance(vlm))
         made.append(replay)
     return Kept(answers, recording, made)
 
 
 def _own(recorded: Tensor) -> Tensor:
-    """The last position of the one row, on the CPU, as a tensor that autograd takes."""
+    """Copy the last position of the one row to the CPU: autograd refuses tensors of inference mode, a copy it takes."""
     return recorded[0, -1].cpu().clone()
 
 
 def _check(replay: Replay, limit: float) -> None:
-    """Refuse a model whose blocks do more than their arguments say."""
+    """Refuse a model whose blocks, called again with the same arguments, do not give the same logits."""
     again = replay._silent(0, [{}], None)[0].cpu()
+    # Tokens that are never said have a logit near the smallest float32: next to those any error would look small.
     known = replay.logits > torch.finfo(torch.float32).min / 2
     error = (again - replay.logits)[known].abs().max() / replay.logits[known].abs().max()
     if not error < limit:

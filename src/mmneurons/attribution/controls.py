@@ -1,8 +1,8 @@
-"""Random neurons to compare with: of the same blocks, and together as loud as those that they stand for.
+"""Matched random neurons, as controls: of the same blocks as some chosen neurons, and together as loud.
 
-What neurons do to the stream goes with how much they write, and top neurons are among the loudest of their blocks: as
-many others cannot be as loud. So a stand-in set may hold more neurons than the set that it stands for; where even all
-others are too quiet, `Matched.loudness` says how far they fall short.
+What neurons do to the residual stream goes with how much they write, and top neurons are among the loudest of their
+blocks: the same number of others cannot be as loud. So a matched set may hold more neurons than the set that it stands
+for; where even all others together are too quiet, `Matched.loudness` says how far they fall short.
 """
 
 from __future__ import annotations
@@ -20,30 +20,30 @@ from mmneurons.vlm import weights
 from mmneurons.vlm.anatomy.parts import Anatomy
 
 NEAREST = 20
-"""A stand-in is drawn from this many neurons of the block that are nearest in loudness."""
+"""A random neuron is drawn from this many of its block that are nearest in loudness to the one it stands for."""
 TOLERANCE = 0.02
-"""How far the loudness of a stand-in set may be from that of what it stands for, as a share of it."""
+"""How far the loudness of a matched set may be from that of the chosen neurons, as a share of it."""
 DRAWS = 20
-"""Stand-in sets of one set of neurons."""
+"""How many matched sets are drawn for one set of neurons."""
 
 
 @dataclass(frozen=True, eq=False)
 class Matched:
-    """Sets of random neurons that stand for one set."""
+    """The sets of random neurons that are matched to one set of chosen neurons."""
 
     sets: list[Int[Tensor, "_"]]
-    """Slots."""
+    """The slots of each set."""
     loudness: float
-    """Of a set over that of what it stands for, mean over sets: 1 within `TOLERANCE` where the blocks allow it."""
+    """Loudness of a set over that of the chosen neurons, mean over sets: 1 within `TOLERANCE` where blocks allow it."""
 
     @property
     def n_neurons(self) -> float:
-        """In a set, mean."""
+        """How many neurons a set holds, mean over sets."""
         return sum(map(len, self.sets)) / len(self.sets)
 
 
 def column_norms(anatomy: Anatomy) -> list[Float[Tensor, "neurons"]]:
-    """Length of each column of each FFN, those of experts one after the other; float32, on the CPU."""
+    """Compute the length of each column of each FFN, expert after expert; float32, on the CPU."""
     norms = []
     for ffn in anatomy.ffns:
         experts = [None] if ffn.n_experts is None else range(ffn.n_experts)
@@ -57,16 +57,19 @@ def loudness(
     experts: Sequence[Int[Tensor, "_"] | None],
     norms: Sequence[Float[Tensor, "neurons"]],
 ) -> Float[Tensor, "slots"]:
-    """|activation| * |column| of each slot: how much it writes.
+    """Compute how loud each slot is: |activation| * |column|, the length of what it writes.
 
     Args:
-        activations: Of each FFN's slots at one position.
-        experts: Per FFN: the experts that the slots belong to.
-        norms: From `column_norms`.
+        activations: For each FFN the activations of its slots at one position.
+        experts: For each FFN the experts that the slots belong to; None where it is dense.
+        norms: The lengths of all columns, from `column_norms`.
+
+    Returns:
+        Not negative, the slots of all FFNs end to end.
     """
     found = []
     for fired, of, norm in zip(activations, experts, norms, strict=True):
-        if of is not None:
+        if of is not None:  # only the experts asked have slots: their columns alone, in the order of the slots
             norm = norm.view(-1, len(fired) // len(of))[of].flatten()
         found.append(fired.abs() * norm)
     return torch.cat(found)
@@ -81,18 +84,19 @@ def matched(
     *,
     as_many: bool = False,
 ) -> Matched:
-    """Sets of random neurons like `chosen`: of each FFN as much loudness, none of them in `chosen`, none twice.
+    """Draw sets of random neurons to compare `chosen` with: as loud in each FFN, none of them chosen, none twice.
 
     For each neuron chosen, the loudest first, one of its FFN is drawn among the nearest in loudness; then more, until
     the set is as loud. None of them may exceed what is still missing.
 
     Args:
-        slot_starts: Where the slots of each FFN begin.
-        loud: Of each slot, from `loudness`.
-        chosen: Slots.
-        draws: How many sets.
+        slot_starts: The first slot of each FFN.
+        loud: The loudness of each slot, from `loudness`.
+        chosen: The slots of the neurons that are to be compared.
+        draws: How many sets are drawn.
         seed: The same seed gives the same sets.
-        as_many: One for each neuron chosen, however loud they are together: for what is a mean over neurons.
+        as_many: Draw one neuron for each one chosen, however loud they are together: for figures that are means over
+            neurons.
     """
     chance = random.Random(seed)
     ends = [*slot_starts[1:].tolist(), len(loud)]
@@ -100,6 +104,7 @@ def matched(
     sets: list[list[int]] = [[] for _ in range(draws)]
     for i in ffns.unique().tolist():
         mine = chosen[ffns == i]
+        # Every set is drawn from the same list, sorted by loudness so that neighbours in it are alike.
         free = torch.arange(int(slot_starts[i]), ends[i])
         free = free[~torch.isin(free, mine)]
         free = free[loud[free].argsort(stable=True)]
@@ -115,7 +120,7 @@ def matched(
 def _stand_ins(
     free: list[int], louds: list[float], wanted: list[float], chance: random.Random, *, as_many: bool
 ) -> list[int]:
-    """Some of `free`, which is sorted by its loudness `louds`, as loud (or as many) as `wanted`, which falls."""
+    """Draw some of `free`, sorted by rising loudness `louds`, as loud (or as many) as `wanted`, sorted by falling."""
     total = missing = sum(wanted)
     drawn: list[int] = []
     while len(drawn) < len(wanted) if as_many else missing > TOLERANCE * total:
@@ -123,6 +128,7 @@ def _stand_ins(
         if not n:
             break
         aim = wanted[len(drawn)] if len(drawn) < len(wanted) else missing
+        # The window of the NEAREST neurons around the loudness aimed at, moved so that it lies within the first n.
         low = max(0, min(bisect_left(louds, aim) - NEAREST // 2, n - NEAREST))
         place = low + int(chance.random() * (min(n, low + NEAREST) - low))
         drawn.append(free.pop(place))

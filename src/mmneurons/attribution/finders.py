@@ -1,4 +1,4 @@
-"""Other ways to find neurons, in the place of `find`'s scores: same image, same nouns, same neurons.
+"""Other ways to score neurons, to compare `find` with: same image, same nouns, same neurons.
 
 | finder | score of a neuron |
 | --- | --- |
@@ -33,18 +33,21 @@ from mmneurons.words import Word
 Finder = Literal["logit", "logprob", "paper", "activation", "gradient", "integrated", "random"]
 FINDERS: tuple[Finder, ...] = get_args(Finder)
 INTEGRATION_STEPS = 20
+"""At how many scales of the activations the gradient is averaged by `integrated`."""
 
 
 @dataclass(frozen=True, eq=False)
 class FinderScores:
-    """One noun of an answer, and what each finder says of every neuron there."""
+    """One noun of an answer, and the score that each finder gives to every neuron there."""
 
     word: Word
+    """The noun, and the generated tokens that wrote it."""
     caption: str
+    """The whole answer that it stands in."""
     replay: Replay
     """The step that wrote the noun's first token, to be run again without neurons."""
     scores: dict[Finder, Float[Tensor, "slots"]]
-    """float32, on the CPU; slots as `Replay` counts them."""
+    """For each finder a score of each slot, as `Replay` counts them; float32, on the CPU."""
 
 
 @by_one_thread
@@ -57,18 +60,18 @@ def finder_scores(
     seed: int = 0,
     question: Question = Question(),
 ) -> list[FinderScores]:
-    """Let the model answer, and every finder score all neurons for each noun of the answer.
+    """Let the model answer, and let every finder score all neurons for each noun of the answer.
 
     Args:
         vlm: The model, from `load`.
         image: A path, PIL image or array.
-        finders: Which; see the table above.
+        finders: The finders to use; see the table of this module.
         words: Words of the answer to explain instead of its nouns; those that are not in it are left out.
-        seed: Of `random`.
+        seed: The seed of the finder `random`.
         question: What the model is asked.
 
     Returns:
-        One entry for each noun; none if there is none.
+        One entry for each noun; an empty list if the answer has none.
 
     Raises:
         SettingError: there is no such finder.
@@ -77,18 +80,21 @@ def finder_scores(
     unknown = [finder for finder in finders if finder not in FINDERS]
     if unknown:
         raise SettingError(f"There is no finder '{unknown[0]}'.", fix=f"Choose of: {', '.join(FINDERS)}.")
+    # 1. The answer and its nouns: without any there is nothing to record.
     choices = FindSettings(**asdict(question), top=1, words=words)
     (batch,) = ask(vlm, [image], question)
     inputs, answers = batch.inputs, batch.answers
     targets = targets_of(vlm, answers, 0, choices)
     if not targets:
         return []
+    # 2. The same answer, generated once more up to its last noun, with what ablation and gradients need.
     kept = replays(vlm, inputs, [target.step for target in targets], gates="paper" in finders)
     by_score: dict[str, Tensor] = {
         score: score_targets(vlm, kept.recording, kept.answers, targets, replace(choices, score=score)).scores.cpu()
         for score in SCORES
         if score in finders
     }
+    # 3. All finders, noun by noun; one stream of random numbers, so that each noun has others.
     random = torch.Generator().manual_seed(seed)
     return [
         FinderScores(
@@ -104,6 +110,7 @@ def finder_scores(
 def _scores(
     finder: Finder, replay: Replay, by_score: Mapping[str, Tensor], i: int, random: torch.Generator
 ) -> Float[Tensor, "slots"]:
+    """Compute the scores that one finder gives to all slots for noun number `i`."""
     if finder in SCORES:
         return by_score[finder][i]
     fired = torch.cat(replay.activations)
@@ -112,6 +119,8 @@ def _scores(
     if finder == "gradient":
         return replay.gradients() * fired
     if finder == "integrated":
+        # The integral from 0 to the activations, by the midpoint rule, block by block; each block's gradients are zero
+        # in the slots of the others, so that the sum puts them side by side.
         midpoints = (torch.arange(INTEGRATION_STEPS, dtype=torch.float32) + 0.5) / INTEGRATION_STEPS
         layers = sorted({ffn.layer for ffn in replay.anatomy.ffns})
         return torch.stack([replay.gradients(layer, midpoints) for layer in layers]).sum(0) * fired
