@@ -1,1 +1,1 @@
-"""Pure functions on tensors: no models, no files."""
+"""Pure functions on tensors and arrays: no models, no files."""

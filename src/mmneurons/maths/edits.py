@@ -1,8 +1,8 @@
-"""Which columns move how far, in closed form: coefficients of one direction.
+"""Closed-form edits: how far each column moves along one direction that all columns share.
 
-`features[p, i]` is what one unit of change of column i, along the direction, does at step p to the logit of the word
-that is wanted less that of the word that is said: an edit c does `features @ c` there. It shall be 1 where SOURCE is
-said and 0 elsewhere.
+`features[p, i]` is what one unit of change of column i, along that direction, does at step p to the logit of the word
+that is wanted less that of the word that is said. An edit with the coefficients c therefore changes that difference by
+`features @ c`, which is to be 1 where SOURCE is said and 0 elsewhere.
 """
 
 from __future__ import annotations
@@ -13,10 +13,13 @@ from torch import Tensor
 
 
 def smallest(wanted: Float[Tensor, "columns"]) -> Float[Tensor, "columns"]:
-    """The shortest c with wanted . c = 1.
+    """Compute the smallest edit: the shortest c with wanted . c = 1.
 
     Args:
         wanted: Mean features where SOURCE is said, not all zero.
+
+    Returns:
+        The coefficient of each column.
     """
     return wanted / wanted.pow(2).sum()
 
@@ -27,21 +30,26 @@ def selective(
     weights: Float[Tensor, "steps"],
     ridge: float,
 ) -> Float[Tensor, "columns"]:
-    """The c with wanted . c = 1 that does least at the reference steps: what they share is discounted.
+    """Compute the selective edit: the c with wanted . c = 1 that changes the reference steps least.
 
-    Minimises the weighted mean of (reference @ c)^2, plus r |c|^2, r = ridge * columns / steps * mean over columns of
-    the weighted second moment: the fewer the steps, the less they say of each column.
+    It minimises the weighted mean of (reference @ c)^2, plus r |c|^2, where r = ridge * columns / steps * mean over
+    columns of the weighted second moment: the fewer the steps, the less they say of each column.
 
     Args:
         wanted: Mean features where SOURCE is said, not all zero.
-        reference: Features at steps that shall stay as they are; at least one.
-        weights: How much each of them counts, above 0.
-        ridge: From 0 (all that the reference allows) up; the larger, the nearer to `smallest`.
+        reference: Features at steps that are to stay as they are; at least one step.
+        weights: How much each of these steps counts, above 0.
+        ridge: 0 or more: with 0 the reference is spared as far as possible; the larger, the nearer to `smallest`.
+
+    Returns:
+        The coefficient of each column, float32.
 
     Source: linear discriminants; ROME (Meng et al., NeurIPS 2022) discounts keys of text by their second moment alike.
     """
+    # float64: with fewer steps than columns the second moment is singular, and only the ridge makes it invertible.
     rows, shares = reference.double(), weights.double() / weights.double().sum()
     moment = rows.T @ (rows * shares[:, None])
     r = max(ridge * rows.shape[1] / len(rows) * float(moment.diagonal().mean()), torch.finfo(torch.float32).tiny)
+    # The minimum under the constraint lies along (moment + r I)^-1 wanted (Lagrange); scaled so that wanted . c = 1.
     weighed = torch.linalg.solve(moment + r * torch.eye(len(moment), dtype=moment.dtype), wanted.double())
     return (weighed / (weighed @ wanted.double())).float()

@@ -1,4 +1,4 @@
-"""Which neurons come first, and what their columns say."""
+"""Ranking of neurons by score, and the tokens that their columns promote."""
 
 from __future__ import annotations
 
@@ -7,14 +7,17 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 LOGITS_AT_ONCE = 1 << 22
-"""Numbers (16 MiB in float32) that `said_tokens` holds at once."""
+"""How many logits (16 MiB in float32) `said_tokens` holds at once."""
 
 
 def top_k(scores: Float[Tensor, "neurons"], k: int) -> Int[Tensor, "k"]:
-    """Indices of the k highest scores, highest first, equal scores in order of index.
+    """Find the indices of the k highest scores, highest first, equal scores in order of index.
 
-    `torch.topk` leaves the order of equal scores open. k is cut to the number of scores.
+    Args:
+        scores: One number for each neuron.
+        k: How many are wanted; all of them if there are fewer.
     """
+    # torch.topk leaves the order of equal scores open; it only gives the threshold, and a stable sort gives the order.
     k = min(k, len(scores))
     threshold = torch.topk(scores, k).values[-1]
     candidates = torch.nonzero(scores >= threshold).squeeze(1)  # in order of index
@@ -25,16 +28,16 @@ def top_k(scores: Float[Tensor, "neurons"], k: int) -> Int[Tensor, "k"]:
 def said_tokens(
     columns: Float[Tensor, "neurons hidden"], unembed: Tensor, n_promoted: int = 10, n_suppressed: int = 3
 ) -> tuple[Int[Tensor, "neurons promoted"], Int[Tensor, "neurons suppressed"]]:
-    """The tokens that each column pushes up and down most when it is added to the residual stream.
+    """Find the tokens that each column pushes up and down most when it is added to the residual stream.
 
     Args:
         columns: Columns of `w_out`, with the sign of their activation, already through the weight of the final norm.
-        unembed: (vocab, hidden), any dtype.
-        n_promoted: How many tokens to give of those pushed up.
-        n_suppressed: And of those pushed down.
+        unembed: The unembedding, shape (vocab, hidden), any dtype.
+        n_promoted: How many of the tokens that are pushed up are returned.
+        n_suppressed: How many of the tokens that are pushed down are returned.
 
     Returns:
-        Token ids, strongest first.
+        Token ids of the promoted and of the suppressed tokens, strongest first.
     """
     up, down = [], []
     chunk = max(1, LOGITS_AT_ONCE // len(unembed))  # so that vocab x neurons is never held at once
@@ -46,11 +49,13 @@ def said_tokens(
 
 
 def _extreme(values: Float[Tensor, "rows width"], k: int, *, largest: bool, group: int = 128) -> Int[Tensor, "rows k"]:
-    """Places of the k largest, or smallest, of each row, the most extreme first.
+    """Find the places of the k largest, or smallest, values of each row, the most extreme first.
 
-    They lie in the k groups with the most extreme values: far fewer values are sorted than `torch.topk` sorts.
+    A row is cut into groups. The k most extreme values lie in the k groups whose own extremes are the most extreme, so
+    that far fewer values are sorted than `torch.topk` would sort on the whole row.
     """
     rows, width = values.shape
+    # Grouping pays only for rows much wider than what is left of them.
     k, whole = min(k, width), width // group * group
     if width < 4 * k * group:
         return values.topk(k, dim=-1, largest=largest).indices
@@ -58,6 +63,7 @@ def _extreme(values: Float[Tensor, "rows width"], k: int, *, largest: bool, grou
     best = (groups.amax(-1) if largest else groups.amin(-1)).topk(k, dim=-1, largest=largest).indices
     inside = torch.arange(group, device=values.device)
     places = (best[:, :, None] * group + inside).flatten(1)
+    # Columns beyond the last whole group belong to none, and are looked at in any case.
     rest = torch.arange(whole, width, device=values.device).expand(rows, -1)
     places = torch.cat([places, rest], dim=1)
     return places.gather(1, values.gather(1, places).topk(k, dim=-1, largest=largest).indices)

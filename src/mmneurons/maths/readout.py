@@ -1,4 +1,4 @@
-"""Read-out directions: what a vector written into the residual stream does to the logit of a token.
+"""Read-out directions: what a vector that is written into the residual stream does to the logit of a token.
 
 The functions take the final norm as data (`Norm`) and rows of the unembedding; see docs/method.md.
 """
@@ -20,43 +20,47 @@ class Norm:
     """
 
     weight: Float[Tensor, "hidden"]
-    """gamma as it acts (1 + w where the module stores w)."""
+    """The factor gamma as it acts (1 + w where the module stores w)."""
     bias: Float[Tensor, "hidden"]
-    """Zero in an RMSNorm."""
+    """The bias, zero in an RMSNorm."""
     eps: float
+    """What is added to the mean square before its root is taken."""
     centred: bool
+    """Whether the mean is subtracted first: True for a LayerNorm."""
 
     def scale(self, x: Float[Tensor, "*batch hidden"]) -> Float[Tensor, "*batch 1"]:
-        """Sigma, the number that the norm divides by at x."""
+        """Compute sigma, the number that the norm divides x by."""
         return (self.centre(x).pow(2).mean(-1, keepdim=True) + self.eps).sqrt()
 
     def centre(self, x: Float[Tensor, "*batch hidden"]) -> Float[Tensor, "*batch hidden"]:
-        """The vector x without its mean over hidden (LayerNorm), or x as it is (RMSNorm)."""
+        """Subtract from x its mean over hidden (LayerNorm), or return x as it is (RMSNorm)."""
         return x - x.mean(-1, keepdim=True) if self.centred else x
 
     def unscaled(self, x: Float[Tensor, "*batch hidden"]) -> Float[Tensor, "*batch hidden"]:
-        """The vector x through everything in the norm that does not depend on the position: no scale, no bias."""
+        """Apply to x what of the norm is the same at every position: centring and weight, without scale and bias."""
         return self.centre(x) * self.weight.to(x.device)
 
     def to(self, device: torch.device) -> Norm:
-        """The same on another device."""
+        """Return the same norm on another device."""
         if self.weight.device == device:
             return self
         return Norm(self.weight.to(device), self.bias.to(device), self.eps, self.centred)
 
     def __call__(self, x: Float[Tensor, "*batch hidden"]) -> Float[Tensor, "*batch hidden"]:
-        """What the unembedding reads of x."""
+        """Apply the norm: the result is what the unembedding reads of the residual stream x."""
         return self.weight * self.centre(x) / self.scale(x) + self.bias
 
 
 def frozen_direction(
     rows: Float[Tensor, "nouns hidden"], x: Float[Tensor, "nouns hidden"], norm: Norm
 ) -> Float[Tensor, "nouns hidden"]:
-    """Direction of `score="logit"`: with the norm's scale frozen at x, a write w adds direction . w to rows . y.
+    """Compute the read-out direction of `score="logit"`, with the scale of the norm frozen at x.
+
+    A write w then adds direction . w to rows . y, where y is what the norm makes of x.
 
     Args:
         rows: Unembedding rows (or differences of rows), float32.
-        x: Residual stream before the final norm at the position that predicts, float32.
+        x: The residual stream before the final norm at the position that predicts, float32.
         norm: The final norm.
 
     Returns:
@@ -65,15 +69,21 @@ def frozen_direction(
 
     Source: Pan et al., Findings of ACL 2024, section 3; they leave out the final norm (`score="paper"`).
     """
+    # Centring is symmetric: it may as well be applied to the direction, once, as to every write.
     return norm.centre(norm.weight * rows) / norm.scale(x)
 
 
 def jacobian_direction(
     rows: Float[Tensor, "nouns hidden"], x: Float[Tensor, "nouns hidden"], norm: Norm
 ) -> Float[Tensor, "nouns hidden"]:
-    """Direction of `score="logprob"`: the gradient of rows . norm(x) with respect to x.
+    """Compute the read-out direction of `score="logprob"`: the gradient of rows . norm(x) with respect to x.
 
-    `frozen_direction` without what lies along x: growing x itself only grows sigma.
+    It is `frozen_direction` without its part along x: what is written along x only makes sigma grow.
+
+    Args:
+        rows: Unembedding rows (or differences of rows), float32.
+        x: The residual stream before the final norm at the position that predicts, float32.
+        norm: The final norm.
     """
     direction = frozen_direction(rows, x, norm)
     unit = norm.centre(x) / norm.scale(x)
@@ -83,7 +93,13 @@ def jacobian_direction(
 def expected_row(
     probabilities: Float[Tensor, "nouns vocab"], unembed: Tensor, chunk: int = 16384
 ) -> Float[Tensor, "nouns hidden"]:
-    """sum_v p_v u_v, the unembedding row the model expects; `unembed` (vocab, hidden) of any dtype, read in chunks."""
+    """Compute the mean unembedding row under the model's next-token probabilities: sum over v of p_v u_v.
+
+    Args:
+        probabilities: The probability of each token, for each noun.
+        unembed: The unembedding, shape (vocab, hidden), any dtype; never held in float32 as a whole.
+        chunk: How many rows of it are read at once.
+    """
     total = torch.zeros(len(probabilities), unembed.shape[1], device=unembed.device, dtype=torch.float32)
     for start in range(0, len(unembed), chunk):
         total += probabilities[:, start : start + chunk] @ unembed[start : start + chunk].float()

@@ -1,4 +1,4 @@
-"""Patch maps at the size of their image: bilinear upsampling, the 95th-percentile mask, colours.
+"""Maps of patches brought to the size of their image: bilinear upsampling, the 95th-percentile mask, colours.
 
 Plain numpy: a report or a plot needs no torch. The report's script repeats `upsample` and `mask` in the browser.
 """
@@ -12,19 +12,19 @@ import numpy as np
 from jaxtyping import Bool, Float, UInt8
 
 PERCENTILE = 95.0
-"""Where the mask of a map is cut."""
+"""The percentile of a map above which its mask lies."""
 LEVELS = 127
-"""Steps of colour on each side of zero."""
+"""How many steps of colour there are on each side of zero."""
 _WARM = ((255, 214, 102), (247, 122, 32), (196, 22, 40))
 _COLD = ((150, 214, 255), (56, 132, 240), (28, 50, 178))
 _OPAQUE = 195
-"""Alpha of the strongest colour: what lies below stays visible."""
+"""Alpha of the strongest colour, so that the picture below stays visible."""
 
 
 def upsample(
     grid: Float[np.ndarray, "rows columns"] | Sequence[Sequence[float]], size: tuple[int, int]
 ) -> Float[np.ndarray, "height width"]:
-    """A patch grid at the size of its image, bilinear.
+    """Bring a grid of patches to the size of its image by bilinear interpolation.
 
     Patch i has its centre at (i + 0.5) * height / rows, pixel y at y + 0.5 (`align_corners=False` in torch); beyond
     the outermost centres the outermost patch is continued.
@@ -37,6 +37,7 @@ def upsample(
         float32, in the unit of `grid`, nowhere outside its range; a constant grid gives exactly its constant.
     """
     patches = np.asarray(grid, dtype=np.float64)
+    # Rows first, then columns: bilinear interpolation is separable. low + share * (high - low) keeps a constant exact.
     (rows, columns), (height, width) = patches.shape, size
     low, high, share = _neighbours(rows, height)
     lines = patches[low] + share[:, None] * (patches[high] - patches[low])
@@ -45,15 +46,15 @@ def upsample(
 
 
 def mask(heat: Float[np.ndarray, "height width"], percentile: float = PERCENTILE) -> Bool[np.ndarray, "height width"]:
-    """The strongest pixels of a map: about 100 - `percentile` percent of them.
+    """Mark the strongest pixels of a map: about 100 - `percentile` percent of them.
 
-    True strictly above the percentile, itself a value of the map (of two neighbours the lower), so that about that
-    share is set. Fewer are where values tie. Where so many pixels tie at the maximum that none lies above, those at
-    the maximum are set. A constant map has no strongest pixels: its mask is empty.
+    A pixel is set where it lies strictly above the percentile, which is itself a value of the map (of two neighbours
+    the lower), so that about that share is set. Fewer are set where values tie. Where so many pixels tie at the maximum
+    that none lies above, those at the maximum are set. A constant map has no strongest pixels: its mask is empty.
 
     Args:
-        heat: Any sign, finite; a negative value is weak however large.
-        percentile: 0 to 100.
+        heat: The map, of any sign, finite; a negative value is weak however large.
+        percentile: From 0 to 100.
     """
     place = int(percentile / 100 * (heat.size - 1))
     cut = np.partition(heat, place, axis=None)[place]
@@ -65,7 +66,7 @@ def mask(heat: Float[np.ndarray, "height width"], percentile: float = PERCENTILE
 
 @functools.cache
 def colours() -> UInt8[np.ndarray, "steps rgba"]:
-    """The colours of a signed map as red, green, blue, alpha: cold below zero, clear at zero, warm above.
+    """Make the colours of a signed map, as red, green, blue, alpha: cold below zero, clear at zero, warm above.
 
     Entry `LEVELS` is zero, the first and last are the strongest; alpha and darkness grow with strength, so that
     strength can be told without telling red from blue.
@@ -75,19 +76,20 @@ def colours() -> UInt8[np.ndarray, "steps rgba"]:
     for stops in (_COLD, _WARM):
         channels = [np.interp(strength, (0, 0.5, 1), channel) for channel in zip(*stops, strict=True)]
         sides.append(np.stack([*channels, _OPAQUE * strength], axis=1))
+    # The cold side is turned round and loses its zero, which the warm side has already.
     table = np.concatenate([sides[0][:0:-1], sides[1]]).round().astype(np.uint8)
-    table.flags.writeable = False
+    table.flags.writeable = False  # cached: every caller gets this one array
     return table
 
 
 def overlay(
     heat: Float[np.ndarray, "height width"], bound: float | None = None
 ) -> UInt8[np.ndarray, "height width rgba"]:
-    """A map as a half-transparent picture to lay over the image.
+    """Draw a map as a half-transparent picture to lay over the image.
 
     Args:
-        heat: Any sign, finite.
-        bound: The size of value that gets the strongest colour; the map's own largest when None.
+        heat: The map, of any sign, finite.
+        bound: The absolute value that gets the strongest colour; None: the map's own largest.
     """
     if bound is None:
         bound = float(np.abs(heat).max(initial=0))
@@ -98,7 +100,7 @@ def overlay(
 
 
 def _neighbours(patches: int, pixels: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Per pixel of one side: the patch at or before its centre, the one after, and the share of the latter."""
+    """Find for each pixel of one side the patch at or before its centre, the one after, and the share of the latter."""
     centres = np.clip((np.arange(pixels) + 0.5) * patches / pixels - 0.5, 0, patches - 1)
     low = centres.astype(int)
     return low, np.minimum(low + 1, patches - 1), centres - low

@@ -1,7 +1,8 @@
-"""Means with intervals, and how far two rankings agree.
+"""Means with 95 % intervals, and measures of how far two rankings agree.
 
-Shares of yes and no have Wilson intervals; statistics over pairs resample what the pairs are of; all else is BCa over
-units (Efron, 1987). Where the units tell no spread there is no interval: one of no width would promise too much.
+Shares of yes and no have Wilson intervals, means over pairs resample the units that form the pairs, and everything else
+has a BCa bootstrap interval over units (Efron, 1987). Where the units show no spread there is no interval: one of width
+zero would promise too much.
 """
 
 from __future__ import annotations
@@ -14,9 +15,9 @@ import numpy as np
 from jaxtyping import Float
 
 DRAWS = 2000
-"""Bootstrap samples of an interval."""
+"""How many bootstrap samples an interval takes."""
 ALIKE = 1e-9
-"""An interval narrower than this is rounding."""
+"""An interval narrower than this is taken for rounding, and left out."""
 
 Values = Sequence[float] | Float[np.ndarray, "units"]
 
@@ -27,21 +28,22 @@ class Estimate:
 
     mean: float
     low: float | None
-    """None, as `high`, of one unit or of units all alike: they tell no spread."""
+    """Lower end of the interval; None, like `high`, for one unit or for units all alike, which show no spread."""
     high: float | None
+    """Upper end of the interval."""
     n: int
-    """Units."""
+    """The number of units."""
 
     def __str__(self) -> str:
         return f"{self.mean:.3f}" + ("" if self.low is None else f" [{self.low:.3f}, {self.high:.3f}]")
 
 
 def estimate(values: Values, seed: int = 0) -> Estimate | None:
-    """Mean and BCa interval over units; None without any.
+    """Estimate a mean over units, with its BCa interval; None without any unit.
 
     Args:
-        values: One number a unit, finite.
-        seed: Of the bootstrap: the same values give the same interval.
+        values: One finite number for each unit.
+        seed: The seed of the bootstrap: the same values give the same interval.
     """
     units = np.asarray(values, dtype=np.float64)
     if not len(units):
@@ -50,13 +52,13 @@ def estimate(values: Values, seed: int = 0) -> Estimate | None:
 
 
 def share(values: Iterable[bool | float], seed: int = 0) -> Estimate | None:
-    """Mean of shares, one a unit: a Wilson interval where each is a plain yes or no (1 or 0), else as `estimate`.
+    """Estimate the mean of shares: with a Wilson interval where each is a plain yes or no (1 or 0), else as `estimate`.
 
     So none of 25 is 0 with an interval up to 0.13, not a certain 0.
 
     Args:
-        values: 0 to 1, one a unit.
-        seed: Of the bootstrap.
+        values: One number from 0 to 1 for each unit.
+        seed: The seed of the bootstrap.
     """
     units = np.asarray([float(value) for value in values])
     if not len(units) or not np.isin(units, (0, 1)).all():
@@ -65,7 +67,7 @@ def share(values: Iterable[bool | float], seed: int = 0) -> Estimate | None:
 
 
 def ratio(above: Values, below: Values, seed: int = 0) -> Estimate | None:
-    """Ratio of the means of two numbers of each unit, resampled together; None if nothing lies below."""
+    """Estimate the ratio of the means of two numbers of each unit, resampled together; None if the lower mean is 0."""
     a, b = (np.asarray(values, dtype=np.float64) for values in (above, below))
     if not len(b) or b.mean() == 0:
         return None
@@ -75,10 +77,15 @@ def ratio(above: Values, below: Values, seed: int = 0) -> Estimate | None:
 
 
 def share_of(hits: Values, counts: Values, seed: int = 0) -> Estimate | None:
-    """Share of all things counted that are hits, units resampled with the things in them; None if there are none.
+    """Estimate the share of hits among all things counted, with the units resampled; None if nothing was counted.
 
     Where all or none are hits, the interval is Wilson's of as many units as have any: things of one unit are not
     independent.
+
+    Args:
+        hits: How many things of each unit are hits.
+        counts: How many things each unit has.
+        seed: The seed of the bootstrap.
     """
     a, b = (np.asarray(values, dtype=np.float64) for values in (hits, counts))
     found = ratio(a, b, seed)
@@ -91,18 +98,18 @@ def share_of(hits: Values, counts: Values, seed: int = 0) -> Estimate | None:
 def over_pairs(
     sums: Float[np.ndarray, "units units"], counts: Float[np.ndarray, "units units"], seed: int = 0
 ) -> Estimate | None:
-    """Mean over pairs of different units, with a BCa interval that resamples units; None without any pair.
+    """Estimate a mean over pairs of different units, with a BCa interval that resamples units; None without any pair.
 
-    Pairs share units, so that there is far less to know than pairs. A unit that is drawn twice makes no pair with
-    itself.
+    Pairs share units, so that pairs are not independent: resampling them would make the interval far too narrow. A unit
+    that is drawn twice makes no pair with itself.
 
     Args:
-        sums: Of each pair of units, the sum over what is compared between them; symmetric, the diagonal is not read.
-        counts: How many things that is.
-        seed: Of the bootstrap.
+        sums: For each pair of units, the sum over what is compared between them; symmetric, the diagonal is not read.
+        counts: How many things that sum is over.
+        seed: The seed of the bootstrap.
 
     Returns:
-        n is the number of units that are part of a pair.
+        An estimate whose n is the number of units that are part of a pair.
     """
     apart = ~np.eye(len(counts), dtype=bool)
     used = ((counts > 0) & apart).any(1)
@@ -112,6 +119,8 @@ def over_pairs(
         return None
 
     def mean(picks: np.ndarray, axis: int) -> np.ndarray:
+        # How often each unit was drawn (t) is all that counts: the sum over drawn pairs is t . total . t, and as the
+        # diagonal is zero, a unit drawn twice makes no pair with itself.
         rows = picks.reshape(-1, picks.shape[-1]).astype(int)
         times = np.zeros((len(rows), n))
         np.add.at(times, (np.arange(len(rows))[:, None], rows), 1)
@@ -122,6 +131,7 @@ def over_pairs(
 
 
 def _wilson(hits: int, n: int) -> tuple[float, float] | tuple[None, None]:
+    """Compute Wilson's 95 % interval for a share; none of a single unit."""
     from scipy.stats import binomtest  # here and below: `import mmneurons` need not wait for it
 
     if n < 2:
@@ -133,7 +143,7 @@ def _wilson(hits: int, n: int) -> tuple[float, float] | tuple[None, None]:
 def _bca(
     statistic: Callable[..., np.ndarray], data: Sequence[np.ndarray], seed: int
 ) -> tuple[float, float] | tuple[None, None]:
-    """The interval; none where it cannot be told: one unit, units all alike, resamples of which nothing can be said."""
+    """Compute the BCa interval; none where it cannot be told: one unit, units all alike, resamples without a value."""
     from scipy.stats import bootstrap
 
     n = len(data[0])
@@ -144,10 +154,10 @@ def _bca(
         low, high = bootstrap(
             data,
             statistic,
-            paired=True,
+            paired=True,  # the numbers of one unit stay together
             vectorized=True,
             n_resamples=DRAWS,
-            batch=max(1, 1_000_000 // n),
+            batch=max(1, 1_000_000 // n),  # so that about a million indices are held at once
             method="BCa",
             rng=np.random.default_rng(seed),
         ).confidence_interval
@@ -155,7 +165,7 @@ def _bca(
 
 
 def ranks(values: Float[np.ndarray, "n"]) -> Float[np.ndarray, "n"]:
-    """Ranks from 0, equal values sharing the mean of theirs."""
+    """Rank values from 0 upwards; equal values share the mean of their ranks."""
     order = np.argsort(values, kind="stable")
     _, first, counts = np.unique(values[order], return_index=True, return_counts=True)
     found = np.empty(len(values))
@@ -164,17 +174,23 @@ def ranks(values: Float[np.ndarray, "n"]) -> Float[np.ndarray, "n"]:
 
 
 def spearman(a: Float[np.ndarray, "n"], b: Float[np.ndarray, "n"]) -> float | None:
-    """Rank correlation of two scores of the same things; None if either tells none apart."""
+    """Compute Spearman's rank correlation of two scores of the same things; None if either has all things equal."""
     x, y = (r - r.mean() for r in (ranks(np.asarray(a)), ranks(np.asarray(b))))
     size = float(np.sqrt((x @ x) * (y @ y)))
     return float(x @ y) / size if size else None
 
 
 def auroc(scores: Float[np.ndarray, "n"], positive: np.ndarray) -> float | None:
-    """How often a positive scores above a negative, ties counting half; None if there are not both."""
+    """Compute how often a positive scores above a negative, ties counting half; None if there are not both.
+
+    Args:
+        scores: One number for each thing.
+        positive: Which of them are positives, True or False.
+    """
     positive = np.asarray(positive, dtype=bool).ravel()
     n_positive, n_negative = int(positive.sum()), int((~positive).sum())
     if not n_positive or not n_negative:
         return None
+    # The ranks of the positives, less what they would be if no negative lay below them, count the pairs (Mann-Whitney).
     above = ranks(np.asarray(scores).ravel())[positive].sum() - n_positive * (n_positive - 1) / 2
     return float(above / (n_positive * n_negative))

@@ -1,1 +1,1 @@
-"""Figures of captions and maps: CHAIR, POPE, similarity of texts, regions."""
+"""Metrics of captions and maps: CHAIR and POPE for hallucination, similarity of texts, maps against masks."""

@@ -1,4 +1,4 @@
-"""Does the model say things that are not there? CHAIR of captions, POPE of questions (METRICS, Hallucination)."""
+"""Metrics of hallucination, of naming objects that are not there: CHAIR of captions, POPE of yes-or-no questions."""
 
 from __future__ import annotations
 
@@ -19,33 +19,33 @@ from mmneurons.vlm.vlm import VLM
 from mmneurons.words import Phrases, Place, singular
 
 Synonyms = Mapping[str, Sequence[str]]
-"""What else each object is called; words under the empty name name no object ("home plate" is no plate)."""
+"""The other words for each object; words listed under the empty name stand for no object ("home plate" is no plate)."""
 
 
 @dataclass(frozen=True)
 class Chair:
-    """What captions name, against what is there; objects are counted once a caption.
+    """CHAIR: the objects that captions name, against those that are there; an object counts once in a caption.
 
     Source: Rohrbach et al., EMNLP 2018.
     """
 
     chair_i: Estimate | None
-    """Share of the objects named that are not there."""
+    """CHAIR-i: the share of the objects named that are not there."""
     chair_s: Estimate | None
-    """Share of the captions that name such an object."""
+    """CHAIR-s: the share of the captions that name such an object."""
     recall: Estimate | None
-    """Share of the objects there that are named."""
+    """The share of the objects there that are named."""
     named: Estimate | None
-    """Objects named in a caption."""
+    """The number of objects that a caption names, mean over captions."""
     n_absent: int
-    """Objects named that are not there."""
+    """How many objects named are not there, in all captions together."""
     n_found: int
-    """Objects named that are."""
+    """How many objects named are there, in all captions together."""
 
 
 @dataclass(frozen=True)
 class Pope:
-    """Answers to "Is there a dog in the image?", as `yes_or_no` reads them.
+    """POPE: figures of the answers to questions such as "Is there a dog in the image?", as `yes_or_no` reads them.
 
     Source: Li et al., EMNLP 2023. Their code takes every answer without "no" or "not" for a yes; here one that is
         neither is counted apart: wrong in the accuracy, missed in the recall, no yes in the precision.
@@ -56,47 +56,50 @@ class Pope:
     recall: float
     f1: float
     yes: float
-    """Share of answers that are yes."""
+    """The share of answers that are yes."""
     neither: float
-    """Share of answers that are neither yes nor no."""
+    """The share of answers that are neither yes nor no."""
     n: int
+    """The number of questions."""
 
 
 class Vocabulary:
     """The objects that count; other nouns of a caption are not judged.
 
     Args:
-        lists: Of what is there, image by image: every object that any of them names counts.
-        synonyms: What else objects are called, `coco_synonyms()` for one; every object of the table counts.
+        lists: The objects that are there, image by image: every object that any of the lists names counts.
+        synonyms: Other words for objects, such as `coco_synonyms()`; every object of the table counts.
     """
 
     def __init__(self, lists: Iterable[Iterable[str]], synonyms: Synonyms | None = None) -> None:
         table = synonyms or {}
         self._names = {singular(word): singular(name) for name, words in table.items() for word in (name, *words)}
+        # A synonym in a list stays the synonym of its object; only words that the table does not have are new objects.
         for noun in (singular(noun) for nouns in lists for noun in nouns):
             self._names.setdefault(noun, noun)
         self.nouns = frozenset(self._names.values()) - {""}
         self._phrases = Phrases(self._names)
 
     def objects(self, nouns: Iterable[str]) -> frozenset[str]:
-        """The objects that count among those of a list, by the names that `named` gives them."""
+        """The objects of a list that count, by the names that `named` gives them."""
         return frozenset(self._names.get(singular(noun), "") for noun in nouns) - {""}
 
     def places(self, caption: str) -> list[Place]:
-        """Where a caption first names each object, in order; of "hot dog" and "dog" the longer."""
+        """The place where a caption first names each object, in order; of "hot dog" and "dog" the longer counts."""
         first: dict[str, Place] = {}
         for place in self._phrases.places(caption):
             first.setdefault(place[2], place)
+        # Phrases under the empty name are looked for, so that "home plate" is taken, and dropped here.
         return [place for noun, place in first.items() if noun]
 
     def named(self, caption: str) -> tuple[str, ...]:
-        """The objects that a caption names, singular, each once, in order."""
+        """The objects that a caption names, in the singular, each once, in order of appearance."""
         return tuple(noun for _, _, noun in self.places(caption))
 
 
 @functools.cache
 def coco_synonyms() -> Synonyms:
-    """What captions call the 80 objects of MSCOCO, so that CHAIR compares with published figures.
+    """Return the words that captions use for the 80 objects of MSCOCO, so that CHAIR compares with published figures.
 
     Source: Rohrbach et al., EMNLP 2018. Left out are their misspellings, and their rule by which no seat is a chair in
         a caption that says "toilet" anywhere; "toilet seat" is a toilet in both.
@@ -106,15 +109,16 @@ def coco_synonyms() -> Synonyms:
 
 
 def read_synonyms(path: str | os.PathLike[str]) -> Synonyms:
-    """A table of synonyms: an object a line, its name and what else it is called between commas; # begins a comment.
+    """Read a table of synonyms: one object a line, its name and its other words, separated by commas; # is a comment.
 
     Raises:
-        FormatError: if it cannot be read, has no object, or gives a word to two.
+        FormatError: the file cannot be read, names no object, or gives one word to two objects.
     """
     return _synonyms(read_text(path), os.fspath(path))
 
 
 def _synonyms(text: str, source: str) -> Synonyms:
+    """Parse a table of synonyms; `source` is what error messages call it."""
     table: dict[str, list[str]] = {}
     owner: dict[str, str] = {}
     for line in text.splitlines():
@@ -135,18 +139,19 @@ def _synonyms(text: str, source: str) -> Synonyms:
 
 
 def chair(captions: Sequence[str], objects: Sequence[Iterable[str]], vocabulary: Vocabulary) -> Chair:
-    """Judge captions; intervals over images.
+    """Compute CHAIR of captions, with intervals over images.
 
     Args:
-        captions: What was said.
-        objects: What is there, image by image.
+        captions: What the model said of each image.
+        objects: The objects that are truly there, image by image.
         vocabulary: The objects that count.
     """
     return chair_of([vocabulary.named(caption) for caption in captions], [vocabulary.objects(one) for one in objects])
 
 
 def chair_of(named: Sequence[Sequence[str]], there: Sequence[frozenset[str]]) -> Chair:
-    """The same of the objects that captions name, and of those there as `Vocabulary.objects` gives them."""
+    """Compute CHAIR from the objects that captions name, and from those there, as `Vocabulary.objects` gives them."""
+    # Counts for each image: shares are taken of all objects together, so that an image with many objects weighs more.
     absent = [sum(noun not in true for noun in mine) for mine, true in zip(named, there, strict=True)]
     found = [len(mine) - n for mine, n in zip(named, absent, strict=True)]
     n_named, n_there = ([float(len(nouns)) for nouns in lists] for lists in (named, there))
@@ -160,6 +165,8 @@ def chair_of(named: Sequence[Sequence[str]], there: Sequence[frozenset[str]]) ->
     )
 
 
+# Before the word may stand signs and a lead such as "A:" or "The answer to the question is". "Yes or no" and "no idea"
+# only look like an answer; "there is no dog" and "there isn't" are a no.
 _ANSWER = re.compile(
     r"""\W*
     (?: a: \W* | (?: (?:the|my|final|correct) \W+ )* answer
@@ -172,11 +179,11 @@ _ANSWER = re.compile(
 
 
 def yes_or_no(answer: str) -> bool | None:
-    """Whether an answer is yes or no; None if it is neither.
+    """Read an answer as yes (True) or no (False); None if it is neither.
 
-    It is where it begins with the word, whatever the case and the signs around it, alone or after "answer", "the
-    answer is" and the like; "there is no ..." and "there are not ..." are no. All else is neither: "yes or no",
-    "no idea", "I see a dog".
+    An answer is one of them if it begins with that word, whatever the case and the signs around it, alone or after
+    "answer", "the answer is" and the like; "there is no ..." and "there are not ..." are no. All else is neither: "yes
+    or no", "no idea", "I see a dog".
     """
     found = _ANSWER.match(answer)
     return None if found is None else found["yes"] is not None
@@ -185,21 +192,23 @@ def yes_or_no(answer: str) -> bool | None:
 def pope(
     vlm: VLM, images: Sequence[Picture], questions: Sequence[str], answers: Sequence[bool], *, batch_size: int = 8
 ) -> Pope:
-    """Ask yes-or-no questions, one about each image.
+    """Ask the model yes-or-no questions, one about each image, and compute POPE of its answers.
 
     Args:
         vlm: The model.
-        images: One for each question.
-        questions: Such as "Is there a dog in the image?".
-        answers: What is true.
-        batch_size: Images in one batch of equal questions.
+        images: The images, one for each question.
+        questions: The questions, such as "Is there a dog in the image?".
+        answers: The true answer to each question.
+        batch_size: How many images are in one batch, whose questions are the same.
     """
+    # A batch has one prompt for all its images: equal questions are asked together, answers go back to their places.
     said: list[bool | None] = [None] * len(questions)
     for question in dict.fromkeys(questions):
         mine = [i for i, one in enumerate(questions) if one == question]
         texts = texts_of(vlm, [images[i] for i in mine], Question(question, "", batch_size=batch_size))
         for i, text in zip(mine, texts, strict=True):
             said[i] = yes_or_no(text)
+    # Of no question at all every figure is 0, not a division by zero.
     n, n_yes = max(1, len(said)), said.count(True)
     hits = sum(a is True and bool(b) for a, b in zip(said, answers, strict=True))
     precision, recall = hits / max(1, n_yes), hits / max(1, sum(answers))

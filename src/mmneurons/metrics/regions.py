@@ -1,4 +1,4 @@
-"""How well a heat map finds an object, against the object's true mask (METRICS, Sensitivity: region). Plain numpy."""
+"""Metrics of a map against the true mask of an object: how well the map finds the object. Plain numpy."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from mmneurons.maths.statistics import auroc
 
 @dataclass(frozen=True)
 class RegionMatch:
-    """One map against one mask; each share in 0 to 1."""
+    """How well one map agrees with one mask; every figure is from 0 to 1."""
 
     iou: float
-    """Of the map's strongest 5 % of pixels with the mask: small by construction where the object is large."""
+    """IoU of the map's strongest 5 % of pixels with the mask: small by construction where the object is large."""
     iou_equal_area: float
-    """Of as many of the strongest pixels as the mask has."""
+    """IoU with the mask of as many of the strongest pixels as the mask has."""
     pointing: float
     """1 if the map's strongest pixel lies in the mask (several as strong: the share of them that do)."""
     auroc: float | None
@@ -33,17 +33,17 @@ class RegionMatch:
 def match(
     grid: Float[np.ndarray, "rows columns"] | Sequence[Sequence[float]], mask: Bool[np.ndarray, "height width"]
 ) -> RegionMatch:
-    """Compare a map on the patch grid with a mask of the image.
+    """Compare a map, given on the grid of patches, with a mask of the image.
 
     The map is brought to the size of the mask (bilinear). For the AUROC the mask is brought to the grid: a patch is of
     the object if at least half of it is, beside it if none of it is.
 
     Args:
-        grid: One number a patch.
+        grid: The map, one number for each patch.
         mask: True where the object is.
 
     Raises:
-        ImageError: the mask is empty or covers everything.
+        ImageError: the mask is empty or covers everything, so that there is nothing to find.
     """
     mask = np.asarray(mask, dtype=bool)
     if not mask.any() or mask.all():
@@ -51,18 +51,19 @@ def match(
     patches = np.asarray(grid, dtype=np.float64)
     heat = upsample(patches, mask.shape)
     cover = _cover(mask, patches.shape)
+    # Patches that the object touches without filling half of them are neither of it nor beside it: they are left out.
     judged = (cover >= 0.5) | (cover == 0)
     return RegionMatch(
         iou=_iou(strongest(heat), mask),
         iou_equal_area=_iou(_top(heat, int(mask.sum())), mask),
-        pointing=float(mask[heat == heat.max()].mean()),
+        pointing=float(mask[heat == heat.max()].mean()),  # several maxima: the share of them that hit
         auroc=auroc(patches[judged], cover[judged] >= 0.5),
         area=float(mask.mean()),
     )
 
 
 def mean_match(found: Sequence[RegionMatch]) -> RegionMatch:
-    """The mean of several maps' matches with one mask."""
+    """Average the matches of several maps with one and the same mask."""
     ranked = [one.auroc for one in found if one.auroc is not None]
     return RegionMatch(
         iou=float(np.mean([one.iou for one in found])),
@@ -78,20 +79,22 @@ def _iou(a: Bool[np.ndarray, "height width"], b: Bool[np.ndarray, "height width"
 
 
 def _top(heat: Float[np.ndarray, "height width"], n: int) -> Bool[np.ndarray, "height width"]:
-    """The n strongest pixels, equal ones in order of place."""
+    """Mark the n strongest pixels of a map, equal ones in order of place."""
     chosen = np.zeros(heat.size, dtype=bool)
     chosen[np.argsort(-heat, axis=None, kind="stable")[:n]] = True
     return chosen.reshape(heat.shape)
 
 
 def _cover(mask: Bool[np.ndarray, "height width"], shape: tuple[int, ...]) -> Float[np.ndarray, "rows columns"]:
-    """What share of each patch is set; patches need not be whole pixels."""
+    """Compute what share of each patch the mask covers; patches need not be whole pixels."""
+    # The area of a patch is the product of its sides: one matrix for the rows and one for the columns are enough.
     rows, columns = (_shares(length, patches) for length, patches in zip(mask.shape, shape, strict=True))
     return rows @ mask.astype(np.float64) @ columns.T
 
 
 def _shares(length: int, patches: int) -> Float[np.ndarray, "patches length"]:
-    """Row p: which share of patch p each pixel makes up; rows sum to one."""
+    """Compute which share of patch p (row p) each pixel of one side makes up; rows sum to one."""
+    # The overlap of pixel [i, i + 1] with patch [low, high], over the length of a patch.
     edges = np.linspace(0, length, patches + 1)
     low, high = edges[:-1, None], edges[1:, None]
     pixels = np.arange(length)[None]

