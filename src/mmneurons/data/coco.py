@@ -1,4 +1,4 @@
-"""Instances in the JSON of COCO: which objects an image shows and where, as polygons or run lengths.
+"""COCO's JSON of instances: which objects each image shows and where, as polygons or run lengths.
 
 Source: cocodataset.org, "Data format"; the text form of run lengths is that of its API, maskApi.c, `rleFrString`. A
 pixel belongs to a polygon if its centre does; the API's own rasteriser may differ by the pixels on the edge.
@@ -19,15 +19,16 @@ from mmneurons.errors import ImageError
 _Id = int | str
 _Side = Annotated[int, msgspec.Meta(ge=1, le=MAX_PIXELS)]
 Polygon = list[float]
-"""x, y, x, y ... in pixels from the upper left corner of the image."""
+"""The corners of a polygon: x, y, x, y ... in pixels from the upper left corner of the image."""
 
 
 class RunLengths(msgspec.Struct):
-    """Lengths of runs, column by column, of what is not the object and what is, in turn."""
+    """A mask as lengths of runs, column by column: pixels outside the object and pixels of it, in turn."""
 
     size: tuple[_Side, _Side]
-    """Height and width."""
+    """Height and width in pixels."""
     counts: str | list[int]
+    """The lengths, as numbers or in COCO's text form."""
 
 
 Shape = list[Polygon] | RunLengths
@@ -41,15 +42,16 @@ class Category(msgspec.Struct):
 
 
 class Annotation(msgspec.Struct):
-    """One object."""
+    """One object in one image."""
 
     image_id: _Id
     category_id: _Id
     segmentation: Shape | None = None
+    """Where the object is; None where the file does not say."""
 
 
 class Picture(msgspec.Struct):
-    """One image."""
+    """One image as the file lists it."""
 
     id: _Id
     file_name: str
@@ -58,7 +60,7 @@ class Picture(msgspec.Struct):
 
 
 class Instances(msgspec.Struct):
-    """The file."""
+    """A whole file of instances."""
 
     images: list[Picture]
     annotations: list[Annotation]
@@ -67,17 +69,17 @@ class Instances(msgspec.Struct):
 
 @dataclass(frozen=True)
 class Outline:
-    """Where all objects of one category are in one image."""
+    """The place of all objects of one category in one image, not yet drawn as a mask."""
 
     shapes: tuple[Shape, ...]
     width: int
     height: int
 
     def mask(self) -> Bool[np.ndarray, "height width"]:
-        """Drawn at the size of the image.
+        """Draw the mask, True where any of the objects is, at the size of the image.
 
         Raises:
-            ImageError: numbers that draw nothing.
+            ImageError: the numbers of the file draw no mask, or the image is too large.
         """
         if self.width * self.height > MAX_PIXELS:
             raise ImageError("A segmentation is too large.", seen=f"It is {self.width} x {self.height} pixels.")
@@ -92,11 +94,17 @@ class Outline:
 
 
 def outlines(annotations: list[Annotation], names: dict[_Id, str], picture: Picture) -> dict[str, Outline | None]:
-    """By name of category, what an image shows; None where an object of it has no segmentation.
+    """Collect what an image shows, by the name of the category; None where an object of it has no segmentation.
+
+    Args:
+        annotations: The annotations of this image.
+        names: The name of each category, by its id.
+        picture: The image.
 
     Raises:
-        ImageError: an annotation of a category that there is not.
+        ImageError: an annotation is of a category that the file does not list.
     """
+    # One object without a segmentation spoils its whole category: a mask of the others would call it background.
     found: dict[str, list[Shape]] = {}
     unknown_place = set()
     for one in annotations:
@@ -117,19 +125,22 @@ def outlines(annotations: list[Annotation], names: dict[_Id, str], picture: Pict
 
 
 def _from_runs(runs: RunLengths, height: int, width: int) -> Bool[np.ndarray, "height width"]:
+    """Draw a mask from run lengths, which must fill the image exactly."""
     counts = _numbers(runs.counts) if isinstance(runs.counts, str) else runs.counts
     sound = runs.size == (height, width) and len(counts) <= 2 * height * width + 1
     if not (sound and all(0 <= count <= height * width for count in counts) and sum(counts) == height * width):
         seen = f"Size {list(runs.size)}, {len(counts)} runs; the image has {height} x {width} pixels."
         raise ImageError("The run lengths of a segmentation do not fill its image.", seen=seen)
+    # The sum is checked above, before `repeat`: else a few digits in a file could ask for gigabytes.
     is_object = np.arange(len(counts)) % 2 == 1
     return np.repeat(is_object, counts).reshape(width, height).T
 
 
 def _numbers(text: str) -> list[int]:
-    """Run lengths from text: six bits a letter from '0' on, five of them of the number, low ones first, one for "more".
+    """Decode run lengths from COCO's text form.
 
-    From the fourth number on what is written is the difference to the number two before.
+    A letter, counted from '0' on, has six bits: five of the number, low ones first, and one that says whether more
+    follow. From the fourth number on, the difference to the number two before is written instead of the number.
     """
     counts: list[int] = []
     value = place = 0
@@ -140,7 +151,7 @@ def _numbers(text: str) -> list[int]:
         value |= (bits & 31) << place
         place += 5
         if not bits & 32:
-            if bits & 16:
+            if bits & 16:  # the highest bit written is the sign, in two's complement
                 value -= 1 << place
             counts.append(value + counts[-2] if len(counts) > 2 else value)
             value = place = 0
@@ -148,12 +159,15 @@ def _numbers(text: str) -> list[int]:
 
 
 def _from_polygon(polygon: Polygon, height: int, width: int) -> Bool[np.ndarray, "height width"]:
+    """Draw a mask from a polygon: a pixel belongs to it if its centre lies inside, by the even-odd rule."""
     points = np.asarray(polygon, dtype=float)
     far = 2 * max(height, width)
     if len(points) < 6 or len(points) % 2 or not np.abs(points).max() <= far:
         raise ImageError("A polygon of a segmentation is none.", seen=f"{len(points)} numbers: {polygon[:6]} ...")
     xs, ys = points[::2], points[1::2]
     edge = np.zeros((height, width + 1), dtype=bool)  # where, in a row, one gets in or out
+    # In each row whose centre line an edge crosses, it toggles the first pixel whose centre lies right of the crossing;
+    # the running exclusive or along the row is then True behind an odd number of crossings.
     for x, y, to_x, to_y in zip(xs, ys, np.roll(xs, -1), np.roll(ys, -1), strict=True):
         top, bottom = (int(np.clip(np.ceil(end - 0.5), 0, height)) for end in sorted((y, to_y)))
         if top < bottom:

@@ -1,4 +1,7 @@
-"""What results are kept under: hashes of what they were made of, whatever its name is; and what cannot be read."""
+"""Hashes of the content that results are made of, to keep results under; and checks which images can be decoded.
+
+Results belong to pixels and masks, not to file names: a renamed file keeps its results, a replaced one loses them.
+"""
 
 from __future__ import annotations
 
@@ -15,19 +18,19 @@ from mmneurons.errors import ImageError
 
 
 def key_of(*parts: Any) -> str:
-    """A hash of plain data."""
+    """Hash plain data, such as strings, numbers and tuples of them; NaN is refused."""
     return hashlib.sha256(json.dumps(parts, sort_keys=True, allow_nan=False).encode("ascii")).hexdigest()
 
 
 def image_hash(image: Image.Image) -> str:
-    """A hash of the pixels of an opened image."""
+    """Hash the pixels of an opened image, with its mode and size."""
     digest = hashlib.sha256(f"{image.mode} {image.size}".encode())
     digest.update(image.tobytes())
     return digest.hexdigest()
 
 
 def truth_hash(item: Item) -> str:
-    """A hash of what an image is said to show, and where.
+    """Hash what an image is said to show, and where.
 
     Raises:
         ImageError: a mask cannot be read or used.
@@ -40,7 +43,7 @@ def truth_hash(item: Item) -> str:
 
 
 def unreadable(items: Iterable[Item]) -> dict[str, str]:
-    """By name why an image cannot be decoded; all of them are opened."""
+    """Open all images to their end; return for each that cannot be decoded the reason, by its name."""
     found = {}
     for item in items:
         try:
@@ -51,5 +54,5 @@ def unreadable(items: Iterable[Item]) -> dict[str, str]:
 
 
 def reason(error: ImageError) -> str:
-    """What was wrong with an image, in one line."""
+    """Say in one line what was wrong with an image."""
     return " ".join(f"{error.what} {error.seen}".split())

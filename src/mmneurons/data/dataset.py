@@ -1,7 +1,7 @@
-"""The images that an experiment runs over, with what is truly in them where that is known.
+"""The images that an experiment runs over, with the objects that are truly in them where those are known.
 
-From a folder of images, a manifest (docs/format.md), COCO instances, or an evaluation set of the pocket world:
-`pocket:find-500`.
+They come from a folder of images, a manifest (docs/format.md), COCO instances, or an evaluation set of the pocket world
+such as `pocket:find-500`.
 """
 
 from __future__ import annotations
@@ -25,45 +25,48 @@ from mmneurons.errors import ImageError, SettingError
 from mmneurons.files import read_text
 
 POCKET = "pocket:"
+"""How the name of an evaluation set of the pocket world begins."""
 LARGEST = 2**30
-"""Bytes of a manifest or of COCO's instances; its training set has half of that."""
+"""The most bytes of a manifest or of COCO's instances, whose training set has half of that."""
 MaskSource = Path | Outline | Bool[np.ndarray, "height width"]
 Tell = Callable[[str], None]
 _SHOWN = 3
-"""Names given of the files that are left out."""
+"""How many of the files that are left out are named."""
 
 
 @dataclass(frozen=True, eq=False)
 class Item:
-    """One image; opened when it is asked for, so that thousands need no memory."""
+    """One image of an experiment; it is opened when it is asked for, so that thousands need no memory."""
 
     name: str
     """A path as given, or the place in an evaluation set: `find-500/17`."""
     source: Path | Image.Image
+    """The file of the image, or the image itself."""
     objects: tuple[str, ...] | None = None
-    """What is truly shown; None where nobody said."""
+    """The objects that are truly shown; None where that is not known."""
     mask_sources: tuple[MaskSource | None, ...] = field(default=(), repr=False)
-    """Where each object is, None of one of which that is not known; empty where nobody said."""
+    """For each object its mask, not yet read, or None if that is not known; empty where no masks are known."""
     caption: str | None = None
-    """An answer that the model is given to read; None: it answers itself."""
+    """An answer that the model is given to read; None: the model answers by itself."""
 
     def image(self) -> Image.Image:
-        """RGB.
+        """Open the image, in mode RGB.
 
         Raises:
-            ImageError: if it cannot be read.
+            ImageError: the image cannot be read.
         """
         return open_image(self.source).image
 
     def masks(self) -> dict[str, Bool[np.ndarray, "height width"]]:
-        """Where each object is visible, at the size of the image; none where nobody said.
+        """Read the mask of each object, at the size of the image; objects without a known mask are left out.
 
         Raises:
-            ImageError: if a mask cannot be read or is of another size than its image.
+            ImageError: a mask cannot be read or is of another size than its image.
         """
         if not self.mask_sources or self.objects is None:
             return {}
         width, height = self.image().size
+        # Several objects of one noun share a mask. If one of them has none, the noun has none: the mask would lie.
         found: dict[str, np.ndarray] = {}
         unknown = {noun for noun, source in zip(self.objects, self.mask_sources, strict=True) if source is None}
         for noun, source in zip(self.objects, self.mask_sources, strict=True):
@@ -81,6 +84,7 @@ class Item:
 
 
 def _drawn(source: MaskSource) -> Bool[np.ndarray, "height width"]:
+    """Read or draw a mask from whatever it is given as."""
     if isinstance(source, Path):
         return read_mask(source)
     return source.mask() if isinstance(source, Outline) else source
@@ -89,7 +93,7 @@ def _drawn(source: MaskSource) -> Bool[np.ndarray, "height width"]:
 def read_items(
     source: str | os.PathLike[str], masks: str | os.PathLike[str] | None = None, *, tell: Tell = lambda note: None
 ) -> list[Item]:
-    """The images of an experiment, in order of name or as the manifest has them; the header of each file is read.
+    """Collect the images of an experiment, in order of name or as the manifest has them, and check each file's header.
 
     Args:
         source: A folder of images; an image; a manifest, a JSON list of objects with `image` and, where known,
@@ -101,9 +105,9 @@ def read_items(
         tell: Called with what was left out: files of a folder that are no images, masks without an image.
 
     Raises:
-        ImageError: no image there, or one named in a manifest that is none.
-        FormatError: a manifest that cannot be read.
-        SettingError: a manifest that is none, a set that there is not, or masks where the source has its own.
+        ImageError: there is no image, or a manifest names a file that is none.
+        FormatError: a manifest cannot be read.
+        SettingError: a file is no manifest, there is no such set, or masks are given where the source has its own.
     """
     text = os.fspath(source)
     path = Path(os.path.expanduser(text))
@@ -130,6 +134,7 @@ def _is_there(path: Path) -> bool:
 
 
 def _pocket_items(name: str) -> list[Item]:
+    """Take an evaluation set of the pocket world, with the truth about its scenes."""
     kind, _, noun = name.partition("/")
     if kind in ("edit", "held-out"):
         scenes = pocket.edit_set(noun).edit if kind == "edit" else pocket.edit_set(noun).held_out
@@ -139,6 +144,9 @@ def _pocket_items(name: str) -> list[Item]:
 
 
 def _folder_items(folder: Path, masks: Path | None, tell: Tell) -> list[Item]:
+    """Take the images of a folder, with their masks where a folder of masks is given."""
+    # 1. Masks that lie among the images. Where it is not said that they do, a file counts as one only if it is named
+    # after an image and reads as a mask: `park.dog.png` beside `park.png` could be a photograph, too.
     left_out: Counter[str] = Counter()
     files = _image_files(folder, left_out)
     if masks is not None and not (_is_there(masks) and masks.is_dir()):
@@ -149,6 +157,7 @@ def _folder_items(folder: Path, masks: Path | None, tell: Tell) -> list[Item]:
         file for ones in named_like_masks.values() for noun, file in ones if is_one_folder or _is_mask(noun, file)
     }
     left_out["mask"] = 0 if is_one_folder else len(own_masks)
+    # 2. All other files must be images. Damaged ones are told and left out, unless nothing is left without them.
     images, first = [], None
     for file in files:
         if file not in own_masks:
@@ -166,13 +175,14 @@ def _folder_items(folder: Path, masks: Path | None, tell: Tell) -> list[Item]:
         raise first or ImageError(
             f"There is no image in {folder}.", fix=f"Files that end in {', '.join(SUFFIXES)} are taken."
         )
+    # 3. The masks, each with the image that it is named after.
     if masks is None:
         return [Item(str(file), file) for file in images]
     return _with_masks(images, sorted(own_masks) if is_one_folder else _image_files(masks, Counter()), masks, tell)
 
 
 def _image_files(folder: Path, left_out: Counter[str]) -> list[Path]:
-    """Those that are images by their name, in order; all others are counted."""
+    """List the files of a folder that are images by their name, in order; all others are counted in `left_out`."""
     try:
         files = sorted(folder.iterdir())
     except OSError as error:
@@ -191,12 +201,13 @@ def _image_files(folder: Path, left_out: Counter[str]) -> list[Path]:
 
 
 def _by_stem(files: Iterable[Path], stems: set[str]) -> dict[str, list[tuple[str, Path]]]:
-    """For each stem of an image the nouns and files that are named after it: STEM.NOUN.png, or STEM.NOUN.1.png."""
+    """Collect for each stem of an image the nouns and files named after it: STEM.NOUN.png, or STEM.NOUN.1.png."""
     found: dict[str, list[tuple[str, Path]]] = defaultdict(list)
     for file in files:
         parts = file.stem.split(".")
         for n in range(len(parts) - 1, 0, -1):  # the longest stem first: a.2.cat.png goes with a.2.png
             stem, (noun, *number) = ".".join(parts[:n]), parts[n:]
+            # `park.2.png` is a second photograph, not the mask of an object called 2.
             is_number = len(number) <= 1 and all(one.isdecimal() for one in number)
             if stem in stems and noun.strip() and not noun.isdecimal() and is_number:
                 found[stem].append((noun, file))
@@ -205,7 +216,7 @@ def _by_stem(files: Iterable[Path], stems: set[str]) -> dict[str, list[tuple[str
 
 
 def _is_mask(noun: str, file: Path) -> bool:
-    """Whether what is named after another image of its folder is a mask of it, and not another photograph."""
+    """Tell whether a file named after another image of its folder is a mask of it, and not another photograph."""
     if noun == "mask":  # those of the pocket world's samples, one for all objects
         return True
     try:
@@ -216,7 +227,9 @@ def _is_mask(noun: str, file: Path) -> bool:
 
 
 def _with_masks(images: Sequence[Path], files: Sequence[Path], masks: Path, tell: Tell) -> list[Item]:
+    """Give each image the masks that are named after it; masks of no image are told."""
     by_stem = _by_stem(files, {image.stem for image in images})
+    # `park.png` and `park.jpg` have one stem: nothing says which of them `park.dog.png` is a mask of.
     twice = [stem for stem, count in Counter(image.stem for image in images).items() if count > 1 and stem in by_stem]
     if twice:
         seen = ", ".join(image.name for image in images if image.stem == twice[0])
@@ -238,6 +251,8 @@ def _with_masks(images: Sequence[Path], files: Sequence[Path], masks: Path, tell
 
 
 class _Entry(msgspec.Struct, forbid_unknown_fields=True):
+    """One image of a manifest; a misspelt field is refused."""
+
     image: str
     objects: list[str] | None = None
     masks: list[str] | None = None
@@ -254,6 +269,7 @@ _EXAMPLE = '[{"image": "park.png", "objects": ["dog"], "masks": ["park.dog.png"]
 
 
 def _listed_items(path: Path, tell: Tell) -> list[Item]:
+    """Take the images of a JSON file: a list is a manifest, an object must be COCO's instances."""
     if not _is_there(path):
         raise ImageError(f"There is no file or folder {path}.")
     try:
@@ -268,6 +284,7 @@ def _listed_items(path: Path, tell: Tell) -> list[Item]:
 
 
 def _manifest_item(path: Path, place: str, entry: _Entry) -> Item:
+    """Take one image of a manifest; `place` is what error messages call its entry."""
     image, *drawn = (path.parent / os.path.expanduser(one) for one in (entry.image, *(entry.masks or [])))
     for file in (image, *drawn):
         try:
@@ -279,12 +296,14 @@ def _manifest_item(path: Path, place: str, entry: _Entry) -> Item:
 
 
 def _coco_items(path: Path, coco: Instances, tell: Tell) -> list[Item]:
-    """Those of the images that are there: a part of the set is enough."""
+    """Take the images of COCO instances that are there: a part of the set is enough."""
+    # 1. Where the images may lie: beside the file, or as COCO packs them, `annotations/instances_X.json` and `X/`.
     split = path.stem.removeprefix("instances_")
     roots = [
         *(path.parent / name for name in (".", "images", split)),
         *(path.parent.parent / name for name in (split, f"images/{split}", "images", ".")),
     ]
+    # 2. Annotations by their image: the file lists them in any order.
     names = {one.id: one.name for one in coco.categories}
     shown = defaultdict(list)
     for one in coco.annotations:
@@ -296,6 +315,7 @@ def _coco_items(path: Path, coco: Instances, tell: Tell) -> list[Item]:
             check_image(file)
             there = outlines(shown[picture.id], names, picture)
             items.append(Item(str(file), file, tuple(there), tuple(there.values())))
+    # 3. Of a few missing images the user is told; if all are missing, the place is wrong.
     if not items:
         raise ImageError(
             f"None of the {len(coco.images)} images of {path} is there.",

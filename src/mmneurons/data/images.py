@@ -1,4 +1,4 @@
-"""What a user gives as an image -> an RGB picture, or an ImageError that says what to do instead.
+"""Reading of images: whatever a user gives becomes an RGB picture, or an ImageError that says what to do instead.
 
 A file is only ever read as pixels, by the decoders of plain raster formats: Pillow's EPS reader, for one, would
 start Ghostscript. Pixel values are taken as stored: a colour profile is neither applied nor kept.
@@ -27,24 +27,24 @@ from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
 from mmneurons.errors import ImageError
 
 MAX_PIXELS = 60_000_000
-"""A picture with more pixels is refused from its header, before it is decoded (0.5 GB in memory, with its RGB copy)."""
+"""The most pixels of a picture; more are refused from the header, before decoding (0.5 GB in memory, with a copy)."""
 MAX_BYTES = 400_000_000
-"""A larger file is refused before it is read: no format needs more for so many pixels."""
+"""The most bytes of a file; a larger one is refused unread: no format needs more for so many pixels."""
 SUFFIXES = tuple(
     ".png .apng .jpg .jpeg .jpe .jfif .mpo .webp .gif .bmp .tif .tiff .ppm .pgm .pbm .pnm .pfm "
     ".avif .avifs .jp2 .j2k .jpx .jpf .jpc .j2c".split()
 )
-"""How the names of image files end, in small letters; a folder is searched for these."""
+"""The endings of image file names, in small letters; a folder is searched for these."""
 
 _MAX_SCANS = 20
-"""Of a progressive JPEG at the largest size; a smaller picture may have more. Cameras and tools write about ten."""
+"""The most scans of a progressive JPEG of `MAX_PIXELS`; a smaller one may have more. Cameras write about ten."""
 _MAX_PLAIN = 10_000_000
-"""Bytes of a PPM that writes its numbers as text: they are read one by one, a second for so many."""
+"""The most bytes of a PPM that writes its numbers as text: they are read one by one, so many in a second."""
 _COSTLY = ("WEBP", "AVIF", "JPEG2000", "F", "I")
-"""Formats and modes that take twice the memory for each pixel, some of them much time: half as many may come."""
-_PLAIN_MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "I", "F")
+"""Formats and modes that take twice the memory for each pixel, some of them much time: they may have half as many."""
+_PLAIN_MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "I", "F")  # of which the numbers can be read as they are
 _STRIP = 2**20
-"""Pixels that are converted at once where a conversion needs several copies."""
+"""How many pixels are converted at once where a conversion needs several copies."""
 _FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000")
 _GIVE = "Give a PNG, JPEG, WebP, GIF, BMP, TIFF, PPM, AVIF or JPEG 2000 file."
 _AGAIN = "Copy, download or export the file again."
@@ -63,12 +63,12 @@ _LOCK = threading.Lock()
 
 @dataclass(frozen=True)
 class OpenedImage:
-    """A picture that a model can be shown, and what its user should be told about it."""
+    """A picture that a model can be shown, and notes on how it was read."""
 
     image: Image.Image
-    """Mode RGB, upright, at least 1 x 1; shares no memory with what it was made from."""
+    """The picture: mode RGB, upright, at least 1 x 1; it shares no memory with what it was made from."""
     name: str
-    """The path as given, or '<PIL image>' or '<array>'."""
+    """The path as it was given, or '<PIL image>' or '<array>'."""
     notes: tuple[str, ...]
     """What was dropped or changed on the way, one short phrase each; empty for a plain RGB file."""
 
@@ -83,9 +83,10 @@ def open_image(source: str | os.PathLike[str] | Image.Image | np.ndarray) -> Ope
         source: A path, a PIL image, or an array: height x width, x 3 (RGB) or x 4 (RGBA), uint8 or floats in 0..1.
 
     Raises:
-        ImageError: for everything else, and for whatever Pillow cannot decode to the last row.
+        ImageError: anything else was given, or Pillow cannot decode the picture to its last row.
     """
     notes: list[str] = []
+    # What is given -> RGB, by three ways; where Pillow is at work, its errors are turned into ours.
     if isinstance(source, (str, os.PathLike)):
         name = os.fsdecode(source)
         with _opened(name) as image:
@@ -107,27 +108,27 @@ def open_image(source: str | os.PathLike[str] | Image.Image | np.ndarray) -> Ope
             seen=f"Got an object of type {type(source).__module__}.{type(source).__qualname__}.",
             fix="Give a path, a PIL image, or a NumPy array of uint8, height x width x 3.",
         )
-    ImageOps.exif_transpose(picture, in_place=True)
+    ImageOps.exif_transpose(picture, in_place=True)  # `_rgb` has left the orientation in the EXIF data, alone
     return OpenedImage(picture, name, tuple(notes))
 
 
 def check_image(path: str | os.PathLike[str]) -> None:
-    """Read the header of a file alone, so that thousands can be checked before a model is loaded.
+    """Check the header of an image file alone, so that thousands can be checked before a model is loaded.
 
     Raises:
-        ImageError: there is no such file, it is no image, or it is too large; not where the pixels are damaged.
+        ImageError: there is no such file, it is no image, or it is too large. Damaged pixels are not noticed.
     """
     with _opened(os.fsdecode(path)):
         pass
 
 
 def open_stored(path: str | os.PathLike[str]) -> Image.Image:
-    """Read an image upright but otherwise as stored, for files whose numbers have a meaning.
+    """Read an image upright but otherwise as stored, for files such as masks, whose numbers have a meaning.
 
     Modes for print and television (CMYK, YCbCr, LAB) become RGB.
 
     Raises:
-        ImageError: as `open_image`, and for a file that holds several pictures.
+        ImageError: as `open_image`, or the file holds several pictures.
     """
     name = os.fsdecode(path)
     with _opened(name) as image:
@@ -143,13 +144,13 @@ def check_scaled(sizes: Iterable[tuple[int, int]], image_processor: object) -> N
 
     Args:
         sizes: Width and height of each picture.
-        image_processor: Only one that scales the shorter side to a fixed length, and no longer side, has no bound.
+        image_processor: The processor; one that fixes the shorter side's length and not the longer's has no bound.
 
     Raises:
-        ImageError: with the size that it would have.
+        ImageError: a picture is too long and thin; the message has the size that it would be scaled to.
     """
     size = getattr(image_processor, "size", None)
-    of = size.get if isinstance(size, Mapping) else partial(getattr, size)
+    of = size.get if isinstance(size, Mapping) else partial(getattr, size)  # a dict or an object, by version
     short, long = (of(name, None) for name in ("shortest_edge", "longest_edge"))
     if not isinstance(short, int) or long is not None or not getattr(image_processor, "do_resize", True):
         return
@@ -189,7 +190,7 @@ def _pillow(name: str) -> Iterator[None]:
 
 @contextmanager
 def _opened(name: str) -> Iterator[Image.Image]:
-    """The image in a file, of which the header is read and found usable; whatever happens, the file is closed."""
+    """Open an image file, read its header and check it, for the time of a `with`; the file is closed in any case."""
     if re.match(r"[a-z][a-z0-9+.-]+:/|data:", name, re.IGNORECASE):
         fix = "Download it, then give the path of the file: curl -L -o image.jpg URL"
         raise ImageError(f"{_quoted(name)} is an address, not a file.", seen="Nothing is fetched here.", fix=fix)
@@ -210,7 +211,7 @@ def _opened(name: str) -> Iterator[Image.Image]:
 
 
 class _File(io.BufferedReader):
-    """Makes room for what a file has left, not for what a decoder asks for: a chunk may claim to have gigabytes."""
+    """A file that makes room for what it has left, not for what a decoder asks: a chunk may claim to have gigabytes."""
 
     def read(self, size: int | None = -1, /) -> bytes:
         left = os.fstat(self.fileno()).st_size - self.tell()
@@ -238,6 +239,7 @@ def _no_file(name: str, path: Path) -> ImageError:
 
 
 def _header(file: IO[bytes], name: str) -> Image.Image:
+    """Read the header of an image; refuse what is empty, too large, or of a format that is not taken."""
     n_bytes = os.fstat(file.fileno()).st_size
     head = file.read(512)
     if not head:
@@ -256,6 +258,7 @@ def _header(file: IO[bytes], name: str) -> Image.Image:
 
 
 def _kind(head: bytes) -> tuple[str, str]:
+    """Tell from its first bytes what a file is that is no image, and what to do about it."""
     for pattern, kind, fix in _KINDS:
         if re.match(pattern, head, re.DOTALL | re.IGNORECASE):
             return kind, fix
@@ -265,12 +268,12 @@ def _kind(head: bytes) -> tuple[str, str]:
 
 
 def _load(image: Image.Image, name: str) -> None:
-    """Decode; Pillow has read the header alone so far."""
-    _check_size(name, *image.size)
+    """Decode the pixels, of which Pillow has read the header alone so far."""
+    _check_size(name, *image.size)  # again: a PIL image that a user gives has not passed `_header`
     file = getattr(image, "fp", None)
     if image.format in ("JPEG", "MPO") and file is not None:
         place = file.tell()
-        n_scans = _count(file, b"\xff\xda")
+        n_scans = _count(file, b"\xff\xda")  # the marker "start of scan"
         file.seek(place)
         if n_scans * image.width * image.height > _MAX_SCANS * MAX_PIXELS:
             seen = f"A JPEG of {image.width} x {image.height} pixels in {n_scans} scans; each costs as much as all."
@@ -279,17 +282,17 @@ def _load(image: Image.Image, name: str) -> None:
 
 
 def _count(file: IO[bytes], marker: bytes) -> int:
-    """How often two bytes stand in a file. In a JPEG, coded pixels never hold those of a marker."""
+    """Count how often two bytes stand in a file. In a JPEG, coded pixels never hold those of a marker."""
     file.seek(0)
     count, before = 0, b""
     while part := file.read(2**20):
         count += (before + part).count(marker)
-        before = part[-1:]
+        before = part[-1:]  # a marker may be cut in two by the end of a part
     return count
 
 
 def _rgb(image: Image.Image, name: str, notes: list[str]) -> Image.Image:
-    """A copy in RGB, not yet upright: it says itself how it is to be turned."""
+    """Make a copy in RGB, not yet upright: the one EXIF tag that is left in it says how it is to be turned."""
     _load(image, name)  # before getexif(): a TIFF turns itself upright here
     try:
         orientation = image.getexif().get(_EXIF_ORIENTATION, 1)
@@ -309,7 +312,7 @@ def _rgb(image: Image.Image, name: str, notes: list[str]) -> Image.Image:
 
 
 def _strips(height: int, width: int) -> Iterator[slice]:
-    """Rows of a picture, a few at a time."""
+    """Yield the rows of a picture a few at a time, so that conversions need little memory."""
     step = max(1, _STRIP // width)
     return (slice(top, min(top + step, height)) for top in range(0, height, step))
 
@@ -337,7 +340,7 @@ def _from_16_bit(image: Image.Image, name: str, notes: list[str]) -> Image.Image
         seen = f"32-bit values from {low} to {high}; up to 65535 they are read as 16-bit grey."
         raise ImageError(f"{_quoted(name)} has no known white.", seen=seen, fix="Save it as 8 or 16 bits per channel.")
     notes.append(f"16-bit grey, values {low} to {high}: divided by 257")
-    opaque = values != image.info.get("transparency", -1)
+    opaque = values != image.info.get("transparency", -1)  # one grey can stand for "transparent"
     grey = np.empty(values.shape, np.uint8)
     for rows in _strips(*values.shape):
         strip = values[rows].astype(np.int32)
@@ -351,6 +354,7 @@ def _from_16_bit(image: Image.Image, name: str, notes: list[str]) -> Image.Image
 
 
 def _from_array(array: np.ndarray, name: str) -> Image.Image:
+    """Make an image of an array; what is not clearly height x width of known white is refused, never guessed at."""
     seen = f"Its shape is {array.shape}, its dtype {array.dtype}."
     if array.ndim != 2 and (array.ndim != 3 or array.shape[2] not in (3, 4)):
         fix = "Give height x width, x 3 (RGB) or x 4 (RGBA); from channels first: array.transpose(1, 2, 0)"

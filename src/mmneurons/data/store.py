@@ -1,4 +1,4 @@
-"""What an experiment found so far, one line a result: written as it goes, read again when it is started anew."""
+"""A store of an experiment's results, one line each: written as they come, read again when the run is started anew."""
 
 from __future__ import annotations
 
@@ -20,27 +20,30 @@ from mmneurons.files import read_file
 T = TypeVar("T")
 
 LARGEST = 2**30
-"""Bytes of a store, at most."""
+"""The most bytes that a store may have."""
 LOCK = ".lock"
-"""In a folder of results: one run at a time writes there."""
+"""The name of the lock file in a folder of results, in which one run at a time writes."""
 
 
 def lock_of(file: Path) -> Path:
-    """The lock beside a file that one run at a time writes."""
+    """Name the lock file beside a file that only one run at a time may write."""
     return file.with_name(f".{file.name}.lock")
 
 
 @contextmanager
 def one_writer(place: Path, lock: Path) -> Iterator[None]:
-    """Let nobody else write in a place. What a killed process held is free.
+    """Keep every other run from writing in a place, for the time of a `with`.
+
+    The system frees the lock when its process ends, even if it is killed.
 
     Args:
         place: What is written, for the message.
         lock: A file for the lock; it is left there. Its folder is made if it is not there.
 
     Raises:
-        SettingError: another run, or another thread, writes there; or nobody can.
+        SettingError: another run or another thread writes there, or the lock file cannot be made.
     """
+    # timeout=0: a second run is told at once, instead of waiting for hours without a word.
     try:
         lock.parent.mkdir(parents=True, exist_ok=True)
         held = FileLock(lock, timeout=0)
@@ -58,7 +61,7 @@ def one_writer(place: Path, lock: Path) -> Iterator[None]:
 
 
 class Store(Generic[T]):
-    """Results of one experiment in one file of JSON lines; the first line says what makes them all.
+    """The results of one experiment in one file of JSON lines, whose first line says what made them all.
 
     Each result stands under a key, a hash of everything else that it was made of: with other pictures, other results.
     A run that was stopped, even while it wrote, goes on after the last whole line. To be used under `one_writer`.
@@ -70,13 +73,14 @@ class Store(Generic[T]):
 
     Raises:
         SettingError: the file was made by something else, or cannot be written.
-        FormatError: it is damaged, or no file of results.
+        FormatError: the file is damaged, or holds no results.
     """
 
     def __init__(self, path: Path, made_by: Mapping[str, Any], kind: type[T]) -> None:
         self.path = path
         self.found: dict[str, T] = {}
-        """By key."""
+        """The results so far, by key."""
+        # 1. The header: a new file gets it, one that was stopped in the middle of it gets the rest.
         header = _with_checksum(json.dumps({"made_by": made_by}, sort_keys=True).encode("ascii"))
         content = read_file(path, limit=LARGEST) if os.path.lexists(path) else b""
         *lines, rest = content.split(b"\n")
@@ -85,8 +89,10 @@ class Store(Generic[T]):
         if not lines:
             self._write(header[len(rest) :])
             return
+        # 2. An old file must have the very same header, byte for byte.
         if lines[0] != header:
             raise self._another(lines[0], header)
+        # 3. Its whole lines are the results; each carries a checksum, so that a damaged file is never taken for good.
         line_of = msgspec.json.Decoder(tuple[str, str, kind])
         for number, line in enumerate(lines[1:], start=2):
             try:
@@ -97,11 +103,16 @@ class Store(Generic[T]):
             os.truncate(path, len(content) - len(rest))
 
     def add(self, key: str, name: str, result: T) -> None:
-        """Keep a result; the name is for people who look into the file.
+        """Keep a result, in memory and as a line of the file.
+
+        Args:
+            key: The hash of what the result was made of.
+            name: What the result is called, for people who look into the file.
+            result: The result.
 
         Raises:
-            ModelError: it holds what is no number.
-            SettingError: it cannot be written.
+            ModelError: the result holds NaN or infinity.
+            SettingError: the file cannot be written.
         """
         if not _is_finite(msgspec.to_builtins(result)):  # it would be written as null
             raise no_number(name)
@@ -110,7 +121,7 @@ class Store(Generic[T]):
         self.found[key] = result
 
     def damaged(self, seen: str) -> FormatError:
-        """What to raise where the file, or what belongs to it, is not as it was written."""
+        """Make the error to raise where the file, or what belongs to it, is not as it was written."""
         return FormatError(f"{self.path} is damaged.", seen=seen, fix="Delete it and run again.")
 
     def _write(self, line: bytes) -> None:
@@ -128,6 +139,7 @@ class Store(Generic[T]):
         )
 
     def _another(self, there: bytes, asked: bytes) -> SettingError | FormatError:
+        """Make the error for a file with another header, which names the settings that differ."""
         try:
             before, now = (msgspec.json.decode(_checked(header))["made_by"] for header in (there, asked))
             names = [name for name in sorted({*before, *now}) if before.get(name) != now.get(name)]
@@ -141,7 +153,7 @@ class Store(Generic[T]):
 
 
 def no_number(name: str) -> ModelError:
-    """What to raise where NaN or infinity would be kept."""
+    """Make the error to raise where NaN or infinity would be kept."""
     return ModelError(
         f"What was measured of {name} is no number (NaN or infinite).",
         fix="Load the model in another dtype: --dtype bfloat16, or float32.",
@@ -149,11 +161,12 @@ def no_number(name: str) -> ModelError:
 
 
 def _with_checksum(data: bytes) -> bytes:
-    """A JSON array of the checksum of some JSON, and that JSON."""
+    """Wrap JSON in an array, with its checksum in front."""
     return b"[%d,%s]" % (zlib.crc32(data), data)
 
 
 def _checked(line: bytes) -> msgspec.Raw:
+    """Unwrap the JSON of a line; refuse it if it is not what its checksum says."""
     checksum, data = msgspec.json.decode(line, type=tuple[int, msgspec.Raw])
     if zlib.crc32(data) != checksum:
         raise ValueError("not as it was written")
@@ -165,7 +178,7 @@ def _cannot_write(path: Path, error: Exception) -> SettingError:
 
 
 def _is_finite(plain: Any) -> bool:
-    """Whether every number in plain data is one."""
+    """Tell whether plain data holds neither NaN nor infinity."""
     if isinstance(plain, dict):
         return all(map(_is_finite, plain.values()))
     if isinstance(plain, list | tuple):
