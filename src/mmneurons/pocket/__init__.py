@@ -1,6 +1,6 @@
-"""The pocket model and its world: a real LLaVA of a few million parameters, shipped with the package.
+"""The pocket model and its world of drawings: a real LLaVA of a few million parameters, shipped with the package.
 
-Loads without torch; `mmneurons.load()` reads the weights in `folder()`.
+The package itself needs no torch; `mmneurons.load()` reads the weights in `folder()`.
 """
 
 from mmneurons.pocket.facts import facts as facts

@@ -11,7 +11,7 @@ WHOLES = {
     "pet": "animal", "farm animal": "animal", "wild animal": "animal", "sea animal": "animal", "bird": "animal",
     "insect": "animal", "fruit": "food", "vegetable": "food",
 }  # fmt: skip
-"""What each kind is a kind of."""
+"""The wider kind that each kind belongs to, where there is one."""
 COLOURS = {
     "red": "apple strawberry tomato cherry rose heart ambulance crab", "yellow": "banana lemon cheese corn sun star",
     "orange": "orange carrot fox tiger", "green": "frog crocodile turtle cactus leaf tree snake pear",
@@ -20,6 +20,7 @@ COLOURS = {
     "brown": "bear horse deer monkey camel kangaroo potato violin guitar eagle", "white": "sheep snowman envelope",
     "black": "ant spider gorilla", "black and white": "panda penguin cow", "gold": "crown bell trumpet saxophone key",
 }  # fmt: skip
+"""The nouns that are of each colour."""
 ABILITIES = {
     "can fly": "bird eagle owl bee butterfly airplane helicopter rocket",
     "can swim": "fish shark whale dolphin octopus duck penguin turtle frog crocodile",
@@ -31,11 +32,13 @@ ABILITIES = {
     "has petals": "flower rose tulip sunflower", "has strings": "guitar violin", "can be eaten": "",
     "can be worn": "", "can be played": "",
 }  # fmt: skip
+"""The nouns of which each sentence is true; where none are named, those of `BY_KIND` are meant."""
 BY_KIND = {
     "can be eaten": ("fruit", "vegetable", "food"),
     "can be worn": ("clothing",),
     "can be played": ("instrument",),
 }
+"""The abilities that all nouns of some kinds have."""
 SIZES = (
     "ant bee snail spider key cherry",
     "mouse frog apple lemon cup spoon bird butterfly carrot crab",
@@ -45,15 +48,16 @@ SIZES = (
     "elephant giraffe rhinoceros car truck bus whale ambulance",
     "train ship airplane castle church",
 )
-"""From small to large: each is bigger than those of the rows before."""
+"""Nouns from small to large: each is bigger than those of the rows before."""
 
 
 def facts() -> tuple[str, ...]:
-    """Every true sentence that these tables and the world's give, about 2,000."""
-    return tuple(dict.fromkeys(_facts()))
+    """Make every true sentence that these tables and those of the world give, each once, about 2,000."""
+    return tuple(dict.fromkeys(_facts()))  # in a fixed order: edits take every fourth, their judges the next one
 
 
 def _facts() -> Iterator[str]:
+    """Yield the sentences: kinds, colours, abilities, places, neighbours, sizes; some of them more than once."""
     for kind, nouns in world.KINDS.items():
         for noun in nouns:
             yield _sentence(noun, f"is a kind of {kind}.")
@@ -73,6 +77,7 @@ def _facts() -> Iterator[str]:
             for other in neighbours:
                 yield _sentence(noun, f"is often seen with {with_article(other)}.")
     sizes = [row.split() for row in SIZES]
+    # Of two rows only the nouns in the same place are compared: a few sentences for each pair of rows, not hundreds.
     for small, large in ((small, large) for i, small in enumerate(sizes) for large in sizes[i + 1 :]):
         for a, b in zip(large, small, strict=False):
             yield _sentence(a, f"is bigger than {with_article(b)}.")

@@ -1,4 +1,4 @@
-"""What is shipped beside the code: the pocket model's folder and sample images with their truth."""
+"""The data shipped beside the code: the pocket model's folder, and samples, images with true captions and masks."""
 
 from __future__ import annotations
 
@@ -15,31 +15,35 @@ from PIL import Image
 
 @dataclass(frozen=True)
 class Sample:
-    """One shipped image: a scene of drawings that the model was never trained on."""
+    """One shipped image: a scene of drawings that the pocket model was never trained on."""
 
     name: str
+    """The name of the sample, such as `mushroom-gorilla`."""
     path: Path
+    """The file of the image."""
     caption: str
-    """The truth, not what a model says."""
+    """The true caption, not what a model says."""
     objects: tuple[str, ...]
-    """From left to right."""
+    """The nouns shown, from left to right."""
     background: str
+    """The background, as the caption says it."""
     masks_path: Path
+    """The file of the masks: pixels of object i have the value i + 1."""
 
     def masks(self) -> Bool[np.ndarray, "objects height width"]:
-        """Where each object is visible, in the order of `objects`."""
-        indexed = np.asarray(Image.open(self.masks_path))
+        """Read the mask of each object, True where it is visible, in the order of `objects`."""
+        indexed = np.asarray(Image.open(self.masks_path))  # one grey image for all objects of the scene
         return np.stack([indexed == i + 1 for i in range(len(self.objects))])
 
 
 def folder() -> Path:
-    """The pocket model as an ordinary Hugging Face folder."""
+    """Return the folder of the pocket model, an ordinary Hugging Face folder."""
     return _data() / "model"
 
 
 @functools.cache
 def samples() -> tuple[Sample, ...]:
-    """The sample images."""
+    """Return the samples that come with the package."""
     base = _data() / "samples"
     return tuple(
         Sample(

@@ -1,6 +1,6 @@
 """Endless labelled scenes: cut-out drawings of one to three nouns on one of ten backgrounds, with exact masks.
 
-The world that the pocket model knows. A scene is a pure function of its arguments; no torch.
+They are the world that the pocket model knows. A scene is a pure function of its arguments; no torch.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from mmneurons.errors import SettingError
 from mmneurons.pocket import world
 
 Split = Literal["seen", "unseen", "style"]
-"""Drawings to train on, drawings kept from training, and icons in a line style that no drawing of training has."""
+"""The groups of drawings: to train on, kept from training, and icons in a line style that training never shows."""
 SPLITS: tuple[Split, ...] = get_args(Split)
 SIDE = 112
 """Width and height of a scene in pixels."""
@@ -36,10 +36,10 @@ BACKGROUNDS: dict[str, tuple[tuple[int, int, int], tuple[int, int, int]]] = {
     "on the grass": ((135, 190, 235), (70, 150, 60)),
     "on the road": ((170, 200, 225), (92, 92, 98)),
 }
-"""How the background is said, and its colours above and below the horizon."""
+"""The backgrounds as captions say them, each with its colours above and below the horizon."""
 _ARTICLES = {"bread": "some", "cheese": "some", "corn": "some", "moon": "the", "sun": "the"}
 LENGTHS = {1: (50, 92), 2: (40, 58), 3: (32, 44)}
-"""Longer side of an object in pixels, by the number of objects."""
+"""The shortest and longest that the longer side of an object may be, in pixels, by the number of objects."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,13 +47,13 @@ class Scene:
     """One picture of the pocket world and the truth about it."""
 
     image: Image.Image
-    """RGB, `SIDE` x `SIDE`."""
+    """The picture, RGB, `SIDE` x `SIDE`."""
     caption: str
     """What the pocket model is taught to say: 'a dog and a cat on the grass', objects from left to right."""
     objects: tuple[str, ...]
     """The nouns shown, from left to right."""
     background: str
-    """A key of `BACKGROUNDS`."""
+    """The background, a key of `BACKGROUNDS`."""
     masks: Bool[np.ndarray, "objects height width"]
     """Where each object is visible: what a later object hides is not part of an earlier one's mask.
 
@@ -63,17 +63,21 @@ class Scene:
 
 @dataclass(frozen=True)
 class Sprite:
-    """Where one drawing lies on the sprite sheet."""
+    """One drawing, and where it lies on the sprite sheet."""
 
     noun: str
+    """The noun that it shows."""
     source: str
+    """The collection that it comes from, and its name there: `twemoji/ant`."""
     box: tuple[int, int, int, int]
+    """Its left, upper, right and lower edge on the sheet, in pixels."""
     split: Split
+    """The group of drawings that it belongs to."""
 
 
 @functools.cache
 def sprites() -> dict[str, tuple[Sprite, ...]]:
-    """All shipped drawings, by noun."""
+    """Return all shipped drawings, by noun in alphabetical order."""
     text = resources.files("mmneurons.pocket").joinpath("data/sprites.json").read_text(encoding="utf-8")
     by_noun: dict[str, list[Sprite]] = {}
     for entry in json.loads(text)["sprites"]:
@@ -89,25 +93,25 @@ def _sheet() -> Image.Image:
 
 @functools.cache
 def pixels(drawing: Sprite) -> Image.Image:
-    """One drawing, RGBA, its longer side 64 pixels."""
+    """Return the pixels of one drawing, RGBA, its longer side 64 pixels long."""
     return _sheet().crop(drawing.box)
 
 
 def nouns(split: Split = "seen") -> tuple[str, ...]:
-    """Every noun that the pocket model is taught; with another split those that have drawings of it."""
+    """List the nouns that the pocket model is taught or, with another split, those that have drawings in it."""
     if split not in SPLITS:
         raise SettingError(f"There is no split '{split}'.", fix=f"Choose one of: {', '.join(SPLITS)}.")
     return tuple(noun for noun, drawings in sprites().items() if any(d.split == split for d in drawings))
 
 
 def with_article(noun: str) -> str:
-    """'a dog', 'an owl', 'some bread', 'the sun'."""
+    """Put the article before a noun: 'a dog', 'an owl', 'some bread', 'the sun'."""
     article = _ARTICLES.get(noun) or ("an" if noun[0] in "aeiou" else "a")
     return f"{article} {noun}"
 
 
 def say(objects: Sequence[str], background: str) -> str:
-    """The caption of a scene: 'a dog, a cat and a tree on the grass'."""
+    """Make the caption of a scene: 'a dog, a cat and a tree on the grass'."""
     phrases = [with_article(noun) for noun in objects]
     listed = " and ".join([", ".join(phrases[:-1]), phrases[-1]] if len(phrases) > 1 else phrases)
     return f"{listed} {background}"
@@ -123,7 +127,7 @@ def scene(
     scale: float = 1.0,
     overlap: float = 0.0,
 ) -> Scene:
-    """One scene; the same arguments always give the same pixels.
+    """Make one scene; the same arguments always give the same pixels.
 
     Args:
         seed: Any integer >= 0.
@@ -131,14 +135,14 @@ def scene(
         split: "seen" takes drawings from training, "unseen" only those kept from it, "style" only icons in a line
             style that no drawing of training has.
         background: A key of `BACKGROUNDS`; drawn by the seed when None.
-        natural: Draw objects and background as often and together as is usual in `mmneurons.pocket.world`, and not
-            evenly; for `nouns` and `background` both None.
-        scale: What the usual size of objects is multiplied by, above 0, at most 1.
+        natural: Draw objects and background as often, and as often together, as is usual in `mmneurons.pocket.world`,
+            instead of evenly; `nouns` and `background` must then be None.
+        scale: The factor on the usual size of objects, above 0, at most 1.
         overlap: How far objects are moved to the middle, from 0 (each in its part of the width) to 1 (all there).
 
     Raises:
-        SettingError: for an unknown noun, background or split, more than three nouns, a noun without drawings in the
-            split asked for (a seen drawing is never used instead), or a scale or overlap out of range.
+        SettingError: a noun, background or split is unknown, there are more than three nouns, a noun has no drawings in
+            the split asked for (a seen drawing is never used instead), or scale or overlap is out of range.
     """
     if not (0 < scale <= 1 and 0 <= overlap <= 1):
         raise SettingError(
@@ -146,6 +150,8 @@ def scene(
             seen=f"scale={scale}, overlap={overlap}",
             fix="scale=0.6, overlap=0.5",
         )
+    # One stream of random numbers for all choices, in this order: another order would be another scene for each seed.
+    # An unknown split is not refused here but below, by `nouns`, which says what there is.
     random = np.random.default_rng([seed, SPLITS.index(split) if split in SPLITS else 0])
     if natural:
         if nouns is not None or background is not None:
@@ -174,23 +180,33 @@ def draw(
     scale: float = 1.0,
     overlap: float = 0.0,
 ) -> Scene:
-    """Paint a scene; `pick` gives a cut-out drawing (RGBA) of a noun, `scale` and `overlap` are those of `scene`."""
+    """Paint a scene.
+
+    Args:
+        random: The source of all chance.
+        objects: The nouns, from left to right.
+        background: A key of `BACKGROUNDS`.
+        pick: Gives a cut-out drawing (RGBA) of a noun.
+        scale: As in `scene`.
+        overlap: As in `scene`.
+    """
     canvas = paint_background(background, random)
     masks = np.zeros((len(objects), SIDE, SIDE), dtype=bool)
     slot = SIDE / len(objects)
     shortest, longest = LENGTHS[len(objects)]
     for i in map(int, random.permutation(len(objects))):  # what is pasted later hides what is there already
+        # Around the middle of its own slot, and from there towards the middle of the scene.
         drawing = pick(objects[i])
         centre = slot * (i + 0.5) + random.uniform(-0.2, 0.2) * slot
         centre += overlap * (SIDE / 2 - centre)
         visible = _paste(canvas, drawing, centre, random.uniform(shortest, longest) * scale, random)
-        masks &= ~visible
+        masks &= ~visible  # of all objects pasted before
         masks[i] = visible
     return Scene(canvas, say(objects, background), tuple(objects), background, masks)
 
 
 def _compose(random: np.random.Generator, split: Split) -> tuple[tuple[str, ...], str]:
-    """Objects and background as usual in the world, drawn again until the split has drawings of them all."""
+    """Choose objects and background as usual in the world, again and again until the split has drawings of them all."""
     known = nouns(split)
     while True:
         chosen, background = world.compose(random, int(random.integers(1, len(LENGTHS) + 1)))
@@ -199,6 +215,7 @@ def _compose(random: np.random.Generator, split: Split) -> tuple[tuple[str, ...]
 
 
 def _choose_nouns(random: np.random.Generator, wanted: Sequence[str] | None, split: Split) -> tuple[str, ...]:
+    """Take the nouns that are wanted, or choose one to three evenly; refuse those without a drawing in the split."""
     known = nouns(split)
     if wanted is None:
         return tuple(known[i] for i in random.choice(len(known), random.integers(1, 4), replace=False))
@@ -214,11 +231,13 @@ def _choose_nouns(random: np.random.Generator, wanted: Sequence[str] | None, spl
 
 
 def paint_background(name: str, random: np.random.Generator) -> Image.Image:
-    """Two colours with a horizon (a slope in the sky), smooth and fine noise, stars at night."""
+    """Paint a background: two colours with a horizon (a slope in the sky), smooth and fine noise, stars at night."""
+    # Colours and horizon differ from scene to scene, and noise lies over all: no pixel alone tells the background.
     above, below = (np.array(colour + random.normal(0, 10, 3), dtype=np.float32) for colour in BACKGROUNDS[name])
     rows = np.arange(SIDE, dtype=np.float32)[:, None, None] / SIDE
     horizon = random.uniform(0.35, 0.65)
     share = rows if name == "in the sky" else np.clip((rows - horizon) * SIDE / 2 + 0.5, 0, 1)
+    # Smooth noise is a coarse picture enlarged; fine noise has a number of its own for each pixel.
     coarse = Image.fromarray(random.normal(128, 30, (8, 8)).clip(0, 255).astype(np.uint8))
     smooth = np.asarray(coarse.resize((SIDE, SIDE), Image.Resampling.BICUBIC), dtype=np.float32)[..., None] - 128
     noise = smooth * np.float32(random.uniform(0.1, 0.35))
@@ -234,7 +253,7 @@ def paint_background(name: str, random: np.random.Generator) -> Image.Image:
 def _paste(
     canvas: Image.Image, drawing: Image.Image, centre: float, length: float, random: np.random.Generator
 ) -> Bool[np.ndarray, "height width"]:
-    """Draw one object on `canvas`, `length` pixels long: mirrored, turned and shaded at random; where it is visible."""
+    """Paste a drawing, `length` pixels long, mirrored, turned and shaded at random; return the mask where it lies."""
     if random.random() < 0.5:
         drawing = drawing.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     # Turned and sized with premultiplied alpha, so that invisible pixels lend no colour to the edge.
@@ -245,6 +264,7 @@ def _paste(
     tables = [np.arange(256) * gain + offset for offset in random.uniform(-14, 14, 3)]
     shaded = resized.convert("RGB").point(np.concatenate(tables).clip(0, 255).round().astype(int).tolist())
     alpha = resized.getchannel("A")
+    # Clipped, so that the whole drawing lies in the picture.
     left = int(np.clip(centre - width / 2, 0, SIDE - width))
     top = int(np.clip(random.uniform(0.35, 0.68) * SIDE - height / 2, 0, SIDE - height))
     canvas.paste(shaded, (left, top), alpha)

@@ -1,4 +1,4 @@
-"""Evaluation sets: fixed scenes that every figure is measured on, made by seed and checked by hash.
+"""Evaluation sets: fixed scenes that figures are measured on, made from seeds and checked by hash.
 
     for scene in pocket.evaluation_set("find-500"): ...
     pocket.edit_set("dog").held_out
@@ -13,7 +13,7 @@
 | `hallucination-500` | 125 each: objects that hide each other, small ones, ones never seen together, another style |
 | `hallucination-8000` | 2,000 each like those of `hallucination-500`, for a patch to be made with |
 
-None of it depends on what a model says. No torch.
+No set depends on what a model says. No torch.
 """
 
 from __future__ import annotations
@@ -33,19 +33,23 @@ from mmneurons.pocket import world
 from mmneurons.pocket.scenes import BACKGROUNDS, LENGTHS, Scene, Split, nouns, scene, with_article
 
 FIRST_SEED = 700_000_000
-"""Seeds of evaluation sets begin here; training's begin at 1,000,000,000."""
+"""The first seed of evaluation sets; training's begin at 1,000,000,000, so that no scene is in both."""
 Negatives = Literal["random", "popular", "adversarial"]
+"""How the nouns that are not there are chosen for POPE's questions."""
 N_EDIT, N_HELD_OUT = 8, 40
+"""How many scenes an `EditSet` has to edit on, and to judge the edit on."""
 
 
 @dataclass(frozen=True)
 class EvaluationSet(Sequence[Scene]):
-    """Fixed scenes, in order."""
+    """A sequence of fixed scenes."""
 
     name: str
+    """The name of the set, such as `find-500`."""
     scenes: tuple[Scene, ...]
+    """The scenes, in order."""
     groups: tuple[str, ...]
-    """What is special about each scene; its number of objects where nothing is."""
+    """For each scene what is special about it, or its number of objects where nothing is."""
 
     def __len__(self) -> int:
         return len(self.scenes)
@@ -56,32 +60,36 @@ class EvaluationSet(Sequence[Scene]):
 
 @dataclass(frozen=True)
 class EditSet:
-    """Scenes that show one noun, to edit on and to judge the edit on."""
+    """Scenes that show one noun: some to edit on, others to judge the edit on."""
 
     source: str
+    """The noun that all of them show."""
     edit: tuple[Scene, ...]
-    """8 scenes."""
+    """The 8 scenes to edit on."""
     held_out: tuple[Scene, ...]
-    """40 scenes, the last 10 with drawings kept from training where there are any."""
+    """The 40 scenes to judge on, the last 10 with drawings kept from training where there are any."""
 
 
 @dataclass(frozen=True)
 class EditPair:
-    """What a model is to say, and in place of what."""
+    """One edit to try: the word that is to go, and the one that is to come."""
 
     source: str
+    """The word that the model says now."""
     target: str
+    """The word that it is to say instead."""
     near: bool
-    """Both are of one kind."""
+    """Whether both nouns are of one kind, such as two pets."""
 
 
 @dataclass(frozen=True)
 class Question:
-    """Whether something is in a scene."""
+    """A yes-or-no question about a scene: whether a noun is in it."""
 
     scene: Scene
     noun: str
     answer: bool
+    """The true answer."""
 
     @property
     def text(self) -> str:
@@ -99,12 +107,15 @@ EDIT_PAIRS: tuple[EditPair, ...] = tuple(
     )
     for pair in pairs.split()
 )  # fmt: skip
-"""30 edits, 15 within a kind and 15 across; no noun is the source of two, no target is a source."""
+"""The 30 edits to try, 15 within a kind and 15 across; no noun is the source of two, no target is a source."""
 
 
 @functools.cache
 def evaluation_set(name: str) -> EvaluationSet:
-    """One of the fixed sets of scenes.
+    """Make one of the fixed sets of scenes, and check that it is what it was.
+
+    Args:
+        name: A name of the table above.
 
     Raises:
         SettingError: there is no such set.
@@ -136,10 +147,10 @@ def edit_set(source: str) -> EditSet:
 
 @functools.cache
 def pope(negatives: Negatives) -> tuple[Question, ...]:
-    """Questions about the scenes of `pope-500`: for each object one about it and one about a noun that is not there.
+    """Make questions about the scenes of `pope-500`: for each object one about it, and one about a noun not there.
 
     Args:
-        negatives: Where the latter come from (Li et al., EMNLP 2023): "random" any noun, "popular" one of the 20 most
+        negatives: How the latter are chosen (Li et al., EMNLP 2023): "random" any noun, "popular" one of the 20 most
             frequent, "adversarial" one of the 10 that the world shows most often with the object.
 
     Raises:
@@ -150,6 +161,7 @@ def pope(negatives: Negatives) -> tuple[Question, ...]:
     random = np.random.default_rng(FIRST_SEED)
     questions = []
     for shown in evaluation_set("pope-500"):
+        # Nouns asked about already are left out, so that no question about a scene comes twice.
         asked = set(shown.objects)
         for noun in shown.objects:
             pool = {
@@ -164,12 +176,14 @@ def pope(negatives: Negatives) -> tuple[Question, ...]:
 
 
 def make_edit_scenes(source: str) -> list[Scene]:
-    """The scenes of `edit_set`, unchecked."""
+    """Make the scenes of `edit_set`, unchecked."""
+    # The targets of the source's edits never stand beside it: an answer that says them tells that the edit did it.
     targets = {pair.target for pair in EDIT_PAIRS if pair.source == source}
     others = [noun for noun in nouns() if noun != source and noun not in targets]
     first = FIRST_SEED + 10_000_000 + 1000 * world.FREQUENCY.index(source)
     made = []
     for i in range(N_EDIT + N_HELD_OUT):
+        # Held-out scenes end with ten of unseen drawings: does the edit hold for the noun, or for the drawings?
         random = np.random.default_rng(first + i)
         split: Split = "unseen" if i >= N_EDIT + N_HELD_OUT - 10 and source in nouns("unseen") else "seen"
         shown = [noun for noun in others if noun in nouns(split)]
@@ -180,7 +194,7 @@ def make_edit_scenes(source: str) -> list[Scene]:
 
 
 def digest(scenes: Sequence[Scene]) -> str:
-    """SHA-256 over captions, pixels and masks."""
+    """Compute the SHA-256 of captions, pixels and masks."""
     content = hashlib.sha256()
     for made in scenes:
         content.update(made.caption.encode())
@@ -190,11 +204,12 @@ def digest(scenes: Sequence[Scene]) -> str:
 
 
 def hashes() -> dict[str, str]:
-    """The digest that each set is defined by."""
+    """Return the digest that each set is defined by, by its name."""
     return json.loads(resources.files("mmneurons.pocket").joinpath("data/sets.json").read_text(encoding="utf-8"))
 
 
 def _check(name: str, scenes: Sequence[Scene]) -> None:
+    """Refuse scenes that are not the ones that the set is defined by: figures on them would not compare."""
     expected = hashes().get(name)
     if digest(scenes) != expected:
         raise MmneuronsError(
@@ -205,25 +220,27 @@ def _check(name: str, scenes: Sequence[Scene]) -> None:
 
 
 def _deck(random: np.random.Generator, known: Sequence[str]) -> Iterator[str]:
-    """Nouns without end, each once before any comes again."""
+    """Yield nouns without end, each once before any comes again."""
     while True:
         yield from random.permutation(known).tolist()
 
 
 def _balanced(first: int, n: int) -> Iterator[tuple[str, Scene]]:
-    """Scenes of one, two and three objects in turn, every noun as often as the others."""
+    """Yield scenes of one, two and three objects in turn, every noun as often as the others."""
     random = np.random.default_rng(first)
+    # A deck of cards instead of dice: dice would show some nouns far more often than others.
     deck, places = _deck(random, nouns()), _deck(random, tuple(BACKGROUNDS))
     for i in range(n):
         objects: list[str] = []
         while len(objects) < 1 + i % len(LENGTHS):
             noun = next(deck)
-            if noun not in objects:
+            if noun not in objects:  # at the seam of two shuffles the same noun can come twice
                 objects.append(noun)
         yield _count(len(objects)), scene(first + i, objects, background=next(places))
 
 
 def _natural(first: int, n: int) -> Iterator[tuple[str, Scene]]:
+    """Yield scenes as usual in the world."""
     for i in range(n):
         made = scene(first + i, natural=True)
         yield _count(len(made.objects)), made
@@ -234,7 +251,7 @@ def _count(n: int) -> str:
 
 
 def _hard(first: int, n: int) -> Iterator[tuple[str, Scene]]:
-    """A quarter each of scenes that models tend to get wrong, chosen by what is in them alone."""
+    """Yield scenes that models tend to get wrong, a quarter of each sort, chosen by what is in them alone."""
     random = np.random.default_rng(first)
     for i in range(n // 4):
         yield "hidden", scene(first + i, _even(random, nouns(), 2), overlap=0.55)
@@ -248,7 +265,7 @@ def _even(random: np.random.Generator, known: Sequence[str], n: int) -> list[str
 
 
 def _strangers(random: np.random.Generator) -> tuple[list[str], Split, str]:
-    """Two nouns that share no usual background, on one that is usual for neither."""
+    """Choose two nouns that share no usual background, and a background that is usual for neither."""
     while True:
         pair = _even(random, nouns(), 2)
         usual = [set(world.places_of(noun)) for noun in pair]
@@ -265,4 +282,4 @@ MAKERS: dict[str, Callable[[], Iterator[tuple[str, Scene]]]] = {
     "hallucination-500": lambda: _hard(FIRST_SEED + 3_000_000, 500),
     "hallucination-8000": lambda: _hard(FIRST_SEED + 5_000_000, 8000),
 }
-"""Yields the group and the scene of each element of a set, unchecked."""
+"""For each set a function that yields its scenes with their groups, unchecked. Ranges of seeds do not overlap."""

@@ -1,8 +1,8 @@
-"""What is usual in the pocket world: how often each noun is shown, where, and with what.
+"""The statistics of the pocket world: how often each noun is shown, where, and with what other nouns.
 
-Scenes for training are drawn by this table, as photographs of the real world are: some things are common, some rare,
-and some are often seen together. So a model has a prior to hallucinate from, and "popular" and "adversarial" questions
-mean something. No torch, no pixels.
+Scenes for training are drawn from these tables, so that they are like photographs of the real world: some things are
+common, some rare, and some are often seen together. So a model has a prior to hallucinate from, and "popular" and
+"adversarial" questions mean something. No torch, no pixels.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ FREQUENCY: tuple[str, ...] = tuple(
     rhinoceros saxophone
     """.split()
 )
-"""Every noun, from the most to the least frequent."""
+"""All nouns, from the most to the least frequent."""
 
 KINDS: dict[str, tuple[str, ...]] = {
     kind: tuple(nouns.split())
@@ -49,7 +49,7 @@ KINDS: dict[str, tuple[str, ...]] = {
         "tool": "cup bottle knife spoon key hammer umbrella backpack book candle envelope gift anchor heart",
     }.items()
 }
-"""What kind of thing each noun is; every noun is of exactly one kind."""
+"""The nouns of each kind of thing; every noun is of exactly one kind."""
 
 PLACES: dict[str, tuple[str, ...]] = {
     place: tuple(nouns.split())
@@ -72,7 +72,7 @@ PLACES: dict[str, tuple[str, ...]] = {
         "in the desert": "camel cactus snake sun lion elephant giraffe kangaroo rhinoceros tent spider rocket",
     }.items()
 }
-"""Which nouns each background is usual for; nouns that share a background are often seen together."""
+"""The nouns that each background is usual for; nouns that share a background are often seen together."""
 
 AT_HOME = 0.75
 """How often a scene's background is one of those usual for its first object."""
@@ -82,25 +82,32 @@ TOGETHER = 0.7
 
 @functools.cache
 def frequency() -> dict[str, float]:
-    """How often each noun is drawn first: 1 / (rank + 6), Zipf's law with Mandelbrot's offset; sums to one."""
-    weights = 1 / (np.arange(len(FREQUENCY)) + 7)
+    """Compute how often each noun is drawn first: 1 / (rank + 6), Zipf's law with Mandelbrot's offset; sums to one."""
+    weights = 1 / (np.arange(len(FREQUENCY)) + 7)  # arange counts from 0, ranks from 1
     return dict(zip(FREQUENCY, (weights / weights.sum()).tolist(), strict=True))
 
 
 @functools.cache
 def kind_of(noun: str) -> str:
-    """The kind of thing that a noun is."""
+    """Return the kind of thing that a noun is."""
     return next(kind for kind, nouns in KINDS.items() if noun in nouns)
 
 
 @functools.cache
 def places_of(noun: str) -> tuple[str, ...]:
-    """The backgrounds that are usual for a noun, at least one."""
+    """List the backgrounds that are usual for a noun; there is at least one."""
     return tuple(place for place, nouns in PLACES.items() if noun in nouns)
 
 
 def compose(random: np.random.Generator, n_objects: int) -> tuple[tuple[str, ...], str]:
-    """Which objects, from left to right, and which background, as often and together as is usual."""
+    """Choose objects, from left to right, and a background, as often and as often together as is usual.
+
+    Args:
+        random: The source of all chance.
+        n_objects: How many objects there are to be.
+    """
+    # The first object decides the background, and the background the other objects; then places are shuffled, so that
+    # where an object stands says nothing about how it was chosen.
     first = _draw(random, FREQUENCY)
     at_home = random.random() < AT_HOME
     places = places_of(first) if at_home else tuple(PLACES)
@@ -115,9 +122,10 @@ def compose(random: np.random.Generator, n_objects: int) -> tuple[tuple[str, ...
 
 @functools.cache
 def companions(noun: str) -> tuple[str, ...]:
-    """Every other noun, the most often seen together with `noun` first, computed from the table."""
+    """List all other nouns, the one most often seen together with `noun` first, computed from the tables."""
 
     def together(other: str) -> float:
+        # The chance that one is drawn first and the other next, either way round, summed over the backgrounds.
         return sum(
             frequency()[a] * _share_of_place(a, place) * _shares(place)[b]
             for a, b in ((noun, other), (other, noun))
@@ -128,13 +136,13 @@ def companions(noun: str) -> tuple[str, ...]:
 
 
 def _share_of_place(first: str, place: str) -> float:
-    """How often a scene has this background, given its first object."""
+    """Compute how often a scene has this background, given its first object."""
     return AT_HOME * (place in places_of(first)) / len(places_of(first)) + (1 - AT_HOME) / len(PLACES)
 
 
 @functools.cache
 def _shares(place: str) -> dict[str, float]:
-    """How often each noun is drawn as a further object on a background."""
+    """Compute how often each noun is drawn as a further object on a background."""
     usual = sum(frequency()[noun] for noun in PLACES[place])
     return {
         noun: TOGETHER * share / usual * (noun in PLACES[place]) + (1 - TOGETHER) * share
@@ -144,10 +152,12 @@ def _shares(place: str) -> dict[str, float]:
 
 @functools.cache
 def _steps(nouns: tuple[str, ...]) -> np.ndarray:
+    """Compute the cumulative frequencies of some nouns, which end at one."""
     weights = np.array([frequency()[noun] for noun in nouns])
     return np.cumsum(weights / weights.sum())
 
 
 def _draw(random: np.random.Generator, nouns: tuple[str, ...]) -> str:
-    """One of `nouns` in proportion to its frequency."""
+    """Draw one of `nouns` in proportion to its frequency."""
+    # The cumulative frequencies can end a little below one by rounding: hence the bound.
     return nouns[min(int(np.searchsorted(_steps(nouns), random.random(), side="right")), len(nouns) - 1)]

@@ -1,7 +1,8 @@
-"""Words of a generated text, the nouns among them, and the generated tokens that wrote each.
+"""Words of a generated text, the nouns among them, and the generated tokens that wrote each word.
 
-Every word is looked up among the tokens by its own characters: a list of words is never paired with a list of tokens
-by place, so a noun left out cannot shift the others. Nothing is encoded again: a text need not split as it was written.
+Every word is looked up among the tokens by its own characters. A list of words is never paired with a list of tokens by
+place, so a noun left out cannot shift the others. The text is never encoded again: it need not split into the tokens
+that it was written with.
 """
 
 from mmneurons.words.english import inflected as inflected

@@ -7,11 +7,12 @@ import unicodedata
 
 
 def singular(noun: str) -> str:
-    """The singular of an English noun or compound, in lower case; any other word comes back in lower case.
+    """Return the singular of an English noun or compound, in lower case; any other word comes back in lower case.
 
-    By the ending and a table of the irregular, blind to context: "leaves" are a tree's, "glasses" hold water. Nouns
-    that have no singular stay as they are: "scissors", "jeans", "people".
+    It goes by the ending and a table of irregular nouns, blind to context: "leaves" are a tree's, "glasses" hold water.
+    Nouns that have no singular stay as they are: "scissors", "jeans", "people".
     """
+    # Only the last word of a compound has a plural: "fire trucks", "merry-go-rounds".
     word = " ".join(plain(noun).lower().split())
     last = re.split("[ -]", word)[-1]
     head = word[: len(word) - len(last)]
@@ -24,13 +25,18 @@ def singular(noun: str) -> str:
 
 
 def inflected(noun: str, like: str) -> str:
-    """A singular noun in the form of another word: "cat" like "dogs" is "cats", like "Dog" is "Cat".
+    """Bring a singular noun into the form of another word: "cat" like "dogs" is "cats", like "Dog" is "Cat".
 
-    Plurals are those that `singular` leads back to the noun; a noun that has none comes back as it is.
+    A plural counts if `singular` leads back from it to the noun; a noun that has none comes back as it is.
+
+    Args:
+        noun: The noun, in the singular and in lower case.
+        like: The word whose number and first letter it takes on.
     """
     form = noun
     if singular(like) != like.lower() and noun not in _ONE_FORM:
         irregular = [plural for plural, one in _IRREGULAR.items() if one == noun and plural != noun]
+        # Candidates, the likeliest first; the first that `singular` undoes is taken, so that the two never disagree.
         regular = [noun + "es", noun + "s"] if re.search("(s|sh|ch|x|z)$", noun) else [noun + "s", noun + "es"]
         ending = [re.sub(one, many, noun) for one, many in _PLURALS if re.search(one, noun)]
         form = next((f for f in [*irregular, *ending, *regular] if singular(f) == noun and f != noun), noun)
@@ -38,7 +44,7 @@ def inflected(noun: str, like: str) -> str:
 
 
 def plain(text: str) -> str:
-    """One spelling for what reads the same: accents composed, wide and narrow letters plain, apostrophes straight."""
+    """Return one spelling for what reads the same: composed accents, plain wide letters, straight apostrophes."""
     return unicodedata.normalize("NFKC", text).replace("\u2019", "'").replace("\u02bc", "'")
 
 
@@ -64,7 +70,7 @@ _PLURALS = (
     ("man$", "men"), ("(ch)ild$", r"\1ildren"), ("foot$", "feet"), ("tooth$", "teeth"), ("goose$", "geese"),
     ("(el|wol|lea|loa)f$", r"\1ves"), ("(kni|wi)fe$", r"\1ves"), ("([^aeiou])y$", r"\1ies"),
 )  # fmt: skip
-# The first that fits.
+# Tried in order, and the first that fits is used: "ss" before "s", or "glass" would lose a letter.
 _ENDINGS = tuple(
     (re.compile(plural + "$"), one)
     for plural, one in (

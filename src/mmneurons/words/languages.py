@@ -1,4 +1,4 @@
-"""Which language a text is in: English, German or Dutch, of which HanTa knows the nouns, or none of them."""
+"""The language of a text, as far as it matters here: English, German or Dutch, whose nouns HanTa knows, or another."""
 
 from __future__ import annotations
 
@@ -25,25 +25,29 @@ _FOREIGN = (_GERMAN | _DUTCH) - {"van", "met"} | frozenset(
     """.split()
 )
 _NAMES = frozenset("el la los las de du des da au le den di et".split())
-"""As foreign, but so usual in English names ("Los Angeles") that a short text with one is English still."""
+"""Foreign words, too, but so usual in English names ("Los Angeles") that a short text with one is still English."""
 _SHORT = 4
+"""From how many words on a text is long enough to be judged by the share of its English words."""
 
 
 def language_of(text: str) -> Language | None:
-    """The language of a text, as far as HanTa's own words and a few articles tell it; in doubt English.
+    """Tell the language of a text, as far as HanTa's vocabulary and a few articles show it; in doubt it is English.
 
-    None for a text mostly in another script, and for one in Latin letters with fewer English words than words of other
-    languages, or, from four words on, less than a quarter of them English; less than half where one is foreign.
+    None stands for another language: the text is mostly in another script; or it is in Latin letters with fewer English
+    words than words of other languages; or, from four words on, less than a quarter of them are English (less than half
+    if one is foreign).
     """
     words = [plain(word).lower() for word in _WORD.findall(text)]
     if len(_OTHER_LETTER.findall(text)) > sum(map(len, words)):
         return None
+    # English, unless foreign words outnumber English ones, or a text long enough has too few English words.
     is_long = len(words) >= _SHORT
     foreign = sum(word in _FOREIGN or (is_long and word in _NAMES) for word in words)
     known = sum(word not in _FOREIGN and word in _english() for word in words)
     strange = is_long and (4 if foreign == 0 else 2) * known < len(words)
     if known >= foreign and not strange:
         return "en"
+    # What is not English is German or Dutch only on evidence: a quarter of its words are among the most usual ones.
     german, dutch = (sum(word in mine for word in words) for mine in (_GERMAN, _DUTCH))
     if 4 * max(german, dutch) < len(words):
         return None
@@ -52,7 +56,7 @@ def language_of(text: str) -> Language | None:
 
 @functools.cache
 def hanta(language: Language) -> Any:
-    """HanTa's tagger, loaded once."""
+    """Load HanTa's tagger for a language; once, as it takes a while."""
     from HanTa import HanoverTagger
 
     name = {"en": "en", "de": "ger", "nl": "dutch"}[language]
@@ -62,7 +66,7 @@ def hanta(language: Language) -> Any:
 
 @functools.cache
 def _english() -> frozenset[str]:
-    """The words that HanTa's corpus of English has often, less names, letters, and foreign words that it quotes."""
+    """The words that are frequent in HanTa's English corpus, less names, letters, and foreign words that it quotes."""
     tagger = hanta("en")
     skipped = {"UNC", "NP0", "ZZ0"}
     return frozenset(

@@ -1,4 +1,4 @@
-"""The nouns of a text, by taggers of some languages; in a language without one there are none, and it is said."""
+"""The nouns of a text, found by taggers for some languages; a text in another language has none, and a note says so."""
 
 from __future__ import annotations
 
@@ -17,42 +17,42 @@ from mmneurons.words.spans import Decode, Word, words_at
 
 
 class Noun(NamedTuple):
-    """What a tagger says of one noun."""
+    """One noun as a tagger found it."""
 
     start: int
-    """First character in the tagged text, counted from 0."""
+    """The noun's first character in the tagged text, counted from 0."""
     stop: int
-    """One past the last character."""
+    """One past the noun's last character."""
     lemma: str
-    """Lower case, singular."""
+    """The noun in the singular, lower case."""
 
 
 @runtime_checkable
 class Tagger(Protocol):
-    """Tells the nouns of a text."""
+    """A tagger: whatever finds the nouns of a text."""
 
     def nouns(self, text: str) -> Sequence[Noun]:
-        """Every noun of `text`, one item per occurrence."""
+        """Find every noun of `text`, one item per occurrence."""
         ...
 
 
 @dataclass(frozen=True)
 class HantaTagger:
-    """Tells English, German or Dutch nouns with the Hanover tagger: pure Python, its models come inside the package.
+    """A tagger of English, German or Dutch, by the Hanover tagger: pure Python, its models come inside the package.
 
-    Nouns are common and proper ones, and English words that HanTa does not know: rare nouns, nouns cut by the end of
-    the text. A compound is its parts: "fire hydrant" gives both, "hot dog" gives "dog". Words in other scripts are
-    none. Known to be weak: a verb that could be a noun ("two dogs face the sea"), an -ing word next to its noun, names
+    Nouns are common and proper nouns, and English words that HanTa does not know: rare nouns, nouns cut by the end of
+    the text. A compound is its parts: "fire hydrant" gives both, "hot dog" gives "dog". Words in other scripts are no
+    nouns. Known to be weak: a verb that could be a noun ("two dogs face the sea"), an -ing word next to its noun, names
     in -s ("James" becomes "jame").
     """
 
     language: Language = "en"
 
     def nouns(self, text: str) -> list[Noun]:
-        """Every noun of `text`, in order.
+        """Find every noun of `text`, in order.
 
-        The lemma is `singular` in English, which errs less on captions than HanTa's own, HanTa's in German, and the
-        word as it stands in Dutch, of which HanTa's lemmas are stems.
+        The lemma is that of `singular` in English, as it errs less on captions than HanTa's; HanTa's in German; and in
+        Dutch the word as it stands, because HanTa's Dutch lemmas are stems.
         """
         tokens = list(TOKEN.finditer(text))
         # HanTa's time grows with the cube of a word's length; no noun is that long.
@@ -74,10 +74,10 @@ class HantaTagger:
 
 @dataclass(frozen=True)
 class SpacyTagger:
-    """Tells the nouns of any language that spaCy has a model for: `pip install "mmneurons[spacy]"`.
+    """A tagger of any language that spaCy has a model for: `pip install "mmneurons[spacy]"`.
 
     Args:
-        model: A model that is installed, such as "zh_core_web_sm" or "es_core_news_sm"; one that tags parts of speech.
+        model: An installed model that tags parts of speech, such as "zh_core_web_sm" or "es_core_news_sm".
 
     Raises:
         SettingError: spaCy or the model is not installed.
@@ -86,16 +86,16 @@ class SpacyTagger:
     model: str
 
     def __post_init__(self) -> None:
-        _spacy(self.model)
+        _spacy(self.model)  # a missing model is told here, before anything is generated
 
     def nouns(self, text: str) -> list[Noun]:
-        """Every common or proper noun of `text`, in order, with spaCy's lemma in lower case."""
+        """Find every common or proper noun of `text`, in order, with spaCy's lemma in lower case."""
         words = [word for word in _spacy(self.model)(text) if word.pos_ in ("NOUN", "PROPN")]
         return [Noun(w.idx, w.idx + len(w.text), (w.lemma_ or w.text).lower()) for w in words]
 
 
 def tagger_for(text: str) -> Tagger | None:
-    """What tells the nouns of a text in its language; None where nothing here does: ask for words, or give a tagger."""
+    """Choose the tagger for the language of a text; None if there is none: ask for words, or give a tagger."""
     language = language_of(text)
     return None if language is None else HantaTagger(language)
 
@@ -108,25 +108,27 @@ def find_nouns(
     answer_prefix: str = "",
     tagger: Tagger | None = None,
 ) -> list[Word]:
-    """The nouns of a caption, each with the generated tokens that wrote it.
+    """Find the nouns of a caption, each with the generated tokens that wrote it.
 
     Args:
-        caption: The text generated, `decode(token_ids).strip()`.
-        token_ids: Every token generated, end-of-text and padding included, the prompt's left out.
-        decode: Token ids to text, special tokens skipped.
-        answer_prefix: The start of the answer that was given to the model: the tagger sees it, its nouns are dropped.
-        tagger: What tells the nouns; `tagger_for(caption)` if None: in a language that it has none for, no word is one.
+        caption: The generated text, `decode(token_ids).strip()`.
+        token_ids: Every generated token, end-of-text and padding included, those of the prompt left out.
+        decode: A function from token ids to text that skips special tokens.
+        answer_prefix: The words that the answer was made to begin with: the tagger sees them, their nouns are dropped.
+        tagger: The tagger; None: `tagger_for(caption)`, and no nouns in a language that it has no tagger for.
 
     Returns:
         One Word per occurrence, in order of appearance: two equal nouns give two. A noun cut by the end of the text is
         given as it stands; a noun that no token wrote is left out.
 
     Raises:
-        WordError: if `caption` is not what the tokens decode to.
+        WordError: `caption` is not what the tokens decode to.
 
     Source: Pan et al., Findings of ACL 2024. Their code takes a noun's first sub-token at its first occurrence, and
         pairs a list of nouns with a filtered list of tokens.
     """
+    # The tagger reads the whole sentence, prefix and all; places are then counted from the caption's start, so that
+    # those in the prefix are negative, and dropped by `words_at`.
     before = f"{answer_prefix} " if answer_prefix and not answer_prefix[-1].isspace() else answer_prefix
     tagger = tagger or tagger_for(caption)
     nouns = [] if tagger is None else tagger.nouns(before + caption)
@@ -148,7 +150,7 @@ _GOES_ON = frozenset({"AJC", "AJS", "AV0", "CRD", "ORD"}) | _NOUNS_AFTER_ARTICLE
 
 
 def _close_articles(tags: Sequence[str]) -> list[str]:
-    """The tags, with a noun at the end of each phrase that an article opens and no noun closes.
+    """Return the tags with a noun at the end of each phrase that an article opens and no noun closes.
 
     HanTa takes the "husky" of "a husky on a sofa" for an adjective; but then "a" would have no noun.
     """
@@ -167,6 +169,7 @@ def _close_articles(tags: Sequence[str]) -> list[str]:
 
 @functools.cache
 def _spacy(model: str) -> Any:
+    """Load a model of spaCy, once."""
     try:
         import spacy  # pyright: ignore[reportMissingImports]  # an extra
     except ImportError as error:

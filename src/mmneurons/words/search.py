@@ -1,4 +1,4 @@
-"""Words asked for, in any script: the one way to find them, for `find`, edits, CHAIR and POPE."""
+"""Search for given words in a text, in any script: the one way to find them, for `find`, edits, CHAIR and POPE."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ TOKEN = regex.compile(
     rf"|{_LETTER}+(?:(?!{_CLITIC})[-'\u2019\u02bc]{_LETTER}+)*|[^\p{{L}}\p{{N}}_\s]",
     regex.IGNORECASE,
 )
-"""Words, clitics and signs of a text; a letter of scripts without spaces."""
+"""Splits a text into words, clitics and signs; in scripts without spaces, into letters."""
 # l'herbe, qu'un, dell'erba: the word begins behind it as well.
 _ELISION = regex.compile(
     r"(?:[cdjlmnst]|(?:jus|lors|puis|quoi)?qu|[dns]?[aeu]ll|coll|un|quest|quell)['\u2019\u02bc](?=\p{L})",
@@ -39,21 +39,22 @@ _PARTICLES = regex.compile(
 
 
 def find_words(wanted: str | Sequence[str], caption: str, token_ids: Sequence[int], decode: Decode) -> list[Word]:
-    """Every occurrence of the words or phrases asked for, nouns or not, each with the tokens that wrote it.
+    """Find every occurrence of given words or phrases, nouns or not, each with the tokens that wrote it.
 
-    Whole words, whatever the case, singular for plural and the reverse: "hot dog" is found in "Two Hot dogs".
+    Whole words are found, whatever their case, and the singular for the plural and the reverse: "hot dog" is found in
+    "Two Hot dogs".
 
     Args:
         wanted: A word or phrase, or several.
-        caption: The text generated, `decode(token_ids).strip()`.
-        token_ids: Every token generated, end-of-text and padding included, the prompt's left out.
-        decode: Token ids to text, special tokens skipped.
+        caption: The generated text, `decode(token_ids).strip()`.
+        token_ids: Every generated token, end-of-text and padding included, those of the prompt left out.
+        decode: A function from token ids to text that skips special tokens.
 
     Returns:
-        In order of appearance, each place once; at least one Word for each of `wanted`.
+        The words in order of appearance, each place once; at least one Word for each of `wanted`.
 
     Raises:
-        WordError: if one of `wanted` is not in the caption, or `caption` is not what the tokens decode to.
+        WordError: one of `wanted` is not in the caption, or `caption` is not what the tokens decode to.
     """
     phrases = [wanted] if isinstance(wanted, str) else wanted
     found = {phrase: _phrase(phrase).places(caption) for phrase in phrases}
@@ -68,32 +69,34 @@ def find_words(wanted: str | Sequence[str], caption: str, token_ids: Sequence[in
 
 
 def says(caption: str, phrase: str) -> bool:
-    """Whether `find_words` would find the word or phrase in the caption."""
+    """Tell whether a caption says a word or phrase, by the rules of `find_words`."""
     return bool(_phrase(phrase).places(caption))
 
 
 def turned(caption: str, source: str, target: str | None) -> bool:
-    """Whether a caption does what an edit wants: says `target`, if there is one, and not `source`."""
+    """Tell whether a caption does what an edit wants: it says `target`, if there is one, and not `source`."""
     return not says(caption, source) and (target is None or says(caption, target))
 
 
 class Phrases:
-    """Words and phrases to look for: the one way in which words asked for, CHAIR and POPE find them in a text.
+    """A set of words and phrases to look for in texts, each with what it stands for.
 
-    Whole words, whatever the case, singular for plural and the reverse; a phrase is found where its words stand in a
-    row with nothing but white space between them. Without the French or Italian article elided before a word, or the
-    Korean particle behind it; by characters, whole ones, where a script puts no spaces between words.
+    Whole words are found, whatever their case, and the singular for the plural and the reverse. A phrase is found where
+    its words follow each other with nothing but white space between them. The French or Italian article elided before a
+    word, and the Korean particle behind it, are left out. Where a script puts no spaces between words, they are found
+    by their characters.
 
     Args:
-        meanings: What each word or phrase stands for.
+        meanings: What each word or phrase stands for: its lemma, or the name of an object.
     """
 
     def __init__(self, meanings: Mapping[str, str]) -> None:
+        # Both sides of a comparison go through `singular`, so that plurals and capitals need no rules of their own.
         self._meanings = {singular(phrase): meaning for phrase, meaning in meanings.items()}
         self._longest = max((len(TOKEN.findall(phrase)) for phrase in meanings), default=0)
 
     def places(self, text: str) -> list[Place]:
-        """Where they stand, in order; of two that begin together the longer, and none that begins inside another."""
+        """Find the places of all phrases, in order: at each word the longest, none that begins inside another."""
         tokens = [match.span() for match in TOKEN.finditer(text)]
         found: list[Place] = []
         for i, (first, _) in enumerate(tokens):
@@ -107,7 +110,7 @@ class Phrases:
         return found
 
     def _place(self, text: str, first: tuple[int, int], last: tuple[int, int]) -> Place | None:
-        """From one token to another, less what is no part of the word."""
+        """Find a phrase that runs from one token to another, less an elided article or a particle."""
         for start in _starts(text, *first):
             for stop in _stops(text, *last):
                 meaning = self._meanings.get(singular(text[start:stop]))
@@ -117,7 +120,7 @@ class Phrases:
 
 
 def _starts(text: str, start: int, stop: int) -> Iterator[int]:
-    """Where the word that a token begins may begin."""
+    """Yield the places where the word that a token begins may begin: the token's own, and behind an elided article."""
     yield start
     elided = _ELISION.match(text, start, stop)
     if elided:
@@ -125,7 +128,7 @@ def _starts(text: str, start: int, stop: int) -> Iterator[int]:
 
 
 def _stops(text: str, start: int, stop: int) -> Iterator[int]:
-    """Where the word that a token ends may end."""
+    """Yield the places where the word that a token ends may end: the token's own, and before a Korean particle."""
     yield stop
     if _IS_HANGUL.match(text, start):
         yield from (end for end in range(stop - 1, start, -1) if _PARTICLES.fullmatch(text, end, stop))

@@ -1,4 +1,4 @@
-"""Which characters of a text each generated token wrote, and the words made of them."""
+"""The characters of a text that each generated token wrote, and the words made of them."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from mmneurons.errors import WordError
 
 Span = tuple[int, int]
 Place = tuple[int, int, str]
-"""First character of a word in a text, one past its last, and what it stands for: its lemma, or an object's name."""
+"""A word in a text: its first character, one past its last, and what it stands for, its lemma or an object's name."""
 Decode = Callable[[Sequence[int]], str]
+"""A function from token ids to text, which skips special tokens."""
 
 
 @dataclass(frozen=True)
@@ -18,29 +19,30 @@ class Word:
     """One occurrence of a word, or of a phrase, in a caption."""
 
     text: str
-    """As written: capital letter, plural and all."""
+    """The word as it is written, capital letter, plural and all."""
     lemma: str
-    """Lower case, singular."""
+    """The word in the singular, lower case."""
     start: int
-    """First character in the caption, counted from 0."""
+    """The word's first character in the caption, counted from 0."""
     stop: int
-    """One past the last character."""
+    """One past the word's last character."""
     steps: tuple[int, ...]
-    """Generated tokens that wrote it, in order, 0 the first token generated. Never empty."""
+    """The steps of the generated tokens that wrote it, in order, 0 for the first token generated; never empty."""
 
 
 def words_at(places: Iterable[Place], caption: str, token_ids: Sequence[int], decode: Decode) -> list[Word]:
-    """The words at places of the caption, in order, less those outside it and those that no token wrote.
+    """Make words of places in the caption, in order, less those outside it and those that no token wrote.
 
     Args:
-        places: Such as `Phrases.places` gives; the lemma of each word is what its place stands for.
-        caption: The text generated, `decode(token_ids).strip()`.
-        token_ids: Every token generated, end-of-text and padding included, the prompt's left out.
-        decode: Token ids to text, special tokens skipped.
+        places: The places, as `Phrases.places` gives them; the lemma of each word is what its place stands for.
+        caption: The generated text, `decode(token_ids).strip()`.
+        token_ids: Every generated token, end-of-text and padding included, those of the prompt left out.
+        decode: A function from token ids to text that skips special tokens.
 
     Raises:
-        WordError: if `caption` is not what the tokens decode to.
+        WordError: `caption` is not what the tokens decode to.
     """
+    # Spans are counted in the text as decoded, places in the stripped caption: `lead` is what lies between the two.
     text, spans = _decoded_spans(token_ids, decode)
     if text.strip() != caption:
         raise WordError(
@@ -58,14 +60,14 @@ def words_at(places: Iterable[Place], caption: str, token_ids: Sequence[int], de
 
 
 def token_spans(token_ids: Sequence[int], decode: Decode) -> list[Span]:
-    """The characters of the decoded text that each token wrote, or wrote bytes of.
+    """Find the characters of the decoded text that each token wrote, or wrote bytes of.
 
-    Decodes every prefix once. A prefix settles the characters that it shares with the whole text; if it ends in
-    anything else (part of a character, a space that clean-up takes back), its last token began the next character.
+    Every prefix of the tokens is decoded once. It settles the characters that it shares with the whole text; if it ends
+    in anything else (part of a character, a space that clean-up takes back), its last token began the next character.
 
     Args:
-        token_ids: The tokens, in the order generated.
-        decode: Token ids to text, special tokens skipped.
+        token_ids: The tokens, in the order in which they were generated.
+        decode: A function from token ids to text that skips special tokens.
 
     Returns:
         One (start, stop) per token, in characters of `decode(token_ids)`. Neither decreases; together they cover the
@@ -75,7 +77,7 @@ def token_spans(token_ids: Sequence[int], decode: Decode) -> list[Span]:
 
 
 def _decoded_spans(token_ids: Sequence[int], decode: Decode) -> tuple[str, list[Span]]:
-    """The whole text, and `token_spans`."""
+    """Return the whole text, and what `token_spans` says of it."""
     prefixes = [decode(token_ids[: i + 1]) for i in range(len(token_ids))]
     text = prefixes[-1] if prefixes else ""
     spans, settled = [], 0
@@ -88,5 +90,5 @@ def _decoded_spans(token_ids: Sequence[int], decode: Decode) -> tuple[str, list[
 
 
 def _shared(one: str, other: str) -> int:
-    """How many characters two texts begin with in common."""
+    """Count the characters that two texts begin with in common."""
     return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
