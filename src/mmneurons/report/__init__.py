@@ -1,3 +1,3 @@
-"""Findings as pages to look at: one self-contained HTML file for each run."""
+"""Reports: findings, edits and inspections as self-contained HTML files, as text and as plots."""
 
 from mmneurons.report.page import write_report as write_report

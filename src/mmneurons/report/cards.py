@@ -1,4 +1,4 @@
-"""A neuron, and the neurons of a word, in the terminal."""
+"""The card of a neuron, and the table of the neurons of a word, in the terminal."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 def show_neuron(card: NeuronCard, console: Console) -> None:
     """Print what a neuron says, how long its column is, and which neurons are like it."""
+    # What a neuron says depends on the sign of its activation, which without an image is not known: both are shown.
     console.print(Text(str(card.neuron), style="bold green"))
     longer = f"longer than {card.norm_rank:.0%} of its FFN's columns"
     console.print(f"  column length {card.norm:.4g}, {longer}", soft_wrap=True)
@@ -34,7 +35,7 @@ def show_neuron(card: NeuronCard, console: Console) -> None:
 
 
 def show_word(found: WordNeurons, console: Console) -> None:
-    """Print the neurons whose columns point to a word."""
+    """Print the neurons whose columns point to a word, as a table."""
     console.print(Text(printable(found.word), style="bold green").append(f"  token {printable(found.token)!r}"))
     table = Table(box=None, padding=(0, 1), show_edge=False)
     table.add_column("neuron", no_wrap=True)

@@ -1,4 +1,4 @@
-"""Objects that are not there, before and after a patch: as text, as JSON, and as a page."""
+"""Hallucination before and after a patch, objects named that are not there: as text, as JSON, and as a page."""
 
 from __future__ import annotations
 
@@ -21,33 +21,36 @@ if TYPE_CHECKING:
     from mmneurons.report.edit import Shown
 
 SHOWN = 150
-"""Answers on the page."""
+"""The most answers that the page shows."""
 FIGURES = (
     ("chair_i", "named, but not there (CHAIR-i)"),
     ("chair_s", "answers with such (CHAIR-s)"),
     ("recall", "there, and named (recall)"),
     ("named", "objects named in an answer"),
 )
+"""The figures of CHAIR, with the words that the page uses for them."""
 STATES = (
     ("before", "before"),
     ("after", "with the patch"),
     ("rival", "least likely nouns deleted"),
 )
-"""The rival: the answers before, without as many of their least likely nouns as are named less with the patch."""
+"""The answers that are compared. The baseline (`rival`) is the answers before, less their least likely nouns, as many
+as the patch makes the model name less."""
 
 
 class _Row(NamedTuple):
+    """One image on the page: what is there, what was said before and after, and what of that is not there."""
+
     picture: str
     there: str
     before: str
     after: str
     absent_before: str
-    """What is named and not there."""
     absent_after: str
 
 
 def chair_text(judged: ChairChange) -> str:
-    """Every figure, as lines of text."""
+    """Write every figure as lines of text."""
     lines = [f"on {len(judged.texts)} images that the patch was not made with:"]
     for state, title in STATES:
         lines.append(f"  {title}")
@@ -57,7 +60,7 @@ def chair_text(judged: ChairChange) -> str:
 
 
 def chair_json(judged: ChairChange) -> bytes:
-    """Every figure, and what is said of each image."""
+    """Write every figure, and what is said of each image, as JSON."""
     return json_bytes(asdict(judged))
 
 
@@ -68,19 +71,20 @@ def write_dehallucination(
     objects: Sequence[Collection[str]],
     made_by: Mapping[str, Any],
 ) -> None:
-    """Write the page; nothing is loaded from elsewhere.
+    """Write the page; it loads nothing from elsewhere.
 
     Args:
-        judged: The figures.
-        path: Where to.
-        images: Those that were judged on.
-        objects: What is there, image by image.
+        judged: The figures, and the answers before and after.
+        path: The HTML file to write.
+        images: The images that were judged on.
+        objects: The objects that are there, image by image.
         made_by: The patch's provenance.
     """
     changed = [i for i, (before, after) in enumerate(judged.texts) if before != after]
     changed.sort(key=lambda i: len(judged.absent[i][1]) <= len(judged.absent[i][0]))  # what became worse comes first
     style = asset("inspection.css")
     rows = [
+        # Only the images that are shown are opened: thousands may have been judged.
         _Row(small(images[i].image()), ", ".join(objects[i]), *judged.texts[i], *map(", ".join, judged.absent[i]))
         for i in changed[:SHOWN]
     ]

@@ -1,4 +1,4 @@
-"""Edits judged, as a page: the figures of each, and what was said before and after; and as JSON."""
+"""The evaluation of edits as a page and as JSON: the figures of each, and what was said before and after."""
 
 from __future__ import annotations
 
@@ -21,19 +21,22 @@ if TYPE_CHECKING:
     from mmneurons.editing.evaluation import Evaluation, Pair
 
 SCHEMA = 1
+"""The version of the JSON's form."""
 SHOWN = 60
-"""Answers of each kind on the page, of each edit."""
+"""The most answers of each kind that the page shows of each edit."""
 
 
 class Shown(Protocol):
     """An image that can be opened."""
 
     def image(self) -> Image.Image:
-        """RGB."""
+        """Open the image, in mode RGB."""
         ...
 
 
 class _Row(NamedTuple):
+    """One image of an edit: the answers before and after, and whether the edit did what it should."""
+
     picture: str
     before: str
     after: str
@@ -41,6 +44,8 @@ class _Row(NamedTuple):
 
 
 class _Section(NamedTuple):
+    """One edit as the template reads it; the numbers count all answers, the lists hold those that are shown."""
+
     title: str
     figures: list[tuple[str, str]]
     held_out: list[_Row]
@@ -50,12 +55,13 @@ class _Section(NamedTuple):
 
 
 def figures(judged: Evaluation) -> list[tuple[str, str]]:
-    """Every figure of an edit with its name, as text: mean, interval, number, or that there was nothing to measure."""
+    """List every figure of an edit with its name, as text: mean, interval and number, or "not measured"."""
+    # A removal has no target that could appear elsewhere; of it the rest of the answer is compared instead.
     removal = judged.target is None
     named: list[tuple[str, Estimate | None]] = [
         ("efficacy", judged.efficacy),
         ("generality", judged.generality),
-        ("  under other wordings", judged.wordings),
+        ("  under other wordings", judged.wordings),  # indented: a variant of the figure above
         ("locality", judged.locality),
         ("M-locality@10", judged.m_locality),
         ("  place by place (MMEdit)", judged.m_locality_ranked),
@@ -63,6 +69,7 @@ def figures(judged: Evaluation) -> list[tuple[str, str]]:
         ("  texts that name the source", judged.t_locality_source),
         ("rest of the answer unchanged", judged.rest_unchanged) if removal else ("target bleed", judged.bleed),
     ]
+    # What could not be measured is listed, too, as "not measured": never as a 0.
     lines = [(name, "not measured" if value is None else f"{value} of {value.n}") for name, value in named]
     if judged.entropy is not None:
         lines.append(("n-gram entropy, before and after", "{:.2f} {:.2f} bits".format(*judged.entropy)))
@@ -79,16 +86,16 @@ def write_edits(
     held_out: Callable[[str], Sequence[Shown]],
     unrelated: Sequence[Shown],
 ) -> Path:
-    """Write `edits.json` and `edits.html`.
+    """Write `edits.json` and `edits.html` into a folder.
 
     Args:
-        judged: By name.
-        folder: Where to; must be there.
-        held_out: The held-out images of a source word, as they were judged on.
-        unrelated: The unrelated images.
+        judged: The evaluation of each edit, by the name of the patch.
+        folder: The folder to write into; it must be there.
+        held_out: Gives for a source word its held-out images, in the order in which they were judged.
+        unrelated: The unrelated images, in the order in which they were judged.
 
     Returns:
-        The page.
+        The path of the page.
     """
     folder = Path(folder)
     document = {"schema": SCHEMA, "edits": {name: asdict(one) for name, one in judged.items()}}
@@ -101,7 +108,7 @@ def write_edits(
 def render_edits(
     judged: Mapping[str, Evaluation], held_out: Callable[[str], Sequence[Shown]], unrelated: Sequence[Shown]
 ) -> str:
-    """The page; nothing is loaded from elsewhere."""
+    """Make the page `edits.html`, which loads nothing from elsewhere."""
     style = asset("inspection.css")
     return (
         environment()
@@ -119,6 +126,7 @@ def _section(name: str, one: Evaluation, held_out: Sequence[Shown], unrelated: S
     def done(pair: Pair) -> bool:
         return turned(pair.after, one.source, one.target)
 
+    # False sorts before True: images that the edit failed on come first, and are not cut off by the limit.
     worst_first = sorted(one.held_out, key=done)
     return _Section(
         f"{one.source} → {one.target or 'anything else'} ({Path(name).name})",

@@ -1,4 +1,4 @@
-"""An inspection as files: JSON, CSV, Markdown, PNG plots, and one page that holds all of it."""
+"""The results of an inspection as files: JSON, CSV, Markdown, PNG plots, and one page that holds all of them."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from mmneurons.inspection.run import Inspection
 
 SCHEMA = 1
+"""The version of the JSON's form."""
 _SECTIONS = {
     "Sensitivity": (("example-", "regions"), ("sensitivity", "regions")),
     "Specificity": (("overlap", "matrix", "layers"), ("overlap", "own-share", "layers")),
@@ -30,10 +31,12 @@ _SECTIONS = {
         ("agreement", "agreement-differences", "deletion", "meaning"),
     ),
 }
-"""Title -> how its plots begin, and its tables."""
+"""The sections of the page by their titles: how the names of their plots begin, and the names of their tables."""
 
 
 class _Section(NamedTuple):
+    """One section as the template reads it: its plots (name and `data:` URI) and its tables."""
+
     name: str
     title: str
     pictures: list[tuple[str, str]]
@@ -52,17 +55,18 @@ def write_inspection(
 
     Args:
         found: The inspection.
-        tables: Its tables.
-        folder: Where to; must be there.
+        tables: The tables made of it.
+        folder: The folder to write into; it must be there.
         examples: Findings with maps, to be drawn.
-        n_images: How many images were asked for.
+        n_images: How many images the inspection was asked to use.
 
     Returns:
-        The page.
+        The path of the page.
 
     Raises:
         SettingError: matplotlib is not installed.
     """
+    # The page comes last: if it is there, everything that it shows is there, too.
     folder = Path(folder)
     plots = draw(found, tables, folder, examples)
     document = {
@@ -73,6 +77,7 @@ def write_inspection(
         "given": found.given,
         "tables": [table.to_dict() for table in tables],
     }
+    # Texts hold names of files, whose bytes need be no text: "replace" writes such bytes as question marks.
     write_whole(folder / "inspection.json", json_bytes(document))
     write_whole(folder / "tables.md", ("\n\n".join(map(_as_markdown, tables)) + "\n").encode("utf-8", "replace"))
     for table in tables:
@@ -83,7 +88,8 @@ def write_inspection(
 
 
 def render_inspection(found: Inspection, tables: Sequence[Table], plots: Sequence[Path], *, n_images: int) -> str:
-    """The page: every table, every plot inside it; nothing is loaded from elsewhere."""
+    """Make the page, with every table and every plot inside it; it loads nothing from elsewhere."""
+    # Only sections of experiments that were run have tables; each takes the plots whose names begin as its own.
     by_name = {table.name: table for table in tables}
     sections = []
     for title, (pictures, names) in _SECTIONS.items():

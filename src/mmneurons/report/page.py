@@ -1,7 +1,7 @@
-"""One run's findings as one HTML file that needs nothing but itself.
+"""The report: findings as one HTML file that needs nothing but itself.
 
-The template draws everything a reader needs without a script: answer, tables, heat maps of the top 10 per noun.
-The script adds choice. Neither carries a style attribute or an address, so that the page's own policy can forbid both.
+The template draws everything that a reader needs without a script: answer, tables, heat maps of the top 10 per noun.
+The script adds choice. Neither has a style attribute or an address, so that the page's own policy can forbid both.
 """
 
 from __future__ import annotations
@@ -28,21 +28,25 @@ MEANINGS = {
     "logprob": "how far it pushes log p of the word, to first order",
     "paper": "as the released MM_Neurons code",
 }
-"""What each score asks, in one line."""
+"""The question that each score asks of a neuron, in one line."""
 _UNITS = {"logit": "logits", "logprob": "nats", "paper": "the paper's units"}
 _FIRST_K = 10
-"""The region a reader sees first."""
+"""The k of the region that a reader sees first."""
 _FRAME = 640
-"""Height in a notebook, in pixels; the page scrolls in it."""
+"""The height of a report in a notebook, in pixels; the page scrolls inside."""
 
 
 class Bar(NamedTuple):
-    """A signed bar in a strip 100 wide; `zero` is where the axis stands."""
+    """A signed bar in a strip 100 wide."""
 
     x: float
+    """The left end of the bar."""
     width: float
+    """The width of the bar."""
     zero: float
+    """The place of the axis."""
     sign: str
+    """Either "plus" or "minus", the class of the style sheet."""
 
 
 @dataclass(frozen=True)
@@ -52,20 +56,23 @@ class _Noun:
     id: str
     found: NounFinding
     pictures: list[str | None]
-    """The heat maps over the pictures, ready-made."""
+    """The heat maps over the pictures, drawn ready for a reader without a script."""
     maps: dict[int, str]
     """The regions by k, of all pictures, packed for the script."""
     first_k: int | None
+    """The k of the region that is drawn first; None without any region."""
     parts: list[tuple[str, str, float, Bar]]
-    """Kind ("whole", "within", "total"), what, how many logits, its bar."""
+    """The parts of the logit: kind ("whole", "within", "total"), name, logits, bar."""
     bars: list[Bar]
-    """One for each neuron's score."""
+    """A bar for the score of each neuron."""
     neuron_maps: bool
+    """Whether a neuron has a map that can be drawn."""
     has_losses: bool
+    """Whether it was measured what is lost without the image."""
 
     @property
     def drawable(self) -> bool:
-        """Whether there is any map."""
+        """Whether there is any map to draw."""
         return bool(self.maps) or self.neuron_maps
 
 
@@ -77,10 +84,11 @@ class _Card:
     name: str
     found: Finding
     pictures: list[tuple[str, pictures.Picture | None]]
-    """File name and picture."""
+    """The file name of each picture, and the picture if it is at hand."""
     caption: list[tuple[str, _Noun | None]]
+    """The caption in stretches, each with the noun that it is, or None."""
     unplaced: list[_Noun]
-    """Nouns that are not where they say they are in the caption."""
+    """The nouns that do not stand in the caption where they say they do."""
     nouns: list[_Noun]
 
     @property
@@ -90,15 +98,16 @@ class _Card:
 
     @property
     def doubtful(self) -> bool:
-        """Whether a note warns of its numbers."""
+        """Whether a note warns that the numbers may be off."""
         return any(map(text.is_warning, self.found.notes))
 
 
 @dataclass(frozen=True)
 class _Run:
-    """Choices and provenance that some of the findings share."""
+    """The findings of one run, which share choices and provenance."""
 
     found: Finding
+    """The first of them, whose choices and provenance are shown for all."""
     cards: list[_Card]
     provenance: list[tuple[str, str]]
 
@@ -113,16 +122,17 @@ def write_report(
     named in `images` if they are there.
 
     Args:
-        findings: Of one run or several, in the order to be shown; may be empty.
-        path: Replaced if it exists.
-        title: Heading of the page; a neutral one when None.
+        findings: The findings of one run or several, in the order to be shown; may be empty.
+        path: The HTML file; it is replaced if it exists.
+        title: The heading of the page; None: a neutral one.
     """
     page = render([findings] if isinstance(findings, Finding) else findings, title=title)
     write_whole(path, page.encode("utf-8", "replace"))
 
 
 def render(findings: Sequence[Finding], *, title: str | None = None) -> str:
-    """The page that `write_report` writes."""
+    """Make the page that `write_report` writes."""
+    # Ids are numbers, never words of a caption, so that nothing a model says gets into an attribute or the script.
     cards = [_card(finding, f"finding-{i}") for i, finding in enumerate(findings)]
     style, script = asset("report.css"), asset("report.js")
     page = environment().from_string(asset("report.html.j2"))
@@ -140,13 +150,14 @@ def render(findings: Sequence[Finding], *, title: str | None = None) -> str:
 
 
 def framed(finding: Finding) -> str:
-    """The page of one finding as a part of another page, a notebook's, neither of which changes how the other looks."""
+    """Put the page of one finding into a frame for a notebook, so that neither page changes how the other looks."""
+    # A frame of its own, in a sandbox: its script runs, but reaches neither the notebook nor anything else.
     page = html.escape(render([finding]).encode("utf-8", "replace").decode())
     return f'<iframe srcdoc="{page}" sandbox="allow-scripts" width="100%" height="{_FRAME}"></iframe>'
 
 
 def environment() -> jinja2.Environment:
-    """Templates that escape, and print no character that hides."""
+    """Make the environment of all templates, which escapes what it prints and shows hidden characters as marks."""
     environment = jinja2.Environment(
         autoescape=True,
         undefined=jinja2.StrictUndefined,
@@ -158,6 +169,7 @@ def environment() -> jinja2.Environment:
             value if isinstance(value, Markup) or not isinstance(value, str) else text.printable(value)
         ),
     )
+    # Functions for the templates; a score or unit that a newer version wrote into a file is named as unknown.
     environment.globals |= {
         "colour_scale": pictures.colour_scale,
         "colour_table": pictures.colour_table,
@@ -173,16 +185,17 @@ def environment() -> jinja2.Environment:
 
 
 def asset(name: str) -> str:
-    """A file of this package."""
+    """Read a template, style sheet or script of this package."""
     return resources.files("mmneurons.report").joinpath(name).read_text(encoding="utf-8")
 
 
 def policy_hash(inline: str) -> str:
-    """What a content security policy calls an inline script or style."""
+    """Compute the hash by which a content security policy allows one inline script or style."""
     return f"'sha256-{base64.b64encode(hashlib.sha256(inline.encode('utf-8')).digest()).decode('ascii')}'"
 
 
 def _card(finding: Finding, card_id: str) -> _Card:
+    """Prepare one finding for the template."""
     shown = pictures.pictures_of(finding)
     nouns = [_noun(noun, f"{card_id}-noun-{i}", shown) for i, noun in enumerate(finding.nouns)]
     cut, unplaced = text.placed(finding.caption, [(noun.word, noun.start) for noun in finding.nouns])
@@ -199,6 +212,8 @@ def _card(finding: Finding, card_id: str) -> _Card:
 
 
 def _noun(noun: NounFinding, noun_id: str, shown: Sequence[pictures.Picture | None]) -> _Noun:
+    """Prepare one noun for the template: its first region drawn ready, all regions packed for the script."""
+    # A finding that was loaded from a file can hold any regions: only those that can be drawn count.
     usable = {k: pictures.usable(grids) for k, grids in sorted(noun.regions.items())}
     maps = {k: maps for k, maps in usable.items() if maps}
     first_k = _FIRST_K if _FIRST_K in maps else min(maps, default=None)
@@ -216,7 +231,7 @@ def _noun(noun: NounFinding, noun_id: str, shown: Sequence[pictures.Picture | No
 
 
 def _counted(cards: Sequence[_Card]) -> str:
-    """How much the page shows: '3 images', '1 prompt with 2 images', '2 prompts, words alone'."""
+    """Say how much the page shows: '3 images', '1 prompt with 2 images', '2 prompts, words alone'."""
     n_images = sum(len(card.found.images) for card in cards)
     images = f"{n_images} image{'' if n_images == 1 else 's'}"
     if cards and all(len(card.found.images) == 1 for card in cards):
@@ -229,12 +244,13 @@ def _counted(cards: Sequence[_Card]) -> str:
 
 
 def _parts(noun: NounFinding) -> list[tuple[str, str, float, Bar]]:
+    """List the parts of a noun's logit, with bars on one scale."""
     parts = noun.parts
     rows = [
         ("whole", "all FFN neurons", parts.ffn),
         ("within", f"of which the {len(noun.neurons)} below", parts.top),
         ("whole", "attention", parts.attention),
-        *([("whole", "side paths", parts.other)] if parts.other else []),
+        *([("whole", "side paths", parts.other)] if parts.other else []),  # most models have none
         ("whole", "embedding, last token", parts.embedding),
         ("whole", "biases", parts.bias),
         ("total", "together", parts.total),
@@ -244,7 +260,7 @@ def _parts(noun: NounFinding) -> list[tuple[str, str, float, Bar]]:
 
 
 def _bars(values: Sequence[float]) -> list[Bar]:
-    """Bars of one common scale that holds zero and every value."""
+    """Make bars on one common scale that holds zero and every value."""
     finite = [value if abs(value) < float("inf") else 0.0 for value in values]  # also false for not-a-number
     low, high = min([0.0, *finite]), max([0.0, *finite])
     scale = 100 / (high - low) if high > low else 0.0
@@ -257,7 +273,8 @@ def _bars(values: Sequence[float]) -> list[Bar]:
 
 
 def _runs(cards: Iterable[_Card]) -> list[_Run]:
-    """The findings grouped by how they were made: one group for one run."""
+    """Group the findings by how they were made: one group for each run."""
+    # Compared one by one: provenance holds dictionaries, which cannot be keys.
     runs: list[_Run] = []
     for card in cards:
         for run in runs:
@@ -270,4 +287,5 @@ def _runs(cards: Iterable[_Card]) -> list[_Run]:
 
 
 def _choices(finding: Finding) -> tuple[str, str | None, str, str, Mapping[str, Any]]:
+    """Collect what findings of one run have in common."""
     return finding.score, finding.against, finding.prompt, finding.answer_prefix, dict(finding.provenance)

@@ -1,4 +1,4 @@
-"""What a patch changes, as plain text and as a table for a notebook."""
+"""The description of a patch, what it changes and what made it: as plain text, and as a table for a notebook."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ if TYPE_CHECKING:
     from mmneurons.patches.patch import Patch
 
 LISTED = 20
-"""Columns listed unless asked otherwise."""
+"""How many columns are listed unless asked otherwise."""
 WIDTH = 38
-"""Characters that the tokens of a column take at most."""
+"""The most characters that the tokens of one column take."""
 
 
 def patch_text(description: PatchDescription, listed: int | None = LISTED) -> str:
-    """Totals, what made it, and its columns, largest change first.
+    """Describe a patch as text: totals, what made it, and its columns, the largest change first.
 
     Args:
-        description: From `describe_patch`.
-        listed: How many columns; None for all.
+        description: The description, from `describe_patch`.
+        listed: How many columns are listed; None: all.
 
     Returns:
-        Lines without colour and without anything that cannot be seen; the last one ends without a line break.
+        Lines without colour and without hidden characters; the last one ends without a line break.
     """
     n, blocks = len(description.changes), ", ".join(map(str, description.blocks))
     lines = [
@@ -43,9 +43,10 @@ def patch_text(description: PatchDescription, listed: int | None = LISTED) -> st
 
 
 def patch_html(patch: Patch) -> str:
-    """What made a patch and how far it moves the columns of each block, as a table without a style of its own."""
+    """Make an HTML table of what made a patch and how far it moves the columns of each block, without a style."""
     from mmneurons.patches.describe import facts_of, sizes_of
 
+    # By block: a notebook has no room for hundreds of columns, and `mmneurons patch show` lists them.
     rows = [("hash", patch.hash[:16]), *facts_of(patch.provenance)]
     sizes: dict[int, list[float]] = {}
     for change in sizes_of(patch):
@@ -57,7 +58,7 @@ def patch_html(patch: Patch) -> str:
 
 
 def _table(changes: Sequence[ColumnChange]) -> list[str]:
-    """One line for each column; without a model there are no shares and no tokens."""
+    """Lay out one line for each column; without a model there are no shares and no tokens to show."""
     compared = any(change.before or change.share is not None for change in changes)
     rows = [["neuron", "|change|", *(["of column", "said before", "says after"] if compared else [])]]
     for change in changes:
@@ -66,7 +67,7 @@ def _table(changes: Sequence[ColumnChange]) -> list[str]:
             row += ["-" if change.share is None else percent(change.share), *map(_words, (change.before, change.after))]
         rows.append(row)
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    to_right = (1, 2)
+    to_right = (1, 2)  # the columns of numbers
     return [
         "  ".join(
             cell.rjust(width) if i in to_right else cell.ljust(width)
@@ -82,7 +83,7 @@ def _aligned(facts: Sequence[tuple[str, str]]) -> list[str]:
 
 
 def _words(tokens: Sequence[str]) -> str:
-    """As many tokens as fit, the space before a word left out."""
+    """Join as many tokens as fit, each without the space before it."""
     text = " ".join(printable(token.removeprefix(" ")) for token in tokens)
     return text if len(text) <= WIDTH else f"{text[: WIDTH - 1].rstrip()}…"
 

@@ -1,4 +1,4 @@
-"""Pictures and maps as `data:` URIs: what the page shows without a file beside it."""
+"""Pictures and maps as `data:` URIs, which a page can show without a file beside it."""
 
 from __future__ import annotations
 
@@ -18,36 +18,37 @@ from mmneurons.maths import regions
 
 _PICTURE_SIDE, _HEAT_SIDE, _THUMBNAIL_SIDE = 768, 224, 112
 _PNG_BYTES = 60_000
+"""The most bytes of a lossless picture; a larger one becomes a JPEG."""
 _GREY = 0.85
 """How far a picture is greyed below a heat map; the style sheet does the same to the large one."""
 
 
 Maps = list[np.ndarray | None]
-"""What belongs to the pictures of a prompt, in their order; None for one that has no map."""
+"""The maps of the pictures of a prompt, in their order; None for a picture that has no map."""
 
 
 class Picture(NamedTuple):
-    """One image of a finding."""
+    """One image of a finding, as the page shows it."""
 
     image: Image.Image
-    """RGB, at most 768 pixels wide and high."""
+    """The image, RGB, at most 768 pixels wide and high."""
     as_seen: bool
-    """The model's own view; else the file, of which the model may have seen a part only."""
+    """True: this is the model's own view; False: the file, of which the model may have seen only a part."""
 
     @property
     def uri(self) -> str:
-        """Lossless where that is small: scenes, crops and screenshots; else JPEG."""
+        """The picture as a URI: lossless where that is small, as of scenes, crops and screenshots; else as JPEG."""
         png = _encode(self.image, "PNG", optimize=True)
         return _uri("png", png) if len(png) <= _PNG_BYTES else _jpeg(self.image, quality=90)
 
     @property
     def thumbnail(self) -> str:
-        """The middle of it, 112 pixels wide and high."""
+        """The middle of the picture as a URI, 112 pixels wide and high."""
         return _jpeg(ImageOps.fit(self.image, (_THUMBNAIL_SIDE, _THUMBNAIL_SIDE)), quality=80)
 
 
 def pictures_of(finding: Finding) -> list[Picture | None]:
-    """Each picture as the model saw it, or the file it came from, or None where neither is at hand."""
+    """Take each picture of a finding as the model saw it, or from its file, or None where neither is at hand."""
     views = [*finding.views, *[None] * len(finding.images)]  # a finding that was loaded has none
     return [_picture(name, view) for name, view in zip(finding.images, views, strict=False)]
 
@@ -64,13 +65,14 @@ def _picture(name: str, view: Image.Image | None) -> Picture | None:
 
 
 def usable(grids: Sequence[Grid]) -> Maps:
-    """Maps as arrays, one per picture; none at all where no picture has one that can be drawn."""
+    """Turn maps into arrays, one per picture; the list is empty where no picture has a map that can be drawn."""
+    # A picture without a map keeps its place as None: maps are matched with pictures by their order.
     maps = [_usable(grid) for grid in grids]
     return maps if any(patches is not None for patches in maps) else []
 
 
 def _usable(grid: Grid) -> np.ndarray | None:
-    """None where there is nothing to draw: no patches, uneven rows, not finite."""
+    """Turn one map into an array; None where there is nothing to draw: no patches, uneven rows, not finite."""
     if not grid or not grid[0] or any(len(row) != len(grid[0]) for row in grid):
         return None
     patches = np.asarray(grid, dtype="<f4")  # little-endian, as every browser reads it
@@ -78,7 +80,7 @@ def _usable(grid: Grid) -> np.ndarray | None:
 
 
 def packed(maps: Maps) -> str:
-    """Maps for the page's script, ";" between them: rows, columns and the float32 numbers themselves in base64."""
+    """Pack maps for the page's script, ";" between them: rows, columns, and the float32 numbers in base64."""
     return ";".join("" if patches is None else _packed(patches) for patches in maps)
 
 
@@ -88,7 +90,8 @@ def _packed(patches: np.ndarray) -> str:
 
 
 def heat_over(pictures: Sequence[Picture | None], maps: Maps) -> list[str | None]:
-    """Each map laid over its greyed picture, at most 224 pixels wide and high; one scale of colours for all."""
+    """Lay each map over its greyed picture, at most 224 pixels wide and high; one scale of colours for all."""
+    # First all maps at the size of their pictures, then the common scale, then the drawing: the scale needs them all.
     drawn: list[tuple[Image.Image, np.ndarray] | None] = []
     for picture, patches in zip(pictures, maps, strict=False):
         if picture is None or patches is None:
@@ -107,7 +110,7 @@ def _laid_over(below: Image.Image, heat: np.ndarray, bound: float) -> str:
 
 
 def small_maps(maps: Maps) -> list[str | None]:
-    """One pixel per patch on a clear ground; the browser enlarges it. One scale of colours for all."""
+    """Draw each map with one pixel per patch on a clear ground, for the browser to enlarge; one scale for all."""
     bound = _bound([patches for patches in maps if patches is not None])
     return [None if patches is None else _small_map(patches, bound) for patches in maps]
 
@@ -118,27 +121,27 @@ def _small_map(patches: np.ndarray, bound: float) -> str:
 
 
 def _bound(maps: Sequence[np.ndarray]) -> float:
-    """The size of value that gets the strongest colour."""
+    """Find the largest absolute value of all maps, which gets the strongest colour."""
     return max((float(np.abs(values).max(initial=0)) for values in maps), default=0.0)
 
 
 def small(image: Image.Image) -> str:
-    """A picture beside a line of text, its longer side 112 pixels."""
+    """Make a picture to stand beside a line of text, its longer side 112 pixels."""
     return _uri("webp", _encode(_fit(image, _THUMBNAIL_SIDE), "WEBP", quality=80))
 
 
 def colour_scale() -> str:
-    """All colours from the strongest negative to the strongest positive, one pixel high."""
+    """Draw all colours from the strongest negative to the strongest positive, one pixel high."""
     return _uri("png", _encode(Image.fromarray(regions.colours()[None].copy()), "PNG", optimize=True))
 
 
 def colour_table() -> str:
-    """The colours for the page's script: red, green, blue, alpha of each step in base64."""
+    """Pack the colours for the page's script: red, green, blue, alpha of each step in base64."""
     return base64.b64encode(regions.colours().tobytes()).decode("ascii")
 
 
 def _fit(image: Image.Image, side: int) -> Image.Image:
-    """A copy of `image`, reduced where it is larger than `side`; nothing but its pixels."""
+    """Copy the pixels of an image, reduced where it is larger than `side`."""
     scale = min(1, side / max(image.size))
     width, height = (max(1, round(length * scale)) for length in image.size)
     return image.resize((width, height), Image.Resampling.LANCZOS)

@@ -1,4 +1,4 @@
-"""What an inspection found, drawn: PNG files for a page or a paper. Needs matplotlib."""
+"""Plots of what an inspection found, as PNG files for a page or a paper; they need matplotlib."""
 
 from __future__ import annotations
 
@@ -23,22 +23,23 @@ if TYPE_CHECKING:
     from mmneurons.inspection.run import Inspection
 
 DPI = 110
+"""The resolution of all plots, in pixels per inch."""
 SHOWN_CONCEPTS = 40
-"""At most so many concepts of the overlap matrix: the ones said most."""
+"""The most concepts that the overlap matrix shows: the ones said most often."""
 _GREY = "#8a8a8a"
 
 
 def draw(found: Inspection, tables: Sequence[Table], folder: Path, examples: Sequence[Finding] = ()) -> list[Path]:
-    """Draw everything that was measured.
+    """Draw a plot of everything that was measured.
 
     Args:
         found: The inspection.
-        tables: Its tables.
-        folder: Where the files go.
+        tables: The tables made of it.
+        folder: The folder that the files are written into.
         examples: Findings with maps and views, drawn for each k.
 
     Returns:
-        The files, in the order of the experiments.
+        The paths of the files, in the order of the experiments.
 
     Raises:
         SettingError: matplotlib is not installed.
@@ -51,13 +52,16 @@ def draw(found: Inspection, tables: Sequence[Table], folder: Path, examples: Seq
     drawn: list[Path] = []
 
     def figure(name: str, width: float, height: float, paint: Callable[[Figure], None]) -> None:
+        # A Figure of its own instead of pyplot, whose global state would choose a backend and open windows.
         made = Figure(figsize=(width, height), dpi=DPI, layout="constrained")
         paint(made)
         path, drawing = folder / f"{name}.png", io.BytesIO()
+        # Without the version of matplotlib in it: the same results give the same bytes.
         made.savefig(drawing, format="png", metadata={"Software": None})
         write_whole(path, drawing.getvalue())
         drawn.append(path)
 
+    # Sensitivity, specificity, causal effect, finders: whatever was not run has no table, and so no plot.
     for i, example in enumerate(examples):
         if example.nouns and example.nouns[0].regions and example.views and example.views[0] is not None:
             n = len(example.nouns)
@@ -77,29 +81,30 @@ def draw(found: Inspection, tables: Sequence[Table], folder: Path, examples: Seq
 
 
 def _text(words: str) -> str:
-    """What matplotlib can draw: bytes of a file name that are no text as question marks."""
+    """Make a text that matplotlib can draw: bytes of a file name that are no text become question marks."""
     return words.encode("utf-8", "replace").decode()
 
 
 def _tidy(axes: Axes) -> None:
+    """Take away the upper and the right line around a plot."""
     axes.spines[["top", "right"]].set_visible(False)
 
 
 def _ends(value: Estimate) -> tuple[float, float]:
-    """Of the interval; without one, of none."""
+    """Return the ends of an interval; the mean, twice, of an estimate without one."""
     if value.low is None or value.high is None:
         return value.mean, value.mean
     return value.low, value.high
 
 
 def _bars(values: Sequence[Any]) -> tuple[list[float], list[float]]:
-    """How far the intervals of some values reach down and up; plain numbers have none."""
+    """Compute how far the intervals of some values reach down and up; plain numbers have none."""
     ends = [(value.mean, *_ends(value)) if isinstance(value, Estimate) else (0.0, 0.0, 0.0) for value in values]
     return [mean - low for mean, low, _ in ends], [high - mean for mean, _, high in ends]
 
 
 def _line(axes: Axes, points: Mapping[int, Any], label: str, **style: Any) -> None:
-    """A line over k with its interval as a band."""
+    """Draw a line over k, with its intervals as a band."""
     known = {k: value for k, value in sorted(points.items()) if isinstance(value, Estimate)}
     if not known:
         return
@@ -114,6 +119,7 @@ def _line(axes: Axes, points: Mapping[int, Any], label: str, **style: Any) -> No
 
 
 def _example(figure: Figure, finding: Finding) -> None:
+    """Draw the regions of a finding: for each noun a row of heat maps and, below it, a row of their masks."""
     view = finding.views[0]
     assert view is not None
     picture = np.asarray(view.convert("RGB"))
@@ -127,7 +133,7 @@ def _example(figure: Figure, finding: Finding) -> None:
         axes[2 * i, 0].set_title(_text(noun.word), fontsize=9, parse_math=False)
         for j, k in enumerate(sizes, start=1):
             heat = regions.upsample(np.asarray(noun.regions[k][0], dtype=float), picture.shape[:2])
-            bound = float(np.abs(heat).max()) or 1.0
+            bound = float(np.abs(heat).max()) or 1.0  # each map on its own scale: means over more neurons are fainter
             axes[2 * i, j].imshow(grey)
             axes[2 * i, j].imshow(regions.overlay(heat, bound))
             axes[2 * i, j].set_title(f"top {k}", fontsize=9)
@@ -137,9 +143,11 @@ def _example(figure: Figure, finding: Finding) -> None:
 
 
 def _regions(figure: Figure, table: Table) -> None:
+    """Draw over k how well maps find their objects: left the pointing game, right overlaps and AUROC."""
     left, right = figure.subplots(1, 2)
     rows = dict(table.rows)
     for axes, names in ((left, ("pointing game", "the mask's share of the image")), (right, _IOUS)):
+        # Solid: the top neurons; dotted: matched random ones; dashed: what a guess would hit by chance.
         for i, name in enumerate(names):
             for which, style in (("top", "-"), (MATCHED, ":")):
                 points = {int(k): v for (measure, of, k), v in rows.items() if (measure, of) == (name, which)}
@@ -156,8 +164,10 @@ _IOUS = ("IoU, strongest 5 %", "IoU at equal area", "patch AUROC")
 
 
 def _overlap(figure: Figure, table: Table) -> None:
+    """Draw for each k what share of the top k pairs of nouns have in common, a bar for each kind of pair."""
     axes = figure.subplots()
     sizes = sorted({int(k) for (_, k), _ in table.rows})
+    # A row with "/" in its name is a ratio of two others, which has another scale and stands in the table only.
     names = [name for name in dict.fromkeys(pairs for (pairs, _), _ in table.rows) if "/" not in name]
     rows = dict(table.rows)
     for i, name in enumerate(names):
@@ -172,8 +182,10 @@ def _overlap(figure: Figure, table: Table) -> None:
 
 
 def _matrix(figure: Figure, found: Inspection) -> None:
+    """Draw what share of the top 10 each two concepts have in common."""
     assert found.specificity is not None
     it = found.specificity
+    # The concepts said most, shown in the order of the matrix, which is that of the alphabet.
     most = sorted(np.argsort([-n for n in it.counts], kind="stable")[:SHOWN_CONCEPTS])
     axes = figure.subplots()
     image = axes.imshow(it.matrix[np.ix_(most, most)], vmin=0, vmax=1, cmap="viridis")
@@ -184,6 +196,7 @@ def _matrix(figure: Figure, found: Inspection) -> None:
 
 
 def _layers(figure: Figure, found: Inspection) -> None:
+    """Draw the share of top neurons that lies in each block."""
     assert found.specificity is not None
     axes = figure.subplots()
     layers = found.specificity.layers
@@ -195,7 +208,7 @@ def _layers(figure: Figure, found: Inspection) -> None:
 
 
 def _causal(figure: Figure, table: Table) -> None:
-    """Left: over k, a line for each disturbance; right: over the strength of the noise."""
+    """Draw how often the noun is lost: left over k, a line for each intervention; right over the strength of noise."""
     left, right = figure.subplots(1, 2)
     rows = dict(table.rows)
     measure = "no longer says the noun"
@@ -207,6 +220,7 @@ def _causal(figure: Figure, table: Table) -> None:
             _line(left, points, f"{how}, {which}", linestyle=style, color=f"C{i}")
     left.set(xscale="log", xlabel="k neurons", ylabel=f"share of captions: {measure}", ylim=(-0.02, 1.02))
     left.legend(fontsize=6, frameon=False, ncols=2)
+    # The name of an intervention carries its strength: "noise 0.5".
     noise = {float(how.split()[1]): how for how in ways if how.startswith("noise")}
     for i, k in enumerate(sizes):
         for which, style in (("top", "-"), (MATCHED, ":")):
@@ -219,7 +233,9 @@ def _causal(figure: Figure, table: Table) -> None:
 
 
 def _agreement(figure: Figure, table: Table) -> None:
+    """Draw how far each finder's ranking agrees with the ablation effect, a bar for each scope."""
     axes = figure.subplots()
+    # The table has the effect on the logit as well; log p is what a reader of one plot needs.
     rows = {labels: value for labels, value in table.rows if labels[0] == "logprob" and isinstance(value, Estimate)}
     scopes = list(dict.fromkeys(scope for _, scope, _ in rows))
     finders = list(dict.fromkeys(finder for *_, finder in rows))
@@ -242,6 +258,7 @@ def _agreement(figure: Figure, table: Table) -> None:
 
 
 def _deletion(figure: Figure, table: Table) -> None:
+    """Draw how far log p falls with the top k ablated together, a line for each finder."""
     axes = figure.subplots()
     rows = dict(table.rows)
     finders = list(dict.fromkeys(finder for (finder, *_), _ in table.rows))
@@ -249,6 +266,7 @@ def _deletion(figure: Figure, table: Table) -> None:
     for finder in finders:
         style = {"color": "black", "linestyle": "--"} if finder == "true effect" else {}
         _line(axes, {k: rows[finder, str(k), "top"] for k in sizes}, finder, **style)
+    # One line of matched random neurons is enough: those of `logit`, the finder that `find` uses by default.
     matched = {k: rows["logit" if "logit" in finders else finders[0], str(k), MATCHED] for k in sizes}
     _line(axes, matched, MATCHED, color=_GREY, linestyle=":")
     axes.set(xscale="log", xlabel="top k silent together", ylabel="fall of log p (nats)")

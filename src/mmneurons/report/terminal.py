@@ -1,4 +1,4 @@
-"""A finding in the terminal."""
+"""A finding as it is printed in the terminal: answer, nouns, top neurons and maps."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ from mmneurons.finding.result import Finding, Grid, NounFinding
 from mmneurons.report.text import is_warning, placed, printable, without_pictures
 
 SHADES = " ░▒▓█"
+"""The block characters of a map, from nothing to the largest value."""
 _WORDS_WIDTH = 24
-"""Columns that the tokens of a neuron should have before maps are put beside the table."""
+"""How many columns of the screen the tokens of a neuron must have for maps to be put beside the table."""
 _MAP_WIDTH = 48
-"""Columns that a map takes at most: 24 patches side by side."""
+"""The most columns of the screen that a map takes: 24 patches side by side."""
 _GAP = 2
 _TITLE = "map of the top 10"
 
@@ -44,6 +45,7 @@ def _show_neurons(noun: NounFinding, score: str, console: Console) -> None:
         console.print(table)
         return
     maps = _maps(grids, min(_MAP_WIDTH, console.width))
+    # Beside the table only if that leaves the tokens their width; else below, in as many rows as it takes.
     columns = sum((column.min_width or _WORDS_WIDTH) + 2 for column in table.columns)
     width = max(sum(map(_width, maps)) + _GAP * (len(maps) - 1), len(_TITLE))
     if columns + _GAP + width <= console.width:
@@ -55,7 +57,7 @@ def _show_neurons(noun: NounFinding, score: str, console: Console) -> None:
 
 
 def _pictures(finding: Finding) -> list[str]:
-    """The heading: its file, its numbered files, or what was asked without one."""
+    """Make the lines of the heading: the file, the numbered files, or what was asked without one."""
     if not finding.images:
         asked = f": {printable(finding.prompt)}" if finding.prompt else ""
         return [f"{without_pictures(finding)}{asked}"]
@@ -65,6 +67,7 @@ def _pictures(finding: Finding) -> list[str]:
 
 
 def _answer(finding: Finding) -> Text:
+    """Make the line of the answer: the prefix dim, the nouns marked."""
     text = Text()
     if finding.answer_prefix:
         text.append(f"{printable(finding.answer_prefix)} ", style="dim")
@@ -75,6 +78,7 @@ def _answer(finding: Finding) -> Text:
 
 
 def _heading(noun: NounFinding, against: str | None) -> Text:
+    """Make the heading of a noun: how it was scored, its probability, its logit and the parts of that."""
     parts = noun.parts
     heading = Text().append(printable(noun.word), style="bold green")
     if noun.n_tokens > 1:
@@ -91,6 +95,7 @@ def _heading(noun: NounFinding, against: str | None) -> Text:
 
 
 def _table(noun: NounFinding, score: str) -> Table:
+    """Make the table of a noun's top neurons."""
     lost = any(finding.lost_without_image is not None for finding in noun.neurons)
     table = Table(box=None, padding=(0, 1), show_edge=False)
     rows = [
@@ -102,6 +107,7 @@ def _table(noun: NounFinding, score: str) -> Table:
         ]
         for found in noun.neurons
     ]
+    # Numbers are never cut: their columns are as wide as their widest entry, and the tokens get what is left.
     least = {"neuron": 8, score: 7, "act.": 6, **({"lost": 5} if lost else {})}
     for i, (name, width) in enumerate(least.items()):
         width = max([width, *(len(row[i]) for row in rows)])
@@ -113,13 +119,14 @@ def _table(noun: NounFinding, score: str) -> Table:
 
 
 def words(tokens: Sequence[str]) -> str:
-    """Tokens in one line, control characters made visible, the space before a word left out."""
+    """Join tokens in one line, control characters made visible, the space before a word left out."""
     return " ".join(printable(token.removeprefix(" ")) for token in tokens)
 
 
 def _maps(grids: Sequence[Grid], width: int) -> list[list[str]]:
-    """The maps of one noun in block characters, numbered where there are several, on one scale of shades."""
+    """Draw the maps of one noun in block characters, on one scale of shades, numbered where there are several."""
     fitting = [_reduced(grid, width // 2) for grid in grids]
+    # One largest value for all pictures, so that the same shade means the same everywhere.
     top = max((value for grid in fitting for row in grid for value in row), default=0.0)
     numbers = range(1, len(grids) + 1) if len(grids) > 1 else [""]
     return [[str(number), *shaded(grid, top)] for number, grid in zip(numbers, fitting, strict=True)]
@@ -130,7 +137,7 @@ def _width(lines: Sequence[str]) -> int:
 
 
 def _rows(maps: Sequence[list[str]], width: int) -> list[list[list[str]]]:
-    """The maps as they fit next to each other."""
+    """Arrange maps in rows, as many in each as fit next to each other."""
     rows: list[list[list[str]]] = [[]]
     for one in maps:
         if rows[-1] and sum(map(_width, rows[-1])) + _GAP * len(rows[-1]) + _width(one) > width:
@@ -151,6 +158,7 @@ def _labelled(maps: Sequence[list[str]]) -> Table:
 
 
 def _beside(parts: Sequence[Table | Text]) -> Table:
+    """Put tables or texts next to each other."""
     both = Table.grid(padding=(0, _GAP, 0, 0), pad_edge=False)
     for _ in parts:
         both.add_column()
@@ -159,7 +167,7 @@ def _beside(parts: Sequence[Table | Text]) -> Table:
 
 
 def _reduced(grid: Grid, columns: int) -> Grid:
-    """A map of at most so many columns: each patch the mean of a square of patches."""
+    """Reduce a map to at most so many columns: each patch becomes the mean of a square of patches."""
     side = -(-len(grid[0]) // max(columns, 1))
     if side == 1:
         return grid
@@ -172,7 +180,7 @@ def _reduced(grid: Grid, columns: int) -> Grid:
 
 
 def shaded(grid: Grid, top: float) -> list[str]:
-    """A heat map in block characters, two for each patch, the darkest for `top`; negative values are blank."""
+    """Draw a map in block characters, two for each patch, the darkest for `top`; negative values are blank."""
     steps = len(SHADES) - 1
     return [
         "".join(SHADES[round(max(value, 0.0) / top * steps) if top > 0 else 0] * 2 for value in row) for row in grid

@@ -1,4 +1,4 @@
-"""Numbers and words as the page writes them: nothing invisible, nothing that moves the text around it."""
+"""Numbers and words as reports write them: nothing invisible, nothing that moves the text around it."""
 
 from __future__ import annotations
 
@@ -21,11 +21,13 @@ class Piece(NamedTuple):
     """A stretch of text that is shown as it is, or a mark that stands for what cannot be seen."""
 
     text: str
+    """The characters to show."""
     is_mark: bool
+    """Whether they stand for something that cannot be seen."""
 
 
 def pieces(text: str, *, spaces: bool = True) -> list[Piece]:
-    """`text` with a mark for every character that cannot be seen, and for each space it begins or ends with.
+    """Cut a text into pieces, with a mark for every hidden character and for each space at its beginning and end.
 
     Args:
         text: Any string, lone surrogates included.
@@ -38,6 +40,7 @@ def pieces(text: str, *, spaces: bool = True) -> list[Piece]:
         edges = {i for match in _EDGE_SPACE.finditer(text) for i in range(*match.span())}
     found: list[Piece] = []
     for i, character in enumerate(text):
+        # A joiner shapes its neighbours; alone it has none, and nothing would be seen.
         hidden = i in edges or _is_hidden(character) or (character in _JOINERS and len(text) == 1)
         shown = _mark(character) if hidden else character
         if found and found[-1].is_mark == hidden:
@@ -48,29 +51,31 @@ def pieces(text: str, *, spaces: bool = True) -> list[Piece]:
 
 
 def without_pictures(finding: Finding) -> str:
-    """What to call a finding that names no picture: a prompt of words alone, or tensors made elsewhere."""
+    """Name a finding that has no picture: a prompt of words alone, or tensors made elsewhere."""
     return "words alone" if finding.prompt else "ready-made inputs"
 
 
 def is_warning(note: str) -> bool:
-    """Whether a note says that the numbers themselves may be off, and must not be overlooked."""
+    """Tell whether a note says that the numbers themselves may be off, which must not be overlooked."""
     return "approximate" in note.lower()
 
 
 def placed(caption: str, words: Sequence[tuple[str, int]]) -> tuple[list[tuple[str, int | None]], list[int]]:
-    """A caption cut at its words.
+    """Cut a caption at its words.
 
     Args:
         caption: Any text.
-        words: Each with the offset where it says it stands.
+        words: Each word with the offset at which it says it stands.
 
     Returns:
         Stretches of the caption, each with the number of the word that it is, or None; and the numbers of the words
         that do not stand where they say, or overlap.
     """
+    # Nothing is taken on trust: a finding may come from a file that somebody changed.
     cut: list[tuple[str, int | None]] = []
     unplaced: list[int] = []
     end = 0
+    # In the order of the caption, whatever the order of the words: what is cut once is not looked at again.
     for i, (word, start) in sorted(enumerate(words), key=lambda entry: entry[1][1]):
         if not word or start < end or not caption.startswith(word, start):
             unplaced.append(i)
@@ -85,12 +90,12 @@ def placed(caption: str, words: Sequence[tuple[str, int]]) -> tuple[list[tuple[s
 
 
 def printable(text: str) -> str:
-    """`text` with marks in it: what a page, an attribute or a file name may hold, and UTF-8 can encode."""
+    """Replace hidden characters by marks: the result can stand in a page, an attribute or a file name, in UTF-8."""
     return "".join(_mark(character) if _is_hidden(character) else character for character in text)
 
 
 def number(value: float, *, signed: bool = False) -> str:
-    """A number of about four digits, with a typographic minus: '+1.234', '12.35', '123456' as '1.2e+05'."""
+    """Write a number with about four digits and a typographic minus: '+1.234', '12.35', 123456 as '1.2e+05'."""
     if not math.isfinite(value):
         return "not a number" if math.isnan(value) else "∞" if value > 0 else f"{_MINUS}∞"
     size = abs(value)
@@ -102,13 +107,13 @@ def number(value: float, *, signed: bool = False) -> str:
 
 
 def percent(share: float) -> str:
-    """A share as a percentage with one decimal: '92.1 %'."""
+    """Write a share as a percentage with one decimal: '92.1 %'."""
     digits = f"{share * 100:.1f}".replace("-", _MINUS) if math.isfinite(share) else number(share)
     return f"{digits}\N{NO-BREAK SPACE}%"
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
-    """Nested mappings as rows: {'versions': {'torch': '2'}} -> ('versions.torch', '2')."""
+    """Flatten nested mappings into rows: {'versions': {'torch': '2'}} -> ('versions.torch', '2')."""
     rows: list[tuple[str, str]] = []
     for key, value in values.items():
         name = f"{prefix}{key}"
@@ -120,6 +125,7 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]
 
 
 def _plain(value: Any) -> str:
+    """Write a value of JSON in words."""
     if value is None or value == {}:
         return "none"
     if isinstance(value, bool):
@@ -134,6 +140,7 @@ def _is_hidden(character: str) -> bool:
 
 
 def _mark(character: str) -> str:
+    """Choose the mark for a hidden character: Unicode's picture of it where there is one, else its number."""
     if character in _MARKS:
         return _MARKS[character]
     code = ord(character)
