@@ -1,4 +1,7 @@
-"""The command line: thin. Each command loads, calls one function and prints; torch is imported when a command runs."""
+"""The command line, a thin layer: each command loads a model, calls one function of the package and prints.
+
+torch is imported when a command runs, so that the help is quick.
+"""
 
 from __future__ import annotations
 
@@ -21,14 +24,16 @@ from mmneurons.errors import MmneuronsError
 
 
 def main() -> None:
-    """Run the command line: errors that a user can cause end with one message and exit code 2.
+    """Run the command line: an error that a user can cause ends with one message and exit code 2.
 
     Ctrl-C ends with 130 and SIGTERM with 143, both by way of KeyboardInterrupt, so that what is under way is put back.
     """
+    # 1. The process: no warning from tokenizers about forks, no crash on output that cannot be encoded.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # what a terminal or pipe cannot write is a question mark
+    # 2. SIGTERM takes the way of Ctrl-C, and is remembered for the exit code.
     terminated: list[int] = []
 
     def terminate(number: int, _: object) -> None:
@@ -36,6 +41,7 @@ def main() -> None:
         raise KeyboardInterrupt  # not by SIGINT, which is ignored where a shell runs the program in the background
 
     usual = signal.signal(signal.SIGTERM, terminate)
+    # 3. The command; what it raises becomes one message and an exit code. Anything else is a fault, with its traceback.
     try:
         app()
     except MmneuronsError as error:

@@ -1,4 +1,4 @@
-"""`python -m mmneurons.cli`."""
+"""The command line, run as `python -m mmneurons.cli`."""
 
 from mmneurons.cli import main
 

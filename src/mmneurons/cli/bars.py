@@ -1,4 +1,4 @@
-"""What someone who waits sees: a spinner, or bars with an estimate. Nothing where nobody watches but what is done."""
+"""Signs of progress for someone who waits: a spinner, or bars with an estimate; plain lines where nobody watches."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from mmneurons.progress import Progress, untold
 
 @contextmanager
 def working(console: Console, what: str) -> Iterator[None]:
-    """A spinner."""
+    """Show a spinner, for work whose length is not known."""
     with console.status(what):
         yield
 
 
 @contextmanager
 def bar(console: Console, total: int) -> Iterator[Progress]:
-    """A bar with an estimate where someone sees it and there is something to wait for; else nothing."""
+    """Show a bar with an estimate where someone watches and there is more than one thing to do; else show nothing."""
     if total <= 1 or not console.is_terminal:
         yield untold
         return
@@ -30,7 +30,11 @@ def bar(console: Console, total: int) -> Iterator[Progress]:
 
 @contextmanager
 def bars(console: Console, unit: str) -> Iterator[Progress]:
-    """A bar for each stage, with an estimate; plain lines where nobody watches. Counted are `unit`s."""
+    """Show a bar with an estimate for each stage, counted in `unit`; print plain lines where nobody watches.
+
+    Yields:
+        The callback for the progress; a stage is begun by its first report.
+    """
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
     columns = (
@@ -38,6 +42,7 @@ def bars(console: Console, unit: str) -> Iterator[Progress]:
         BarColumn(),
         TextColumn(f"{{task.completed:.{1 if unit else 0}f}}/{{task.total}} {unit}"),
     )
+    # Bars vanish when they are done, unless they count something that is worth keeping in sight.
     with Progress(
         *columns, TimeRemainingColumn(), console=console, disable=not console.is_terminal, transient=not unit
     ) as shown:

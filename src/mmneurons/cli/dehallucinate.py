@@ -1,4 +1,4 @@
-"""`dehallucinate`."""
+"""The command `dehallucinate`."""
 
 from __future__ import annotations
 
@@ -47,27 +47,39 @@ def dehallucinate(
     load: Load,
     settings: DehallucinateSettings,
     images: Annotated[
-        list[str] | None, typer.Option(help="Images with their true objects, thousands: a manifest, or pocket:SET.")
+        list[str] | None, typer.Option(help="Thousands of images with their true objects: a manifest, or pocket:SET.")
     ] = None,
     held_out: Annotated[
-        list[str] | None, typer.Option("--held-out", help="Others to judge on. Default: half of the images.")
+        list[str] | None, typer.Option("--held-out", help="Other such images, to judge on. Default: half of --images.")
     ] = None,
-    out_path: Annotated[Path, typer.Option("--out", metavar="FILE.safetensors", help="The patch.")] = Path(
+    out_path: Annotated[Path, typer.Option("--out", metavar="FILE.safetensors", help="The file of the patch.")] = Path(
         "dehallucinate.safetensors"
     ),
     say: Annotated[
-        str | None, typer.Option(metavar="WORD", help="The word that is said instead, one token. Default: thing.")
+        str | None,
+        typer.Option(metavar="WORD", help="The word, one token, to say in place of an absent object. Default: thing."),
     ] = None,
-    reference: Annotated[list[str] | None, typer.Option(help=f"Images whose answers are to stay. {SOURCES}")] = None,
+    reference: Annotated[
+        list[str] | None, typer.Option(help=f"Images whose answers are to stay as they are. {SOURCES}")
+    ] = None,
     texts: Texts = None,
     synonyms: Annotated[
         str | None,
-        typer.Option(metavar="coco|FILE", help="What else objects are called: a line each, 'dog, puppy', or MSCOCO's."),
+        typer.Option(
+            metavar="coco|FILE",
+            help="Other words for objects: coco for those of MSCOCO, or a file with an object a line, 'dog, puppy'.",
+        ),
     ] = None,
     json_path: Json = None,
-    report: Annotated[Path | None, typer.Option(metavar="FILE.html", help="Write a page to look at.")] = None,
+    report: Annotated[
+        Path | None, typer.Option(metavar="FILE.html", help="Also write the results as an HTML page.")
+    ] = None,
 ) -> None:
-    """Make a patch with which the model names fewer objects that are not there, and judge it. Stopped, it goes on."""
+    """Make a patch against naming absent objects.
+
+    The patch is made from images with their true objects, and judged on other images. A run that was stopped goes on
+    when the same command is given again.
+    """
     # 1. What is asked for, and whether its files can be read and written, before the model loads.
     path = checked_patch_path(out_path)
     partly = path.with_name(f"{path.name}.part")
@@ -81,6 +93,7 @@ def dehallucinate(
     from mmneurons.metrics.chair import Vocabulary, coco_synonyms, read_synonyms
     from mmneurons.report.dehallucinate import chair_json, chair_text, write_dehallucination
 
+    # Damaged images are found now; those that the model's processor refuses, once the model is there.
     shown, others, kept = map(readable_items, (images, held_out, reference))
     lines = lines_of(texts)
     table = None if synonyms is None else coco_synonyms() if synonyms == "coco" else read_synonyms(synonyms)
@@ -97,6 +110,7 @@ def dehallucinate(
     if others is None:
         shown, others = _halves(shown)
         err.print(f"{len(others)} of the images are held out, to judge on", style="dim")
+    # The word must be one token, which "thing" is not in the small vocabulary of the pocket model.
     settings = replace(settings, say=say or ("image" if vlm.is_pocket else "thing"))
     lists = [item.objects for item in [*shown, *others]]
     if vlm.is_pocket:
@@ -137,7 +151,7 @@ def dehallucinate(
 
 
 def _with_objects(items: list[Any]) -> list[Any]:
-    """Refuse images of which nobody said what they show."""
+    """Refuse images whose true objects are not known."""
     unknown = [item.name for item in items if item.objects is None]
     if unknown:
         raise SettingError(
@@ -149,7 +163,7 @@ def _with_objects(items: list[Any]) -> list[Any]:
 
 
 def _halves(items: list[Any]) -> tuple[list[Any], list[Any]]:
-    """At random, always alike."""
+    """Split images into two halves, at random but always alike."""
     import numpy as np
 
     if len(items) < 4:

@@ -1,4 +1,4 @@
-"""`edit`, `evaluate-edit`, `patch show`, `export`."""
+"""The commands `edit`, `evaluate-edit`, `patch show` and `export`."""
 
 from __future__ import annotations
 
@@ -32,16 +32,17 @@ if TYPE_CHECKING:
     from mmneurons.patches.patch import Patch
     from mmneurons.vlm.vlm import VLM
 
-patches = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Look into patches.")
+patches = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Look into patch files.")
 app.add_typer(patches, name="patch")
 
 SOURCES = "A folder, a manifest or COCO instances (docs/inspect.md), image files, or pocket:SET."
 NAMED = 10
-"""Images that cannot be used, named."""
-HeldOut = Annotated[list[str] | None, typer.Option("--held-out", help="Other images that show SOURCE.")]
-Unrelated = Annotated[list[str] | None, typer.Option(help="Images of which nothing is to change.")]
+"""How many of the images that cannot be used are named."""
+HeldOut = Annotated[list[str] | None, typer.Option("--held-out", help="Other images that show SOURCE, to judge on.")]
+Unrelated = Annotated[list[str] | None, typer.Option(help="Images whose answers are not to change, to judge on.")]
 Texts = Annotated[
-    Path | None, typer.Option(metavar="FILE.txt", help="Texts of which nothing is to change, a line each.")
+    Path | None,
+    typer.Option(metavar="FILE.txt", help="Texts, one a line, on which the model's predictions are to stay the same."),
 ]
 Limit = Annotated[int | None, typer.Option(min=1, help="Judge on at most this many unrelated images. Default: all.")]
 
@@ -52,9 +53,9 @@ Limit = Annotated[int | None, typer.Option(min=1, help="Judge on at most this ma
 def edit(
     load: Load,
     settings: EditSettings,
-    source: Annotated[str, typer.Option("--from", metavar="SOURCE", help="The word that is to go.")] = "",
-    target: Annotated[str | None, typer.Option("--to", metavar="TARGET", help="The word that is to come.")] = None,
-    remove: Annotated[str | None, typer.Option(metavar="WORD", help="A word to remove, without another.")] = None,
+    source: Annotated[str, typer.Option("--from", metavar="SOURCE", help="The word to replace.")] = "",
+    target: Annotated[str | None, typer.Option("--to", metavar="TARGET", help="The word to say instead.")] = None,
+    remove: Annotated[str | None, typer.Option(metavar="WORD", help="A word to remove, with none instead.")] = None,
     out_path: Annotated[
         Path | None,
         typer.Option("--out", metavar="FILE.safetensors", help="The patch. Default: SOURCE-to-TARGET.safetensors."),
@@ -63,14 +64,18 @@ def edit(
     more: Annotated[
         list[str] | None, typer.Argument(metavar="IMAGE...", help="Further images that show SOURCE.")
     ] = None,
-    reference: Annotated[list[str] | None, typer.Option(help="Images of which nothing is to change.")] = None,
+    reference: Annotated[list[str] | None, typer.Option(help="Images whose answers are to stay as they are.")] = None,
     texts: Texts = None,
-    evaluate: Annotated[Path | None, typer.Option(metavar="DIR", help="Judge the patch, and write a page.")] = None,
+    evaluate: Annotated[Path | None, typer.Option(metavar="DIR", help="Also judge the patch; results go here.")] = None,
     held_out: HeldOut = None,
     unrelated: Unrelated = None,
     limit: Limit = None,
 ) -> None:
-    """Make a patch with which the model says TARGET where it says SOURCE. The model's files stay as they are."""
+    """Make a patch that replaces or removes a word.
+
+    With the patch the model says TARGET where it said SOURCE, or says SOURCE no more. Only the patch is written: the
+    model's files stay as they are.
+    """
     # 1. What is asked for, and whether its files can be read and written, before the model loads.
     source, target = _words(source, target, remove)
     path = _patch_path(out_path, source, target)
@@ -86,6 +91,7 @@ def edit(
     from mmneurons.editing.judging import cases
     from mmneurons.editing.reference import make_reference
 
+    # Damaged images are found now; those that the model's processor refuses, once the model is there.
     shown, kept = readable_items([*(images or []), *(more or [])]), readable_items(reference)
     beyond, others = readable_items(held_out), readable_items(unrelated)
     lines = lines_of(texts)
@@ -134,16 +140,20 @@ def edit(
 @loads_model
 def evaluate_edit(
     load: Load,
-    files: Annotated[list[Path], typer.Argument(metavar="PATCH...", help="Patches, from mmneurons edit.")],
+    files: Annotated[list[Path], typer.Argument(metavar="PATCH...", help="Files that mmneurons edit wrote.")],
     folder: Annotated[Path, typer.Option("--out", metavar="DIR", help="The folder in which results are kept.")],
-    images: Annotated[list[str] | None, typer.Option(help="The images the edit was made with.")] = None,
+    images: Annotated[list[str] | None, typer.Option(help="The images that the edits were made with.")] = None,
     held_out: HeldOut = None,
     unrelated: Unrelated = None,
     texts: Texts = None,
     limit: Limit = None,
     batch_size: Annotated[int, typer.Option(min=1, help=descriptions(Question)["batch_size"])] = Question.batch_size,
 ) -> None:
-    """Judge patches by what the model generates, each by itself, and write a page. Stopped, it goes on."""
+    """Judge patches by what the model then says.
+
+    Each patch is judged by itself, and a page shows the figures of all. A run that was stopped goes on when the same
+    command is given again.
+    """
     check_folder(folder)
     from mmneurons.editing.judging import cases
     from mmneurons.patches.patch import Patch
@@ -160,13 +170,18 @@ def evaluate_edit(
 @loads_model
 def show(
     load: Load,
-    path: Annotated[Path, typer.Argument(metavar="PATCH", help="From mmneurons edit.")],
-    words: Annotated[bool, typer.Option(help="Load the model, to show what its columns say.")] = True,
+    path: Annotated[Path, typer.Argument(metavar="PATCH", help="A file that mmneurons edit wrote.")],
+    words: Annotated[
+        bool, typer.Option(help="Load the model, and show what each column says before and after.")
+    ] = True,
     n: Annotated[
-        int, typer.Option("--top", min=1, help="How many neurons are listed, those that change most first.")
+        int, typer.Option("--top", min=1, help="How many neurons are listed, the ones that change most first.")
     ] = 20,
 ) -> None:
-    """Show what a patch changes: neurons, their words, how far they move."""
+    """Show what a patch changes.
+
+    Lists the neurons whose columns move, how far they move, and what they say before and after.
+    """
     from mmneurons.patches.describe import describe_patch
     from mmneurons.patches.patch import Patch
     from mmneurons.report.patch import patch_text
@@ -179,10 +194,13 @@ def show(
 @functools.partial(loads_model, without={"patch"})  # the patches that are named are those that are written
 def export(
     load: Load,
-    files: Annotated[list[Path], typer.Argument(metavar="PATCH...", help="Patches, from mmneurons edit.")],
-    folder: Annotated[Path, typer.Option("--out", metavar="DIR", help="A new folder.")],
+    files: Annotated[list[Path], typer.Argument(metavar="PATCH...", help="Files that mmneurons edit wrote.")],
+    folder: Annotated[Path, typer.Option("--out", metavar="DIR", help="A new folder for the checkpoint.")],
 ) -> None:
-    """Write a model with patches in it, as an ordinary checkpoint that transformers loads by itself."""
+    """Write a model with patches in it.
+
+    The result is an ordinary checkpoint that transformers loads by itself.
+    """
     from mmneurons.patches.export import export as write
     from mmneurons.patches.patch import Patch
 
@@ -204,12 +222,13 @@ def _judge(
     limit: int | None,
     batch_size: int,
 ) -> None:
-    """Judge patches and show the figures."""
+    """Judge patches, print their figures, and write the page."""
     from mmneurons.editing.judging import evaluate_edits
     from mmneurons.report.edit import figures, write_edits
 
     others = or_pocket(vlm, others, "locality-500", "--unrelated")[:limit]
 
+    # Patches can have different sources: without images of the user's, each source has its own set of the pocket world.
     def of_edit(source: str) -> list[Any]:
         return or_pocket(vlm, shown, f"edit/{singular(source)}", "--images")
 
@@ -238,6 +257,7 @@ def _judge(
 
 
 def _words(source: str, target: str | None, remove: str | None) -> tuple[str, str | None]:
+    """Return source and target, the latter None for a removal; refuse any other combination of the options."""
     if remove and not source and target is None:
         return remove, None
     if source and target and not remove:
@@ -256,7 +276,7 @@ def _patch_path(given: Path | None, source: str, target: str | None) -> Path:
 
 
 def checked_patch_path(path: Path) -> Path:
-    """Refuse a file that is not called as a patch, or that is there and is none, such as a model's own weights."""
+    """Refuse a file whose name is not that of a patch, or that exists and is no patch, such as a model's weights."""
     if path.suffix != ".safetensors":
         raise SettingError(
             f"A patch is a .safetensors file, not {path}.", fix=f"--out {path.with_suffix('.safetensors')}"
@@ -274,7 +294,7 @@ def checked_patch_path(path: Path) -> Path:
 
 
 def save(patch: Patch, path: Path) -> None:
-    """Save a patch; where its place fails it after the work, somewhere else."""
+    """Save a patch; if its place cannot be written after all the work, save it in a temporary folder and say so."""
     try:
         patch.save(path)
     except SettingError as error:
@@ -284,7 +304,7 @@ def save(patch: Patch, path: Path) -> None:
 
 
 def items_of(sources: list[str], masks: Path | None = None) -> list[Any]:
-    """The images of all sources; what was left out is told."""
+    """Collect the images of all sources; what was left out is told."""
     from mmneurons.data.dataset import read_items
 
     def tell(note: str) -> None:
@@ -294,7 +314,7 @@ def items_of(sources: list[str], masks: Path | None = None) -> list[Any]:
 
 
 def readable_items(sources: list[str] | None) -> list[Any] | None:
-    """The images of all sources that can be decoded to their end, None of no source; the others are named."""
+    """Collect the images of all sources that can be decoded to their end, None without a source; name the others."""
     if not sources:
         return None
     from mmneurons.data.content import unreadable
@@ -308,7 +328,7 @@ def readable_items(sources: list[str] | None) -> list[Any] | None:
 
 
 def fitting_items(vlm: VLM, items: list[Any] | None) -> list[Any] | None:
-    """Those that the model's processor takes: it refuses lines of pixels, which it would scale up without bound."""
+    """Keep the images that the model's processor takes: long, thin ones could be scaled up without bound."""
     if items is None:
         return None
     from mmneurons.data.content import reason
@@ -328,7 +348,7 @@ def fitting_items(vlm: VLM, items: list[Any] | None) -> list[Any] | None:
 
 
 def tell_left_out(left_out: Mapping[str, str], n_images: int) -> None:
-    """Say which images could not be used, and why; of many the first few."""
+    """Say which images could not be used, and why; of many, name the first few."""
     if not left_out:
         return
     err.print(f"{len(left_out)} of {n_images} images could not be used:", style="yellow")
@@ -339,18 +359,18 @@ def tell_left_out(left_out: Mapping[str, str], n_images: int) -> None:
 
 
 def tell_patched(vlm: VLM) -> None:
-    """Say that an edit was made on top of others, and means little without them."""
+    """Say that an edit was made with other patches on the model, without which it means little."""
     if on := vlm.facts.get("patches"):
         err.print(f"made with {len(on)} other patches on the model (--patch): put them on with it", style="yellow")
 
 
 def lines_of(path: Path | None) -> list[str]:
-    """Of a file, those with something in them."""
+    """Read the lines of a file that are not blank."""
     return [] if path is None else [line for line in read_text(path).splitlines() if line.strip()]
 
 
 def pocket_texts(vlm: VLM, which: int) -> list[str]:
-    """Every fourth sentence about the pocket world, from the first (to edit with) or the second (to judge on)."""
+    """Take every fourth sentence about the pocket world, from the first (to edit with) or the second (to judge on)."""
     if not vlm.is_pocket:
         return []
     from mmneurons import pocket
@@ -359,7 +379,7 @@ def pocket_texts(vlm: VLM, which: int) -> list[str]:
 
 
 def or_pocket(vlm: VLM, given: list[Any] | None, name: str, option: str | None) -> list[Any]:
-    """What was given, or a set of the pocket world; for another model there is none."""
+    """Return what was given or, for the pocket model, a set of its world; without `option`, there may be no images."""
     if given is not None:
         return given
     if vlm.is_pocket:

@@ -1,4 +1,4 @@
-"""`caption`, `find`, `neuron`, `word`, `samples`, `doctor`."""
+"""The commands `caption`, `find`, `neuron`, `word`, `samples` and `doctor`."""
 
 from __future__ import annotations
 
@@ -37,7 +37,10 @@ def caption(
     settings: Question,
     images: Images = None,
 ) -> None:
-    """Say what is in each image, or answer a question about it."""
+    """Let the model say what is in each image.
+
+    With --prompt it answers a question about each image instead.
+    """
     paths = images_or_sample(images)
     from mmneurons.data.images import open_image
     from mmneurons.vlm.asking import ask
@@ -67,22 +70,39 @@ def find(
     given: Annotated[
         list[str] | None,
         typer.Option(
-            "--caption", metavar="TEXT", help="An answer to score instead of the model's: one, or one for each image."
+            "--caption",
+            metavar="TEXT",
+            help="An answer to explain instead of the model's own: one for all images, or one for each; repeatable.",
         ),
     ] = None,
     tagger: Annotated[
         str | None,
-        typer.Option(metavar="MODEL", help="What tells the nouns: a model of spaCy, such as zh_core_web_sm."),
+        typer.Option(
+            metavar="MODEL",
+            help="The spaCy model that finds the nouns of other languages than English, German and Dutch, such as "
+            "zh_core_web_sm.",
+        ),
     ] = None,
-    together: Annotated[bool, typer.Option("--together", help="All images in one prompt, not a prompt each.")] = False,
-    no_image: Annotated[bool, typer.Option("--no-image", help="A prompt of words alone.")] = False,
+    together: Annotated[
+        bool, typer.Option("--together", help="Put all images into one prompt, instead of a prompt for each.")
+    ] = False,
+    no_image: Annotated[
+        bool, typer.Option("--no-image", help="Ask without an image: a prompt of words alone.")
+    ] = False,
     json_path: Json = None,
-    report: Annotated[Path | None, typer.Option(metavar="FILE.html", help="Write a page to look at.")] = None,
+    report: Annotated[
+        Path | None, typer.Option(metavar="FILE.html", help="Also write the findings as an HTML page.")
+    ] = None,
     blank: Annotated[
-        bool | None, typer.Option(help="Also show what is lost with a blank image. Default: with --report.")
+        bool | None,
+        typer.Option(help="Also show how much of each score is lost with a blank image. Default: with --report only."),
     ] = None,
 ) -> None:
-    """Caption images, or ask about them, and show the neurons that wrote each noun of the answer."""
+    """Show the neurons that wrote each noun.
+
+    The model captions each image, or answers a question about it (--prompt); for each noun of the answer the neurons
+    with the highest scores are listed, with what they say and where in the image they are active.
+    """
     # 1. What is asked for, and whether its files can be read and written, before the model loads.
     if no_image and images:
         raise SettingError("--no-image goes without image files.", seen=f"Got {', '.join(images)}.")
@@ -98,6 +118,7 @@ def find(
     from mmneurons.report.terminal import show
     from mmneurons.words import SpacyTagger
 
+    # A missing tagger, or captions that do not match the images, are told before the model loads, too.
     nouns = None if tagger is None else SpacyTagger(tagger)
     captions = captions_for(len(prompts), given[0] if len(given) == 1 else given, settings) if given else None
     settings = replace(
@@ -133,12 +154,22 @@ def find(
 @loads_model
 def neuron(
     load: Load,
-    name: Annotated[str, typer.Argument(metavar="NEURON", help="L23.u6012, or L23.e5.u6012 for expert 5.")],
-    tokens: Annotated[int, typer.Option(min=1, help="How many tokens are listed each way.")] = 10,
-    neighbours: Annotated[int, typer.Option(min=0, help="How many neurons like it are listed.")] = 10,
+    name: Annotated[
+        str,
+        typer.Argument(
+            metavar="NEURON", help="Block and column, counted from 0: L23.u6012, or L23.e5.u6012 inside expert 5."
+        ),
+    ],
+    tokens: Annotated[
+        int, typer.Option(min=1, help="How many tokens are listed for each sign of its activation.")
+    ] = 10,
+    neighbours: Annotated[int, typer.Option(min=0, help="How many of the neurons most like it are listed.")] = 10,
     json_path: Json = None,
 ) -> None:
-    """Show what a neuron says whenever it fires: no image needed."""
+    """Show what a neuron says whenever it fires.
+
+    Lists the tokens that its column promotes, and the neurons most like it. No image is needed.
+    """
     from mmneurons.neurons import Neuron
 
     asked = Neuron.parse(name)  # what is no neuron is told before a model is loaded
@@ -156,11 +187,16 @@ def neuron(
 @loads_model
 def word(
     load: Load,
-    text: Annotated[str, typer.Argument(metavar="WORD", help="A word; of several tokens, its first counts.")],
+    text: Annotated[
+        str, typer.Argument(metavar="WORD", help="The word; if it has several tokens, the first of them counts.")
+    ],
     top: Annotated[int, typer.Option(min=1, help="How many neurons are listed.")] = 10,
     json_path: Json = None,
 ) -> None:
-    """Show the neurons of the whole model that point to a word: no image needed."""
+    """Show the neurons that say a word.
+
+    Lists the neurons of the whole model whose columns point most clearly to the word. No image is needed.
+    """
     check_json(json_path, load.files)
     from mmneurons.finding.lookup import neurons_for
     from mmneurons.report.cards import show_word
@@ -173,7 +209,7 @@ def word(
 
 @app.command()
 def samples() -> None:
-    """List the sample images that come with the package."""
+    """List the sample images of this package."""
     from mmneurons import pocket
 
     for sample in pocket.samples():
@@ -186,10 +222,16 @@ def samples() -> None:
 def doctor(
     load: Load,
     settings: Question,
-    image: Annotated[str | None, typer.Argument(metavar="IMAGE", help="Default: a sample image.")] = None,
+    image: Annotated[
+        str | None, typer.Argument(metavar="IMAGE", help="The image to check with. Default: a sample image.")
+    ] = None,
     json_path: Json = None,
 ) -> None:
-    """Show what was found in a model and check that its numbers add up; exit code 1 if a check fails."""
+    """Check that the numbers of a model are right.
+
+    Shows which parts were found in the model, and checks that contributions add up to the logits that it computes. The
+    exit code is 1 if a check fails.
+    """
     path = images_or_sample([image] if image else None)[0]
     check_json(json_path, [path, *load.files])
     from mmneurons.data.images import open_image

@@ -1,4 +1,4 @@
-"""`inspect`."""
+"""The command `inspect`."""
 
 from __future__ import annotations
 
@@ -30,20 +30,36 @@ def inspect_(
     load: Load,
     settings: InspectSettings,
     images: Annotated[
-        str, typer.Option(help="A folder, a manifest, COCO instances (docs/inspect.md), or pocket:find-500.")
+        str,
+        typer.Option(help="The images: a folder, a manifest, COCO instances (docs/inspect.md), or pocket:find-500."),
     ],
     out_folder: Annotated[Path, typer.Option("--out", metavar="DIR", help="The folder in which results are kept.")],
     what: Annotated[
-        Literal["sensitivity", "specificity", "causal", "finders", "all"], typer.Argument(help="Which experiment.")
+        Literal["sensitivity", "specificity", "causal", "finders", "all"],
+        typer.Argument(help="The experiment to run, or all four."),
     ] = "all",
-    masks: Annotated[Path | None, typer.Option(metavar="DIR", help="For a folder: masks STEM.NOUN.png.")] = None,
+    masks: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="The folder of masks, STEM.NOUN.png, that goes with a folder of images."),
+    ] = None,
     limit: Annotated[
         int | None, typer.Option(min=1, help="Use at most this many images. Default: all; 50 for causal, finders.")
     ] = None,
-    text_model: Annotated[str | None, typer.Option(help="For BERTScore: roberta-large ... Default: MiniLM.")] = None,
-    clip_model: Annotated[str | None, typer.Option(help="For CLIPScore: openai/clip-vit-base-patch16 ...")] = None,
+    text_model: Annotated[
+        str | None, typer.Option(help="The model behind BERTScore, such as roberta-large. Default: MiniLM.")
+    ] = None,
+    clip_model: Annotated[
+        str | None,
+        typer.Option(help="The model behind CLIPScore, such as openai/clip-vit-base-patch16. Default: no CLIPScore."),
+    ] = None,
 ) -> None:
-    """Test whether neurons are sensitive, specific and causal, and their ranking true. Stopped, it goes on."""
+    """Test whether top neurons are what they seem.
+
+    Do they depend on the image (sensitivity)? Do different words have different neurons (specificity)? Does the caption
+    lose the word when they are disturbed (causal)? Does their ranking agree with what silencing each of them does
+    (finders)? A run that was stopped goes on when the same command is given again.
+    """
+    # 1. The folder of results must be writable, and apart from the images: plots among them would be read as images.
     check_folder(out_folder)
     sources = [Path(place) for place in (images, masks) if place is not None]
     if out_folder.is_dir() and any(place.is_dir() and place.samefile(out_folder) for place in sources):
@@ -55,6 +71,7 @@ def inspect_(
     from mmneurons.metrics.similarity import PACKAGED, meaning
     from mmneurons.report.inspection import write_inspection
 
+    # 2. The experiments; each result is kept as soon as it is there, so that a stopped run can go on.
     items = items_of([images], masks)
     vlm = load()
     experiments = EXPERIMENTS if what == "all" else (what,)
@@ -73,6 +90,7 @@ def inspect_(
         err.print(
             f"{len(found.given)} answers are captions of the manifest: the model did not choose them", style="yellow"
         )
+    # 3. Tables and plots, made of what is kept; the terminal shows the short tables, the page all of them.
     with working(err, "drawing"):
         items = [item for item in items if item.name not in found.left_out]
         made = tables(found, meaning(text_model or PACKAGED, clip_model), items)

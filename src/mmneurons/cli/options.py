@@ -1,4 +1,4 @@
-"""What commands share: the consoles, options that several have, and loading the model that they name."""
+"""The common parts of all commands: the consoles, options that several have, and loading the model that they name."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ app = typer.Typer(
 
 
 class _Console(Console):
-    """What a terminal would obey is shown instead: names of files and answers of models can be anyone's."""
+    """A console that shows control characters instead of obeying them: names of files and answers can be anyone's."""
 
     def render_str(self, text: str, **options: Any) -> Text:
         if not text.isprintable():
@@ -46,9 +46,12 @@ class _Console(Console):
 out = _Console(highlight=False, markup=False, emoji=False)
 err = _Console(stderr=True, highlight=False, markup=False, emoji=False)
 
-Json = Annotated[str | None, typer.Option("--json", metavar="FILE", help="Write JSON; - for stdout.")]
-Images = Annotated[list[str] | None, typer.Argument(metavar="IMAGE...", help="Image files.")]
+Json = Annotated[
+    str | None, typer.Option("--json", metavar="FILE", help="Also write the results as JSON; - prints JSON instead.")
+]
+Images = Annotated[list[str] | None, typer.Argument(metavar="IMAGE...", help="Image files. Default: a sample image.")]
 GOES_ON = "the same command goes on from here"
+"""What is said to who stops a command whose results are kept as they come."""
 
 
 def _show_version(asked: bool) -> None:
@@ -72,21 +75,37 @@ class Stopped(Exception):  # noqa: N818 - no error
 
 
 def _load(
-    model: Annotated[str | None, typer.Option(help="Hub id or folder. Default: the pocket model.")] = None,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 ... Default: a GPU if there is one.")] = None,
-    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16. Default: as stored.")] = None,
-    bits: Annotated[Literal["8", "4"] | None, typer.Option(help="Quantise while loading (bitsandbytes).")] = None,
-    device_map: Annotated[str | None, typer.Option(help="Spread over devices: auto, balanced ...")] = None,
-    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the Hub.")] = None,
-    trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="Run code of the model.")] = False,
-    decoder: Annotated[str | None, typer.Option(help="Path of the language model, if it cannot be told.")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="The model: a hub id or a folder. Default: the pocket model of this package.")
+    ] = None,
+    device: Annotated[
+        str | None, typer.Option(help="Where the model runs: cpu, cuda, cuda:1 ... Default: a GPU if there is one.")
+    ] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="Type of the weights: float32, bfloat16 or float16. Default: as they are stored.")
+    ] = None,
+    bits: Annotated[
+        Literal["8", "4"] | None, typer.Option(help="Quantise the weights to so many bits, by bitsandbytes.")
+    ] = None,
+    device_map: Annotated[
+        str | None, typer.Option(help="Spread the model over several devices, by accelerate: auto, balanced ...")
+    ] = None,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of the model on the Hub.")] = None,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the model, if you trust it.")
+    ] = False,
+    decoder: Annotated[
+        str | None,
+        typer.Option(help="Path of the language model in the model, such as model.language_model, if an error asks."),
+    ] = None,
     processor: Annotated[
-        str | None, typer.Option(help="Hub id or folder of its processor, if that lies apart.")
+        str | None, typer.Option(help="Hub id or folder of the processor, if it is not with the model.")
     ] = None,
     patch: Annotated[
-        list[Path] | None, typer.Option(metavar="FILE", help="A patch that is put on the model; repeatable.")
+        list[Path] | None, typer.Option(metavar="FILE", help="A patch to put on the model first; repeatable.")
     ] = None,
 ) -> VLM:
+    """Load the model that the options name, and put patches on it; its parameters are options of most commands."""
     from mmneurons.patches.patch import Patch
 
     loaded = [Patch.load(path) for path in patch or ()]  # before the model, which can take minutes
@@ -101,7 +120,7 @@ def _load(
         from transformers import BitsAndBytesConfig
 
         options["quantization_config"] = BitsAndBytesConfig(load_in_8bit=bits == "8", load_in_4bit=bits == "4")
-        device_map = device_map or device or "auto"
+        device_map = device_map or device or "auto"  # a quantised model cannot be moved after it is loaded
     with working(err, f"loading {model or 'the pocket model'}"):
         vlm = load(
             model,
@@ -126,12 +145,12 @@ class Load:
         self._options = options
 
     def __call__(self) -> VLM:
-        """The model, loaded anew."""
+        """Load the model; every call loads it anew."""
         return _load(**self._options)
 
     @property
     def files(self) -> list[Path]:
-        """What is read besides the model."""
+        """The files that are read besides the model: the patches."""
         return list(self._options.get("patch") or ())
 
 
@@ -142,6 +161,7 @@ def loads_model(command: Callable[..., None], *, without: Collection[str] = ()) 
         command: The command.
         without: Options that have no meaning for it.
     """
+    # VLM is imported for type checkers alone, as it needs torch: `object` stands for it while annotations are read.
     options = inspect.signature(_load, eval_str=True, locals={"VLM": object}).parameters
     mine = [option for name, option in options.items() if name not in without]
     with_load = _with_options(command, "load", mine, Load)
@@ -162,9 +182,9 @@ def with_settings(
     """Give a command an option for each field of a settings class; the command itself gets `settings`.
 
     Args:
-        kind: The class.
-        without: Fields that are no options of this command.
-        defaults: Other defaults than the class has.
+        kind: The settings class.
+        without: The fields that are no options of this command.
+        defaults: Defaults of this command, where they differ from those of the class.
     """
     hints, told = get_type_hints(kind, localns={"Tagger": object}), descriptions(kind)
     options = []
@@ -186,7 +206,7 @@ def with_settings(
 
 
 def _option(hint: Any, told: str, name: str | None, at_least: float | None) -> Any:
-    """The annotation of an option, by the type of the field behind it."""
+    """Make the annotation of an option from the type, help, name and bound of the field behind it."""
     names = () if name is None else (name,)
     if hint == Blocks:
         return Annotated[str, typer.Option(*names, parser=_blocks, metavar="N|all", help=told)]
@@ -196,6 +216,7 @@ def _option(hint: Any, told: str, name: str | None, at_least: float | None) -> A
 
 
 def _blocks(text: Any) -> Blocks:
+    """Parse the value of `--blocks`: a number, or "all"."""
     if text == "all" or isinstance(text, int):
         return text
     if not text.isdecimal() or int(text) < 1:
@@ -209,12 +230,20 @@ def _with_options(
     options: Sequence[inspect.Parameter],
     make: Callable[[Mapping[str, Any]], Any],
 ) -> Callable[..., None]:
-    """A command with options in the place of one of its parameters, which is made of what they are given."""
+    """Replace one parameter of a command by options; the command gets what `make` makes of their values.
+
+    Args:
+        command: The command.
+        name: The parameter that is replaced.
+        options: The options that take its place.
+        make: Makes the value of the parameter from the values of the options.
+    """
 
     @functools.wraps(command)
     def with_options(**given: Any) -> None:
         command(**{name: make({one.name: given.pop(one.name) for one in options})}, **given)
 
+    # typer reads the signature and the annotations: both must show the options instead of the parameter.
     own = inspect.signature(command, eval_str=True, locals={"VLM": object}).parameters
     parameters = [*(one for one in own.values() if one.name != name), *options]  # what is its own comes first
     parameters = [one.replace(kind=inspect.Parameter.KEYWORD_ONLY) for one in parameters]
@@ -224,7 +253,7 @@ def _with_options(
 
 
 def images_or_sample(images: list[str] | None) -> list[str]:
-    """The images given, or a sample, saying so."""
+    """Return the images given or, with a word to the user, a sample."""
     if images:
         return list(images)
     from mmneurons import pocket
@@ -243,7 +272,7 @@ def check_outputs(outputs: Iterable[str | Path | None], inputs: Iterable[str | P
 
 
 def check_suffix(path: str | Path | None, option: str, suffix: str) -> None:
-    """Refuse a file that is called as something else: a shell that expands *.png would have a photograph replaced."""
+    """Refuse a file that has another ending: a shell that expands *.png would have a photograph replaced."""
     if path is None or str(path) == "-" or Path(path).suffix.lower() == suffix:
         return
     if Path(path).exists() and not Path(path).is_file():  # a device or a pipe
@@ -256,7 +285,7 @@ def check_suffix(path: str | Path | None, option: str, suffix: str) -> None:
 
 
 def given_files(*sources: str | Path | Sequence[str | Path] | None) -> list[str | Path]:
-    """The files among what a command reads."""
+    """List the files, not the folders and sets, among what a command reads."""
     named = [[one] if isinstance(one, str | Path) else one or [] for one in sources]
     return [path for group in named for path in group if Path(path).is_file()]
 
@@ -268,7 +297,7 @@ def check_json(path: str | None, inputs: Iterable[str | Path] = ()) -> None:
 
 
 def write_json(document: Any, path: str | None) -> bool:
-    """Write what a command found where it is asked to; whether it is still to be shown on the terminal."""
+    """Write what a command found where `--json` says; return whether it is still to be shown on the terminal."""
     if path == "-":  # in UTF-8, whatever the terminal's encoding is
         write_stdout(json_bytes(document))
         return False
@@ -279,7 +308,7 @@ def write_json(document: Any, path: str | None) -> bool:
 
 
 def write_stdout(content: bytes) -> None:
-    """Bytes on stdout, as they are."""
+    """Write bytes to standard output as they are, whatever the terminal's encoding."""
     out.file.flush()
     buffer = getattr(sys.stdout, "buffer", None)
     if buffer is None:  # a stand-in without bytes, as in a notebook
@@ -291,7 +320,7 @@ def write_stdout(content: bytes) -> None:
 
 @contextmanager
 def goes_on() -> Iterator[None]:
-    """Inside, results are kept as they come: who stops it is told that the same command goes on."""
+    """Tell whoever stops the work inside, whose results are kept as they come, that the same command goes on."""
     try:
         yield
     except KeyboardInterrupt:
