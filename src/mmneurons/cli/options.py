@@ -139,7 +139,7 @@ def _load(
 
 
 class Load:
-    """Loads the model that a command's options name, and puts patches on it."""
+    """A loader of the model that a command's options name; it also puts patches on the model."""
 
     def __init__(self, options: Mapping[str, Any]) -> None:
         self._options = options

@@ -47,7 +47,7 @@ class Annotation(msgspec.Struct):
     image_id: _Id
     category_id: _Id
     segmentation: Shape | None = None
-    """Where the object is; None where the file does not say."""
+    """The place of the object; None where the file does not say."""
 
 
 class Picture(msgspec.Struct):

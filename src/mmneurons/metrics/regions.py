@@ -23,7 +23,7 @@ class RegionMatch:
     iou_equal_area: float
     """IoU with the mask of as many of the strongest pixels as the mask has."""
     pointing: float
-    """1 if the map's strongest pixel lies in the mask (several as strong: the share of them that do)."""
+    """The pointing game: 1 if the map's strongest pixel lies in the mask (of several as strong, the share that do)."""
     auroc: float | None
     """How often a patch of the object is stronger than one beside it; None if no patch is either."""
     area: float

@@ -55,7 +55,7 @@ class Scene:
     background: str
     """The background, a key of `BACKGROUNDS`."""
     masks: Bool[np.ndarray, "objects height width"]
-    """Where each object is visible: what a later object hides is not part of an earlier one's mask.
+    """The mask of each object, True where it is visible: what a later object hides is not in an earlier one's mask.
 
     In four scenes of a thousand one object is hidden as a whole; it still counts as shown.
     """

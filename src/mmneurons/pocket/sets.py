@@ -130,7 +130,7 @@ def evaluation_set(name: str) -> EvaluationSet:
 
 @functools.cache
 def edit_set(source: str) -> EditSet:
-    """Scenes with `source`, one to three objects in turn, for any noun that has drawings.
+    """Make the scenes that show `source`, any noun that has drawings, with none to two other objects in turn.
 
     The targets of `EDIT_PAIRS` for this source are in none of them.
 

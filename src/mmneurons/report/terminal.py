@@ -147,7 +147,7 @@ def _rows(maps: Sequence[list[str]], width: int) -> list[list[list[str]]]:
 
 
 def _labelled(maps: Sequence[list[str]]) -> Table:
-    """Where in the pictures the neurons of the table are active."""
+    """Lay out maps next to each other, the first row of them under a title."""
     labelled = Table.grid()
     labelled.add_column(no_wrap=True)
     if maps[0][0] in ("", "1"):

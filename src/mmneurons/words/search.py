@@ -24,7 +24,7 @@ TOKEN = regex.compile(
     rf"|{_LETTER}+(?:(?!{_CLITIC})[-'\u2019\u02bc]{_LETTER}+)*|[^\p{{L}}\p{{N}}_\s]",
     regex.IGNORECASE,
 )
-"""Splits a text into words, clitics and signs; in scripts without spaces, into letters."""
+"""A pattern that splits a text into words, clitics and signs; in scripts without spaces, into letters."""
 # l'herbe, qu'un, dell'erba: the word begins behind it as well.
 _ELISION = regex.compile(
     r"(?:[cdjlmnst]|(?:jus|lors|puis|quoi)?qu|[dns]?[aeu]ll|coll|un|quest|quell)['\u2019\u02bc](?=\p{L})",
