@@ -190,7 +190,7 @@ def check_apart(outputs: Iterable[str | os.PathLike[str]], inputs: Iterable[str 
         for other, why in taken:
             if _is_same(path, other):
                 raise SettingError(f"{path} would be overwritten: it {why}.", fix="Name another file.")
-        taken.append((path, "is written already"))
+        taken.append((path, "is written already"))  # the next output must be another file than this one
 
 
 def json_bytes(document: Any) -> bytes:
@@ -205,6 +205,7 @@ def json_bytes(document: Any) -> bytes:
 
 def _is_written_directly(path: str | os.PathLike[str]) -> bool:
     """Whether a path is a device, a pipe, or what a process holds open, which a renamed file must not replace."""
+    # /dev/stdout and /proc/self/fd/1 are links to what the process has open, be it a file: a rename would miss it.
     if Path(path).absolute().is_relative_to("/dev") or Path(path).absolute().is_relative_to("/proc"):
         return True
     try:

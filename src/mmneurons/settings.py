@@ -67,6 +67,7 @@ class Question:
     """How many prompts the model is given at once; always 1 where a batch would change a model's answers."""
 
     def __post_init__(self) -> None:
+        # A list with a prompt for each image is a likely slip: there is one prompt for all of them.
         if not isinstance(self.prompt, str) or not isinstance(self.answer_prefix, str | None):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise SettingError(
                 "A prompt and an answer prefix are one text each, for all images.",
@@ -81,7 +82,7 @@ class Question:
         choices = CHOICES.get(name)
         if choices is not None and value not in choices:
             raise SettingError(f"There is no {name} '{value}'.", fix=f"Choose one of: {', '.join(choices)}.")
-        if at_least is None or (name == "blocks" and value == "all"):
+        if at_least is None or (name == "blocks" and value == "all"):  # no number, and no bound
             return
         # `not >=` instead of `<`: it refuses NaN, too.
         if not isinstance(value, int | float) or not value >= at_least:
@@ -157,6 +158,7 @@ class EditSettings(Question):
     @property
     def questions(self) -> list[Question]:
         """The questions that the model is asked about each image: one for each prompt, `prompt` first."""
+        # `wordings` are prompts alone: prefix and limits are those of the first question.
         first = self.question
         return [first, *(replace(first, prompt=prompt) for prompt in self.wordings)]
 

@@ -121,7 +121,7 @@ def edit(
     strength = f", strength {search['strength']:.3g}" if "strength" in search else ""
     out.print(f"{source} -> {wanted}: {len(patch.neurons)} columns{strength}")
     out.print(f"  turned {search['turned']:.0%} of the answers that said {source}")
-    silent = len(shown) - max(patch.provenance["said_source"])
+    silent = len(shown) - max(patch.provenance["said_source"])  # a count for each prompt: the best of them
     if silent:
         out.print(f"  {silent} of the {len(shown)} images are not used: the model does not say {source} of them")
     if search["looked_at"] and "strength" in search:

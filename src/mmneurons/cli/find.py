@@ -54,6 +54,7 @@ def caption(
             for (opened,), text in zip(batch.rows, batch.answers.texts, strict=True):
                 said.append((opened.name, text, vlm.notes(opened)))
             progress("images", len(said), len(paths))
+    # Printed when the bar is gone, so that the two do not mix.
     for name, text, notes in said:
         out.print(f"{name}: {f'{settings.prefix} {text}'.strip()}", soft_wrap=True)
         for note in notes:
@@ -121,6 +122,7 @@ def find(
     # A missing tagger, or captions that do not match the images, are told before the model loads, too.
     nouns = None if tagger is None else SpacyTagger(tagger)
     captions = captions_for(len(prompts), given[0] if len(given) == 1 else given, settings) if given else None
+    # Without an image there is nothing to map or to blank out, whatever the defaults say.
     settings = replace(
         settings,
         tagger=nouns,

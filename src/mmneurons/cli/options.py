@@ -113,6 +113,7 @@ def _load(
 
     from mmneurons.vlm.load import load
 
+    # The command shows its own spinner and errors; those of transformers would be printed in between.
     logging.disable_progress_bar()
     logging.set_verbosity_error()
     options: dict[str, Any] = {}
@@ -133,6 +134,7 @@ def _load(
             decoder=decoder,
             **options,
         )
+    # In the order given: a patch can have been made with the ones before it on the model.
     for one in loaded:
         one.apply(vlm)
     return vlm
@@ -164,6 +166,7 @@ def loads_model(command: Callable[..., None], *, without: Collection[str] = ()) 
     # VLM is imported for type checkers alone, as it needs torch: `object` stands for it while annotations are read.
     options = inspect.signature(_load, eval_str=True, locals={"VLM": object}).parameters
     mine = [option for name, option in options.items() if name not in without]
+    # The command decides when it loads: it checks its own files first, and a model can take minutes.
     with_load = _with_options(command, "load", mine, Load)
 
     @functools.wraps(with_load)
@@ -207,6 +210,7 @@ def with_settings(
 
 def _option(hint: Any, told: str, name: str | None, at_least: float | None) -> Any:
     """Make the annotation of an option from the type, help, name and bound of the field behind it."""
+    # `--blocks` takes a number or a word; a field with a singular option of its own is repeatable; all else is plain.
     names = () if name is None else (name,)
     if hint == Blocks:
         return Annotated[str, typer.Option(*names, parser=_blocks, metavar="N|all", help=told)]

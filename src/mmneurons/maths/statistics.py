@@ -111,6 +111,7 @@ def over_pairs(
     Returns:
         An estimate whose n is the number of units that are part of a pair.
     """
+    # Units without a pair tell nothing, and resamples full of them would have no value.
     apart = ~np.eye(len(counts), dtype=bool)
     used = ((counts > 0) & apart).any(1)
     total, number = ((matrix * apart)[np.ix_(used, used)] for matrix in (sums, counts))
@@ -166,6 +167,7 @@ def _bca(
 
 def ranks(values: Float[np.ndarray, "n"]) -> Float[np.ndarray, "n"]:
     """Rank values from 0 upwards; equal values share the mean of their ranks."""
+    # `first` is where a run of equal values begins in the sorted order, `counts` how long it is.
     order = np.argsort(values, kind="stable")
     _, first, counts = np.unique(values[order], return_index=True, return_counts=True)
     found = np.empty(len(values))

@@ -151,6 +151,7 @@ def chair(captions: Sequence[str], objects: Sequence[Iterable[str]], vocabulary:
 
 def chair_of(named: Sequence[Sequence[str]], there: Sequence[frozenset[str]]) -> Chair:
     """Compute CHAIR from the objects that captions name, and from those there, as `Vocabulary.objects` gives them."""
+    # An object counts once in a caption, however often it is named: `named` holds each once.
     # Counts for each image: shares are taken of all objects together, so that an image with many objects weighs more.
     absent = [sum(noun not in true for noun in mine) for mine, true in zip(named, there, strict=True)]
     found = [len(mine) - n for mine, n in zip(named, absent, strict=True)]

@@ -82,6 +82,7 @@ def write_dehallucination(
     """
     changed = [i for i, (before, after) in enumerate(judged.texts) if before != after]
     changed.sort(key=lambda i: len(judged.absent[i][1]) <= len(judged.absent[i][0]))  # what became worse comes first
+    # The style is inlined, and the page's policy allows this one by its hash, and nothing else.
     style = asset("inspection.css")
     rows = [
         # Only the images that are shown are opened: thousands may have been judged.

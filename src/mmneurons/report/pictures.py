@@ -56,6 +56,7 @@ def pictures_of(finding: Finding) -> list[Picture | None]:
 def _picture(name: str, view: Image.Image | None) -> Picture | None:
     if view is not None:
         return Picture(_fit(view.convert("RGB"), _PICTURE_SIDE), as_seen=True)
+    # A file may be gone or changed since: a report is then made without it, instead of failing.
     try:
         if not Path(name).is_file():
             return None

@@ -105,6 +105,7 @@ def _bars(values: Sequence[Any]) -> tuple[list[float], list[float]]:
 
 def _line(axes: Axes, points: Mapping[int, Any], label: str, **style: Any) -> None:
     """Draw a line over k, with its intervals as a band."""
+    # A k of which nothing could be measured is left out: the line must not fall to zero there.
     known = {k: value for k, value in sorted(points.items()) if isinstance(value, Estimate)}
     if not known:
         return
@@ -218,6 +219,7 @@ def _causal(figure: Figure, table: Table) -> None:
         for which, style in (("top", "-"), (MATCHED, ":")):
             points = {k: rows.get((how, str(k), which, measure)) for k in sizes}
             _line(left, points, f"{how}, {which}", linestyle=style, color=f"C{i}")
+    # A little more than 0 to 1, so that lines at either end are seen whole.
     left.set(xscale="log", xlabel="k neurons", ylabel=f"share of captions: {measure}", ylim=(-0.02, 1.02))
     left.legend(fontsize=6, frameon=False, ncols=2)
     # The name of an intervention carries its strength: "noise 0.5".

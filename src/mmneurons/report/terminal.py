@@ -159,6 +159,7 @@ def _labelled(maps: Sequence[list[str]]) -> Table:
 
 def _beside(parts: Sequence[Table | Text]) -> Table:
     """Put tables or texts next to each other."""
+    # A grid, as rich has no other way to put blocks of several lines next to each other.
     both = Table.grid(padding=(0, _GAP, 0, 0), pad_edge=False)
     for _ in parts:
         both.add_column()
