@@ -763,6 +763,17 @@ def test_doctor_notices_what_is_read_wrongly(name, monkeypatch):
     assert ("logits taken as they are" in tried) == (one.facts["logits"] != "raw")
 
 
+def test_noise_does_not_depend_on_the_order_in_which_neurons_are_named():
+    """Aria has a dense FFN and experts in one block: the first expert is not to tie with the dense one."""
+    anatomy = case("aria").anatomy
+    routed = next(ffn for ffn in anatomy.ffns if ffn.n_experts is not None)
+    dense = next(ffn for ffn in anatomy.ffns if ffn.layer == routed.layer and ffn.n_experts is None)
+    neurons = (Neuron(dense.layer, 3), Neuron(routed.layer, 5, 0))
+    first, second = (parts_of(anatomy, Intervention(order, noise=1.0)) for order in (neurons, neurons[::-1]))
+    assert [part.ffn.name for part in first] == [part.ffn.name for part in second] == [dense.name, routed.name]
+    assert all(torch.equal(a.noise, b.noise) for a, b in zip(first, second, strict=True))
+
+
 @pytest.mark.parametrize("name", REFUSED)
 def test_a_family_that_is_not_supported_is_refused(name):
     with pytest.raises(ModelError, match="language model cannot be run on a few tokens alone"):

@@ -53,9 +53,9 @@ class Replay:
     """The token that the model generated at this step."""
     logits: Float[Tensor, "vocab"]
     """The logits of this step, from the residual stream as the model's blocks left it, float32."""
-    activations: list[Float[Tensor, "slots"]]
+    activations: list[Float[Tensor, "_"]]
     """For each FFN the activations, the input of `w_out`, float32 (before the gate of shared experts)."""
-    experts: list[Int[Tensor, "k"] | None]
+    experts: list[Int[Tensor, "_"] | None]
     """For each FFN the experts that the slots belong to; None where it is dense."""
     _calls: list[tuple[tuple, dict[str, Any]]]
     """For each block the arguments that it was called with."""

@@ -75,7 +75,7 @@ def describe_patch(patch: Patch, vlm: VLM | None = None, n_tokens: int = 10) -> 
     return PatchDescription(
         hash=patch.hash,
         changes=tuple(sorted(changes, key=lambda change: (-change.size, change.neuron))),
-        blocks=tuple(sorted({part.layer for part in patch.parts})),
+        blocks=tuple(sorted({part.layer for part in patch.parts if len(part.indices)})),
         rank=_rank(patch),
         n_bytes=_n_bytes(patch),
         facts=tuple(facts_of(patch.provenance)),

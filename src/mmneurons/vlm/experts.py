@@ -14,6 +14,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from mmneurons.errors import ModelError
+from mmneurons.vlm.weights.stored import is_transposed
 
 
 class Routed(NamedTuple):
@@ -98,7 +99,7 @@ def _one_expert(module: nn.Module, hidden: Float[Tensor, "n hidden"], expert: in
     gated = "gate_up_proj" in module._parameters
     name = "gate_up_proj" if gated else "up_proj"
     weight = module.get_parameter(name)[expert]
-    turned = getattr(module, "is_transposed", weight.shape[0] == hidden.shape[-1])
+    turned = is_transposed(module, hidden.shape[-1])
     before = hidden @ (weight if turned else weight.T)
     bias = module._parameters.get(f"{name}_bias")
     if bias is not None:

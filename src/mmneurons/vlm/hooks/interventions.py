@@ -148,9 +148,11 @@ def parts_of(anatomy: Anatomy, change: Intervention) -> list[Part]:
     # on the set of neurons and the seed, not on the order in which they were named.
     random = torch.Generator().manual_seed(change.seed)
     parts = []
-    for (layer, expert), members in sorted(by_place.items(), key=lambda item: (item[0][0], item[0][1] or 0)):
+    # A dense FFN comes before the experts of its block: counted as 0 it would tie with the first of them.
+    places = sorted(by_place, key=lambda place: (place[0], -1 if place[1] is None else place[1]))
+    for layer, expert in places:
         ffn = ffns[layer, expert]
-        members = sorted(members, key=lambda i: change.neurons[i])
+        members = sorted(by_place[layer, expert], key=lambda i: change.neurons[i])
         indices = torch.tensor([change.neurons[i].index for i in members])
         values = (
             None if change.values is None else torch.tensor([change.values[i] for i in members], dtype=torch.float32)

@@ -266,7 +266,7 @@ class _Recorder:
             if len(parts) < n:
                 self.missed.add(site.name)
         for i, ffn in enumerate(anatomy.ffns):
-            blank = like.new_zeros(*like.shape[:2], ffn.n_neurons)
+            blank = like.new_zeros(*like.shape[:2], self._n_recorded(i))
             if len(recording.raw[i]) < n:
                 self._fill(ffn.layer, ffn.name, recording.raw[i], blank)
                 if ffn.n_experts is not None:
@@ -282,9 +282,13 @@ class _Recorder:
         shape = next((parts[-1].shape[:2] for parts in recording.raw if parts), (1, 1))
         for i, ffn in enumerate(recording.anatomy.ffns):
             if len(recording.raw[i]) < n:
-                width = ffn.n_neurons if self.neurons is None else len(self.neurons[i])
-                self._fill(ffn.layer, ffn.name, recording.raw[i], torch.zeros(*shape, width, dtype=torch.float32))
+                blank = torch.zeros(*shape, self._n_recorded(i), dtype=torch.float32)
+                self._fill(ffn.layer, ffn.name, recording.raw[i], blank)
         self._entered.clear()
+
+    def _n_recorded(self, i: int) -> int:
+        """Return how many neurons of an FFN are recorded."""
+        return self.recording.anatomy.ffns[i].n_neurons if self.neurons is None else len(self.neurons[i])
 
     def _fill(self, layer: int, name: str, parts: list[Tensor], like: Tensor) -> None:
         """Add zeros for a part that recorded nothing, and note it as missed if its block was entered."""
