@@ -11,7 +11,7 @@ from PIL import Image
 
 import mmneurons as mmn
 from mmneurons import pocket
-from mmneurons.cli.edit import lines_of
+from mmneurons.cli.sources import lines_of
 from mmneurons.errors import SettingError
 from mmneurons.patches.patch import Patch
 from mmneurons.words import says

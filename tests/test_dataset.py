@@ -179,7 +179,7 @@ def test_masks_go_with_the_image_of_the_longest_name(folder):
     assert items["photo[1].png"].objects == ("dog",)
     assert items["b.png"].objects == ("dog", "dog")
     assert list(items["b.png"].masks()) == ["dog"]
-    assert told == [f"{masks}: 2 masks belong to no image: absent.dog.png, b.1.png ..."]
+    assert told == [f"{masks}: 2 masks without an image: absent.dog.png, b.1.png"]
     Image.new("RGB", (20, 10)).save(images / "a.jpg")
     with pytest.raises(SettingError, match="Which image"):
         read_items(images, masks)

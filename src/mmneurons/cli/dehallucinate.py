@@ -9,18 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from mmneurons.cli.bars import bar, bars
-from mmneurons.cli.edit import (
-    SOURCES,
-    Texts,
-    checked_patch_path,
-    fitting_items,
-    lines_of,
-    or_pocket,
-    pocket_texts,
-    readable_items,
-    save,
-    tell_patched,
-)
+from mmneurons.cli.edit import checked_patch_path, save, tell_patched
 from mmneurons.cli.options import (
     Json,
     Load,
@@ -34,6 +23,16 @@ from mmneurons.cli.options import (
     out,
     with_settings,
     write_stdout,
+)
+from mmneurons.cli.sources import (
+    SOURCES,
+    Texts,
+    fitting_items,
+    lines_of,
+    or_pocket,
+    pocket_texts,
+    readable_items,
+    tell_no_reference,
 )
 from mmneurons.errors import SettingError
 from mmneurons.files import write_whole
@@ -123,6 +122,8 @@ def dehallucinate(
         with bar(err, len(kept)) as progress:
             pictures = [item.image() for item in kept]
             held_back = make_reference(vlm, pictures, lines, question=settings.question, progress=progress)
+    else:
+        tell_no_reference()
     # 3. The patch, saved before it is judged.
     with bars(err, "done") as tell, goes_on():
         patch = make_patch(

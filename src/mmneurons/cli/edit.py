@@ -15,6 +15,7 @@ from mmneurons.cli.options import (
     Load,
     app,
     check_outputs,
+    check_results_folder,
     err,
     given_files,
     goes_on,
@@ -22,8 +23,17 @@ from mmneurons.cli.options import (
     out,
     with_settings,
 )
-from mmneurons.errors import FormatError, ImageError, SettingError
-from mmneurons.files import check_folder, read_text
+from mmneurons.cli.sources import (
+    SOURCES,
+    Texts,
+    fitting_items,
+    lines_of,
+    or_pocket,
+    pocket_texts,
+    readable_items,
+    tell_no_reference,
+)
+from mmneurons.errors import FormatError, SettingError
 from mmneurons.settings import EditSettings, Question, descriptions
 from mmneurons.words import singular
 
@@ -35,15 +45,8 @@ if TYPE_CHECKING:
 patches = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Look into patch files.")
 app.add_typer(patches, name="patch")
 
-SOURCES = "A folder, a manifest or COCO instances (docs/inspect.md), image files, or pocket:SET."
-NAMED = 10
-"""How many of the images that cannot be used are named."""
 HeldOut = Annotated[list[str] | None, typer.Option("--held-out", help="Other images that show SOURCE, to judge on.")]
 Unrelated = Annotated[list[str] | None, typer.Option(help="Images whose answers are not to change, to judge on.")]
-Texts = Annotated[
-    Path | None,
-    typer.Option(metavar="FILE.txt", help="Texts, one a line, on which the model's predictions are to stay the same."),
-]
 Limit = Annotated[int | None, typer.Option(min=1, help="Judge on at most this many unrelated images. Default: all.")]
 
 
@@ -81,7 +84,7 @@ def edit(
     path = _patch_path(out_path, source, target)
     check_outputs([path], given_files(images, more, reference, texts, held_out, unrelated, load.files))
     if evaluate is not None:
-        check_folder(evaluate)
+        check_results_folder(evaluate, images, reference, held_out, unrelated)
     elif held_out or unrelated or limit:
         raise SettingError(
             "--held-out, --unrelated and --limit are for judging the patch.",
@@ -108,7 +111,7 @@ def edit(
             pictures = [item.image() for item in kept]
             held_back = make_reference(vlm, pictures, lines, question=settings.question, progress=progress)
     else:
-        err.print("no --reference: only the other words of these answers are held as they are", style="yellow")
+        tell_no_reference()
     # 3. The edit, saved at once; then what it did, and how it stands on other images.
     with err.status("editing") as status:
         patch = make_patch(
@@ -154,7 +157,7 @@ def evaluate_edit(
     Each patch is judged by itself, and a page shows the figures of all. A run that was stopped goes on when the same
     command is given again.
     """
-    check_folder(folder)
+    check_results_folder(folder, images, held_out, unrelated)
     from mmneurons.editing.judging import cases
     from mmneurons.patches.patch import Patch
 
@@ -303,88 +306,7 @@ def save(patch: Patch, path: Path) -> None:
         raise SettingError(error.what, seen=error.seen, fix=f"The patch is kept: mv {spare} FOLDER") from error
 
 
-def items_of(sources: list[str], masks: Path | None = None) -> list[Any]:
-    """Collect the images of all sources; what was left out is told."""
-    from mmneurons.data.dataset import read_items
-
-    def tell(note: str) -> None:
-        err.print(note, style="yellow", soft_wrap=True)
-
-    return [item for source in sources for item in read_items(source, masks, tell=tell)]
-
-
-def readable_items(sources: list[str] | None) -> list[Any] | None:
-    """Collect the images of all sources that can be decoded to their end, None without a source; name the others."""
-    if not sources:
-        return None
-    from mmneurons.data.content import unreadable
-
-    items = items_of(sources)
-    left_out = unreadable(items)
-    tell_left_out(left_out, len(items))
-    if len(left_out) == len(items):
-        raise ImageError("None of the images can be used.", seen="; ".join(list(left_out.values())[:NAMED]))
-    return [item for item in items if item.name not in left_out]
-
-
-def fitting_items(vlm: VLM, items: list[Any] | None) -> list[Any] | None:
-    """Keep the images that the model's processor takes: long, thin ones could be scaled up without bound."""
-    if items is None:
-        return None
-    from mmneurons.data.content import reason
-    from mmneurons.data.images import check_scaled
-
-    processor, left_out = getattr(vlm.processor, "image_processor", None), {}
-    for item in items:
-        try:
-            # Opened only where the processor has no bound of its own.
-            check_scaled((one.image().size for one in [item]), processor)
-        except ImageError as error:
-            left_out[item.name] = reason(error)
-    tell_left_out(left_out, len(items))
-    if len(left_out) == len(items):
-        raise ImageError("None of the images can be used.", seen="; ".join(list(left_out.values())[:NAMED]))
-    return [item for item in items if item.name not in left_out]
-
-
-def tell_left_out(left_out: Mapping[str, str], n_images: int) -> None:
-    """Say which images could not be used, and why; of many, name the first few."""
-    if not left_out:
-        return
-    err.print(f"{len(left_out)} of {n_images} images could not be used:", style="yellow")
-    for name, why in list(left_out.items())[:NAMED]:
-        err.print(f"  {name}: {why}", soft_wrap=True, markup=False)
-    if len(left_out) > NAMED:
-        err.print(f"  and {len(left_out) - NAMED} more")
-
-
 def tell_patched(vlm: VLM) -> None:
     """Say that an edit was made with other patches on the model, without which it means little."""
     if on := vlm.facts.get("patches"):
         err.print(f"made with {len(on)} other patches on the model (--patch): put them on with it", style="yellow")
-
-
-def lines_of(path: Path | None) -> list[str]:
-    """Read the lines of a file that are not blank."""
-    return [] if path is None else [line for line in read_text(path).splitlines() if line.strip()]
-
-
-def pocket_texts(vlm: VLM, which: int) -> list[str]:
-    """Take every fourth sentence about the pocket world, from the first (to edit with) or the second (to judge on)."""
-    if not vlm.is_pocket:
-        return []
-    from mmneurons import pocket
-
-    return list(pocket.facts()[which::4])
-
-
-def or_pocket(vlm: VLM, given: list[Any] | None, name: str, option: str | None) -> list[Any]:
-    """Return what was given or, for the pocket model, a set of its world; without `option`, there may be no images."""
-    if given is not None:
-        return given
-    if vlm.is_pocket:
-        err.print(f"these are pocket:{name}", style="dim")
-        return items_of([f"pocket:{name}"])
-    if option is None:
-        return []
-    raise SettingError("There are no images.", fix=f"Name some: {option} FOLDER")

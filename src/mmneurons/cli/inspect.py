@@ -8,18 +8,17 @@ from typing import Annotated, Literal
 import typer
 
 from mmneurons.cli.bars import bars, working
-from mmneurons.cli.edit import items_of, tell_left_out
 from mmneurons.cli.options import (
     Load,
     app,
+    check_results_folder,
     err,
     goes_on,
     loads_model,
     out,
     with_settings,
 )
-from mmneurons.errors import SettingError
-from mmneurons.files import check_folder
+from mmneurons.cli.sources import items_of, tell_left_out
 from mmneurons.settings import InspectSettings
 
 
@@ -60,12 +59,7 @@ def inspect_(
     (finders)? A run that was stopped goes on when the same command is given again.
     """
     # 1. The folder of results must be writable, and apart from the images: plots among them would be read as images.
-    check_folder(out_folder)
-    sources = [Path(place) for place in (images, masks) if place is not None]
-    if out_folder.is_dir() and any(place.is_dir() and place.samefile(out_folder) for place in sources):
-        raise SettingError(
-            f"{out_folder} holds the images: plots would lie among them.", fix="Name another folder with --out."
-        )
+    check_results_folder(out_folder, images, masks)
     from mmneurons.inspection.run import EXPERIMENTS, examples, inspect
     from mmneurons.inspection.tables import shown, tables
     from mmneurons.metrics.similarity import PACKAGED, meaning

@@ -17,7 +17,7 @@ from rich.text import Text
 
 from mmneurons.cli.bars import working
 from mmneurons.errors import SettingError
-from mmneurons.files import check_apart, check_writable, json_bytes, write_whole
+from mmneurons.files import check_apart, check_folder, check_writable, json_bytes, write_whole
 from mmneurons.settings import Blocks, Question, descriptions
 
 if TYPE_CHECKING:
@@ -286,6 +286,15 @@ def check_suffix(path: str | Path | None, option: str, suffix: str) -> None:
         seen=str(path),
         fix=f"{option} {Path(path).stem or 'out'}{suffix}",
     )
+
+
+def check_results_folder(folder: Path, *sources: str | Path | Sequence[str | Path] | None) -> None:
+    """Refuse a folder for results that cannot be made, or that holds the images: pages would lie among them."""
+    check_folder(folder)
+    named = [[one] if isinstance(one, str | Path) else one or [] for one in sources]
+    places = [Path(path) for group in named for path in group]
+    if folder.is_dir() and any(place.is_dir() and place.samefile(folder) for place in places):
+        raise SettingError(f"{folder} holds the images: pages would lie among them.", fix="Name another folder.")
 
 
 def given_files(*sources: str | Path | Sequence[str | Path] | None) -> list[str | Path]:

@@ -239,7 +239,8 @@ def _with_masks(images: Sequence[Path], files: Sequence[Path], masks: Path, tell
         raise ImageError(f"No mask in {masks} belongs to an image.", fix=f"Name them {images[0].stem}.dog.png ...")
     belonging = {file for ones in by_stem.values() for _, file in ones}
     if lost := [file.name for file in files if file not in belonging]:
-        tell(f"{masks}: {len(lost)} masks belong to no image: {', '.join(lost[:_SHOWN])} ...")
+        more = " ..." if len(lost) > _SHOWN else ""
+        tell(f"{masks}: {len(lost)} mask{'s' * (len(lost) > 1)} without an image: {', '.join(lost[:_SHOWN])}{more}")
     items = []
     for image in images:
         mine = by_stem.get(image.stem, [])
