@@ -15,6 +15,7 @@ from PIL import Image
 import mmneurons as mmn
 from mmneurons import cli
 from mmneurons.data.dataset import Item, read_items
+from mmneurons.data.table import Table, shown
 from mmneurons.errors import FormatError, ImageError, SettingError
 from mmneurons.inspection import faithfulness as truth
 from mmneurons.inspection import run, tables
@@ -23,7 +24,6 @@ from mmneurons.inspection.faithfulness import mean_activations
 from mmneurons.inspection.run import InspectSettings, inspect
 from mmneurons.inspection.sensitivity import NounSensitivity
 from mmneurons.inspection.specificity import NounScores, noun_scores
-from mmneurons.inspection.tables import Table, by_image, over_images
 from mmneurons.maths.statistics import Estimate
 from mmneurons.metrics.similarity import Meaning, bert_f1, meaning
 from mmneurons.report import plots
@@ -228,7 +228,7 @@ def test_one_image_has_no_interval(vlm, items, tmp_path):
     alone = [row for row in rows if row["n"] == 1]
     assert alone
     assert all(row["low"] is None and row["high"] is None for row in alone)
-    assert tables.shown(Estimate(0.9, None, None, 1)) == ("0.900", "", "1")
+    assert shown(Estimate(0.9, None, None, 1)) == ("0.900", "", "1")
 
 
 def test_an_image_twice_is_refused(vlm, items, tmp_path):
@@ -245,15 +245,6 @@ def test_specificity_from_the_file_is_that_of_the_scores(vlm, items, found):
         for lemma, row in zip(kept["lemmas"], rows, strict=True):
             np.testing.assert_allclose(row, scores.pop((image, lemma)), atol=1e-4)
     assert not scores
-
-
-def test_images_weigh_alike_however_many_nouns_they_say():
-    found = {"a": [1.0, 0.0, None], "b": [1.0], "c": [None]}
-    assert by_image(found, lambda one: one) == {"a": 0.5, "b": 1.0}
-    value = over_images(found, lambda one: one)
-    assert value is not None
-    assert (value.mean, value.n) == (0.75, 2)
-    assert over_images({"a": [None]}, lambda one: one) is None
 
 
 def test_a_table_says_the_same_in_every_form():

@@ -60,8 +60,9 @@ def inspect_(
     """
     # 1. The folder of results must be writable, and apart from the images: plots among them would be read as images.
     check_results_folder(out_folder, images, masks)
+    from mmneurons.data.table import shown
     from mmneurons.inspection.run import EXPERIMENTS, examples, inspect
-    from mmneurons.inspection.tables import shown, tables
+    from mmneurons.inspection.tables import tables
     from mmneurons.metrics.similarity import PACKAGED, meaning
     from mmneurons.report.inspection import write_inspection
 

@@ -5,7 +5,7 @@ METRICS, Causal effect; the noise is that of Pan et al. (2024), section 4.4, the
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -17,6 +17,7 @@ from mmneurons.attribution.ablation import Replay
 from mmneurons.attribution.controls import DRAWS, column_norms, loudness, matched
 from mmneurons.attribution.finders import Finder, finder_scores
 from mmneurons.data.dataset import Item
+from mmneurons.inspection.rows import GONE, LOUDNESS, MATCHED, NEURONS, TOP, UNCHANGED, CausalRow
 from mmneurons.maths.ranking import top_k
 from mmneurons.metrics.captions import rest_unchanged
 from mmneurons.progress import Progress, untold
@@ -74,6 +75,30 @@ class NounCausal:
     lemma: str
     caption: str
     outcomes: tuple[Outcome, ...]
+
+    def rows(self, image: str = "", noun: int = 0) -> Iterator[CausalRow]:
+        """A row for each disturbance, k, set of neurons and measure; the columns are those of docs/format.md.
+
+        Args:
+            image: The name of the image, for its column.
+            noun: Place among the nouns of the answer.
+        """
+        for outcome in self.outcomes:
+            measures = {GONE: outcome.gone, UNCHANGED: outcome.rest_unchanged}
+            if not outcome.is_top:
+                measures |= {LOUDNESS: outcome.loudness, NEURONS: outcome.n_neurons}
+            for measure, value in measures.items():
+                yield CausalRow(
+                    image=image,
+                    noun=noun,
+                    word=self.word,
+                    lemma=self.lemma,
+                    disturbance=outcome.how,
+                    neurons=TOP if outcome.is_top else MATCHED,
+                    k=outcome.k,
+                    measure=measure,
+                    value=value,
+                )
 
 
 def causal(

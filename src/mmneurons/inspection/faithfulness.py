@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -15,6 +16,7 @@ from mmneurons.attribution.controls import DRAWS, column_norms, loudness, matche
 from mmneurons.attribution.finders import FINDERS, Finder, FinderScores, finder_scores
 from mmneurons.data.pictures import Picture
 from mmneurons.finding.scoring import as_read, columns_of, said, texts
+from mmneurons.inspection.rows import AGREEMENT, ANY, DECODED, FALL, LOUDNESS, MATCHED, NEURONS, TOP, FinderRow
 from mmneurons.maths.ranking import top_k
 from mmneurons.maths.statistics import spearman
 from mmneurons.progress import Progress, untold
@@ -79,6 +81,41 @@ class NounTruth:
     """The noun's first token, which is what neurons are judged by."""
     says: Mapping[str, tuple[tuple[str, ...], ...]]
     """Of each finder (and "true effect") the top 10: for each neuron the ten tokens that it promotes most."""
+
+    def rows(self, image: str = "", noun: int = 0) -> Iterator[FinderRow]:
+        """A row for each finder and measure; the columns are those of docs/format.md.
+
+        Args:
+            image: The name of the image, for its column.
+            noun: Place among the nouns of the answer.
+        """
+        for finder, measure, effect, scope, neurons, k, value in self._measures():
+            yield FinderRow(
+                image=image,
+                noun=noun,
+                word=self.word,
+                token=self.token,
+                finder=finder,
+                measure=measure,
+                effect=effect,
+                scope=scope,
+                neurons=neurons,
+                k=k,
+                value=value,
+            )
+
+    def _measures(self) -> Iterator[tuple[str, str, str | None, str | None, str | None, int | None, float | None]]:
+        """Finder, measure, effect, scope, neurons, k and value."""
+        for one in self.agreements:
+            yield one.finder, AGREEMENT, one.effect, one.scope, None, None, one.rho
+        for one in self.deletions:
+            yield one.finder, FALL, None, None, TOP, one.k, one.fall
+            yield one.finder, FALL, None, None, MATCHED, one.k, one.matched
+            yield one.finder, LOUDNESS, None, None, MATCHED, one.k, one.matched_loudness
+            yield one.finder, NEURONS, None, None, MATCHED, one.k, one.n_matched
+            yield one.finder, FALL, None, None, ANY, one.k, one.unmatched
+        for finder, told in self.says.items():
+            yield finder, DECODED, None, None, TOP, len(told), float(np.mean([self.token in tokens for tokens in told]))
 
 
 def finder_truth(

@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal, Unpack, get_args
+from typing import Any, Literal, Unpack, get_args, overload
 
 import numpy as np
 from torch import Tensor
@@ -29,6 +29,7 @@ from mmneurons.finding.finder import find
 from mmneurons.finding.result import Finding
 from mmneurons.inspection.causal import NounCausal, causal
 from mmneurons.inspection.faithfulness import NounTruth, finder_truth, mean_activations
+from mmneurons.inspection.rows import CausalRow, FinderRow, SensitivityRow, SpecificityRow, rows_of
 from mmneurons.inspection.sensitivity import NounSensitivity, sensitivity
 from mmneurons.inspection.specificity import NounScores, Specificity, noun_scores, specificity
 from mmneurons.progress import Progress, untold
@@ -63,6 +64,24 @@ class Inspection:
     specificity: Specificity | None = None
     causal: Mapping[str, list[NounCausal]] | None = None
     finders: Mapping[str, list[NounTruth]] | None = None
+
+    @overload
+    def rows(self, experiment: Literal["sensitivity"]) -> list[SensitivityRow]: ...
+    @overload
+    def rows(self, experiment: Literal["specificity"]) -> list[SpecificityRow]: ...
+    @overload
+    def rows(self, experiment: Literal["causal"]) -> list[CausalRow]: ...
+    @overload
+    def rows(self, experiment: Literal["finders"]) -> list[FinderRow]: ...
+    def rows(self, experiment: Experiment) -> list[Any]:
+        """What an experiment found as flat rows, in order of images; none if it was not run.
+
+        The columns are those of docs/format.md.
+        """
+        found = getattr(self, experiment)
+        if found is None:
+            return []
+        return list(found.rows()) if isinstance(found, Specificity) else rows_of(found)
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import islice
@@ -19,6 +19,22 @@ from mmneurons.finding.finder import BLANK, targets_of
 from mmneurons.finding.maps import Reread, region_maps, reread, with_maps
 from mmneurons.finding.result import NounFinding
 from mmneurons.finding.scoring import REGION_SIZES, Scored, describe, score_targets
+from mmneurons.inspection.rows import (
+    AREA,
+    AUROC,
+    DECODED,
+    IOU,
+    IOU_EQUAL_AREA,
+    LEAD,
+    LOST_BLANK,
+    LOST_OTHER,
+    LOUDNESS,
+    MATCHED,
+    POINTING,
+    STAYS,
+    TOP,
+    SensitivityRow,
+)
 from mmneurons.metrics.regions import RegionMatch, match, mean_match
 from mmneurons.settings import FindSettings, Question, Score
 from mmneurons.vlm.asking import ask
@@ -81,6 +97,55 @@ class NounSensitivity:
     def dependence_other(self) -> float | None:
         """With another image."""
         return _share_that_loses_half(self.lost_other)
+
+    def rows(self, image: str = "", noun: int = 0) -> Iterator[SensitivityRow]:
+        """A row for each measure, set of neurons and k; the columns are those of docs/format.md.
+
+        Args:
+            image: The name of the image, for its column.
+            noun: Place among the nouns of the answer.
+        """
+        for measure, neurons, k, value in self._measures():
+            yield SensitivityRow(
+                image=image,
+                noun=noun,
+                word=self.word,
+                lemma=self.lemma,
+                is_shown=self.is_shown,
+                measure=measure,
+                neurons=neurons,
+                k=k,
+                value=value,
+            )
+
+    def _measures(self) -> Iterator[tuple[str, str, int, float | None]]:
+        """Measure, neurons, k and value."""
+        tested = len(self.hits)
+        yield LOST_BLANK, TOP, tested, self.dependence
+        yield LOST_OTHER, TOP, tested, self.dependence_other
+        yield DECODED, TOP, tested, float(np.mean(self.hits)) if self.hits else None
+        for k, share in self.stays.items():
+            yield STAYS, TOP, k, share
+        # A map of random neurons lies beside each map of the top ones, or is missing there.
+        for k, top in self.regions.items():
+            for measure, value in _region_measures(top).items():
+                yield measure, TOP, k, value
+            random = self.matched.get(k)
+            for measure, value in _region_measures(top if random is None else random.match).items():
+                if measure != AREA:  # which is the same whatever the map
+                    yield measure, MATCHED, k, None if random is None else value
+            yield LOUDNESS, MATCHED, k, None if random is None else random.loudness
+
+
+def _region_measures(match: RegionMatch) -> dict[str, float | None]:
+    return {
+        POINTING: match.pointing,
+        AREA: match.area,
+        LEAD: match.pointing - match.area,
+        IOU: match.iou,
+        IOU_EQUAL_AREA: match.iou_equal_area,
+        AUROC: match.auroc,
+    }
 
 
 def _share_that_loses_half(lost: Sequence[float]) -> float | None:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
+from itertools import combinations
 
 import numpy as np
 import torch
@@ -14,6 +15,7 @@ from mmneurons.data.dataset import Item
 from mmneurons.errors import SettingError
 from mmneurons.finding.finder import targets_of
 from mmneurons.finding.scoring import Scored, score_targets
+from mmneurons.inspection.rows import IMAGES, IN_BLOCK, OWN_SHARE, SHARED, SpecificityRow
 from mmneurons.maths.statistics import Estimate, estimate, over_pairs
 from mmneurons.settings import FindSettings, Question, Score, settled
 from mmneurons.vlm.asking import ask
@@ -62,10 +64,26 @@ class Specificity:
     """Share of the top 10 that two concepts have in common, by their mean scores."""
     own_share: Estimate | None
     """Mean over a concept's top 10 of their mean score for it, over the sum of their positive mean scores for all."""
-    own_shares: tuple[float, ...]
-    """Per concept."""
+    own_shares: tuple[float | None, ...]
+    """Per concept; None where a top neuron gives nothing to any concept."""
     layers: dict[int, Float[np.ndarray, "blocks"]]
     """For k = 10, 100: share of the top k of all nouns that lies in each block."""
+
+    def rows(self) -> Iterator[SpecificityRow]:
+        """A row for each concept, each two of them, and each block; the columns are those of docs/format.md."""
+        for measure, k, concept, other, block, value in self._measures():
+            yield SpecificityRow(measure=measure, k=k, concept=concept, other=other, block=block, value=value)
+
+    def _measures(self) -> Iterator[tuple[str, int | None, str | None, str | None, int | None, float | None]]:
+        """Measure, k, concept, the other one, block and value."""
+        for concept, count, own_share in zip(self.concepts, self.counts, self.own_shares, strict=True):
+            yield IMAGES, None, concept, None, None, float(count)
+            yield OWN_SHARE, SIZES[0], concept, None, None, own_share
+        for (i, concept), (j, other) in combinations(enumerate(self.concepts), 2):
+            yield SHARED, SIZES[0], concept, other, None, float(self.matrix[i, j])
+        for k, shares in self.layers.items():
+            for block, share in enumerate(shares):
+                yield IN_BLOCK, k, None, None, block, float(share)
 
 
 @by_one_thread
@@ -157,16 +175,15 @@ def specificity(
     said = [(lemma, one.image) for lemma, one in kept]
     concept_tops = {k: [_top(row, k) for row in means] for k in sizes}
     # 3. How much of what they write is for their own concept, what they share, and in which blocks they lie.
-    own = [_own_share(means, c, concept_tops[sizes[0]][c]) for c in range(len(concepts))]
-    shares = [share for share in own if share is not None]
+    own = tuple(_own_share(means, c, top) for c, top in enumerate(concept_tops[sizes[0]]))
     layers = np.asarray(layer_of)
     return Specificity(
         concepts=concepts,
         counts=tuple(len(by_noun[lemma]) for lemma in concepts),
         overlaps=tuple(_overlap(k, said, tops[k], concept_tops[k], n_neurons, seed) for k in sizes),
         matrix=_matrix(concept_tops[sizes[0]]),
-        own_share=estimate(shares, seed),
-        own_shares=tuple(shares),
+        own_share=estimate([share for share in own if share is not None], seed),
+        own_shares=own,
         layers={
             k: np.bincount(layers[np.concatenate(tops[k])], minlength=int(layers.max()) + 1) / (k * len(kept))
             for k in sizes

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from markupsafe import Markup
 
+from mmneurons.data.table import Table, shown
 from mmneurons.files import json_bytes, write_whole
 from mmneurons.finding.result import Finding
-from mmneurons.inspection.tables import Table, shown
 from mmneurons.report import text
 from mmneurons.report.page import asset, environment, policy_hash
 from mmneurons.report.plots import draw

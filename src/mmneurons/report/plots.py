@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from mmneurons.data.table import Table
 from mmneurons.errors import INSPECT_EXTRA, SettingError
 from mmneurons.files import write_whole
 from mmneurons.finding.result import Finding
-from mmneurons.inspection.tables import MATCHED, Table
+from mmneurons.inspection.rows import MATCHED
 from mmneurons.maths import regions
 from mmneurons.maths.statistics import Estimate
 

@@ -1,0 +1,78 @@
+"""Rows that take a second model: how like captions are, and what neurons say to the noun, the caption, the image."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from mmneurons.inspection.rows import MATCHED, TOP
+
+if TYPE_CHECKING:
+    from mmneurons.data.dataset import Item
+    from mmneurons.inspection.causal import NounCausal
+    from mmneurons.inspection.faithfulness import NounTruth
+    from mmneurons.metrics.similarity import Meaning
+
+BERT, BERT_NOUN, BERT_CAPTION, CLIP = (
+    "BERTScore to the caption before",
+    "BERTScore F1 to the noun",
+    "BERTScore F1 to the caption",
+    "CLIPScore to the image",
+)
+"""Measures that take a second model: they are in tables, not in the rows of an experiment."""
+
+
+def caption_rows(found: Mapping[str, Sequence[NounCausal]], meaning: Meaning) -> Iterator[dict[str, Any]]:
+    """A row of each outcome: how like the caption before its captions are; None without a text model."""
+    outcomes = [(image, one, outcome) for image, ones in found.items() for one in ones for outcome in one.outcomes]
+    # Each pair of captions is compared once, however often it came.
+    pairs = sorted({(one.caption, after) for _, one, outcome in outcomes for after in outcome.captions})
+    scores: dict[tuple[str, str], float] = {}
+    if meaning.bert is not None:
+        alike = meaning.bert([after for _, after in pairs], [before for before, _ in pairs])
+        scores = dict(zip(pairs, alike, strict=True))
+    for image, one, outcome in outcomes:
+        mine = [scores[one.caption, after] for after in outcome.captions] if scores else []
+        yield {
+            "image": image,
+            "disturbance": outcome.how,
+            "k": outcome.k,
+            "neurons": TOP if outcome.is_top else MATCHED,
+            "measure": BERT,
+            "value": float(np.mean(mine)) if mine else None,
+        }
+
+
+def bert_rows(found: Mapping[str, Sequence[NounTruth]], meaning: Meaning) -> Iterator[dict[str, Any]]:
+    """A row of each noun and finder, to the noun and to the caption; none without a text model."""
+    nouns = [(image, one) for image, ones in found.items() for one in ones]
+    if meaning.bert is None:
+        return
+    for finder in dict.fromkeys(finder for _, one in nouns for finder in one.says):
+        for measure, field in ((BERT_NOUN, "word"), (BERT_CAPTION, "caption")):
+            pairs = sorted({(_text(words), getattr(one, field)) for _, one in nouns for words in one.says[finder]})
+            alike = meaning.bert([said for said, _ in pairs], [reference for _, reference in pairs])
+            scores = dict(zip(pairs, alike, strict=True))
+            for image, one in nouns:
+                mine = [scores[_text(words), getattr(one, field)] for words in one.says[finder]]
+                yield {"image": image, "finder": finder, "measure": measure, "value": float(np.mean(mine))}
+
+
+def clip_rows(
+    found: Mapping[str, Sequence[NounTruth]], meaning: Meaning, items: Sequence[Item]
+) -> Iterator[dict[str, Any]]:
+    """A row of each image and finder: what the neurons of all of its nouns say; none without a CLIP."""
+    if meaning.clip is None:
+        return
+    for item in items:
+        ones = found.get(item.name, ())
+        for finder in dict.fromkeys(finder for one in ones for finder in one.says):
+            texts = [_text(words) for one in ones for words in one.says[finder]]
+            alike = meaning.clip([item.image()] * len(texts), texts)
+            yield {"image": item.name, "finder": finder, "measure": CLIP, "value": float(np.mean(alike))}
+
+
+def _text(words: Sequence[str]) -> str:
+    return " ".join(word.strip() for word in words)
