@@ -5,12 +5,12 @@ METRICS, Causal effect; the noise is that of Pan et al. (2024), section 4.4, the
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from itertools import islice
-from typing import NamedTuple
 
+from PIL import Image
 from torch import Tensor
 
 from mmneurons.attribution.ablation import Replay
@@ -84,6 +84,7 @@ class NounCausal:
             noun: Place among the nouns of the answer.
         """
         for outcome in self.outcomes:
+            # Of the top neurons loudness and number are 1 and k by definition.
             measures = {GONE: outcome.gone, UNCHANGED: outcome.rest_unchanged}
             if not outcome.is_top:
                 measures |= {LOUDNESS: outcome.loudness, NEURONS: outcome.n_neurons}
@@ -137,8 +138,33 @@ def causal(
     judged = finder_scores(vlm, image, [finder], question=question)
     (usual,) = texts_of(vlm, [image], question)
     trials = [_trials(one.replay, one.scores[finder], norms, sizes, ways, draws, seed) for one in judged]
-    # 2. A caption for each disturbance, several in a batch, each row with its own neurons disturbed.
-    changes = [change for mine in trials for trial in mine for change in trial.changes]
+    # 2. A caption for each disturbance.
+    asked = [(trial, change) for mine in trials for trial in mine for change in trial.changes]
+    said = _captions(vlm, image, [change for _, change in asked], question, batch_size, progress)
+    captions: dict[_Trial, list[str]] = defaultdict(list)
+    for (trial, _), caption in zip(asked, said, strict=True):
+        captions[trial].append(caption)
+    # 3. What became of the noun and of the rest.
+    return [
+        NounCausal(
+            one.word.text,
+            one.word.lemma,
+            usual,
+            tuple(_outcome(trial, tuple(captions[trial]), usual, one.word.text) for trial in mine),
+        )
+        for one, mine in zip(judged, trials, strict=True)
+    ]
+
+
+def _captions(
+    vlm: VLM,
+    image: Image.Image,
+    changes: Sequence[Intervention],
+    question: Question,
+    batch_size: int,
+    progress: Progress,
+) -> list[str]:
+    """What the model says under each change: several in a batch, each row with its own neurons disturbed."""
     said: list[str] = []
     width = 1 if vlm.family.one_at_a_time else batch_size
     for start in range(0, len(changes), width):
@@ -148,20 +174,11 @@ def causal(
                 disturbed.enter_context(intervene(vlm, replace(change, rows=(row,))))
             said += texts_of(vlm, [image] * len(batch), replace(question, batch_size=width))
         progress("captions", len(said), len(changes))
-    # 3. What became of the noun and of the rest.
-    captions = iter(said)
-    return [
-        NounCausal(
-            one.word.text,
-            one.word.lemma,
-            usual,
-            tuple(_outcome(trial, tuple(islice(captions, len(trial.changes))), usual, one.word.text) for trial in mine),
-        )
-        for one, mine in zip(judged, trials, strict=True)
-    ]
+    return said
 
 
-class _Trial(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class _Trial:
     """What is done to one set of neurons, or to the sets that stand for it, in one way."""
 
     how: How
@@ -181,16 +198,19 @@ def _trials(
     draws: int,
     seed: int,
 ) -> list[_Trial]:
+    # Loudness at the noun's own step: random neurons are to write there as much as the top ones.
     loud = loudness(replay.activations, replay.experts, norms)
     trials = []
     for k in sizes:
         if k > replay.n_slots // 2:
             continue
+        # The top neurons as often as random sets are drawn: of them it is the noise that differs.
         top = top_k(scores, k)
         others = matched(replay.slot_starts, loud, top, draws, seed)
         for is_top, sets, share in ((True, [top] * draws, 1.0), (False, others.sets, others.loudness)):
             neurons = [tuple(replay.neuron(slot) for slot in slots.tolist()) for slots in sets]
             for how in ways:
+                # Where nothing is drawn, one caption says all.
                 asked = neurons[:1] if is_top and how.sigma is None else neurons
                 changes = [Intervention(ones, how.scale, None, how.sigma, seed + i) for i, ones in enumerate(asked)]
                 trials.append(_Trial(how, k, is_top, share, changes))
@@ -198,7 +218,7 @@ def _trials(
 
 
 def _outcome(trial: _Trial, captions: tuple[str, ...], usual: str, noun: str) -> Outcome:
-    n = len(captions)
+    n = len(captions)  # draws
     return Outcome(
         str(trial.how),
         trial.k,

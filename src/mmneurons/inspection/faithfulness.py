@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import accumulate
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -33,7 +35,9 @@ POOL, POOL_TOP = 1000, 100
 """Of a pool: how many neurons are drawn evenly over blocks, and each finder's top ones beside them."""
 DESCRIBED = 10
 """Of how many top neurons it is kept what they say."""
-SCOPES = ("all blocks", "last third")
+ALL_BLOCKS, LAST_THIRD = "all blocks", "last third"
+TRUE_EFFECT = "true effect"
+"""In the place of a finder: neurons by what silence of each does."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +46,7 @@ class Agreement:
 
     finder: Finder
     scope: str
-    """One of `SCOPES`; "finders' top 100" for that part of a pool."""
+    """`ALL_BLOCKS` or `LAST_THIRD`; "finders' top 100" for that part of a pool."""
     effect: str
     """On "logit" or "logprob", its activation set to zero; "logprob, mean": set to its mean."""
     rho: float | None
@@ -53,7 +57,7 @@ class Deletion:
     """How far log p falls when the top k of one finder are silent together, next to sets of random neurons."""
 
     finder: str
-    """A finder; "true effect" for the neurons whose own silence does most."""
+    """A finder; `TRUE_EFFECT` for the neurons whose own silence does most."""
     k: int
     fall: float
     matched: float
@@ -80,7 +84,7 @@ class NounTruth:
     token: str
     """The noun's first token, which is what neurons are judged by."""
     says: Mapping[str, tuple[tuple[str, ...], ...]]
-    """Of each finder (and "true effect") the top 10: for each neuron the ten tokens that it promotes most."""
+    """Of each finder (and `TRUE_EFFECT`) the top 10: for each neuron the ten tokens that it promotes most."""
 
     def rows(self, image: str = "", noun: int = 0) -> Iterator[FinderRow]:
         """A row for each finder and measure; the columns are those of docs/format.md.
@@ -106,6 +110,7 @@ class NounTruth:
 
     def _measures(self) -> Iterator[tuple[str, str, str | None, str | None, str | None, int | None, float | None]]:
         """Finder, measure, effect, scope, neurons, k and value."""
+        # How well scores foretell single effects, what the top ones do together, and what they say.
         for one in self.agreements:
             yield one.finder, AGREEMENT, one.effect, one.scope, None, None, one.rho
         for one in self.deletions:
@@ -145,42 +150,68 @@ def finder_truth(
 
     Source: deletion as in Pan et al. (2024), section 4.4, at the scored position only; matched controls are ours.
     """
+    # 1. What each finder says of every neuron at each noun, and which neurons are silenced one by one.
     norms = column_norms(vlm.anatomy)
     judged = finder_scores(vlm, image, finders, words=words, seed=seed, question=question)
     pools = [_pool(one, seed + i) for i, one in enumerate(judged)]
-    total = sum(len(slots) for pool in pools for slots in pool) * (1 if means is None else 2)
+    passes = 1 if means is None else 2
+    *starts, total = accumulate((len(pool.slots) * passes for pool in pools), initial=0)
+
+    def tell(before: int, done: int) -> None:
+        progress("silences", before + done, total)
+
+    # 2. The true effects, noun by noun, and how well each finder foretells them.
     found: list[NounTruth] = []
-    before = 0
-    for i, (one, (even, tops)) in enumerate(zip(judged, pools, strict=True)):
-        single = torch.cat([even, tops])
-
-        def told(done: int, before: int) -> None:
-            progress("silences", before + done, total)
-
-        silences = [slot[None] for slot in single]
-        effects = one.replay.effects(silences, batch_size=batch_size, progress=partial(told, before=before))
-        before += len(single)
-        by_name = {"logit": effects.logit, "logprob": effects.logprob}
-        if means is not None:
-            values = _of_slots(one.replay, means)
-            again = one.replay.effects(silences, values, batch_size=batch_size, progress=partial(told, before=before))
-            before += len(single)
-            by_name["logprob, mean"] = again.logprob
-        orders = {finder: top_k(scores, max(DELETED)) for finder, scores in one.scores.items()}
-        orders["true effect"] = single[top_k(effects.logprob, max(DELETED))]
-        found.append(
-            NounTruth(
-                word=one.word.text,
-                caption=one.caption,
-                probability=float(one.replay.base.softmax(-1)[one.replay.token_id]),
-                agreements=tuple(_agreements(one, even, tops, by_name)),
-                deletions=tuple(_deletions(one.replay, norms, orders, seed + i, batch_size)),
-                n_silenced=len(single),
-                token=vlm.token_text(one.replay.token_id),
-                says={name: _said(vlm, one.replay, order[:DESCRIBED]) for name, order in orders.items()},
-            )
-        )
+    for i, (one, pool, start) in enumerate(zip(judged, pools, starts, strict=True)):
+        effects = _true_effects(one.replay, pool.slots, means, batch_size, partial(tell, start))
+        found.append(_noun_truth(vlm, one, pool, effects, norms, seed + i, batch_size))
     return found
+
+
+def _noun_truth(
+    vlm: VLM,
+    judged: FinderScores,
+    pool: _Pool,
+    effects: Mapping[str, Float[Tensor, "slots"]],
+    norms: list[Tensor],
+    seed: int,
+    batch_size: int,
+) -> NounTruth:
+    """Every finder at one noun, and the true effects as one more: the best that single neurons can tell."""
+    replay = judged.replay
+    orders = {finder: top_k(scores, max(DELETED)) for finder, scores in judged.scores.items()}
+    orders[TRUE_EFFECT] = pool.slots[top_k(effects["logprob"], max(DELETED))]
+    return NounTruth(
+        word=judged.word.text,
+        caption=judged.caption,
+        probability=float(replay.base.softmax(-1)[replay.token_id]),
+        agreements=tuple(_agreements(judged, pool, effects)),
+        deletions=tuple(_deletions(replay, norms, orders, seed, batch_size)),
+        n_silenced=len(pool.slots),
+        token=vlm.token_text(replay.token_id),
+        says={name: _said(vlm, replay, order[:DESCRIBED]) for name, order in orders.items()},
+    )
+
+
+def _true_effects(
+    replay: Replay,
+    slots: Int[Tensor, "slots"],
+    means: Sequence[Float[Tensor, "neurons"]] | None,
+    batch_size: int,
+    tell: Callable[[int], None],
+) -> dict[str, Float[Tensor, "slots"]]:
+    """What the logit and log p lose with each neuron set to zero, one by one; and log p with it set to its mean."""
+    silences = [slot[None] for slot in slots]
+    effects = replay.effects(silences, batch_size=batch_size, progress=tell)
+    by_name = {"logit": effects.logit, "logprob": effects.logprob}
+    if means is not None:
+        # Zero is far from what a neuron does elsewhere, its mean is not.
+        values = _of_slots(replay, means)
+        again = replay.effects(
+            silences, values, batch_size=batch_size, progress=lambda done: tell(len(silences) + done)
+        )
+        by_name["logprob, mean"] = again.logprob
+    return by_name
 
 
 def mean_activations(
@@ -211,11 +242,13 @@ def _add(recording: Recording, answers: Answers, sums: Sequence[Float[Tensor, "2
     answered = torch.tensor([[step < len(ids) for step in range(n_steps)] for ids in answers.token_ids])
     for i, (ffn, (total, count)) in enumerate(zip(recording.anatomy.ffns, sums, strict=True)):
         for step in range(n_steps):
+            # Where an answer has ended, its row of the batch goes on with padding, which is not counted.
             fired = recording.raw[i][step][:, -1].double().cpu()[answered[:, step]]
             if ffn.n_experts is None:
                 total += fired.sum(0)
                 count += len(fired)
                 continue
+            # Of a mixture only the experts that were asked have fired.
             of = recording.experts[i][step][:, -1].cpu()[answered[:, step]]
             width = ffn.n_neurons
             places = (of[..., None] * width + torch.arange(width)).flatten()
@@ -234,49 +267,56 @@ def _of_slots(replay: Replay, means: Sequence[Float[Tensor, "neurons"]]) -> Floa
 def _said(vlm: VLM, replay: Replay, slots: Int[Tensor, "k"]) -> tuple[tuple[str, ...], ...]:
     """The ten tokens that each neuron promotes most with the sign that it fires with here."""
     places = [replay.place(slot) for slot in slots.tolist()]
+    # A column as the final norm passes it on; with a negative activation it promotes what it is turned away from.
     columns = as_read(vlm.anatomy, columns_of(vlm.anatomy, places, vlm.model.device), places, "logit")
     signs = torch.cat(replay.activations)[slots].sign().to(columns)
     return tuple(texts(vlm, ids) for ids in said(vlm, signs[:, None] * columns)[0])
 
 
-def _pool(judged: FinderScores, seed: int) -> tuple[Int[Tensor, "even"], Int[Tensor, "tops"]]:
-    """Which neurons to silence one by one: all; or as many of each block, and the finders' top ones beside them."""
+class _Pool(NamedTuple):
+    """Neurons that are silenced one by one."""
+
+    slots: Int[Tensor, "slots"]
+    n_even: int
+    """The first so many are all there are, or drawn evenly over blocks; behind them stand the finders' top ones."""
+
+
+def _pool(judged: FinderScores, seed: int) -> _Pool:
+    """All neurons of a small model; of a large one as many of each block, and the finders' top ones beside them."""
     replay = judged.replay
     if replay.n_slots <= SMALL:
-        return torch.arange(replay.n_slots), torch.tensor([], dtype=torch.long)
+        return _Pool(torch.arange(replay.n_slots), replay.n_slots)
+    # As many of each block: drawn over all neurons, the widest blocks would have most of them.
     random = torch.Generator().manual_seed(seed)
     each = POOL // len(replay.activations)
-    even = torch.cat(
-        [
-            start + torch.randperm(len(fired), generator=random)[:each]
-            for start, fired in zip(replay.slot_starts, replay.activations, strict=True)
-        ]
-    )
-    tops = torch.cat([top_k(scores, POOL_TOP) for scores in judged.scores.values()]).unique()
-    return even.sort().values, tops[~torch.isin(tops, even)]
-
-
-def _agreements(
-    judged: FinderScores,
-    even: Int[Tensor, "even"],
-    tops: Int[Tensor, "tops"],
-    effects: Mapping[str, Float[Tensor, "n"]],
-) -> list[Agreement]:
-    replay = judged.replay
-    layers = torch.tensor([ffn.layer for ffn in replay.anatomy.ffns])
-    layer_of = layers[torch.bucketize(even, replay.slot_starts, right=True) - 1]
-    n_blocks = len(replay.anatomy.blocks)
-    n = len(even)
-    parts = [
-        ("all blocks", even, torch.arange(n)),
-        ("last third", even, torch.nonzero(layer_of >= n_blocks - max(1, round(n_blocks / 3))).squeeze(1)),
+    drawn = [
+        start + torch.randperm(len(fired), generator=random)[:each]
+        for start, fired in zip(replay.slot_starts, replay.activations, strict=True)
     ]
-    if len(tops):
-        parts.append((f"finders' top {POOL_TOP}", torch.cat([even, tops]), torch.arange(n, n + len(tops))))
+    even = torch.cat(drawn).sort().values
+    tops = torch.cat([top_k(scores, POOL_TOP) for scores in judged.scores.values()]).unique()
+    return _Pool(torch.cat([even, tops[~torch.isin(tops, even)]]), len(even))
+
+
+def _agreements(judged: FinderScores, pool: _Pool, effects: Mapping[str, Float[Tensor, "slots"]]) -> list[Agreement]:
+    """Of each finder, over each part of the pool, with each effect."""
+    replay = judged.replay
+    n_blocks = len(replay.anatomy.blocks)
+    layers = torch.tensor([ffn.layer for ffn in replay.anatomy.ffns])
+    layer_of = layers[torch.bucketize(pool.slots[: pool.n_even], replay.slot_starts, right=True) - 1]
+    # The finders' top neurons are a part of their own: with them, the rest would not be drawn evenly.
+    parts = {
+        ALL_BLOCKS: torch.arange(pool.n_even),
+        LAST_THIRD: torch.nonzero(layer_of >= n_blocks - max(1, round(n_blocks / 3))).squeeze(1),
+    }
+    if len(pool.slots) > pool.n_even:
+        parts[f"finders' top {POOL_TOP}"] = torch.arange(pool.n_even, len(pool.slots))
     return [
-        Agreement(finder, scope, name, spearman(scores[slots[rows]].double().numpy(), values[rows].double().numpy()))
+        Agreement(
+            finder, scope, name, spearman(scores[pool.slots[part]].double().numpy(), values[part].double().numpy())
+        )
         for finder, scores in judged.scores.items()
-        for scope, slots, rows in parts
+        for scope, part in parts.items()
         for name, values in effects.items()
     ]
 
@@ -284,6 +324,8 @@ def _agreements(
 def _deletions(
     replay: Replay, norms: list[Tensor], orders: Mapping[str, Int[Tensor, "_"]], seed: int, batch_size: int
 ) -> list[Deletion]:
+    """How far log p falls with the top k of each order, with sets as loud, and with any neurons."""
+    # 1. The sets: of each order and k the top ones and what stands for them; of each k any random ones.
     loud = loudness(replay.activations, replay.experts, norms)
     random = torch.Generator().manual_seed(seed)
     sizes = [k for k in DELETED if k <= replay.n_slots // 2]
@@ -291,6 +333,7 @@ def _deletions(
     stand_ins = [matched(replay.slot_starts, loud, top, DRAWS, seed) for *_, top in asked]
     sets = [one for (*_, top), others in zip(asked, stand_ins, strict=True) for one in (top, *others.sets)]
     unmatched = [torch.randperm(replay.n_slots, generator=random)[:k] for k in sizes for _ in range(DRAWS)]
+    # 2. All of them in one run, then a row for each of the first: the top ones before their stand-ins.
     falls = replay.effects([*sets, *unmatched], batch_size=batch_size).logprob.numpy()
     found = falls[: len(sets)].reshape(len(asked), 1 + DRAWS)
     plain = dict(zip(sizes, falls[len(sets) :].reshape(len(sizes), DRAWS).mean(1), strict=True))

@@ -115,6 +115,7 @@ def by_image(rows: Sequence[Mapping[str, Any]], *labels: str) -> dict[tuple[Any,
     """
     import duckdb  # here: `import mmneurons` and `--help` need not wait for it
 
+    # Columns of numpy, which DuckDB reads where they lie.
     images = {image: i for i, image in enumerate(dict.fromkeys(row["image"] for row in rows))}
     names = list(images)  # DuckDB sees numbers: a file may have a name that is no UTF-8
     columns = {label: np.array([row[label] for row in rows], dtype=object) for label in labels}
@@ -132,6 +133,7 @@ def by_image(rows: Sequence[Mapping[str, Any]], *labels: str) -> dict[tuple[Any,
             GROUP BY {listed}, image
             ORDER BY min(place)
         """).fetchall()
+    # The first group of each combination is the place where it was first met.
     for *key, image, mean in found:
         mine = means.setdefault(tuple(key), {})
         if mean is not None:

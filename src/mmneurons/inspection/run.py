@@ -12,7 +12,7 @@ import hashlib
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, Literal, Unpack, get_args, overload
 
@@ -318,9 +318,7 @@ class _Bench:
             mine = keys[item.name]
             if mine not in store.found:
                 try:
-                    result = one(
-                        item, lambda stage, part, of, done=done: self.progress(name, done + part / of, len(keys))
-                    )
+                    result = one(item, partial(self._tell_part, name, done, len(keys)))
                 except ImageError as error:
                     self.left_out[item.name] = reason(error)
                     continue
@@ -337,3 +335,7 @@ class _Bench:
         if not used:
             return ImageError("None of the images can be used.", seen="\n".join(list(self.left_out.values())[:5]))
         return SettingError("There is no noun in any of the answers.", seen=f"{len(used)} images")
+
+    def _tell_part(self, name: str, done: int, total: int, stage: str, part: float, of: int) -> None:
+        """A share of one image."""
+        self.progress(name, done + part / of, total)

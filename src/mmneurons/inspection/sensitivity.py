@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
-from itertools import islice
 
 import numpy as np
 import torch
@@ -219,22 +218,26 @@ def _random_regions(
     norms = column_norms(vlm.anatomy)
     starts = torch.nn.functional.pad(scored.slot_ends, (1, 0))[:-1]
     trace = scored.trace
-    asked: list[dict[int, Matched]] = []
+    # 1. Of each noun and k, sets of random neurons of the top neurons' blocks, one for one about as loud.
+    others: list[dict[int, Matched]] = []
     for i, (mask, ranked) in enumerate(zip(masks, scored.ranked.cpu(), strict=True)):
         fired = [part[i].float().cpu() for part in trace.activations]
         loud = loudness(fired, [None if of is None else of[i].cpu() for of in trace.experts], norms)
         sizes = [] if mask is None else [k for k in REGION_SIZES if k <= len(ranked)]
-        asked.append({k: matched(starts, loud, ranked[:k], DRAWS, seed, as_many=True) for k in sizes})
-    sets = [[one for others in mine.values() for one in others.sets if len(one)] for mine in asked]
+        others.append({k: matched(starts, loud, ranked[:k], DRAWS, seed, as_many=True) for k in sizes})
+    # 2. One prefill for the maps of all sets; where a block has no others, a set is empty and has no map.
+    sets = [[(k, one) for k, drawn in mine.items() for one in drawn.sets if len(one)] for mine in others]
+    maps = region_maps(vlm, inputs, grids, scored, [[one for _, one in mine] for mine in sets])
+    # 3. The mean over the draws.
     found: list[dict[int, MatchedRegion]] = []
-    for mask, mine, maps in zip(masks, asked, region_maps(vlm, inputs, grids, scored, sets), strict=True):
-        left = iter(maps)
-        found.append({})
-        for k, others in mine.items():
-            drawn = list(islice(left, sum(len(one) > 0 for one in others.sets)))
-            if mask is not None and drawn:
-                region = mean_match([match(mapped[0], mask) for mapped in drawn])
-                found[-1][k] = MatchedRegion(region, others.loudness, others.n_neurons)
+    for mask, drawn, mine, mapped in zip(masks, others, sets, maps, strict=True):
+        matches: dict[int, list[RegionMatch]] = defaultdict(list)
+        for (k, _), grid in zip(mine, mapped, strict=True):
+            if mask is not None:
+                matches[k].append(match(grid[0], mask))
+        found.append(
+            {k: MatchedRegion(mean_match(ones), drawn[k].loudness, drawn[k].n_neurons) for k, ones in matches.items()}
+        )
     return found
 
 
@@ -266,13 +269,16 @@ def _noun(
     seen: Mapping[str, np.ndarray],
     random: Mapping[int, MatchedRegion],
 ) -> NounSensitivity:
+    # What is left of each top neuron's score with another picture.
     places = scored.places(i, scored.ranked[i][: len(noun.neurons)])
     blank, other = (() if again is None else _lost(noun, again.of(i, places)) for again in readings)
+    # Which of the top neurons are among the top ones still.
     stays = {}
     if mixed is not None:
         for k in SHARED:
             if k <= len(scored.ranked[i]):
                 stays[k] = len(set(scored.places(i, scored.ranked[i][:k])) & set(mixed.top(i, k))) / k
+    # Where they look, if there is a mask to compare with.
     mask = seen.get(noun.lemma)
     unmeasured = _why_unmeasured(item, mask) if noun.regions else None
     return NounSensitivity(

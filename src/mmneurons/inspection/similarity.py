@@ -52,6 +52,7 @@ def bert_rows(found: Mapping[str, Sequence[NounTruth]], meaning: Meaning) -> Ite
         return
     for finder in dict.fromkeys(finder for _, one in nouns for finder in one.says):
         for measure, field in ((BERT_NOUN, "word"), (BERT_CAPTION, "caption")):
+            # The same tokens come again and again: each pair of texts is compared once.
             pairs = sorted({(_text(words), getattr(one, field)) for _, one in nouns for words in one.says[finder]})
             alike = meaning.bert([said for said, _ in pairs], [reference for _, reference in pairs])
             scores = dict(zip(pairs, alike, strict=True))
@@ -66,6 +67,7 @@ def clip_rows(
     """A row of each image and finder: what the neurons of all of its nouns say; none without a CLIP."""
     if meaning.clip is None:
         return
+    # Image by image, so that one of them is open at a time.
     for item in items:
         ones = found.get(item.name, ())
         for finder in dict.fromkeys(finder for one in ones for finder in one.says):

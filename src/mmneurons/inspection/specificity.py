@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -125,6 +126,7 @@ def _of_neurons(vlm: VLM, scored: Scored) -> Float[np.ndarray, "targets neurons"
         width = scored.trace.activations[i].shape[1]
         mine = scored.scores[:, start : start + width].cpu()
         start += width
+        # Slots of a mixture are of the experts that were asked; the others get 0.
         if ffn.n_experts is None:
             parts.append(mine)
         else:
@@ -150,21 +152,10 @@ def specificity(
     Raises:
         SettingError: no noun was said of `at_least` images.
     """
-    # 1. Who said what: each noun once an image.
-    by_noun: dict[str, list[NounScores]] = {}
-    for one in found:
-        if all(
-            one.image != other.image for other in by_noun.setdefault(one.lemma, [])
-        ):  # said twice of one image: once
-            by_noun[one.lemma].append(one)
-    concepts = tuple(sorted(lemma for lemma, ones in by_noun.items() if len(ones) >= at_least))
-    if not concepts:
-        raise SettingError(
-            f"No noun was said of {at_least} images.",
-            seen=f"{len({one.image for one in found})} images, {len(by_noun)} nouns",
-            fix="Give more images of the same things.",
-        )
-    kept = [(lemma, one) for lemma in concepts for one in by_noun[lemma]]
+    # 1. Who said what.
+    by_noun = _by_noun(found, at_least)
+    concepts = tuple(by_noun)
+    kept = [(lemma, one) for lemma, ones in by_noun.items() for one in ones]
     # 2. The top neurons of each noun of each image, and of each concept by its mean scores.
     means = np.stack([np.mean([one.scores for one in by_noun[lemma]], axis=0) for lemma in concepts])
     n_neurons = means.shape[1]
@@ -191,6 +182,24 @@ def specificity(
     )
 
 
+def _by_noun(found: Sequence[NounScores], at_least: int) -> dict[str, list[NounScores]]:
+    """Of each noun, in order of name, its scores in the images that say it: once an image, however often it says it."""
+    once: dict[tuple[str, str], NounScores] = {}
+    for one in found:
+        once.setdefault((one.lemma, one.image), one)
+    by_noun: dict[str, list[NounScores]] = defaultdict(list)
+    for one in once.values():
+        by_noun[one.lemma].append(one)
+    often = {lemma: by_noun[lemma] for lemma in sorted(by_noun) if len(by_noun[lemma]) >= at_least}
+    if not often:
+        raise SettingError(
+            f"No noun was said of {at_least} images.",
+            seen=f"{len({one.image for one in found})} images, {len(by_noun)} nouns",
+            fix="Give more images of the same things.",
+        )
+    return often
+
+
 def _top(scores: Float[np.ndarray, "neurons"], k: int) -> np.ndarray:
     """The k highest, ties in order of index."""
     return np.argsort(-scores, kind="stable")[:k]
@@ -202,7 +211,7 @@ def _share(a: np.ndarray, b: np.ndarray) -> float:
 
 def _own_share(means: Float[np.ndarray, "concepts neurons"], c: int, top: np.ndarray) -> float | None:
     """None where a top neuron gives nothing to any concept."""
-    total = means[:, top].clip(0).sum(0)
+    total = means[:, top].clip(0).sum(0)  # what speaks against a concept takes nothing from the others
     return float((means[c, top] / total).mean()) if (total > 0).all() else None
 
 
@@ -219,6 +228,7 @@ def _overlap(
     seed: int,
 ) -> Overlap:
     """Of the noun and the image of each of `tops`: every pair of two images, once for each pair of nouns they say."""
+    # All pairs of nouns, of which those of the same noun are taken away: what is left are pairs of different ones.
     images = {image: i for i, image in enumerate(dict.fromkeys(image for _, image in said))}
     everyone = range(len(said))
     shared, counts = _between(everyone, said, tops, images)
@@ -242,6 +252,7 @@ def _between(
     """Between each two images, over all pairs of the chosen nouns: neurons shared, and how many pairs there are."""
     from scipy.sparse import csr_array
 
+    # How often each image holds each neuron; the product counts, for two images, every pair of nouns at once.
     rows = np.repeat([images[said[i][1]] for i in chosen], [len(tops[i]) for i in chosen])
     neurons = np.concatenate([tops[i] for i in chosen])
     held = csr_array((np.ones(len(rows), dtype=np.float32), (rows, neurons)), shape=(len(images), neurons.max() + 1))

@@ -72,7 +72,7 @@ def tables(found: Inspection, meaning: Meaning, items: Sequence[Item] = ()) -> l
 def sensitivity_tables(found: Mapping[str, Sequence[NounSensitivity]], items: Sequence[Item] = ()) -> list[Table]:
     """Image dependence, decoded hits, shuffled patches; and the regions, where masks are known."""
     rows = rows_of(found)
-    # Of every noun; of those alone that the image truly shows; and, of shuffled patches, for each k.
+    # 1. Of every noun; of those alone that the image truly shows; and, of shuffled patches, for each k.
     means = by_image(rows, "measure")
     of_shown = by_image([row for row in rows if row["is_shown"]], "measure")
     stay = by_image([row for row in rows if row["measure"] == STAYS], "k")
@@ -83,6 +83,7 @@ def sensitivity_tables(found: Mapping[str, Sequence[NounSensitivity]], items: Se
         DECODED: means.get((DECODED,)),
         **{f"top {k} that {STAYS}": shares for (k,), shares in sorted(stay.items())},
     }
+    # 2. A line for each question, whatever could be measured: where nothing could, it says so.
     cells = tuple(((name,), share(shares.values()) if shares else None) for name, shares in values.items())
     alone = " Of a single image: there is no other one to read its words with." if len(found) == 1 else ""
     made = Table("sensitivity", "Sensitivity", ("measure",), cells, f"Shares; intervals over images.{alone}")
@@ -92,10 +93,12 @@ def sensitivity_tables(found: Mapping[str, Sequence[NounSensitivity]], items: Se
 
 def _regions_table(found: Mapping[str, Sequence[NounSensitivity]], items: Sequence[Item]) -> Table | None:
     means = by_image([row for row in rows_of(found) if row["measure"] in REGIONS], "measure", "neurons", "k")
+    # Measure by measure, the top neurons before those that they are compared with.
     cells = [
         ((measure, neurons, str(k)), _over(means[measure, neurons, k], measure))
         for measure, neurons, k in sorted(means, key=lambda key: (REGIONS.index(key[0]), key[1] != TOP, key[2]))
     ]
+    # What has no map or no mask is counted, so that nobody takes the rest for all.
     cells += [((reason, "", ""), float(count)) for reason, count in unmeasured(found, items)]
     note = (
         "Mean map of the top k against the object's mask, next to as many random neurons of the same blocks, the "
@@ -115,6 +118,7 @@ def specificity_tables(found: Specificity) -> list[Table]:
     cells: list[tuple[tuple[str, ...], Cell]] = []
     for overlap in found.overlaps:
         k, within, between = str(overlap.k), overlap.within, overlap.between
+        # A ratio of nothing would be infinite: it is left out, and the note says why.
         times = within.mean / between.mean if within is not None and between is not None and between.mean > 0 else None
         cells += [
             (("pairs of images that say the same noun", k), within),
@@ -174,6 +178,7 @@ def finder_tables(found: Mapping[str, Sequence[NounTruth]]) -> list[Table]:
     rows = rows_of(found)
     rho = [row for row in rows if row["measure"] == AGREEMENT]
     labels = ("effect on", "scope", "finder")
+    # Two scores are of the same nouns: their difference at each noun varies less than they do.
     agreement, differences = (
         tuple((key, _over(images)) for key, images in by_image(part, "effect", "scope", "finder").items())
         for part in (rho, list(_against_logprob(rho)))
@@ -209,6 +214,7 @@ def _deletion_table(rows: Sequence[FinderRow]) -> Table:
         images = sorted(fall)
         top, stand_in = ([values[image] for image in images] for values in (fall, matched))
         more = [fall[image] - matched[image] for image in images]
+        # A ratio says something only where what it divides by is surely above 0.
         by_name: dict[str, Cell] = {
             TOP: estimate(top),
             MATCHED: estimate(stand_in),
@@ -234,6 +240,7 @@ def _is_above_zero(values: Sequence[float]) -> bool:
 
 def meaning_table(found: Mapping[str, Sequence[NounTruth]], meaning: Meaning, items: Sequence[Item] = ()) -> Table:
     """What the top 10 of each finder say, against noun, caption and image."""
+    # What needs no second model, and beside it what does.
     hits = [row for row in rows_of(found) if row["measure"] == DECODED]
     means = by_image([*hits, *bert_rows(found, meaning), *clip_rows(found, meaning, items)], "finder", "measure")
     finders = list(dict.fromkeys(row["finder"] for row in hits))
