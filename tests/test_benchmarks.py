@@ -109,20 +109,56 @@ def test_the_quick_comparison_of_finders_fills_both_tables(tmp_path):
         assert re.match(r"-?\d", whole)
 
 
-def test_results_are_laid_out_between_their_markers(tmp_path):
-    (tmp_path / "overlap.csv").write_text("pairs,k,mean,low,high,n\nsame,10,0.5,0.25,0.75,4\nchance,100,0.125,,,\n")
-    program = "import results, sys; from pathlib import Path; results.PAGE = Path(sys.argv.pop()); results.main()"
-    page = tmp_path / "page.md"
-    page.write_text("before\n<!-- overlap -->\nold\n<!-- end -->\nbetween\n<!-- causal -->\nkept\n<!-- end -->\n")
-    command = [sys.executable, "-c", program, str(tmp_path), str(page)]
+RESULTS = """import results, sys
+results.PAGE, results.DATA = map(results.Path, sys.argv[1:3])
+del sys.argv[1:3]
+results.main()"""
+
+
+def lay_out(page: Path, data: Path, *folder: str) -> str:
+    command = [sys.executable, "-c", RESULTS, str(page), str(data), *folder]
     subprocess.run(command, check=True, env={**os.environ, "PYTHONPATH": str(FOLDER)})
-    made = page.read_text()
-    assert "| pairs | 10 | 100 |" in made
-    assert "| same | 0.500 [0.250, 0.750] | not measured |" in made
-    assert "| chance | not measured | 0.125 |" in made
-    assert "old" not in made
-    assert made.endswith("between\n<!-- causal -->\nkept\n<!-- end -->\n")
-    assert made.startswith("before\n<!-- overlap -->\n")
+    return page.read_text(encoding="utf-8")
+
+
+def test_results_are_laid_out_between_their_markers_and_kept_as_csv(tmp_path):
+    (tmp_path / "regions.csv").write_text(
+        "measure,neurons,k,mean,low,high,n\npatch AUROC,top,10,0.5,0.25,0.75,4\nIoU at equal area,top,1,,,,\n"
+        "unused,top,1,0.5,,,\nnot measured,,,3.0,,,\n"
+    )
+    (tmp_path / "edits-by-score.md").write_text(
+        "| way | n | locality | bleed |\n| --- | --- | --- | --- |\n"
+        "| logit,last,50 | 4 | 0.995, 1.000 (0.978) | - |\n"
+        "| logit,all,50 | 4 | 1.000, 1.000 (1.000) | 0.5, 0.5 (0.5) |\n"
+    )
+    page = tmp_path / "page.md"
+    page.write_text(
+        "before\n<!-- regions -->\nold\n<!-- end -->\nbetween\n<!-- edits-by-score -->\nold\n<!-- end -->\n"
+        "<!-- causal -->\nkept\n<!-- end -->\nafter\n"
+    )
+    made = lay_out(page, tmp_path / "kept", str(tmp_path))
+    assert (tmp_path / "kept" / "regions.csv").read_text() == (tmp_path / "regions.csv").read_text()
+    assert (tmp_path / "kept" / "edits-by-score.csv").read_text() == (
+        'way,figure,mean,median,worst\n"logit,last,50",n,4,,\n"logit,last,50",locality,0.995,1.000,0.978\n'
+        '"logit,all,50",n,4,,\n"logit,all,50",locality,1.000,1.000,1.000\n"logit,all,50",bleed,0.5,0.5,0.5\n'
+    )
+    assert made == (
+        "before\n<!-- regions -->\n\n| map | k = 10 | k = 1 |\n| --- | --- | --- |\n"
+        "| top: patch AUROC | 0.500 [0.250, 0.750] | not measured |\n"
+        "| top: IoU at equal area | not measured | not measured |\n\n"
+        "All figures: [regions.csv](kept/regions.csv).\n\n<!-- end -->\nbetween\n<!-- edits-by-score -->\n\n"
+        "| score | 50 columns of the last block | 50 columns of all blocks |\n| --- | --- | --- |\n"
+        "| logit: locality | 0.995 (0.978) | 1.000 (1.000) |\n\n"
+        "All figures: [edits-by-score.csv](kept/edits-by-score.csv).\n\n<!-- end -->\n"
+        "<!-- causal -->\nkept\n<!-- end -->\nafter\n"
+    )
+
+
+def test_the_page_of_results_is_what_its_csv_files_say(tmp_path):
+    docs = FOLDER.parent / "docs"
+    page = tmp_path / "results.md"
+    page.write_text((docs / "results.md").read_text(encoding="utf-8"), encoding="utf-8")
+    assert lay_out(page, docs / "results") == (docs / "results.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.slow
