@@ -29,7 +29,7 @@ Tables = Mapping[str, list[Row]]
 
 
 def shown(row: Row | None) -> str:
-    """Mean and interval, or mean and worst case."""
+    """Write mean and interval, or mean and worst case."""
     if row is None or not row["mean"]:
         return "not measured"
     mean = f"{float(row['mean']):.3f}"
@@ -39,7 +39,7 @@ def shown(row: Row | None) -> str:
 
 
 def pivot(corner: str, cells: Iterable[tuple[str, str, Row]], missing: str = "not measured") -> str:
-    """A Markdown table of (line, column, what was measured), lines and columns in the order in which they come."""
+    """Lay out (line, column, what was measured) as Markdown, lines and columns in the order in which they come."""
     by_place: dict[tuple[str, str], Row] = {}
     for line, column, row in cells:
         if (line, column) in by_place:
@@ -58,7 +58,7 @@ def _sensitivity(tables: Tables) -> str:
 
 
 def _regions(tables: Tables) -> str:
-    """What does not follow from another line, and what it is to be compared with."""
+    """Show what does not follow from another line, and what it is to be compared with."""
     told = (
         "pointing game",
         "the mask's share of the image",
@@ -78,7 +78,7 @@ def _specificity(tables: Tables) -> str:
 
 
 def _causal(tables: Tables) -> str:
-    """The strongest noise, and silence with its controls."""
+    """Show the strongest noise, and silence with its controls."""
     rows = [
         row
         for row in tables["causal"]
@@ -90,7 +90,7 @@ def _causal(tables: Tables) -> str:
 
 
 def _finders(tables: Tables) -> str:
-    """Of each finder how well it agrees, what its top neurons do together, and what they say."""
+    """Show of each finder how well it agrees, what its top neurons do together, and what they say."""
     cells = [
         (row["finder"], f"agreement on {row['effect on']}, {row['scope']}", row)
         for row in tables["agreement"]
@@ -107,7 +107,7 @@ def _finders(tables: Tables) -> str:
 
 
 def _edits_by_score(tables: Tables) -> str:
-    """Generality and locality of each score, mean and worst pair."""
+    """Show generality and locality of each score, mean and worst pair."""
     rows = [row for row in tables["edits-by-score"] if row["figure"] in ("generality", "locality")]
     cells: list[tuple[str, str, Row]] = []
     for row in rows:
@@ -137,7 +137,7 @@ PRINTED = {"edits-by-score": ("way", "figure"), "hallucination": ("group", "figu
 
 
 def printed(text: str, labels: tuple[str, str]) -> Iterator[Row]:
-    """The cells of a Markdown table, one a row: the names of its line and its column, and its numbers."""
+    """Yield the cells of a Markdown table: the names of its line and its column, and its numbers."""
     head, _, *lines = (
         [cell.strip() for cell in line.strip().strip("|").split("|")] for line in text.strip().splitlines()
     )
@@ -164,13 +164,13 @@ def keep(folder: Path) -> None:
 
 
 def read(name: str) -> list[Row]:
-    """The rows of a CSV file beside the page."""
+    """Read the rows of a CSV file beside the page."""
     with (DATA / f"{name}.csv").open(encoding="utf-8", newline="") as file:
         return list(csv.DictReader(file))
 
 
 def fill(page: str) -> str:
-    """The page with every table anew whose CSV files are there."""
+    """Make every table of the page anew whose CSV files are there."""
     for marker, (names, layout) in LAYOUTS.items():
         if all((DATA / f"{name}.csv").exists() for name in names):
             links = ", ".join(f"[{name}.csv]({DATA.name}/{name}.csv)" for name in names)

@@ -1,4 +1,4 @@
-"""A table of numbers with their intervals, for a spreadsheet, a page, a program."""
+"""A table holds numbers with their intervals, for a spreadsheet, a page or a program."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Cell = Estimate | float | None
 
 @dataclass(frozen=True)
 class Table:
-    """Rows of labels with one value each; None where there is nothing to measure."""
+    """A table of rows of labels with one value each; None where there is nothing to measure."""
 
     name: str
     """Also the stem of its file."""
@@ -24,11 +24,11 @@ class Table:
     note: str = ""
 
     def value(self, *labels: str) -> Cell:
-        """The value of the row with these labels."""
+        """Look up the value of the row with these labels."""
         return dict(self.rows)[labels]
 
     def to_csv(self) -> str:
-        """Columns: labels, mean, low, high, n; empty where there is nothing."""
+        """Write it as CSV: labels, mean, low, high, n; empty where there is nothing."""
         text = io.StringIO()
         writer = csv.writer(text, lineterminator="\n")
         writer.writerow((*self.labels, "mean", "low", "high", "n"))
@@ -37,13 +37,13 @@ class Table:
         return text.getvalue()
 
     def to_dict(self) -> dict[str, Any]:
-        """As plain data."""
+        """Give it as plain data, for JSON."""
         names = (*self.labels, "mean", "low", "high", "n")
         rows = [dict(zip(names, (*labels, *_numbers(value)), strict=True)) for labels, value in self.rows]
         return {"name": self.name, "title": self.title, "note": self.note, "rows": rows}
 
     def to_markdown(self) -> str:
-        """For a page of documentation: value, interval, n."""
+        """Write it for a page of documentation: value, interval, n."""
         head = [*self.labels, "mean", "95 % interval", "n"]
         lines = ["| " + " | ".join(head) + " |", "| " + " | ".join(["---"] * len(head)) + " |"]
         lines += ["| " + " | ".join([*labels, *shown(value)]) + " |" for labels, value in self.rows]
@@ -57,7 +57,7 @@ def _numbers(value: Cell) -> tuple[float | int | None, ...]:
 
 
 def shown(value: Cell) -> tuple[str, str, str]:
-    """Mean, interval and n as a reader sees them."""
+    """Write mean, interval and n as a reader sees them."""
     if value is None:
         return "not measured", "", ""
     if isinstance(value, Estimate):

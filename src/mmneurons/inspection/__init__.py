@@ -1,1 +1,1 @@
-"""Is what was found true? So far: whether a finder's ranking agrees with what silence does."""
+"""The experiments ask whether neurons are sensitive, specific and causal, and whether their ranking is true."""

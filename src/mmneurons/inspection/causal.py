@@ -1,4 +1,4 @@
-"""Do the neurons found cause the word? Their columns shaken, silenced or doubled while the model captions.
+"""The causal experiment: top neurons are noised, silenced or doubled while the model captions.
 
 METRICS, Causal effect; the noise is that of Pan et al. (2024), section 4.4, the matched random neurons are ours.
 """
@@ -33,7 +33,7 @@ SIGMAS = (1.0, 2.0, 4.0)
 
 @dataclass(frozen=True)
 class How:
-    """One way to disturb neurons."""
+    """A way to disturb neurons."""
 
     scale: float | None = None
     """Activations times this: 0 silent, 2 twice as loud."""
@@ -77,7 +77,7 @@ class NounCausal:
     outcomes: tuple[Outcome, ...]
 
     def rows(self, image: str = "", noun: int = 0) -> Iterator[CausalRow]:
-        """A row for each disturbance, k, set of neurons and measure; the columns are those of docs/format.md.
+        """Yield a row for each disturbance, k, set of neurons and measure; the columns are those of docs/format.md.
 
         Args:
             image: The name of the image, for its column.
@@ -164,7 +164,7 @@ def _captions(
     batch_size: int,
     progress: Progress,
 ) -> list[str]:
-    """What the model says under each change: several in a batch, each row with its own neurons disturbed."""
+    """Caption the image under each change: several in a batch, each row with its own neurons disturbed."""
     said: list[str] = []
     width = 1 if vlm.family.one_at_a_time else batch_size
     for start in range(0, len(changes), width):

@@ -1,4 +1,4 @@
-"""Is the ranking true? What silence does to the word, against what each finder says (METRICS, Finders)."""
+"""The finders experiment compares what each finder says of a neuron with what its silence does (METRICS, Finders)."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ class NounTruth:
     """Of each finder (and `TRUE_EFFECT`) the top 10: for each neuron the ten tokens that it promotes most."""
 
     def rows(self, image: str = "", noun: int = 0) -> Iterator[FinderRow]:
-        """A row for each finder and measure; the columns are those of docs/format.md.
+        """Yield a row for each finder and measure; the columns are those of docs/format.md.
 
         Args:
             image: The name of the image, for its column.
@@ -109,7 +109,7 @@ class NounTruth:
             )
 
     def _measures(self) -> Iterator[tuple[str, str, str | None, str | None, str | None, int | None, float | None]]:
-        """Finder, measure, effect, scope, neurons, k and value."""
+        """Yield finder, measure, effect, scope, neurons, k and value of each row."""
         # How well scores foretell single effects, what the top ones do together, and what they say.
         for one in self.agreements:
             yield one.finder, AGREEMENT, one.effect, one.scope, None, None, one.rho
@@ -177,7 +177,7 @@ def _noun_truth(
     seed: int,
     batch_size: int,
 ) -> NounTruth:
-    """Every finder at one noun, and the true effects as one more: the best that single neurons can tell."""
+    """Judge every finder at one noun, and the true effects as one more: the best that single neurons can tell."""
     replay = judged.replay
     orders = {finder: top_k(scores, max(DELETED)) for finder, scores in judged.scores.items()}
     orders[TRUE_EFFECT] = pool.slots[top_k(effects["logprob"], max(DELETED))]
@@ -200,7 +200,7 @@ def _true_effects(
     batch_size: int,
     tell: Callable[[int], None],
 ) -> dict[str, Float[Tensor, "slots"]]:
-    """What the logit and log p lose with each neuron set to zero, one by one; and log p with it set to its mean."""
+    """Measure what logit and log p lose with each neuron set to zero, and log p with it set to its mean."""
     silences = [slot[None] for slot in slots]
     effects = replay.effects(silences, batch_size=batch_size, progress=tell)
     by_name = {"logit": effects.logit, "logprob": effects.logprob}
@@ -220,7 +220,7 @@ def mean_activations(
     *,
     question: Question = Question(),
 ) -> list[Float[Tensor, "neurons"]]:
-    """Each neuron's mean activation where the model writes its answers to these images.
+    """Measure each neuron's mean activation where the model writes its answers to these images.
 
     They are run as one batch, where the model allows that.
 
@@ -257,7 +257,7 @@ def _add(recording: Recording, answers: Answers, sums: Sequence[Float[Tensor, "2
 
 
 def _of_slots(replay: Replay, means: Sequence[Float[Tensor, "neurons"]]) -> Float[Tensor, "slots"]:
-    """Of every neuron that a step has a slot for."""
+    """Take the mean of every neuron that a step has a slot for."""
     parts = []
     for ffn, of, mean in zip(replay.anatomy.ffns, replay.experts, means, strict=True):
         parts.append(mean if of is None else mean.view(-1, ffn.n_neurons)[of].flatten())
@@ -265,7 +265,7 @@ def _of_slots(replay: Replay, means: Sequence[Float[Tensor, "neurons"]]) -> Floa
 
 
 def _said(vlm: VLM, replay: Replay, slots: Int[Tensor, "k"]) -> tuple[tuple[str, ...], ...]:
-    """The ten tokens that each neuron promotes most with the sign that it fires with here."""
+    """Name the ten tokens that each neuron promotes most with the sign that it fires with here."""
     places = [replay.place(slot) for slot in slots.tolist()]
     # A column as the final norm passes it on; with a negative activation it promotes what it is turned away from.
     columns = as_read(vlm.anatomy, columns_of(vlm.anatomy, places, vlm.model.device), places, "logit")
@@ -274,7 +274,7 @@ def _said(vlm: VLM, replay: Replay, slots: Int[Tensor, "k"]) -> tuple[tuple[str,
 
 
 class _Pool(NamedTuple):
-    """Neurons that are silenced one by one."""
+    """The neurons that are silenced one by one."""
 
     slots: Int[Tensor, "slots"]
     n_even: int
@@ -282,7 +282,7 @@ class _Pool(NamedTuple):
 
 
 def _pool(judged: FinderScores, seed: int) -> _Pool:
-    """All neurons of a small model; of a large one as many of each block, and the finders' top ones beside them."""
+    """Take all neurons of a small model; of a large one as many of each block, and the finders' top ones."""
     replay = judged.replay
     if replay.n_slots <= SMALL:
         return _Pool(torch.arange(replay.n_slots), replay.n_slots)
@@ -299,7 +299,7 @@ def _pool(judged: FinderScores, seed: int) -> _Pool:
 
 
 def _agreements(judged: FinderScores, pool: _Pool, effects: Mapping[str, Float[Tensor, "slots"]]) -> list[Agreement]:
-    """Of each finder, over each part of the pool, with each effect."""
+    """Correlate each finder's scores with each effect, over each part of the pool."""
     replay = judged.replay
     n_blocks = len(replay.anatomy.blocks)
     layers = torch.tensor([ffn.layer for ffn in replay.anatomy.ffns])
@@ -324,7 +324,7 @@ def _agreements(judged: FinderScores, pool: _Pool, effects: Mapping[str, Float[T
 def _deletions(
     replay: Replay, norms: list[Tensor], orders: Mapping[str, Int[Tensor, "_"]], seed: int, batch_size: int
 ) -> list[Deletion]:
-    """How far log p falls with the top k of each order, with sets as loud, and with any neurons."""
+    """Measure how far log p falls with the top k of each order, with sets as loud, and with any neurons."""
     # 1. The sets: of each order and k the top ones and what stands for them; of each k any random ones.
     loud = loudness(replay.activations, replay.experts, norms)
     random = torch.Generator().manual_seed(seed)

@@ -1,4 +1,4 @@
-"""What experiments found as flat rows, and what tables are made of: the mean of an image's nouns, image by image.
+"""Flat rows hold what experiments found; tables are made of their means, image by image.
 
 The columns are those of docs/format.md.
 """
@@ -91,17 +91,17 @@ class HasRows(Protocol[Row]):
     """What was found of one noun."""
 
     def rows(self, image: str = "", noun: int = 0) -> Iterator[Row]:
-        """Its rows."""
+        """Yield its rows."""
         ...
 
 
 def rows_of(found: Mapping[str, Sequence[HasRows[Row]]]) -> list[Row]:
-    """The rows of all nouns of all images, in their order."""
+    """List the rows of all nouns of all images, in their order."""
     return [row for image, nouns in found.items() for i, noun in enumerate(nouns) for row in noun.rows(image, i)]
 
 
 def by_image(rows: Sequence[Mapping[str, Any]], *labels: str) -> dict[tuple[Any, ...], dict[str, float]]:
-    """The mean over each image's rows, for each combination of labels: what intervals are of.
+    """Average the rows of each image, for each combination of labels: intervals are over these means.
 
     So an image of many nouns weighs as much as one of few.
 

@@ -74,7 +74,7 @@ class Inspection:
     @overload
     def rows(self, experiment: Literal["finders"]) -> list[FinderRow]: ...
     def rows(self, experiment: Experiment) -> list[Any]:
-        """What an experiment found as flat rows, in order of images; none if it was not run.
+        """List what an experiment found as flat rows, in order of images; none if it was not run.
 
         The columns are those of docs/format.md.
         """
@@ -337,5 +337,5 @@ class _Bench:
         return SettingError("There is no noun in any of the answers.", seen=f"{len(used)} images")
 
     def _tell_part(self, name: str, done: int, total: int, stage: str, part: float, of: int) -> None:
-        """A share of one image."""
+        """Tell that a share of one image is done."""
         self.progress(name, done + part / of, total)

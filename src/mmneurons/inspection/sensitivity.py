@@ -1,4 +1,4 @@
-"""Do the neurons found depend on the image, on the thing in it, and on where it is? METRICS, Sensitivity."""
+"""The sensitivity experiment asks whether neurons depend on the image, on the thing in it, on where it is."""
 
 from __future__ import annotations
 
@@ -94,11 +94,11 @@ class NounSensitivity:
 
     @property
     def dependence_other(self) -> float | None:
-        """With another image."""
+        """The same with another image."""
         return _share_that_loses_half(self.lost_other)
 
     def rows(self, image: str = "", noun: int = 0) -> Iterator[SensitivityRow]:
-        """A row for each measure, set of neurons and k; the columns are those of docs/format.md.
+        """Yield a row for each measure, set of neurons and k; the columns are those of docs/format.md.
 
         Args:
             image: The name of the image, for its column.
@@ -118,7 +118,7 @@ class NounSensitivity:
             )
 
     def _measures(self) -> Iterator[tuple[str, str, int, float | None]]:
-        """Measure, neurons, k and value."""
+        """Yield measure, neurons, k and value of each row."""
         tested = len(self.hits)
         yield LOST_BLANK, TOP, tested, self.dependence
         yield LOST_OTHER, TOP, tested, self.dependence_other
@@ -214,7 +214,7 @@ def sensitivity(
 def _random_regions(
     vlm: VLM, inputs: Inputs, grids: Grids, scored: Scored, masks: list[np.ndarray | None], seed: int
 ) -> list[dict[int, MatchedRegion]]:
-    """Of each noun with a mask, what matched random neurons look at."""
+    """Match what random neurons look at with the mask of each noun that has one."""
     norms = column_norms(vlm.anatomy)
     starts = torch.nn.functional.pad(scored.slot_ends, (1, 0))[:-1]
     trace = scored.trace
@@ -244,7 +244,7 @@ def _random_regions(
 def as_seen(
     vlm: VLM, mask: Bool[np.ndarray, "height width"], image: Image.Image, question: Question
 ) -> Bool[np.ndarray, "height width"]:
-    """A mask resized and cropped as the model's processor does with its image; as it is where that cannot be told."""
+    """Resize and crop a mask as the model's processor does with its image; leave it where that cannot be told."""
     picture = Image.fromarray(np.repeat(mask[..., None], 3, axis=-1).astype(np.uint8) * 255)
     view = model_view(vlm.processor, vlm.encode([[picture]], question.prompt, question.prefix), 0)
     return mask if view is None else np.asarray(view)[..., 0] > 127
@@ -306,7 +306,7 @@ def _lost(noun: NounFinding, left: list[float]) -> tuple[float, ...]:
 
 
 def unmeasured(found: Mapping[str, Sequence[NounSensitivity]], items: Sequence[Item]) -> list[tuple[str, int]]:
-    """How many nouns and objects have no region, by reason; none at all where no image has masks."""
+    """Count nouns and objects without a region, by reason; none at all where no image has masks."""
     there = [item for item in items if item.name in found]
     if not any(item.mask_sources for item in there):
         return []

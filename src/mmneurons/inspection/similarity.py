@@ -1,4 +1,4 @@
-"""Rows that take a second model: how like captions are, and what neurons say to the noun, the caption, the image."""
+"""Text and image models tell how like captions are, and how near neurons' words are to noun, caption and image."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ BERT, BERT_NOUN, BERT_CAPTION, CLIP = (
 
 
 def caption_rows(found: Mapping[str, Sequence[NounCausal]], meaning: Meaning) -> Iterator[dict[str, Any]]:
-    """A row of each outcome: how like the caption before its captions are; None without a text model."""
+    """Yield a row for each outcome: how like the caption before its captions are; None without a text model."""
     outcomes = [(image, one, outcome) for image, ones in found.items() for one in ones for outcome in one.outcomes]
     # Each pair of captions is compared once, however often it came.
     pairs = sorted({(one.caption, after) for _, one, outcome in outcomes for after in outcome.captions})
@@ -46,7 +46,7 @@ def caption_rows(found: Mapping[str, Sequence[NounCausal]], meaning: Meaning) ->
 
 
 def bert_rows(found: Mapping[str, Sequence[NounTruth]], meaning: Meaning) -> Iterator[dict[str, Any]]:
-    """A row of each noun and finder, to the noun and to the caption; none without a text model."""
+    """Yield two rows for each noun and finder, to the noun and to the caption; none without a text model."""
     nouns = [(image, one) for image, ones in found.items() for one in ones]
     if meaning.bert is None:
         return
@@ -64,7 +64,7 @@ def bert_rows(found: Mapping[str, Sequence[NounTruth]], meaning: Meaning) -> Ite
 def clip_rows(
     found: Mapping[str, Sequence[NounTruth]], meaning: Meaning, items: Sequence[Item]
 ) -> Iterator[dict[str, Any]]:
-    """A row of each image and finder: what the neurons of all of its nouns say; none without a CLIP."""
+    """Yield a row for each image and finder, of what the neurons of all its nouns say; none without a CLIP."""
     if meaning.clip is None:
         return
     # Image by image, so that one of them is open at a time.

@@ -1,4 +1,4 @@
-"""Do different things have different neurons, and the same thing the same? (METRICS, Specificity and cross-image.)."""
+"""The specificity experiment asks whether different things have different neurons, and the same thing the same."""
 
 from __future__ import annotations
 
@@ -71,12 +71,12 @@ class Specificity:
     """For k = 10, 100: share of the top k of all nouns that lies in each block."""
 
     def rows(self) -> Iterator[SpecificityRow]:
-        """A row for each concept, each two of them, and each block; the columns are those of docs/format.md."""
+        """Yield a row for each concept, each two of them, and each block; the columns are those of docs/format.md."""
         for measure, k, concept, other, block, value in self._measures():
             yield SpecificityRow(measure=measure, k=k, concept=concept, other=other, block=block, value=value)
 
     def _measures(self) -> Iterator[tuple[str, int | None, str | None, str | None, int | None, float | None]]:
-        """Measure, k, concept, the other one, block and value."""
+        """Yield measure, k, concept, the other one, block and value of each row."""
         for concept, count, own_share in zip(self.concepts, self.counts, self.own_shares, strict=True):
             yield IMAGES, None, concept, None, None, float(count)
             yield OWN_SHARE, SIZES[0], concept, None, None, own_share
@@ -95,7 +95,7 @@ def noun_scores(
     score: Score = "logit",
     question: Question = Question(),
 ) -> list[NounScores]:
-    """What every neuron gives to every noun that the model says of these images; one batch where it allows one."""
+    """Score every neuron for every noun that the model says of these images; one batch where it allows one."""
     if not items:
         return []
     if len({item.caption is None for item in items}) > 1:  # some answers are given, others not
@@ -119,7 +119,7 @@ def noun_scores(
 
 
 def _of_neurons(vlm: VLM, scored: Scored) -> Float[np.ndarray, "targets neurons"]:
-    """Scores of slots as those of all neurons, float32."""
+    """Spread the scores of slots over all neurons, float32."""
     parts = []
     start = 0
     for i, ffn in enumerate(vlm.anatomy.ffns):
@@ -183,7 +183,7 @@ def specificity(
 
 
 def _by_noun(found: Sequence[NounScores], at_least: int) -> dict[str, list[NounScores]]:
-    """Of each noun, in order of name, its scores in the images that say it: once an image, however often it says it."""
+    """Group scores by noun, in order of name: each noun once an image, however often it was said of it."""
     once: dict[tuple[str, str], NounScores] = {}
     for one in found:
         once.setdefault((one.lemma, one.image), one)
@@ -201,7 +201,7 @@ def _by_noun(found: Sequence[NounScores], at_least: int) -> dict[str, list[NounS
 
 
 def _top(scores: Float[np.ndarray, "neurons"], k: int) -> np.ndarray:
-    """The k highest, ties in order of index."""
+    """Choose the k highest, ties in order of index."""
     return np.argsort(-scores, kind="stable")[:k]
 
 
@@ -210,7 +210,7 @@ def _share(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def _own_share(means: Float[np.ndarray, "concepts neurons"], c: int, top: np.ndarray) -> float | None:
-    """None where a top neuron gives nothing to any concept."""
+    """Share a concept has of what its top neurons write; None where one of them gives nothing to any concept."""
     total = means[:, top].clip(0).sum(0)  # what speaks against a concept takes nothing from the others
     return float((means[c, top] / total).mean()) if (total > 0).all() else None
 
@@ -227,7 +227,7 @@ def _overlap(
     n_neurons: int,
     seed: int,
 ) -> Overlap:
-    """Of the noun and the image of each of `tops`: every pair of two images, once for each pair of nouns they say."""
+    """Compare every pair of two images, once for each pair of nouns they say; `said` names noun and image of `tops`."""
     # All pairs of nouns, of which those of the same noun are taken away: what is left are pairs of different ones.
     images = {image: i for i, image in enumerate(dict.fromkeys(image for _, image in said))}
     everyone = range(len(said))
@@ -249,7 +249,7 @@ def _overlap(
 def _between(
     chosen: Sequence[int], said: list[tuple[str, str]], tops: list[np.ndarray], images: dict[str, int]
 ) -> tuple[Float[np.ndarray, "images images"], Float[np.ndarray, "images images"]]:
-    """Between each two images, over all pairs of the chosen nouns: neurons shared, and how many pairs there are."""
+    """Count, for each two images, the neurons that pairs of the chosen nouns share, and how many pairs there are."""
     from scipy.sparse import csr_array
 
     # How often each image holds each neuron; the product counts, for two images, every pair of nouns at once.

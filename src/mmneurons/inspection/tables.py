@@ -1,4 +1,4 @@
-"""What an inspection found as tables: one number a row, with its interval over images, and how it was counted.
+"""Tables hold what an inspection found: one number a row, with its interval over images and how it was counted.
 
 Each table is a group-by over rows (`inspection.rows`): the mean over an image's nouns, then over images.
 """
@@ -55,7 +55,7 @@ SHARES = {POINTING, GONE, UNCHANGED, DECODED}
 
 
 def tables(found: Inspection, meaning: Meaning, items: Sequence[Item] = ()) -> list[Table]:
-    """All tables of what was run; the images are read for CLIPScore, if that was asked for."""
+    """Make all tables of what was run; the images are read for CLIPScore, if that was asked for."""
     made: list[Table] = []
     if found.sensitivity is not None:
         made += sensitivity_tables(found.sensitivity, items)
@@ -70,7 +70,7 @@ def tables(found: Inspection, meaning: Meaning, items: Sequence[Item] = ()) -> l
 
 
 def sensitivity_tables(found: Mapping[str, Sequence[NounSensitivity]], items: Sequence[Item] = ()) -> list[Table]:
-    """Image dependence, decoded hits, shuffled patches; and the regions, where masks are known."""
+    """Make the tables of image dependence, decoded hits and shuffled patches, and of regions where masks are known."""
     rows = rows_of(found)
     # 1. Of every noun; of those alone that the image truly shows; and, of shuffled patches, for each k.
     means = by_image(rows, "measure")
@@ -109,12 +109,12 @@ def _regions_table(found: Mapping[str, Sequence[NounSensitivity]], items: Sequen
 
 
 def _over(images: Mapping[str, float], measure: str = "") -> Estimate | None:
-    """The mean over images with its interval; None without any."""
+    """Take the mean over images with its interval; None without any."""
     return (share if measure in SHARES else estimate)(list(images.values()))
 
 
 def specificity_tables(found: Specificity) -> list[Table]:
-    """Overlaps, own share and layers."""
+    """Make the tables of overlaps, own share and layers."""
     cells: list[tuple[tuple[str, ...], Cell]] = []
     for overlap in found.overlaps:
         k, within, between = str(overlap.k), overlap.within, overlap.between
@@ -139,7 +139,7 @@ def specificity_tables(found: Specificity) -> list[Table]:
 
 
 def _pairs_note(found: Specificity) -> str:
-    """How many concepts; and what has no pair, with the reason."""
+    """Say how many concepts there are, and what has no pair, with the reason."""
     n, once = len(found.concepts), found.counts.count(1)
     note = f"{n} concepts."
     if once:
@@ -153,7 +153,7 @@ def _pairs_note(found: Specificity) -> str:
 
 
 def causal_table(found: Mapping[str, Sequence[NounCausal]], meaning: Meaning) -> Table:
-    """What disturbing neurons does to the caption, top ones and matched random ones."""
+    """Make the table of what disturbing neurons does to the caption, top ones and matched random ones."""
     means = by_image([*rows_of(found), *caption_rows(found, meaning)], "disturbance", "k", "neurons", "measure")
     # Disturbances as they were made; of each the top neurons first.
     places = {key: i for i, key in enumerate(dict.fromkeys(labels[:2] for labels in means))}
@@ -168,13 +168,13 @@ def causal_table(found: Mapping[str, Sequence[NounCausal]], meaning: Meaning) ->
 
 
 def _note(text: str, meaning: Meaning, *metrics: str) -> str:
-    """The note of a table, with why a metric is missing."""
+    """Add to the note of a table why a metric is missing."""
     missing = [f"{metric} missing: {meaning.missing[metric]}." for metric in metrics if metric in meaning.missing]
     return " ".join([text, *missing])
 
 
 def finder_tables(found: Mapping[str, Sequence[NounTruth]]) -> list[Table]:
-    """Rank agreement with the true effects, its paired differences, and deletion."""
+    """Make the tables of rank agreement with the true effects, of its paired differences, and of deletion."""
     rows = rows_of(found)
     rho = [row for row in rows if row["measure"] == AGREEMENT]
     labels = ("effect on", "scope", "finder")
@@ -191,7 +191,7 @@ def finder_tables(found: Mapping[str, Sequence[NounTruth]]) -> list[Table]:
 
 
 def _against_logprob(rows: Sequence[FinderRow]) -> Iterator[dict[str, Any]]:
-    """At each noun, by how much `logprob` agrees better than each other finder; None where one of them is unknown."""
+    """Yield, noun by noun, by how much `logprob` agrees better than each other finder; None where either is unknown."""
     ours = {_question(row): row["value"] for row in rows if row["finder"] == "logprob"}
     for row in rows:
         if row["finder"] != "logprob" and _question(row) in ours:
@@ -201,7 +201,7 @@ def _against_logprob(rows: Sequence[FinderRow]) -> Iterator[dict[str, Any]]:
 
 
 def _question(row: FinderRow) -> tuple[Any, ...]:
-    """What all finders are compared in: the same noun, effect and neurons."""
+    """Name what finders are compared in: the same noun, effect and neurons."""
     return row["image"], row["noun"], row["effect"], row["scope"]
 
 
@@ -239,7 +239,7 @@ def _is_above_zero(values: Sequence[float]) -> bool:
 
 
 def meaning_table(found: Mapping[str, Sequence[NounTruth]], meaning: Meaning, items: Sequence[Item] = ()) -> Table:
-    """What the top 10 of each finder say, against noun, caption and image."""
+    """Make the table of what the top 10 of each finder say, against noun, caption and image."""
     # What needs no second model, and beside it what does.
     hits = [row for row in rows_of(found) if row["measure"] == DECODED]
     means = by_image([*hits, *bert_rows(found, meaning), *clip_rows(found, meaning, items)], "finder", "measure")

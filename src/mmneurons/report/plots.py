@@ -52,10 +52,10 @@ def draw(found: Inspection, tables: Sequence[Table], folder: Path, examples: Seq
     by_name = {table.name: table for table in tables}
     drawn: list[Path] = []
 
-    def figure(name: str, width: float, height: float, paint: Callable[[Figure], None]) -> None:
+    def figure(name: str, width: float, height: float, paint: Callable[..., None], *what: Any) -> None:
         # A Figure of its own instead of pyplot, whose global state would choose a backend and open windows.
         made = Figure(figsize=(width, height), dpi=DPI, layout="constrained")
-        paint(made)
+        paint(made, *what)
         path, drawing = folder / f"{name}.png", io.BytesIO()
         # Without the version of matplotlib in it: the same results give the same bytes.
         made.savefig(drawing, format="png", metadata={"Software": None})
@@ -66,18 +66,18 @@ def draw(found: Inspection, tables: Sequence[Table], folder: Path, examples: Seq
     for i, example in enumerate(examples):
         if example.nouns and example.nouns[0].regions and example.views and example.views[0] is not None:
             n = len(example.nouns)
-            figure(f"example-{i}", 11, 3.4 * n, lambda f, example=example: _example(f, example))
+            figure(f"example-{i}", 11, 3.4 * n, _example, example)
     if "regions" in by_name:
-        figure("regions", 8, 4.4, lambda f: _regions(f, by_name["regions"]))
+        figure("regions", 8, 4.4, _regions, by_name["regions"])
     if found.specificity is not None:
-        figure("overlap", 6.5, 3.2, lambda f: _overlap(f, by_name["overlap"]))
-        figure("matrix", 7, 6.5, lambda f: _matrix(f, found))
-        figure("layers", 6.5, 3, lambda f: _layers(f, found))
+        figure("overlap", 6.5, 3.2, _overlap, by_name["overlap"])
+        figure("matrix", 7, 6.5, _matrix, found)
+        figure("layers", 6.5, 3, _layers, found)
     if "causal" in by_name:
-        figure("causal", 11, 4.6, lambda f: _causal(f, by_name["causal"]))
+        figure("causal", 11, 4.6, _causal, by_name["causal"])
     if "agreement" in by_name:
-        figure("agreement", 8, 3.4, lambda f: _agreement(f, by_name["agreement"]))
-        figure("deletion", 8, 4, lambda f: _deletion(f, by_name["deletion"]))
+        figure("agreement", 8, 3.4, _agreement, by_name["agreement"])
+        figure("deletion", 8, 4, _deletion, by_name["deletion"])
     return drawn
 
 
