@@ -96,6 +96,7 @@ def _finders(tables: Tables) -> str:
         for row in tables["agreement"]
         if row["effect on"] != "logprob, mean" and (row["effect on"], row["scope"]) != ("logit", "last third")
     ]
+    # Each finder has matched random neurons of its own; those of the first stand for all.
     first = tables["deletion"][0]["finder"]
     for row in tables["deletion"]:
         name = {"top": row["finder"], "matched random": f"matched random, as loud as {first}'s"}.get(row["measure"])
@@ -144,7 +145,7 @@ def printed(text: str, labels: tuple[str, str]) -> Iterator[Row]:
     for name, *cells in lines:
         for column, cell in zip(head[1:], cells, strict=True):
             found = next((told for kind in NUMBERS if (told := kind.fullmatch(cell))), None)
-            if found is not None:
+            if found is not None:  # a dash, or words: not measured
                 yield dict(zip(labels, (name, column), strict=True)) | found.groupdict()
 
 

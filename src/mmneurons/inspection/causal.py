@@ -138,7 +138,7 @@ def causal(
     judged = finder_scores(vlm, image, [finder], question=question)
     (usual,) = texts_of(vlm, [image], question)
     trials = [_trials(one.replay, one.scores[finder], norms, sizes, ways, draws, seed) for one in judged]
-    # 2. A caption for each disturbance.
+    # 2. A caption for each disturbance, kept under what it is of.
     asked = [(trial, change) for mine in trials for trial in mine for change in trial.changes]
     said = _captions(vlm, image, [change for _, change in asked], question, batch_size, progress)
     captions: dict[_Trial, list[str]] = defaultdict(list)
@@ -169,6 +169,7 @@ def _captions(
     width = 1 if vlm.family.one_at_a_time else batch_size
     for start in range(0, len(changes), width):
         batch = changes[start : start + width]
+        # Each row of the batch is a model of its own: its neurons alone are disturbed.
         with ExitStack() as disturbed:
             for row, change in enumerate(batch):
                 disturbed.enter_context(intervene(vlm, replace(change, rows=(row,))))

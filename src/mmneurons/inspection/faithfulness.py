@@ -179,6 +179,7 @@ def _noun_truth(
 ) -> NounTruth:
     """Judge every finder at one noun, and the true effects as one more: the best that single neurons can tell."""
     replay = judged.replay
+    # The true effect of each neuron alone is a finder too: the ceiling of the others.
     orders = {finder: top_k(scores, max(DELETED)) for finder, scores in judged.scores.items()}
     orders[TRUE_EFFECT] = pool.slots[top_k(effects["logprob"], max(DELETED))]
     return NounTruth(
@@ -228,6 +229,7 @@ def mean_activations(
         Per FFN, float32 on the CPU, experts one after the other; of an expert's neurons the mean where it is asked,
         0 where it never is.
     """
+    # Added up in float64 as the answers come: recordings of all of them would not fit.
     question = replace(question, batch_size=max(1, len(images)))
     sums = [torch.zeros(2, ffn.size, dtype=torch.float64) for ffn in vlm.anatomy.ffns]
     for batch in ask(vlm, images, question, recorder=partial(record, writes=False)):

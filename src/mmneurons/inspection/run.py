@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cache, partial
@@ -128,6 +129,7 @@ def inspect(
     """
     settings = settled(InspectSettings, settings, options)
     settings = replace(settings, answer_prefix=settings.question.prefix)
+    # What cannot be asked is refused before anything is written or made.
     n_neurons = sum(ffn.size for ffn in vlm.anatomy.ffns)
     if not 1 <= settings.top <= n_neurons:
         raise SettingError(f"There is no top {settings.top} of the model's {n_neurons} neurons.", fix="--top 10")
@@ -140,10 +142,8 @@ def inspect(
             f"{generating[0]} lets the model answer by itself, and the manifest gives captions.",
             fix="Run sensitivity or specificity on these, or leave the captions out.",
         )
-    names = [item.name for item in items]
-    if len(set(names)) < len(names):
-        twice = next(name for name in names if names.count(name) > 1)
-        raise SettingError(f"The image {twice} stands twice in the list.", fix="Name each image once.")
+    if twice := [name for name, count in Counter(item.name for item in items).items() if count > 1]:
+        raise SettingError(f"The image {twice[0]} stands twice in the list.", fix="Name each image once.")
     folder = Path(folder)
     # The folder first: who may not write there is told so, and does not wait for a model that is busy for hours.
     with one_writer(folder, folder / LOCK), vlm.alone():
@@ -232,6 +232,7 @@ class _Bench:
         rows = self.folder / "specificity"
         rows.mkdir(exist_ok=True)
         items = self._usable(self._items(None))
+        # 1. The scores of the images whose results are not there yet; the same picture of two names is one.
         missing = list({key: item for item in items if (key := self._key(item)) not in store.found}.values())
         done = len(items) - len(missing)
         for start in range(0, len(missing), self.settings.batch_size):
@@ -244,6 +245,7 @@ class _Bench:
                 lemmas = tuple(one.lemma for one in mine)
                 store.add(key, item.name, _Rows(lemmas, hashlib.sha256(content).hexdigest()))
             self.progress("specificity", done + start + len(batch), len(items))
+        # 2. All images, from their files: they may be more than fit into memory.
         items = [item for item in items if self._key(item) in store.found]
         found = [one for item in items for one in self._rows(store, rows, item)]
         if not found:
@@ -305,6 +307,7 @@ class _Bench:
         self, name: str, kind: Any, items: Sequence[Item], one: Callable[..., Any], key: Callable[[Item], str]
     ) -> dict[str, Any]:
         """One experiment, image by image; those in the store are taken from there."""
+        # 1. What each result depends on, as far as it can be read.
         store = Store(self.folder / f"{name}.jsonl", self.made_by, kind)
         keys: dict[str, str] = {}
         for item in self._usable(items):
@@ -312,6 +315,7 @@ class _Bench:
                 keys[item.name] = key(item)
             except ImageError as error:  # a mask
                 self.left_out[item.name] = reason(error)
+        # 2. In the order of the images, whichever were there before: intervals depend on it.
         done = sum(mine in store.found for mine in keys.values())
         found: dict[str, Any] = {}
         for item in (item for item in items if item.name in keys):

@@ -245,6 +245,7 @@ def as_seen(
     vlm: VLM, mask: Bool[np.ndarray, "height width"], image: Image.Image, question: Question
 ) -> Bool[np.ndarray, "height width"]:
     """Resize and crop a mask as the model's processor does with its image; leave it where that cannot be told."""
+    # Through the processor as a black and white picture: so that it is cropped exactly as the image is.
     picture = Image.fromarray(np.repeat(mask[..., None], 3, axis=-1).astype(np.uint8) * 255)
     view = model_view(vlm.processor, vlm.encode([[picture]], question.prompt, question.prefix), 0)
     return mask if view is None else np.asarray(view)[..., 0] > 127
@@ -310,6 +311,7 @@ def unmeasured(found: Mapping[str, Sequence[NounSensitivity]], items: Sequence[I
     there = [item for item in items if item.name in found]
     if not any(item.mask_sources for item in there):
         return []
+    # Nouns that were said and have no mask; then objects that are there and were not said.
     counts = Counter(
         f"nouns not measured: {one.unmeasured}" for ones in found.values() for one in ones if one.unmeasured
     )

@@ -101,6 +101,7 @@ def noun_scores(
     if len({item.caption is None for item in items}) > 1:  # some answers are given, others not
         parts = [[item for item in items if (item.caption is None) == own] for own in (True, False)]
         return [one for part in parts for one in noun_scores(vlm, part, score=score, question=question)]
+    # The model gives all answers of a batch, or reads them all.
     captions = None if items[0].caption is None else [str(item.caption) for item in items]
     choices = settled(FindSettings, None, asdict(question) | {"batch_size": len(items), "top": 1, "score": score})
     recorder = partial(record, gates=score == "paper")
@@ -236,6 +237,7 @@ def _overlap(
     for lemma in dict.fromkeys(lemma for lemma, _ in said):
         found = _between([i for i in everyone if said[i][0] == lemma], said, tops, images)
         same, same_counts = same + found[0], same_counts + found[1]
+    # Concepts are units themselves: each pair of them is there once.
     matrix = _matrix(concept_tops)
     return Overlap(
         k,
