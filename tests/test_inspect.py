@@ -5,6 +5,7 @@ import threading
 from dataclasses import replace
 from functools import partial
 
+import jaxtyping
 import numpy as np
 import pytest
 import torch
@@ -198,8 +199,10 @@ def test_two_runs_at_once_in_one_folder_are_refused(vlm, asked, tmp_path, monkey
 
 def test_mean_activations_of_other_images_make_other_results(vlm, tmp_path, monkeypatch):
     asked = []
-    monkeypatch.setattr(run, "mean_activations", lambda vlm, images, **how: len(images))
-    monkeypatch.setattr(run, "finder_truth", lambda vlm, image, finders, *, means, **how: asked.append(means) or [])
+    monkeypatch.setattr(run, "mean_activations", lambda vlm, images, **how: [torch.zeros(1)] * len(images))
+    monkeypatch.setattr(
+        run, "finder_truth", lambda vlm, image, finders, *, means, **how: asked.append(len(means)) or []
+    )
     monkeypatch.setattr(run._Bench, "_nothing", lambda self, used: SettingError("nothing"))
     items = [Item(str(level), grey(tmp_path / f"{level}.png", level)) for level in range(3)]
     for n, calls in ((2, [2, 2]), (2, []), (3, [3, 3, 3])):
@@ -477,7 +480,7 @@ def test_bad_images_are_told(capsys, monkeypatch, tmp_path, images, message):
     assert not (tmp_path / "out").exists()
 
 
-def test_captions_of_a_manifest_are_read_in_the_place_of_answers(vlm, tmp_path):
+def test_captions_of_a_manifest_are_read_in_the_place_of_answers(vlm, tmp_path, monkeypatch):
     images = [mmn.pocket.scene(7 + i, ["dog", "tree"]).image for i in range(2)]
     own = vlm.caption(images)
     listed = [{"image": f"{i}.png", "caption": text} for i, text in enumerate([own[0], "a banana"])]
@@ -497,8 +500,10 @@ def test_captions_of_a_manifest_are_read_in_the_place_of_answers(vlm, tmp_path):
     np.testing.assert_allclose(scores["0.png", noun], scores["alone", noun], atol=1e-4)
     assert found.given == {"0.png": own[0], "1.png": "a banana"}
     assert "2 answers given to the model" in render_inspection(found, [], [], n_images=3)
-    with pytest.raises(SettingError, match="no experiment 'causality'"):
-        inspect(vlm, [alone], tmp_path / "other", "causality")  # pyright: ignore[reportArgumentType]
+    with monkeypatch.context() as context:
+        context.setattr(jaxtyping.config, "jaxtyping_disable", True)  # the tests' own check would refuse it first
+        with pytest.raises(SettingError, match="no experiment 'causality'"):
+            inspect(vlm, [alone], tmp_path / "other", "causality")  # pyright: ignore[reportArgumentType]
     assert not (tmp_path / "other").exists()
     assert inspect(vlm, [alone], tmp_path / "one", "sensitivity").sensitivity is not None
     with pytest.raises(SettingError, match="causal lets the model answer by itself"):
