@@ -129,14 +129,14 @@ def test_torch_is_not_imported_where_it_is_not_needed():
 import importlib, sys
 for name in {WITHOUT_TORCH}:
     importlib.import_module("mmneurons." + name)
-    assert not {{"torch", "transformers"}} & set(sys.modules), name
+    assert not {{"torch", "transformers", "duckdb"}} & set(sys.modules), name
 from mmneurons.cli import main
 sys.argv = ["mmneurons", "--help"]
 try:
     main()
 except SystemExit as end:
     assert not end.code, end.code
-assert not {{"torch", "transformers"}} & set(sys.modules), "--help"
+assert not {{"torch", "transformers", "duckdb"}} & set(sys.modules), "--help"
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
