@@ -56,6 +56,16 @@ def test_own_share_by_hand():
     assert told.own_shares == (0.75, 0.75)
 
 
+def test_own_shares_stand_in_the_places_of_their_concepts():
+    """Of the ape's top neurons none gives anything to any noun: it has no share, and takes no other's place."""
+    ape = np.full(200, -1, dtype=np.float32)
+    ape[190:] = 0
+    told = specificity([NounScores("c", "ape", ape), *FOUND], LAYER_OF)
+    assert dict(zip(told.concepts, told.own_shares, strict=True)) == {"ape": None, "cat": 0.75, "dog": 0.75}
+    assert told.own_share is not None
+    assert told.own_share.n == 2
+
+
 def test_layers_count_where_the_top_neurons_are():
     assert specificity(FOUND, LAYER_OF).layers[10].tolist() == [1, 0]
     assert specificity(FOUND, [i % 2 for i in range(200)]).layers[10].tolist() == pytest.approx([0.5, 0.5])
