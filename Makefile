@@ -7,6 +7,9 @@ BIN := .venv/bin
 
 .PHONY: demo test test-matrix test-portable check clean
 
+# A file of tests to a process, one thread each: tests are many small computations, which threads do not speed up.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile
+
 NUMERIC := baselines causal edit evaluation families find finders forms hallucination inspect interventions load lookup \
   maths optimised patch regions sensitivity specificity truth weights
 
@@ -19,17 +22,17 @@ demo: .venv/installed
 	@echo "open demo/report.html in a browser"
 
 test: .venv/installed
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 test-portable: .venv/installed
-	ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 MKL_CBWR=COMPATIBLE OMP_NUM_THREADS=1 \
-	  $(BIN)/python -m pytest $(NUMERIC:%=tests/test_%.py)
+	ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 MKL_CBWR=COMPATIBLE \
+	  $(PYTEST) $(NUMERIC:%=tests/test_%.py)
 
 test-matrix: $(TRANSFORMERS:%=test-with-%)
 
 # Warnings are errors in the environment that constraints.txt describes; another version warns of other things.
 test-with-%: .venv-matrix/%/installed
-	.venv-matrix/$*/bin/python -m pytest -W default $(BY_VERSION:%=tests/test_%.py)
+	$(PYTEST:$(BIN)%=.venv-matrix/$*/bin%) -W default $(BY_VERSION:%=tests/test_%.py)
 
 # Everything but transformers, and what it pins, is read from .venv.
 .PRECIOUS: .venv-matrix/%/installed
