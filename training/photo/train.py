@@ -1,0 +1,343 @@
+"""Teach the photo model's projector to show photographs to a language model that stays as it is.
+
+    python training/photo/train.py --pictures pictures.csv              # or a folder of folders NOUN/*.jpg
+
+1. features: what EfficientNet-Lite2 sees in every picture is computed once (features.py).
+2. ridge: the projector is started by ridge regression, so that each image token is near the noun's own word.
+3. gradients: the language model reads image tokens and question and is to answer with the nouns; its weights and those
+   of the tower stay as they are, only the projector learns. In most steps it reads some of the image tokens, at their
+   true positions, which costs a third; in the last ones all of them.
+
+What a step sees is a function of its number, so that a run that was stopped continues as if it had not been. The rate
+falls to zero over the last third. Every 20 steps a checkpoint and a line in `log.jsonl`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import random
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from batches import Batches, Shares
+from captions import ASKED, caption
+from features import WORK
+from jaxtyping import Float
+from pictures import Picture, read_pictures
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from mmneurons.photo.convert import CHAT, language
+from mmneurons.settings import PROMPT
+
+RIDGE = 60
+"""Batches that the ridge regression sees."""
+WORD_RATE, SHARPNESS = 1e-3, 12.0
+"""Of the steps that put pictures near words: learning rate, and what the cosines are multiplied by."""
+SHORT = 0.8
+"""Share of the batches that read no question, among those with the usual one."""
+
+
+@dataclass
+class Plan:
+    """One run."""
+
+    layers: int = 1
+    """Of the projector: 1 is linear, 2 has a GELU between."""
+    side: int = 9
+    """Of the grid of image tokens: 3, 5 or 9."""
+    kept: int = 9
+    """Image tokens that most steps read, drawn anew for each picture."""
+    steps: int = 3000
+    full: int = 300
+    """Of the steps, the last ones that read all image tokens."""
+    batch: int = 16
+    rate: float = 4e-4
+    smoothing: float = 0.0
+    words: int = 600
+    """Steps that put pictures near words, before the language model is asked."""
+    imagined: float = 0.4
+    """Share of the pictures that are moved to a class of the tower's own classifier; 0 for pictures alone."""
+    collages: float = 0.15
+    joined: float = 0.15
+    """Shares of collages and of grids that are cut and joined."""
+    seed: int = 0
+
+
+class Projector(nn.Module):
+    """LLaVA's projector behind a standardisation of each channel, which is folded away when it is saved.
+
+    Args:
+        mean: Of each channel.
+        deviation: Of each channel.
+        hidden: Width of the language model.
+        layers: 1 or 2.
+    """
+
+    def __init__(self, mean: Tensor, deviation: Tensor, hidden: int, layers: int) -> None:
+        super().__init__()
+        self.mean, self.deviation = nn.Buffer(mean), nn.Buffer(deviation)
+        self.first = nn.Linear(len(mean), hidden)
+        self.second = nn.Linear(hidden, hidden) if layers == 2 else None
+
+    def standard(self, x: Float[Tensor, "*tokens channels"]) -> Float[Tensor, "*tokens channels"]:
+        """Mean 0 and deviation 1 in each channel."""
+        return (x - self.mean) / self.deviation
+
+    def forward(self, x: Float[Tensor, "*tokens channels"]) -> Float[Tensor, "*tokens hidden"]:
+        """Image tokens from features."""
+        x = self.first(self.standard(x))
+        return x if self.second is None else self.second(F.gelu(x))
+
+    def tensors(self) -> dict[str, Tensor]:
+        """As LLaVA's projector is stored."""
+        weight = self.first.weight / self.deviation
+        made = {"linear_1.weight": weight, "linear_1.bias": self.first.bias - weight @ self.mean}
+        if self.second is not None:
+            made |= {"linear_2.weight": self.second.weight, "linear_2.bias": self.second.bias}
+        return {name: tensor.detach().half().contiguous() for name, tensor in made.items()}
+
+
+class Teacher:
+    """The frozen language model, and what it is shown.
+
+    Args:
+        work: Where the cache of features is.
+        pictures: What the cache was made of.
+        plan: The run.
+    """
+
+    def __init__(self, work: Path, pictures: list[Picture], plan: Plan) -> None:
+        self.plan = plan
+        self.model, self.tokenizer = language_model(work)
+        self.embedding: Tensor = self.model.get_input_embeddings().weight
+        shares = Shares(imagined=plan.imagined, collages=plan.collages, joined=plan.joined)
+        self.batches = Batches(work, pictures, plan.side, shares)
+        self.index = {noun: i for i, noun in enumerate(self.batches.known)}
+        self.losses = torch.ones(len(self.index))
+        """Running loss of each noun: hard ones come more often."""
+
+    def loss(self, projector: Projector, step: int) -> Tensor:
+        """Cross-entropy of the answers of one batch; notes which nouns are hard."""
+        plan, rng = self.plan, random.Random(f"{self.plan.seed} {step}")
+        # 1. Image tokens, some or all. They keep their places in the sequence.
+        n_all = plan.side**2
+        n_kept = n_all if step >= plan.steps - plan.full else min(plan.kept, n_all)
+        self.batches.hard = dict(zip(self.index, self.losses.clamp(0.3, 3).tolist(), strict=True))
+        batch = self.batches.draw(rng, plan.batch, n_kept)
+        places, named, image = batch.places, batch.nouns, projector(batch.tokens)
+        # 2. The same question for all, and for each its answer. Mostly none: half as many tokens, and no worse.
+        prompt, prefix, begin = ASKED[0] if rng.random() < 0.85 else rng.choice(ASKED[1:])
+        before, after = CHAT.split("{image}")
+        after = after.format(prompt=prompt) + prefix
+        if prompt == PROMPT and rng.random() < SHORT:
+            before, after = before.partition("user")[0], f"\n{prefix}"
+        before, after = self.ids(before), self.ids(after)
+        ends = [self.tokenizer.eos_token_id]
+        answers = [self.ids(f"{begin} {caption(nouns)}" if begin else f" {caption(nouns)}") + ends for nouns in named]
+        length = max(map(len, answers))
+        ids = torch.tensor([answer + ends * (length - len(answer)) for answer in answers])
+        wanted = torch.tensor([answer + [-100] * (length - len(answer)) for answer in answers])
+        # 3. The language model, from embeddings on.
+        rows = len(named)
+        shared = [self.embedding[part].expand(rows, -1, -1) for part in (before, after)]
+        embedded = torch.cat([shared[0], image, shared[1], self.embedding[ids[:, :-1]]], 1)
+        behind = torch.arange(embedded.shape[1] - len(before) - n_kept) + len(before) + n_all
+        positions = torch.cat(
+            [torch.arange(len(before)).expand(rows, -1), places + len(before), behind.expand(rows, -1)], 1
+        )
+        hidden = self.hidden(embedded, positions)[:, -length:]
+        logits = self.model.lm_head(hidden)
+        each = F.cross_entropy(
+            logits.flatten(0, 1), wanted.flatten(), ignore_index=-100, reduction="none", label_smoothing=plan.smoothing
+        ).view(rows, length)
+        for nouns, value in zip(named, each.detach().sum(1).tolist(), strict=True):
+            if len(nouns) == 1:
+                i = self.index[nouns[0]]
+                self.losses[i] = 0.7 * self.losses[i] + 0.3 * min(value, 6.0) / 2
+        return each.sum() / (wanted != -100).sum()
+
+    def hidden(self, embedded: Tensor, positions: Tensor) -> Tensor:
+        """Last hidden states. The mask is given, since positions with gaps look like several packed texts."""
+        n = embedded.shape[1]
+        mask = torch.full((n, n), -torch.inf).triu(1)[None, None].expand(len(embedded), 1, n, n)
+        return self.model.model(
+            inputs_embeds=embedded, attention_mask=mask, position_ids=positions, use_cache=False
+        ).last_hidden_state
+
+    def ids(self, text: str) -> list[int]:
+        """Tokens of a text, special ones by their names."""
+        return self.tokenizer(text, add_special_tokens=False).input_ids
+
+    def started(self) -> Projector:
+        """A projector by ridge regression onto the words of the nouns."""
+        sample = self.batches.draw(random.Random(f"{self.plan.seed} scale"), 512, 9, alone=True).tokens.flatten(0, 1)
+        mean, deviation = sample.mean(0), sample.std(0).clamp_min(0.05)
+        projector = Projector(mean, deviation, self.embedding.shape[1], self.plan.layers).requires_grad_(False)
+        last = projector.first
+        if projector.second is not None:  # the first layer stays as it is drawn until gradients come
+            torch.manual_seed(self.plan.seed)
+            nn.init.orthogonal_(projector.first.weight)
+            projector.first.bias.zero_()
+            last = projector.second
+        # 1. The normal equations: pictures as batches show them, each noun about as often.
+        words, middle = self.words()
+        gram = torch.zeros(last.in_features, last.in_features, dtype=torch.float64)
+        target = torch.zeros(last.in_features, last.out_features, dtype=torch.float64)
+        total, made, meant = 0, [], []
+        for i in range(RIDGE):
+            batch = self.batches.draw(random.Random(f"{self.plan.seed} ridge {i}"), 128, 9, alone=True)
+            x = projector.standard(batch.tokens).flatten(0, 1)
+            if projector.second is not None:
+                x = F.gelu(projector.first(x))
+            wanted = torch.tensor([self.index[nouns[0]] for nouns in batch.nouns])
+            y = (words[wanted] - middle).repeat_interleave(batch.tokens.shape[1], 0)
+            gram += (x.T @ x).double()
+            target += (x.T @ y).double()
+            total += len(x)
+            made.append(x[::9]), meant.append(y[::9])
+        eye = torch.eye(last.in_features, dtype=torch.float64)
+        solved = torch.linalg.solve(gram + 0.02 * total * eye, target).float()
+        # 2. Regression shrinks; words have a length that the language model knows.
+        lengths = [torch.cat(part).norm(dim=1).mean() for part in ([x @ solved for x in made], meant)]
+        last.weight.copy_(solved.T * min(2.5, float(lengths[1] / lengths[0])))
+        last.bias.copy_(middle)
+        return projector.requires_grad_(True)
+
+    def words(self) -> tuple[Float[Tensor, "nouns hidden"], Float[Tensor, "hidden"]]:
+        """The input embedding of each noun, a mean over its tokens, and the mean of these."""
+        words = torch.stack([self.embedding[self.ids(f" {noun}")].mean(0) for noun in self.index])
+        return words, words.mean(0)
+
+    def told_apart(self, projector: Projector, steps: int) -> None:
+        """Put each picture nearest to its own noun's word: minutes, since the language model is not asked."""
+        words, middle = self.words()
+        length = (words - middle).norm(dim=1).mean()
+        directions = F.normalize(words - middle, dim=1)
+        optimizer = torch.optim.AdamW(projector.parameters(), lr=WORD_RATE, betas=(0.9, 0.98))
+        for step in range(steps):
+            for group in optimizer.param_groups:
+                group["lr"] = WORD_RATE * share_of_rate(step, steps)
+            batch = self.batches.draw(random.Random(f"{self.plan.seed} words {step}"), 96, 6, alone=True)
+            tokens = projector(batch.tokens) - middle
+            wanted = torch.tensor([self.index[nouns[0]] for nouns in batch.nouns])
+            near = [SHARPNESS * F.normalize(part, dim=-1) @ directions.T for part in (tokens.mean(1), tokens)]
+            whole = F.cross_entropy(near[0], wanted)
+            parts = F.cross_entropy(near[1].flatten(0, 1), wanted.repeat_interleave(tokens.shape[1]))
+            long = ((tokens.norm(dim=2) / length - 1) ** 2).mean()
+            optimizer.zero_grad()
+            (whole + 0.5 * parts + long).backward()
+            optimizer.step()
+            if step % 50 == 49:
+                print(f"words {step + 1}: {whole.item():.3f} {parts.item():.3f} {long.item():.3f}", flush=True)
+
+
+def language_model(work: Path) -> tuple[Any, Any]:
+    """The language model, read from its package once and kept as safetensors."""
+    from transformers import AutoTokenizer, LlamaForCausalLM
+
+    folder = work / "language"
+    if not (folder / "tokenizer.json").exists():
+        model, tokenizer = language()
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+    model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32).eval().requires_grad_(False)
+    return model, AutoTokenizer.from_pretrained(folder)
+
+
+def share_of_rate(step: int, steps: int) -> float:
+    """Linear warm-up over 20 steps, constant, then half a cosine over the last third."""
+    left = (steps - step) / (steps / 3)
+    return min(1.0, (step + 1) / 20) * (1.0 if left >= 1 else 0.5 - 0.5 * math.cos(math.pi * left))
+
+
+def train(teacher: Teacher, out: Path, minutes: float = math.inf) -> Projector:
+    """Run the steps that are left of a plan; what is reached is in `out`.
+
+    Args:
+        teacher: The language model with its pictures.
+        out: Folder of the checkpoint, the log and the projector.
+        minutes: After which it stops; the next call continues.
+    """
+    plan, start = teacher.plan, time.time()
+    out.mkdir(parents=True, exist_ok=True)
+    kept, step = out / "checkpoint.pt", 0
+    content = torch.load(kept, weights_only=True) if kept.exists() else None
+    if content is None:
+        projector = teacher.started()
+        save(projector, plan, out / "ridge.safetensors")
+        teacher.told_apart(projector, plan.words)
+        save(projector, plan, out / "words.safetensors")
+    else:
+        projector = Projector(torch.zeros(1280), torch.ones(1280), teacher.embedding.shape[1], plan.layers)
+        projector.load_state_dict(content["projector"])
+        teacher.losses, step = content["losses"], content["step"]
+    optimizer = torch.optim.AdamW(projector.parameters(), lr=plan.rate, betas=(0.9, 0.98), weight_decay=0.01)
+    if content is not None and content["optimizer"]:
+        optimizer.load_state_dict(content["optimizer"])
+    if content is None:
+        keep(kept, projector, optimizer, teacher, 0)
+    running, began = None, step
+    while step < plan.steps and time.time() - start < 60 * minutes:
+        for group in optimizer.param_groups:
+            group["lr"] = plan.rate * share_of_rate(step, plan.steps)
+        loss = teacher.loss(projector, step)
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(projector.parameters(), 1.0)
+        optimizer.step()
+        running = loss.item() if running is None else 0.95 * running + 0.05 * loss.item()
+        step += 1
+        if step % 20 == 0 or step == began + 1:
+            line = {"step": step, "loss": round(running, 4), "seconds": round(time.time() - start, 1)}
+            with (out / "log.jsonl").open("a") as log:
+                log.write(json.dumps(line) + "\n")
+            print(line, flush=True)
+        if step % 20 == 0 or step == plan.steps:
+            keep(kept, projector, optimizer, teacher, step)
+            save(projector, plan, out / "projector.safetensors")
+    return projector
+
+
+def keep(path: Path, projector: Projector, optimizer: torch.optim.Optimizer, teacher: Teacher, step: int) -> None:
+    """Write a checkpoint beside the old one, then rename: a stop in between leaves the old one."""
+    content = {
+        "projector": projector.state_dict(),
+        "optimizer": optimizer.state_dict() if step else None,
+        "losses": teacher.losses,
+        "step": step,
+    }
+    torch.save(content, path.with_suffix(".tmp"))
+    os.replace(path.with_suffix(".tmp"), path)
+
+
+def save(projector: Projector, plan: Plan, path: Path) -> None:
+    """The projector as LLaVA stores it, with the plan beside it."""
+    save_file(projector.tensors(), path, {"plan": json.dumps(asdict(plan))})
+
+
+def main() -> None:
+    """Compute the features, then train."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pictures", type=Path, required=True, help="CSV, or a folder of folders NOUN/*.jpg")
+    parser.add_argument("--work", type=Path, default=WORK, help="cache of features and of the language model")
+    parser.add_argument("--out", type=Path, default=WORK / "run", help="checkpoint, log, projector.safetensors")
+    parser.add_argument("--minutes", type=float, default=math.inf)
+    for name, value in asdict(Plan()).items():
+        parser.add_argument(f"--{name}", type=type(value), default=value)
+    options = parser.parse_args()
+    plan = Plan(**{name: getattr(options, name) for name in asdict(Plan())})
+    pictures = read_pictures(options.pictures)
+    teacher = Teacher(options.work, pictures, plan)
+    train(teacher, options.out, options.minutes)
+
+
+if __name__ == "__main__":
+    main()
