@@ -1,4 +1,4 @@
-"""Check a built wheel: under 25 MB, with the pocket model, samples, licences and type marker inside."""
+"""Check a built wheel: under 25 MB, with the pocket model, the photo model's projector, samples, licences and type marker inside."""
 
 import sys
 import zipfile
@@ -12,6 +12,7 @@ needed = [
     "mmneurons/pocket/data/model/model.safetensors",
     "mmneurons/pocket/data/sprites.webp",
     "mmneurons/pocket/data/samples/samples.json",
+    "mmneurons/photo/data/projector.safetensors",
     "mmneurons/report/report.html.j2",
     "licenses/LICENSE",
     "licenses/NOTICE",

@@ -14,7 +14,7 @@ import pytest
 SOURCE = Path(__file__).parents[1] / "src" / "mmneurons"
 PACKAGE = SOURCE.name
 LAYERS: Sequence[str] = """
-    errors progress files neurons words settings pocket maths data vlm finding attribution metrics inspection patches
+    errors progress files neurons words settings pocket photo maths data vlm finding attribution metrics inspection patches
     editing baselines report cli
 """.split()
 """A module imports from its own layer and from those before it."""

@@ -76,7 +76,7 @@ class Stopped(Exception):  # noqa: N818 - no error
 
 def _load(
     model: Annotated[
-        str | None, typer.Option(help="The model: a hub id or a folder. Default: the pocket model of this package.")
+        str | None, typer.Option(help="The model: a hub id, a folder, or photo. Default: the pocket model.")
     ] = None,
     device: Annotated[
         str | None, typer.Option(help="Where the model runs: cpu, cuda, cuda:1 ... Default: a GPU if there is one.")

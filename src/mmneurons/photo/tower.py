@@ -46,6 +46,8 @@ class EfficientNetLiteConfig(PretrainedConfig):
     def __init__(self, hidden_size: int = 1280, image_size: int = 260, side: int = 9, **options: Any) -> None:
         super().__init__(**options)
         self.hidden_size, self.image_size, self.side = hidden_size, image_size, side
+        self.patch_size = image_size // side
+        """What transformers counts image tokens by: as many patches a side as the grid has features."""
 
 
 class SameConv(nn.Conv2d):
@@ -54,9 +56,7 @@ class SameConv(nn.Conv2d):
     def forward(self, input: Float[Tensor, "batch before high wide"]) -> Float[Tensor, "batch after higher wider"]:
         """Pad by what is missing, an odd pixel at the right and the bottom."""
         kernel, stride = self.kernel_size[0], self.stride[0]
-        high, wide = (
-            max((math.ceil(side / stride) - 1) * stride + kernel - side, 0) for side in input.shape[-2:]
-        )
+        high, wide = (max((math.ceil(side / stride) - 1) * stride + kernel - side, 0) for side in input.shape[-2:])
         if high % 2 or wide % 2:  # a padded copy costs as much as the convolution itself
             input = F.pad(input, (0, wide % 2, 0, high % 2))
         return F.conv2d(input, self.weight, self.bias, stride, (high // 2, wide // 2), 1, self.groups)
@@ -102,9 +102,7 @@ class EfficientNetLite(PreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         """Leave weights as torch draws them."""
 
-    def forward(
-        self, pixel_values: Float[Tensor, "batch 3 high wide"], **options: Any
-    ) -> BaseModelOutputWithPooling:
+    def forward(self, pixel_values: Float[Tensor, "batch 3 high wide"], **options: Any) -> BaseModelOutputWithPooling:
         """Read pictures.
 
         Args:

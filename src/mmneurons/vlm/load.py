@@ -12,7 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
-from mmneurons import pocket
+from mmneurons import photo, pocket
 from mmneurons.errors import ModelError
 from mmneurons.vlm import provenance
 from mmneurons.vlm.anatomy.find import find_anatomy
@@ -24,6 +24,8 @@ from mmneurons.vlm.vlm import VLM
 
 POCKET = "pocket"
 """Name of the model that comes with the package."""
+PHOTO = "photo"
+"""Name of the model that is put together from other packages, for photographs."""
 SPREAD = ("auto", "balanced", "balanced_low_0", "sequential")
 """Values of `device_map` that name a way to spread a model and not a device."""
 
@@ -44,10 +46,11 @@ def load(
 
     Args:
         model: A hub id, a folder, or a loaded model, also one with LoRA attached (PEFT); None (or "pocket") for the
-            pocket model. A loaded model is used as it is: nothing in it is moved, cast or changed.
+            pocket model; "photo" for the one that reads photographs, put together in the cache at first use (extra
+            `photo`). A loaded model is used as it is: nothing in it is moved, cast or changed.
         processor: Its processor, or the hub id or folder of one; found beside the weights if None. A loaded model
             without one works on ready-made inputs: `find(vlm, inputs={...})`, `doctor(vlm, inputs={...})`.
-        dtype: "float32", "bfloat16", "float16", a torch dtype, or None for the checkpoint's own (pocket: float32).
+        dtype: "float32", "bfloat16", "float16", a torch dtype, or None for the checkpoint's (pocket, photo: float32).
         device: Where to put it; None for the first GPU if there is one, else the CPU. Not with a model object.
         device_map: Passed to transformers instead of `device` (needs the extra `accelerate`).
         options: Passed to transformers' from_pretrained: quantization_config, attn_implementation, offload_folder ...
@@ -65,10 +68,10 @@ def load(
     if model is not None and not isinstance(model, str | os.PathLike):
         raise _not_a_model(model)
     # 1. What to load and where to: a dtype or device that does not exist is refused before anything is read.
-    is_pocket = model is None or model == POCKET
-    source = str(pocket.folder()) if model is None or is_pocket else os.fspath(model)
-    if is_pocket and dtype is None:
-        dtype = torch.float32  # it is stored in half precision, which CPUs compute slowly
+    is_pocket, is_photo = model is None or model == POCKET, model == PHOTO
+    source = str(photo.folder()) if is_photo else str(pocket.folder()) if is_pocket else os.fspath(model or POCKET)
+    if (is_pocket or is_photo) and dtype is None:
+        dtype = torch.float32  # they are stored in half precision, which CPUs compute slowly
     options |= {"dtype": _dtype(dtype), "revision": revision, "trust_remote_code": trust_remote_code}
     if device_map is not None:
         options["device_map"] = device_map
@@ -88,7 +91,7 @@ def load(
             model=loaded,
             processor=_processor(source, loaded.config.model_type, options, processor),
             analysed=find_anatomy(loaded, decoder),
-            model_id=POCKET if is_pocket else source,
+            model_id=POCKET if is_pocket else PHOTO if is_photo else source,
             revision=getattr(loaded.config, "_commit_hash", None) or revision,
             is_pocket=is_pocket,
             weights_hash=provenance.weights_hash(loaded) if quantised else None,
