@@ -77,7 +77,7 @@ def parts(monkeypatch, tmp_path, eyes, words) -> Path:
     monkeypatch.setenv(cache.CACHE, str(tmp_path / "cache"))
     monkeypatch.setattr(cache, "check_installed", lambda: None)
     monkeypatch.setattr(convert, "language", lambda: (small_language(len(words)), words))
-    monkeypatch.setattr(convert, "tower", lambda side: eyes)
+    monkeypatch.setattr(convert, "tower", lambda side, window: eyes)
     monkeypatch.setattr(convert, "load_file", lambda path: small_projector(1))
     return tmp_path / "cache"
 
@@ -138,7 +138,12 @@ def test_the_grid_is_nine_by_nine_and_pools_to_less(eyes):
     assert cells.shape == (2, 9, 1280)
     middle = whole.unflatten(1, (9, 9))[:, 3:6, 3:6].flatten(1, 2).mean(1)
     assert torch.allclose(cells[:, 4], middle, atol=1e-5)
-    assert torch.allclose(convert.pooled(whole, 3), cells, atol=1e-5)
+    with torch.no_grad():
+        around = EfficientNetLite(EfficientNetLiteConfig(window=3)).eval()
+        around.load_state_dict(eyes.state_dict())
+        smooth = around(x).last_hidden_state.unflatten(1, (9, 9))
+    assert torch.allclose(smooth[:, 4, 4], middle, atol=1e-5)
+    assert torch.allclose(smooth[:, 0, 0], whole.unflatten(1, (9, 9))[:, :2, :2].flatten(1, 2).mean(1), atol=1e-5)
 
 
 # Three parts in one.
@@ -298,7 +303,7 @@ def test_the_projector_that_is_shipped_fits():
     assert tensors["linear_1.weight"].shape == (576, 1280)
     assert tensors["linear_1.bias"].shape == (576,)
     assert all(bool(tensor.isfinite().all()) for tensor in tensors.values())
-    assert convert.projector_side(cache.projector()) in (3, 5, 9)
+    assert convert.grid(cache.projector())["side"] in (3, 5, 9)
     assert cache.projector().stat().st_size < 2.5e6
 
 

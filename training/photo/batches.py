@@ -44,12 +44,13 @@ class Batches:
         work: Where the cache is.
         pictures: What it was made of.
         side: Of the grid of image tokens; the cache is pooled to it.
+        window: Over which each feature is averaged.
         shares: How much of a batch is what.
     """
 
-    def __init__(self, work: Path, pictures: list[Picture], side: int, shares: Shares) -> None:
+    def __init__(self, work: Path, pictures: list[Picture], side: int, window: int, shares: Shares) -> None:
         self.side, self.shares, self.pictures = side, shares, pictures
-        self.features, self.means, self.views = features.load(work, side)
+        self.features, self.means, self.views = features.load(work, side, window)
         learned = [i for i, v in enumerate(self.views) if pictures[v.pictures[0]].split == "train"]
         self.collages = [i for i in learned if self.views[i].kind == "collage"]
         self.single: dict[str, list[int]] = {}

@@ -109,9 +109,8 @@ def judged_collages(vlm: VLM, pictures: Sequence[Picture], n: int) -> dict[str, 
     pairs = [[rng.choice(of[noun]) for noun in rng.sample(sorted(of), 2)] for _ in range(n)]
     made = [collage(opened(one), opened(other), upright=False, rng=None) for one, other in pairs]
     captions = texts_of(vlm, made, QUESTION)
-    hits = [
-        sum(names(caption, picture.noun) for picture in pair) for pair, caption in zip(pairs, captions, strict=True)
-    ]
+    both = list(zip(pairs, captions, strict=True))
+    hits = [sum(names(caption, picture.noun) for picture in pair) for pair, caption in both]
     return {
         "pictures": n,
         "both": mean(hit == 2 for hit in hits),

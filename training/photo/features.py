@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import random
 import time
 from dataclasses import dataclass
@@ -21,7 +22,8 @@ from pictures import Picture, centred, collage, cut, opened, pixels, read_pictur
 from PIL import Image
 from torch import Tensor
 
-from mmneurons.photo.convert import pooled, tower
+from mmneurons.photo.convert import tower
+from mmneurons.photo.tower import pooled
 
 HERE = Path(__file__).parent
 WORK = HERE / "work"
@@ -133,24 +135,30 @@ def compute(work: Path, pictures: list[Picture], n_parts: int, n_collages: int, 
             print(f"{begin + BATCH} of {len(todo)} views, {time.time() - start:.0f} s", flush=True)
 
 
-def load(work: Path, side: int = 9) -> tuple[np.ndarray, Tensor, list[View]]:
+def load(work: Path, side: int = 9, window: int = 1) -> tuple[np.ndarray, Tensor, list[View]]:
     """The cache: features (views, side * side, 1280) float16, read as needed; their means; what each view is.
 
     Args:
         work: Where the cache is.
         side: Of the grid; one that is smaller is pooled once, and kept.
+        window: Over which each feature is averaged; likewise.
     """
     content = json.loads((work / "views.json").read_text())
     known = [View(v["kind"], tuple(v["pictures"]), v["seed"], v["upright"]) for v in content["views"]]
     n = int((work / "features.done").read_text())
     whole = np.memmap(work / "features.f16", np.float16, "r", shape=(len(known), 81, 1280))[:n]
-    means, small = work / f"means.{n}.npy", work / f"features.{side}.{n}.npy"
+    means, small = work / f"means.{n}.npy", work / f"features.{side}.{window}.{n}.npy"
     if not means.exists():
         np.save(means, np.concatenate([whole[i : i + 256].mean(1, np.float32) for i in range(0, n, 256)]))
-    if side != 9 and not small.exists():
-        parts = [torch.from_numpy(whole[i : i + 256].astype(np.float32)) for i in range(0, n, 256)]
-        np.save(small, np.concatenate([pooled(part, side).half().numpy() for part in parts]))
-    return whole if side == 9 else np.load(small), torch.from_numpy(np.load(means)), known[:n]
+    is_whole = (side, window) == (9, 1)
+    if not is_whole and not small.exists():
+        made = np.lib.format.open_memmap(small.with_suffix(".tmp"), "w+", np.float16, (n, side**2, 1280))
+        for i in range(0, n, 256):
+            grids = torch.from_numpy(whole[i : i + 256].astype(np.float32)).unflatten(1, (9, 9)).permute(0, 3, 1, 2)
+            made[i : i + 256] = pooled(grids, side, window).flatten(2).transpose(1, 2).half().numpy()
+        made.flush()
+        os.replace(small.with_suffix(".tmp"), small)
+    return whole if is_whole else np.load(small, mmap_mode="r"), torch.from_numpy(np.load(means)), known[:n]
 
 
 if __name__ == "__main__":

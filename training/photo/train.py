@@ -21,6 +21,7 @@ import os
 import random
 import time
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -39,9 +40,9 @@ from mmneurons.settings import PROMPT
 
 RIDGE = 60
 """Batches that the ridge regression sees."""
-WORD_RATE, SHARPNESS = 1e-3, 12.0
+WORD_RATE, SHARPNESS = 5e-4, 16.0
 """Of the steps that put pictures near words: learning rate, and what the cosines are multiplied by."""
-SHORT = 0.8
+SHORT = 0.9
 """Share of the batches that read no question, among those with the usual one."""
 
 
@@ -53,6 +54,8 @@ class Plan:
     """Of the projector: 1 is linear, 2 has a GELU between."""
     side: int = 9
     """Of the grid of image tokens: 3, 5 or 9."""
+    window: int = 1
+    """Over how many features, in both directions, each image token is averaged."""
     kept: int = 9
     """Image tokens that most steps read, drawn anew for each picture."""
     steps: int = 3000
@@ -61,6 +64,8 @@ class Plan:
     batch: int = 16
     rate: float = 4e-4
     smoothing: float = 0.0
+    near: float = 0.2
+    """Weight of image tokens being near the noun's word, beside what the language model says."""
     words: int = 600
     """Steps that put pictures near words, before the language model is asked."""
     imagined: float = 0.4
@@ -119,7 +124,7 @@ class Teacher:
         self.model, self.tokenizer = language_model(work)
         self.embedding: Tensor = self.model.get_input_embeddings().weight
         shares = Shares(imagined=plan.imagined, collages=plan.collages, joined=plan.joined)
-        self.batches = Batches(work, pictures, plan.side, shares)
+        self.batches = Batches(work, pictures, plan.side, plan.window, shares)
         self.index = {noun: i for i, noun in enumerate(self.batches.known)}
         self.losses = torch.ones(len(self.index))
         """Running loss of each noun: hard ones come more often."""
@@ -162,7 +167,8 @@ class Teacher:
             if len(nouns) == 1:
                 i = self.index[nouns[0]]
                 self.losses[i] = 0.7 * self.losses[i] + 0.3 * min(value, 6.0) / 2
-        return each.sum() / (wanted != -100).sum()
+        said = each.sum() / (wanted != -100).sum()
+        return said + plan.near * self.distance(image, named)
 
     def hidden(self, embedded: Tensor, positions: Tensor) -> Tensor:
         """Last hidden states. The mask is given, since positions with gaps look like several packed texts."""
@@ -188,7 +194,7 @@ class Teacher:
             projector.first.bias.zero_()
             last = projector.second
         # 1. The normal equations: pictures as batches show them, each noun about as often.
-        words, middle = self.words()
+        words, middle = self.words
         gram = torch.zeros(last.in_features, last.in_features, dtype=torch.float64)
         target = torch.zeros(last.in_features, last.out_features, dtype=torch.float64)
         total, made, meant = 0, [], []
@@ -211,6 +217,7 @@ class Teacher:
         last.bias.copy_(middle)
         return projector.requires_grad_(True)
 
+    @cached_property
     def words(self) -> tuple[Float[Tensor, "nouns hidden"], Float[Tensor, "hidden"]]:
         """The input embedding of each noun, a mean over its tokens, and the mean of these."""
         words = torch.stack([self.embedding[self.ids(f" {noun}")].mean(0) for noun in self.index])
@@ -218,25 +225,32 @@ class Teacher:
 
     def told_apart(self, projector: Projector, steps: int) -> None:
         """Put each picture nearest to its own noun's word: minutes, since the language model is not asked."""
-        words, middle = self.words()
-        length = (words - middle).norm(dim=1).mean()
-        directions = F.normalize(words - middle, dim=1)
         optimizer = torch.optim.AdamW(projector.parameters(), lr=WORD_RATE, betas=(0.9, 0.98))
         for step in range(steps):
             for group in optimizer.param_groups:
                 group["lr"] = WORD_RATE * share_of_rate(step, steps)
             batch = self.batches.draw(random.Random(f"{self.plan.seed} words {step}"), 96, 6, alone=True)
-            tokens = projector(batch.tokens) - middle
-            wanted = torch.tensor([self.index[nouns[0]] for nouns in batch.nouns])
-            near = [SHARPNESS * F.normalize(part, dim=-1) @ directions.T for part in (tokens.mean(1), tokens)]
-            whole = F.cross_entropy(near[0], wanted)
-            parts = F.cross_entropy(near[1].flatten(0, 1), wanted.repeat_interleave(tokens.shape[1]))
-            long = ((tokens.norm(dim=2) / length - 1) ** 2).mean()
+            loss = self.distance(projector(batch.tokens), batch.nouns)
             optimizer.zero_grad()
-            (whole + 0.5 * parts + long).backward()
+            loss.backward()
             optimizer.step()
             if step % 50 == 49:
-                print(f"words {step + 1}: {whole.item():.3f} {parts.item():.3f} {long.item():.3f}", flush=True)
+                print(f"words {step + 1}: {loss.item():.3f}", flush=True)
+
+    def distance(self, tokens: Float[Tensor, "rows tokens hidden"], nouns: list[list[str]]) -> Tensor:
+        """Cross-entropy of the noun by how near image tokens, one by one and their mean, are to each word.
+
+        Their length is held near that of words. Pictures of two nouns are left out.
+        """
+        alone = [i for i, mine in enumerate(nouns) if len(mine) == 1]
+        wanted = torch.tensor([self.index[nouns[i][0]] for i in alone])
+        words, middle = self.words
+        away = tokens[alone] - middle
+        near = [SHARPNESS * F.normalize(part, dim=-1) @ F.normalize(words - middle).T for part in (away.mean(1), away)]
+        whole = F.cross_entropy(near[0], wanted)
+        parts = F.cross_entropy(near[1].flatten(0, 1), wanted.repeat_interleave(away.shape[1]))
+        long = away.norm(dim=2) / (words - middle).norm(dim=1).mean() - 1
+        return whole + 0.5 * parts + long.square().mean()
 
 
 def language_model(work: Path) -> tuple[Any, Any]:

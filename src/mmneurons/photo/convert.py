@@ -9,11 +9,9 @@ from typing import Any
 
 import torch
 import transformers
-from jaxtyping import Float
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
-from torch.nn import functional as F
 
 from mmneurons.photo.cache import projector
 from mmneurons.photo.packages import EYES, LANGUAGE, located
@@ -42,8 +40,9 @@ def write(folder: Path) -> None:
         ModelError: a package is missing, or holds another file.
     """
     model, tokenizer = language()
-    tensors, side = load_file(projector()), projector_side(projector())
-    whole = assembled(model, tower(side), tensors, tokenizer.convert_tokens_to_ids(IMAGE_TOKEN))
+    whole = assembled(
+        model, tower(**grid(projector())), load_file(projector()), tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
+    )
     whole.half().save_pretrained(folder)
     processor(tokenizer, whole.config.vision_config).save_pretrained(folder)
 
@@ -133,16 +132,17 @@ def language() -> tuple[Any, Any]:
     return made.eval(), transformers.AutoTokenizer.from_pretrained(**source)
 
 
-def tower(side: int = 9) -> EfficientNetLite:
+def tower(side: int = 9, window: int = 1) -> EfficientNetLite:
     """EfficientNet-Lite2 with its weights, float32.
 
     Args:
         side: Of the grid of features it gives.
+        window: Over which each is averaged.
 
     Raises:
         ModelError: the package is missing, or holds another file.
     """
-    net = EfficientNetLite(EfficientNetLiteConfig(side=side))
+    net = EfficientNetLite(EfficientNetLiteConfig(side=side, window=window))
     net.load_state_dict(folded(tower_weights()))
     return net.eval().requires_grad_(False)
 
@@ -158,16 +158,8 @@ def tower_weights() -> dict[str, Tensor]:
     return torch.load(located(EYES), weights_only=True)
 
 
-def projector_side(path: Path) -> int:
-    """The side of the grid of image tokens that a projector was trained for, as its file says."""
+def grid(path: Path) -> dict[str, int]:
+    """The `side` and `window` of the grid that a projector was trained for, as its file says."""
     with safe_open(path, "pt") as file:
-        return json.loads(file.metadata()["plan"])["side"]
-
-
-def pooled(grids: Float[Tensor, "batch places channels"], side: int) -> Float[Tensor, "batch tokens channels"]:
-    """A grid averaged to a smaller one, as the tower does."""
-    whole = round(grids.shape[1] ** 0.5)
-    if side == whole:
-        return grids
-    square = grids.transpose(1, 2).unflatten(2, (whole, whole))
-    return F.adaptive_avg_pool2d(square, side).flatten(2).transpose(1, 2)
+        plan = json.loads(file.metadata()["plan"])
+    return {"side": plan["side"], "window": plan["window"]}

@@ -39,13 +39,16 @@ class EfficientNetLiteConfig(PretrainedConfig):
         hidden_size: Channels of a feature.
         image_size: Side of the square pictures it is given, in pixels.
         side: Side of the grid of features it gives: 9 is the network's own, smaller ones are averages.
+        window: Odd; above 1, each feature is the average of so many by so many around it.
     """
 
     model_type = "efficientnet_lite"
 
-    def __init__(self, hidden_size: int = 1280, image_size: int = 260, side: int = 9, **options: Any) -> None:
+    def __init__(
+        self, hidden_size: int = 1280, image_size: int = 260, side: int = 9, window: int = 1, **options: Any
+    ) -> None:
         super().__init__(**options)
-        self.hidden_size, self.image_size, self.side = hidden_size, image_size, side
+        self.hidden_size, self.image_size, self.side, self.window = hidden_size, image_size, side, window
         self.patch_size = image_size // side
         """What transformers counts image tokens by: as many patches a side as the grid has features."""
 
@@ -116,14 +119,27 @@ class EfficientNetLite(PreTrainedModel):
         for block in self.blocks:
             x = block(x)
         x = F.relu6(self.head(x), inplace=True)
-        if x.shape[-1] != self.config.side:
-            x = F.adaptive_avg_pool2d(x, self.config.side)
-        features = x.flatten(2).transpose(1, 2)
+        features = pooled(x, self.config.side, self.config.window).flatten(2).transpose(1, 2)
         return BaseModelOutputWithPooling(
             last_hidden_state=features,  # pyright: ignore[reportArgumentType]  # declared for one class of tensors
             pooler_output=features.mean(1),  # pyright: ignore[reportArgumentType]
             hidden_states=(features,),  # pyright: ignore[reportArgumentType]
         )
+
+
+def pooled(
+    x: Float[Tensor, "batch channels high wide"], side: int, window: int
+) -> Float[Tensor, "batch channels side side"]:
+    """A grid averaged around each place, then to a smaller one.
+
+    Args:
+        x: The grid.
+        side: What is left of it.
+        window: Over how many places each is averaged, in both directions; 1 for itself alone. At the edges fewer.
+    """
+    if window > 1:
+        x = F.avg_pool2d(x, window, 1, window // 2, count_include_pad=False)
+    return x if x.shape[-1] == side else F.adaptive_avg_pool2d(x, side)
 
 
 def folded(stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
