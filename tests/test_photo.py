@@ -56,9 +56,16 @@ def words() -> PreTrainedTokenizerFast:
 
 def small_language(vocab_size: int) -> LlamaForCausalLM:
     torch.manual_seed(1)
-    sizes = {"hidden_size": HIDDEN, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
     config = LlamaConfig(
-        vocab_size=vocab_size, tie_word_embeddings=True, bos_token_id=1, eos_token_id=2, pad_token_id=2, **sizes
+        vocab_size=vocab_size,
+        hidden_size=HIDDEN,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        tie_word_embeddings=True,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=2,
     )
     return LlamaForCausalLM(config).eval()
 
@@ -120,8 +127,10 @@ def test_batch_norm_is_folded_into_every_convolution(eyes):
         groups = len(weight) if weight.shape[1] == 1 and "depthwise" in name else 1
         x = torch.randn(2, weight.shape[1] * groups, 6, 6)
         plain = F.conv2d(x, weight, groups=groups)
-        statistics = (stored[f"{norm}.{part}"] for part in ("running_mean", "running_var", "weight", "bias"))
-        expected = F.batch_norm(plain, *statistics, eps=1e-3)
+        mean, variance, scale, shift = (
+            stored[f"{norm}.{part}"] for part in ("running_mean", "running_var", "weight", "bias")
+        )
+        expected = F.batch_norm(plain, mean, variance, scale, shift, eps=1e-3)
         ours = F.conv2d(x, made[f"{name}.weight"], made[f"{name}.bias"], groups=groups)
         assert torch.allclose(ours, expected, rtol=1e-3, atol=1e-3), name
 

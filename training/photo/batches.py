@@ -59,7 +59,7 @@ class Batches:
                 self.single.setdefault(self.nouns_of(i)[0], []).append(i)
         self.nouns = sorted(self.single)
         """Of which there are pictures."""
-        self.imagined = Imagined() if shares.imagined else None
+        self.imagined = Imagined(self.nouns) if shares.imagined else None
         self.known = sorted({*self.nouns, *(self.imagined.nouns if self.imagined else ())})
         """All that is to be named."""
         self.hard = dict.fromkeys(self.known, 1.0)

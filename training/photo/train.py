@@ -3,13 +3,16 @@
     python training/photo/train.py --pictures pictures.csv              # or a folder of folders NOUN/*.jpg
 
 1. features: what EfficientNet-Lite2 sees in every picture is computed once (features.py).
-2. ridge: the projector is started by ridge regression, so that each image token is near the noun's own word.
-3. gradients: the language model reads image tokens and question and is to answer with the nouns; its weights and those
-   of the tower stay as they are, only the projector learns. In most steps it reads some of the image tokens, at their
-   true positions, which costs a third; in the last ones all of them.
+2. ridge: the projector is started by ridge regression onto the nouns' own words.
+3. lexicon: without pictures, it is learned from which image tokens the language model reads each noun. The word's own
+   embedding is not enough: of it the model tells stories, and of nouns of several tokens it says something else.
+4. fit: without the language model, pictures are put near the lexicon's token of their noun.
+5. gradients: the language model reads image tokens and question and is to answer with the nouns. Its weights and those
+   of the tower stay as they are, only the projector learns. Most steps read some of the image tokens, at their true
+   positions, which costs less; the last ones read all of them.
 
 What a step sees is a function of its number, so that a run that was stopped continues as if it had not been. The rate
-falls to zero over the last third. Every 20 steps a checkpoint and a line in `log.jsonl`.
+falls to zero over the last third of a stage. Every 20 steps a checkpoint and a line in `log.jsonl`.
 """
 
 from __future__ import annotations
@@ -30,7 +33,7 @@ import torch.nn.functional as F
 from batches import Batches, Shares
 from captions import ASKED, caption
 from features import WORK
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from pictures import Picture, read_pictures
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -40,8 +43,12 @@ from mmneurons.settings import PROMPT
 
 RIDGE = 60
 """Batches that the ridge regression sees."""
-WORD_RATE, SHARPNESS = 5e-4, 16.0
-"""Of the steps that put pictures near words: learning rate, and what the cosines are multiplied by."""
+TURN_RATE, OWN_RATE = 3e-4, 2e-3
+"""Learning rates of the lexicon: of what all nouns share, and of each noun's own."""
+SECOND = ([False, True] * 3, [False] * 3 + [True] * 3, [False] * 4 + [True] * 2)
+"""Which of six tokens show the second of two nouns: the right side, the lower half or third."""
+FIT_RATE, SHARPNESS = 5e-4, 16.0
+"""Of the steps that put pictures near the lexicon: learning rate, and what the cosines are multiplied by."""
 SHORT = 0.9
 """Share of the batches that read no question, among those with the usual one."""
 
@@ -63,11 +70,10 @@ class Plan:
     """Of the steps, the last ones that read all image tokens."""
     batch: int = 16
     rate: float = 4e-4
-    smoothing: float = 0.0
-    near: float = 0.2
-    """Weight of image tokens being near the noun's word, beside what the language model says."""
-    words: int = 600
-    """Steps that put pictures near words, before the language model is asked."""
+    lexicon: int = 200
+    """Steps that learn how nouns look to the language model, without pictures."""
+    fit: int = 1500
+    """Steps that make pictures look so, without the language model."""
     imagined: float = 0.4
     """Share of the pictures that are moved to a class of the tower's own classifier; 0 for pictures alone."""
     collages: float = 0.15
@@ -137,8 +143,25 @@ class Teacher:
         n_kept = n_all if step >= plan.steps - plan.full else min(plan.kept, n_all)
         self.batches.hard = dict(zip(self.index, self.losses.clamp(0.3, 3).tolist(), strict=True))
         batch = self.batches.draw(rng, plan.batch, n_kept)
-        places, named, image = batch.places, batch.nouns, projector(batch.tokens)
-        # 2. The same question for all, and for each its answer. Mostly none: half as many tokens, and no worse.
+        return self.said(projector(batch.tokens), batch.places, batch.nouns, rng)
+
+    def said(
+        self,
+        image: Float[Tensor, "rows tokens hidden"],
+        places: Int[Tensor, "rows tokens"],
+        named: list[list[str]],
+        rng: random.Random,
+    ) -> Tensor:
+        """Cross-entropy of captions by the language model; notes which nouns are hard.
+
+        Args:
+            image: Image tokens.
+            places: Where in the grid each is.
+            named: What is to be said of each picture.
+            rng: Draws the question.
+        """
+        n_all, n_kept = self.plan.side**2, image.shape[1]
+        # 1. The same question for all, and for each its answer. Mostly none: half as many tokens, and no worse.
         prompt, prefix, begin = ASKED[0] if rng.random() < 0.85 else rng.choice(ASKED[1:])
         before, after = CHAT.split("{image}")
         after = after.format(prompt=prompt) + prefix
@@ -150,7 +173,7 @@ class Teacher:
         length = max(map(len, answers))
         ids = torch.tensor([answer + ends * (length - len(answer)) for answer in answers])
         wanted = torch.tensor([answer + [-100] * (length - len(answer)) for answer in answers])
-        # 3. The language model, from embeddings on.
+        # 2. The language model, from embeddings on.
         rows = len(named)
         shared = [self.embedding[part].expand(rows, -1, -1) for part in (before, after)]
         embedded = torch.cat([shared[0], image, shared[1], self.embedding[ids[:, :-1]]], 1)
@@ -160,15 +183,14 @@ class Teacher:
         )
         hidden = self.hidden(embedded, positions)[:, -length:]
         logits = self.model.lm_head(hidden)
-        each = F.cross_entropy(
-            logits.flatten(0, 1), wanted.flatten(), ignore_index=-100, reduction="none", label_smoothing=plan.smoothing
-        ).view(rows, length)
+        each = F.cross_entropy(logits.flatten(0, 1), wanted.flatten(), ignore_index=-100, reduction="none").view(
+            rows, length
+        )
         for nouns, value in zip(named, each.detach().sum(1).tolist(), strict=True):
             if len(nouns) == 1:
                 i = self.index[nouns[0]]
                 self.losses[i] = 0.7 * self.losses[i] + 0.3 * min(value, 6.0) / 2
-        said = each.sum() / (wanted != -100).sum()
-        return said + plan.near * self.distance(image, named)
+        return each.sum() / (wanted != -100).sum()
 
     def hidden(self, embedded: Tensor, positions: Tensor) -> Tensor:
         """Last hidden states. The mask is given, since positions with gaps look like several packed texts."""
@@ -208,7 +230,8 @@ class Teacher:
             gram += (x.T @ x).double()
             target += (x.T @ y).double()
             total += len(x)
-            made.append(x[::9]), meant.append(y[::9])
+            made.append(x[::9])
+            meant.append(y[::9])
         eye = torch.eye(last.in_features, dtype=torch.float64)
         solved = torch.linalg.solve(gram + 0.02 * total * eye, target).float()
         # 2. Regression shrinks; words have a length that the language model knows.
@@ -223,34 +246,118 @@ class Teacher:
         words = torch.stack([self.embedding[self.ids(f" {noun}")].mean(0) for noun in self.index])
         return words, words.mean(0)
 
-    def told_apart(self, projector: Projector, steps: int) -> None:
-        """Put each picture nearest to its own noun's word: minutes, since the language model is not asked."""
-        optimizer = torch.optim.AdamW(projector.parameters(), lr=WORD_RATE, betas=(0.9, 0.98))
+    def fitted(self, projector: Projector, targets: Float[Tensor, "nouns hidden"], steps: int) -> None:
+        """Put the image tokens of each picture near what its noun is to look like: the language model is not asked.
+
+        Args:
+            projector: Changed.
+            targets: For each noun, the image token that it should be.
+            steps: Of 96 pictures.
+        """
+        optimizer = torch.optim.AdamW(projector.parameters(), lr=FIT_RATE, betas=(0.9, 0.98))
+        middle = targets.mean(0)
+        directions, size = F.normalize(targets - middle), (targets - middle).square().mean()
         for step in range(steps):
             for group in optimizer.param_groups:
-                group["lr"] = WORD_RATE * share_of_rate(step, steps)
-            batch = self.batches.draw(random.Random(f"{self.plan.seed} words {step}"), 96, 6, alone=True)
-            loss = self.distance(projector(batch.tokens), batch.nouns)
+                group["lr"] = FIT_RATE * share_of_rate(step, steps)
+            batch = self.batches.draw(random.Random(f"{self.plan.seed} fit {step}"), 96, 6, alone=True)
+            wanted = torch.tensor([self.index[nouns[0]] for nouns in batch.nouns])
+            tokens = projector(batch.tokens)
+            away = (
+                (tokens - targets[wanted][:, None]).square().mean(),
+                (tokens.mean(1) - targets[wanted]).square().mean(),
+            )
+            near = F.cross_entropy(SHARPNESS * F.normalize(tokens.mean(1) - middle) @ directions.T, wanted)
             optimizer.zero_grad()
-            loss.backward()
+            (sum(away) / size + near).backward()
             optimizer.step()
-            if step % 50 == 49:
-                print(f"words {step + 1}: {loss.item():.3f}", flush=True)
+            if step % 100 == 99:
+                shown = [round(value.item(), 3) for value in (away[0] / size, away[1] / size, near)]
+                print(f"fit {step + 1}: {shown}", flush=True)
 
-    def distance(self, tokens: Float[Tensor, "rows tokens hidden"], nouns: list[list[str]]) -> Tensor:
-        """Cross-entropy of the noun by how near image tokens, one by one and their mean, are to each word.
 
-        Their length is held near that of words. Pictures of two nouns are left out.
-        """
-        alone = [i for i, mine in enumerate(nouns) if len(mine) == 1]
-        wanted = torch.tensor([self.index[nouns[i][0]] for i in alone])
-        words, middle = self.words
-        away = tokens[alone] - middle
-        near = [SHARPNESS * F.normalize(part, dim=-1) @ F.normalize(words - middle).T for part in (away.mean(1), away)]
-        whole = F.cross_entropy(near[0], wanted)
-        parts = F.cross_entropy(near[1].flatten(0, 1), wanted.repeat_interleave(away.shape[1]))
-        long = away.norm(dim=2) / (words - middle).norm(dim=1).mean() - 1
-        return whole + 0.5 * parts + long.square().mean()
+class Lexicon(nn.Module):
+    """What an image token should be for each noun: its word's embedding, turned into what the language model reads.
+
+    Args:
+        words: The embedding of each noun, a mean over its tokens.
+    """
+
+    def __init__(self, words: Float[Tensor, "nouns hidden"]) -> None:
+        super().__init__()
+        self.words = nn.Buffer(words)
+        self.turn = nn.Linear(words.shape[1], words.shape[1])
+        self.own = nn.Parameter(torch.zeros_like(words))
+        with torch.no_grad():
+            self.turn.weight.copy_(torch.eye(words.shape[1]))
+            self.turn.bias.zero_()
+
+    def forward(self) -> Float[Tensor, "nouns hidden"]:
+        """The image token of every noun."""
+        return self.turn(self.words) + self.own
+
+
+def learn_lexicon(teacher: Teacher, steps: int, out: Path) -> Tensor:
+    """Learn, without pictures, from which image tokens the language model reads each noun.
+
+    Tokens are blurred as those of pictures will be: mixed with another noun's, and with noise.
+
+    Returns:
+        Image tokens (nouns, hidden).
+    """
+    path = out / "lexicon.pt"
+    lexicon = Lexicon(teacher.words[0])
+    groups = [
+        {"params": [*lexicon.turn.parameters()], "rate": TURN_RATE},
+        {"params": [lexicon.own], "rate": OWN_RATE},
+    ]
+    optimizer, begun = torch.optim.Adam(groups, betas=(0.9, 0.98)), 0
+    if path.exists():
+        content = torch.load(path, weights_only=True)
+        lexicon.load_state_dict(content["lexicon"])
+        if content["optimizer"]:
+            optimizer.load_state_dict(content["optimizer"])
+        teacher.losses, begun = content["losses"], content["step"]
+    nouns, start = list(teacher.index), time.time()
+    photographed = [teacher.index[noun] for noun in teacher.batches.nouns]
+    for step in range(begun, steps):
+        for group in optimizer.param_groups:
+            group["lr"] = group["rate"] * share_of_rate(step, steps)
+        rng, generator = random.Random(f"{teacher.plan.seed} lexicon {step}"), torch.Generator().manual_seed(step)
+        weights = teacher.losses.clamp(0.3, 3)
+        weights[photographed] *= 2
+        rows = teacher.plan.batch
+        picked = torch.multinomial(weights, 2 * rows, generator=generator).view(rows, 2)
+        two = [rng.random() < 0.3 for _ in range(rows)]
+        table = lexicon()
+        # 1. Six tokens in three rows of two: of the first noun, or on one side or in one half the second.
+        places = torch.tensor([0, 2, 3, 5, 6, 8]) if teacher.plan.side == 3 else torch.arange(6)
+        other = torch.stack(
+            [torch.tensor(rng.choice(SECOND)) if both else torch.zeros(6, dtype=torch.bool) for both in two]
+        )
+        owner = torch.where(other, picked[:, 1:], picked[:, :1])
+        blur = torch.randint(len(nouns), owner.shape, generator=generator)
+        share = 0.45 * torch.rand(*owner.shape, 1, generator=generator)
+        tokens = (1 - share) * table[owner] + share * table[blur]
+        noise = torch.randn(tokens.shape, generator=generator) * tokens.detach().std() * 0.4
+        named = [
+            [nouns[a], nouns[b]] if both else [nouns[a]] for (a, b), both in zip(picked.tolist(), two, strict=True)
+        ]
+        loss = teacher.said(tokens + noise, places.expand(rows, -1), named, rng)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        if step % 20 == 19 or step == steps - 1:
+            print({"lexicon": step + 1, "loss": round(loss.item(), 3), "s": round(time.time() - start, 1)}, flush=True)
+            content = {
+                "lexicon": lexicon.state_dict(),
+                "optimizer": optimizer.state_dict(),
+                "losses": teacher.losses,
+                "step": step + 1,
+            }
+            torch.save(content, path.with_suffix(".tmp"))
+            os.replace(path.with_suffix(".tmp"), path)
+    return lexicon().detach()
 
 
 def language_model(work: Path) -> tuple[Any, Any]:
@@ -287,12 +394,14 @@ def train(teacher: Teacher, out: Path, minutes: float = math.inf) -> Projector:
     if content is None:
         projector = teacher.started()
         save(projector, plan, out / "ridge.safetensors")
-        teacher.told_apart(projector, plan.words)
-        save(projector, plan, out / "words.safetensors")
+        teacher.fitted(projector, learn_lexicon(teacher, plan.lexicon, out), plan.fit)
+        save(projector, plan, out / "fitted.safetensors")
     else:
         projector = Projector(torch.zeros(1280), torch.ones(1280), teacher.embedding.shape[1], plan.layers)
         projector.load_state_dict(content["projector"])
-        teacher.losses, step = content["losses"], content["step"]
+        step = content["step"]
+        if content["losses"].shape == teacher.losses.shape:  # else other nouns are learned from here on
+            teacher.losses = content["losses"]
     optimizer = torch.optim.AdamW(projector.parameters(), lr=plan.rate, betas=(0.9, 0.98), weight_decay=0.01)
     if content is not None and content["optimizer"]:
         optimizer.load_state_dict(content["optimizer"])

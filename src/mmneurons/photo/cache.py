@@ -34,7 +34,7 @@ def folder() -> Path:
     return kept(_make)
 
 
-def kept(make: Callable[[Path], None]) -> Path:
+def kept(make: Callable[[Path], object]) -> Path:
     """The folder in the cache; where it is not there, `make` fills an empty one beside it, which is then renamed.
 
     Args:

@@ -68,7 +68,7 @@ def assembled(language: Any, tower: EfficientNetLite, projector: Mapping[str, Te
     config = transformers.LlavaConfig(
         vision_config=tower.config,
         text_config=language.config,
-        image_token_id=image_token_id,
+        image_token_id=image_token_id,  # pyright: ignore[reportCallIssue]  # passed on
         vision_feature_layer=-1,
         vision_feature_select_strategy="full",
         projector_hidden_act="linear" if linear else "gelu",
