@@ -1,4 +1,4 @@
-"""Check a built wheel: under 25 MB, with the pocket model, the photo model's projector, samples, licences and type marker inside."""
+"""Check a built wheel: under 25 MB, with both models' weights, samples, licences and type marker inside."""
 
 import sys
 import zipfile

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import shutil
+import subprocess
 import sys
 import threading
 import tomllib
@@ -202,6 +203,14 @@ def test_a_written_model_is_loaded_and_read(parts):
     checked = mmn.doctor(vlm)
     assert all(check.passed for check in checked.checks), checked
     assert checked.structure["patch_grid"] == [9, 9]
+
+
+def test_another_process_loads_what_is_there(parts):
+    cache.folder()
+    program = "import mmneurons as mmn; print(mmn.load('photo', device='cpu'))"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "VLM('photo', LlavaForConditionalGeneration: 2 blocks" in done.stdout
 
 
 # The cache.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib
 import logging
 import os
 import shutil
@@ -31,6 +32,7 @@ def folder() -> Path:
     Raises:
         ModelError: packages are missing or hold other files, or the folder cannot be written.
     """
+    importlib.import_module("mmneurons.photo.tower")  # tells transformers of the tower
     return kept(_make)
 
 
