@@ -14,8 +14,8 @@ import pytest
 SOURCE = Path(__file__).parents[1] / "src" / "mmneurons"
 PACKAGE = SOURCE.name
 LAYERS: Sequence[str] = """
-    errors progress files neurons words settings pocket photo maths data vlm finding attribution metrics inspection patches
-    editing baselines report cli
+    errors progress files neurons words settings pocket photo maths data vlm finding attribution metrics inspection
+    patches editing baselines report cli
 """.split()
 """A module imports from its own layer and from those before it."""
 SHOWN = {("mmneurons.finding.result", "mmneurons.report.page"), ("mmneurons.patches.patch", "mmneurons.report.patch")}
