@@ -10,8 +10,8 @@ BIN := .venv/bin
 # A file of tests to a process, one thread each: tests are many small computations, which threads do not speed up.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile
 
-NUMERIC := baselines causal edit evaluation families find finders forms hallucination inspect interventions load lookup \
-  maths optimised patch regions sensitivity specificity truth weights
+NUMERIC := baselines causal edit evaluation families find finders forms gradient hallucination inspect interventions load lookup \
+  maths patch regions sensitivity specificity truth weights
 
 TRANSFORMERS := 4.57.6 5.3.0 5.24.0
 BY_VERSION := asking checkpoint families find load patch pocket processors prompts weights

@@ -16,14 +16,17 @@ from timing import Ratio, rounds
 
 import mmneurons as mmn
 from mmneurons import pocket
-from mmneurons.editing import optimised
+from mmneurons.editing import gradient
 from mmneurons.editing.columns import writers
-from mmneurons.editing.forced import Reader
-from mmneurons.editing.goals import Asked, goals_of
+from mmneurons.editing.fit import descend
+from mmneurons.editing.goals import Asked, given, goals_of
 from mmneurons.editing.reference import make_reference
 from mmneurons.editing.steps import answer_steps, occurrences
+from mmneurons.patches.parts import pristine_columns
 from mmneurons.settings import Question
 from mmneurons.vlm.context import evaluating, frozen
+from mmneurons.vlm.hooks.deltas import Deltas
+from mmneurons.vlm.teacher_forcing import Reader
 
 SOURCE, TARGET, TOP = "dog", "cat", 100
 
@@ -38,33 +41,36 @@ def main() -> None:
     said = answer_steps(vlm, images)
     asked = Asked(images, Question(), said, occurrences(vlm, said, SOURCE))
     goals = goals_of(vlm, [asked], TARGET)
-    reference = make_reference(vlm, [pocket.scene(650_000_000 + i).image for i in range(optimised.SAMPLE)])
+    reference = make_reference(vlm, [pocket.scene(650_000_000 + i).image for i in range(gradient.SAMPLE)])
     print("| columns of | cached, ms a step | whole model, ms a step | whole / cached |\n| --- | --- | --- | --- |")
     for blocks in (1, 2):
         columns = writers(vlm, goals, TOP, blocks)
-        arms, studies = {}, []
+        arms, changes = {}, []
         with frozen(vlm.model), evaluating(vlm.model):
             for name, cache in (("cached", True), ("whole", False)):
                 reader = Reader(vlm, len(vlm.anatomy.blocks) - blocks, cache, 8)
-                own = reader.read(images, Question(), optimised.given(vlm, asked, TARGET))
-                others = reader.read_reference(reference, SOURCE)
-                studies.append(optimised.Study(reader, columns, None, to_target=True))
-                for delta in studies[-1].deltas.values():
+                own = reader.read(images, Question(), given(vlm, asked, TARGET))
+                others = reference.read(reader, SOURCE)
+                changes.append(Deltas.zero(columns))
+                for delta in changes[-1].parameters:
                     delta.requires_grad_()
-                arms[name] = partial(step, studies[-1], own, others)
+                pristine = pristine_columns(vlm, columns)
+                arms[name] = partial(step, gradient.Objective(reader, changes[-1], pristine, own, others, True))
                 arms[name]()
-            for i, delta in studies[0].deltas.items():
-                torch.testing.assert_close(delta.grad, studies[1].deltas[i].grad, rtol=1e-3, atol=1e-6)
+            for cached, whole in zip(*(change.parameters for change in changes), strict=True):
+                torch.testing.assert_close(cached.grad, whole.grad, rtol=1e-3, atol=1e-6)
             seconds = rounds(arms, n)
         cached, whole = (1000 * statistics.median(seconds[name]) for name in ("cached", "whole"))
         where = "the last block" if blocks == 1 else f"the last {blocks} blocks"
         print(f"| {where} | {cached:.0f} | {whole:.0f} | {Ratio.of(seconds['whole'], seconds['cached'])} |")
 
 
-def step(study: optimised.Study, own: list, others: list) -> None:
+def step(objective: gradient.Objective) -> None:
     """One loss and its gradient."""
-    with study.hooked():
-        study.descend(own, others)
+    for delta in objective.change.parameters:
+        delta.grad = None
+    with objective.change.added():
+        descend(objective.losses(objective.others), objective.change.parameters)
 
 
 if __name__ == "__main__":

@@ -19,24 +19,24 @@ from safetensors.torch import save as to_bytes
 
 import mmneurons as mmn
 from mmneurons import pocket
+from mmneurons.editing import checkpoint
 from mmneurons.editing import dehallucinate as making
-from mmneurons.editing import training
-from mmneurons.editing.declining import (
+from mmneurons.editing.abstention import (
     FOLLOW,
     KEEP,
     Answered,
     answers,
-    descend,
     lessons,
+    losses,
     objects_named,
     read_lessons,
     read_questions,
     shuffled,
 )
+from mmneurons.editing.checkpoint import MOMENTS, Training
 from mmneurons.editing.dehallucinate import DehallucinateSettings, chair_change, dehallucinate
-from mmneurons.editing.forced import Batch, Given, Reader
-from mmneurons.editing.low_rank import LowRank, slopes
-from mmneurons.editing.training import MOMENTS, Training
+from mmneurons.editing.fit import descend, fit
+from mmneurons.editing.low_rank import low_rank, slopes
 from mmneurons.errors import FormatError, MmneuronsError, SettingError, WordError
 from mmneurons.metrics import chair as measuring
 from mmneurons.metrics.chair import (
@@ -47,12 +47,15 @@ from mmneurons.metrics.chair import (
     read_synonyms,
     yes_or_no,
 )
+from mmneurons.patches.parts import patch_of
 from mmneurons.patches.patch import Patch
 from mmneurons.pocket.scenes import Scene
 from mmneurons.settings import ANSWER_PREFIX, PROMPT, Question
 from mmneurons.vlm.columns import Columns
 from mmneurons.vlm.context import evaluating, frozen
+from mmneurons.vlm.hooks.deltas import Deltas
 from mmneurons.vlm.prompts import tokens_of
+from mmneurons.vlm.teacher_forcing import Batch, Given, Reader
 
 
 @pytest.fixture(scope="module")
@@ -330,17 +333,17 @@ def case_of(vlm: mmn.VLM, scenes: list[Scene]) -> Case:
     reference = mmn.make_reference(vlm, images[:3], ["a dog is an animal"])
     with frozen(vlm.model), evaluating(vlm.model):
         own = read_lessons(reader, images, Question(), made, lambda done: None)
-        return Case(reader, own, reader.read_reference(reference, None), made, images)
+        return Case(reader, own, reference.read(reader, None), made, images)
 
 
 def columns(vlm: mmn.VLM) -> Columns:
     return Columns(vlm.anatomy, {1: torch.arange(0, 40, 2), 4: torch.arange(30)})
 
 
-def moved(vlm: mmn.VLM) -> LowRank:
-    change = LowRank.none(vlm, columns(vlm), 3)
+def moved(vlm: mmn.VLM) -> Deltas:
+    change = low_rank(vlm, columns(vlm), 3)
     random = torch.Generator().manual_seed(0)
-    for share in change.shares.values():
+    for share in change.rows.values():
         share.copy_(0.5 * torch.randn(share.shape, generator=random))
     return change
 
@@ -349,15 +352,15 @@ def test_the_loss_is_that_of_the_raw_model(vlm, case):
     change, payoff = moved(vlm), 3.0
     for parameter in change.parameters:
         parameter.requires_grad_()
-    with torch.inference_mode(False), frozen(vlm.model), change.hooked():
-        found = sum(descend(case.reader, [case.own], payoff))
+    with torch.inference_mode(False), frozen(vlm.model), change.added():
+        found = descend(losses(case.reader, [case.own], payoff), change.parameters)
     nouns, follows, kept = [], [], []
     for image, given in case.taught:
         inputs = vlm.encode([[case.images[image]]], PROMPT, ANSWER_PREFIX)
         whole = torch.cat([inputs["input_ids"], torch.tensor([given.token_ids])], 1)
         start = inputs["input_ids"].shape[1] - 1
         log_p = []
-        for patch in (Patch(vlm.anatomy.hidden, ()), change.patch()):
+        for patch in (Patch(vlm.anatomy.hidden, ()), patch_of(vlm, change)):
             with patch.applied(vlm), torch.inference_mode():
                 raw = vlm.model(
                     input_ids=whole, attention_mask=torch.ones_like(whole), pixel_values=inputs["pixel_values"]
@@ -377,11 +380,11 @@ def test_the_loss_is_that_of_the_raw_model(vlm, case):
 
 
 def test_nothing_diverges_before_anything_changes(vlm, case):
-    change = LowRank.none(vlm, columns(vlm), 3)
+    change = low_rank(vlm, columns(vlm), 3)
     for parameter in change.parameters:
         parameter.requires_grad_()
-    with torch.inference_mode(False), frozen(vlm.model), change.hooked():
-        assert sum(descend(case.reader, [case.others], 3.0)) == pytest.approx(0, abs=1e-5)
+    with torch.inference_mode(False), frozen(vlm.model), change.added():
+        assert descend(losses(case.reader, [case.others], 3.0), change.parameters) == pytest.approx(0, abs=1e-5)
 
 
 def test_the_gradient_of_the_change_is_the_slope_of_the_loss(vlm, scenes):
@@ -389,8 +392,9 @@ def test_the_gradient_of_the_change_is_the_slope_of_the_loss(vlm, scenes):
         case, training = case_of(double, scenes[:4]), Training.begun(moved(double))
 
         def loss() -> float:
-            with torch.inference_mode(False), frozen(double.model), training.change.hooked():
-                return sum(descend(case.reader, [case.own[:1], case.others[:1]], 3.0))
+            with torch.inference_mode(False), frozen(double.model), training.change.added():
+                parts = losses(case.reader, [case.own[:1], case.others[:1]], 3.0)
+                return descend(parts, training.change.parameters)
 
         for parameter in training.change.parameters:
             training.adam.zero_grad()
@@ -402,13 +406,13 @@ def test_the_gradient_of_the_change_is_the_slope_of_the_loss(vlm, scenes):
 
 
 def test_the_steepest_columns_are_those_of_the_weights_gradient(vlm, case):
-    found = slopes(vlm, [2, 4], iter_of(vlm, case))
+    with torch.inference_mode(False), frozen(vlm.model), evaluating(vlm.model):
+        found = slopes(vlm, [2, 4], losses(case.reader, [case.own], 3.0))
     weights = {i: vlm.anatomy.ffns[i].module.weight for i in (2, 4)}
     with torch.inference_mode(False), evaluating(vlm.model):
         for weight in weights.values():
             weight.requires_grad_(True)
-        for _ in descend(case.reader, [case.own], 3.0):
-            pass
+        descend(losses(case.reader, [case.own], 3.0), list(weights.values()))
     assert set(found) == {2, 4}
     for i, weight in weights.items():
         assert weight.grad is not None
@@ -416,11 +420,6 @@ def test_the_steepest_columns_are_those_of_the_weights_gradient(vlm, case):
         torch.testing.assert_close(found[i], expected, rtol=1e-3, atol=1e-6)
     vlm.model.zero_grad()
     assert all(parameter.grad is None for parameter in vlm.model.parameters())
-
-
-def iter_of(vlm: mmn.VLM, case: Case):
-    with torch.inference_mode(False), frozen(vlm.model), evaluating(vlm.model):
-        yield from descend(case.reader, [case.own], 3.0)
 
 
 def test_references_are_read_some_at_a_time(case):
@@ -436,11 +435,9 @@ def test_references_are_read_some_at_a_time(case):
 
 def test_what_is_kept_goes_on_as_if_nothing_had_happened(vlm, case, tmp_path):
     def steps(training: Training, n: int) -> None:
-        for _ in range(n):
-            with torch.inference_mode(False), frozen(vlm.model), training.change.hooked():
-                for _ in descend(case.reader, [case.own[:1], case.others[:1]], 3.0):
-                    pass
-            training.step(0.1)
+        groups = [case.own[:1], case.others[:1]]
+        with torch.inference_mode(False), frozen(vlm.model), training.change.added():
+            fit(training.adam, lambda step: losses(case.reader, groups, 3.0), range(n), rate=lambda step: 0.1)
 
     whole = Training.begun(moved(vlm))
     steps(whole, 4)
@@ -468,7 +465,7 @@ def begun(vlm) -> Training:
     one = Training.begun(moved(vlm))
     for parameter in one.change.parameters:
         parameter.grad = torch.ones_like(parameter)
-    one.step(0.1)
+    one.adam.step()
     one.rounds = 3
     return one
 
@@ -516,7 +513,7 @@ def test_tensors_that_are_none_of_a_training_are_refused(vlm, begun, tmp_path, m
             held[name] = value
         return to_bytes(held, **options)
 
-    monkeypatch.setattr(training, "to_bytes", harmed)
+    monkeypatch.setattr(checkpoint, "to_bytes", harmed)
     begun.keep(tmp_path / "x.part", "key")
     with pytest.raises(FormatError, match="damaged"):
         Training.resumed(tmp_path / "x.part", "key", vlm)

@@ -9,7 +9,7 @@ declines. It repairs what it can.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -18,26 +18,28 @@ from typing import Any, Unpack
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from mmneurons.data.content import image_hash, key_of
 from mmneurons.data.pictures import Picture, open_row
 from mmneurons.data.store import lock_of, one_writer
-from mmneurons.editing.declining import (
+from mmneurons.editing.abstention import (
     Answered,
     answers,
-    descend,
     lessons,
+    losses,
     objects_named,
     read_lessons,
     read_questions,
     shuffled,
 )
-from mmneurons.editing.forced import Batch, Reader
-from mmneurons.editing.low_rank import LowRank, slopes
+from mmneurons.editing.checkpoint import Training
+from mmneurons.editing.fit import fit
+from mmneurons.editing.low_rank import low_rank, slopes
 from mmneurons.editing.reference import Reference
-from mmneurons.editing.training import Training
 from mmneurons.errors import SettingError, WordError
 from mmneurons.metrics.chair import Chair, Vocabulary, chair, chair_of
+from mmneurons.patches.parts import patch_of
 from mmneurons.patches.patch import Patch
 from mmneurons.progress import Progress, untold
 from mmneurons.settings import DehallucinateOptions, DehallucinateSettings, Question, settled
@@ -46,6 +48,7 @@ from mmneurons.vlm.columns import Columns, lowest_block
 from mmneurons.vlm.context import evaluating, frozen
 from mmneurons.vlm.locking import by_one_thread
 from mmneurons.vlm.prompts import tokens_of
+from mmneurons.vlm.teacher_forcing import Batch, Reader
 from mmneurons.vlm.vlm import VLM
 
 RATE = 0.15
@@ -98,7 +101,7 @@ def dehallucinate(
         WordError: the word has more than one token, or none of its own to begin with.
         ModelError: columns of an expert, or that cannot be written.
 
-    Source: ours. The loss is that of Deep Gamblers (see `descend`); CHAIR is Rohrbach et al.'s (EMNLP 2018).
+    Source: ours. The loss is that of Deep Gamblers (see `losses.abstention`); CHAIR is Rohrbach et al.'s (EMNLP 2018).
     """
     settings = settled(DehallucinateSettings, settings, options)
     settings = replace(settings, answer_prefix=settings.question.prefix)
@@ -125,7 +128,7 @@ def dehallucinate(
     with alone, torch.inference_mode(False), frozen(vlm.model), evaluating(vlm.model):
         # 3. All that is to be learned and to stay is read once, up to the lowest block that moves.
         training = None if path is None else Training.resumed(path, key, vlm)
-        reader = Reader(vlm, lowest, True, 1 if vlm.family.one_at_a_time else settings.batch_size)
+        reader = Reader(vlm, lowest, True, settings.batch_size)
         own = read_lessons(
             reader, images, settings.question, taught,
             lambda done: progress("reading", done, len(taught)),
@@ -133,7 +136,7 @@ def dehallucinate(
         few = replace(reader, batch_size=min(reader.batch_size, REFERENCES))
         asked = np.random.default_rng(0).permutation(len(images))[: settings.questions].tolist()
         others = [
-            [] if reference is None else few.read_reference(reference, None),
+            [] if reference is None else reference.read(few, None),
             read_questions(
                 few, [images[i] for i in asked], [there[i] for i in asked], vocabulary.nouns, settings.max_new_tokens,
                 lambda done: progress("asking", done, len(asked)),
@@ -142,7 +145,7 @@ def dehallucinate(
         # 4. The columns that matter most begin to move, or go on where an earlier run was stopped.
         if training is None:
             columns = _steepest(reader, own, lowest, settings)
-            training = Training.begun(LowRank.none(vlm, columns, settings.rank))
+            training = Training.begun(low_rank(vlm, columns, settings.rank))
         _train(
             training,
             reader,
@@ -152,7 +155,7 @@ def dehallucinate(
             None if path is None else partial(training.keep, path, key),
             progress,
         )
-        patch = training.change.patch()
+        patch = patch_of(vlm, training.change)
     return replace(
         patch,
         provenance={
@@ -206,7 +209,7 @@ def _steepest(reader: Reader, own: Sequence[Batch], lowest: int, settings: Dehal
     """The columns along which the loss of a sample of the answers falls most steeply."""
     layers = range(lowest, len(reader.vlm.anatomy.blocks))
     sample = own[: -(-SAMPLE // reader.batch_size)]
-    steep = slopes(reader.vlm, layers, descend(reader, [sample], settings.payoff))
+    steep = slopes(reader.vlm, layers, losses(reader, [sample], settings.payoff))
     return Columns.best(reader.vlm.anatomy, steep, settings.top)
 
 
@@ -224,19 +227,28 @@ def _train(
     per_pass = -(-len(own) // per_step)
     per_round = max(1, min(settings.steps, PASSES * per_pass) // ROUNDS)
     n_steps = per_round * ROUNDS
-    for step in range(training.rounds * per_round, n_steps):
+
+    def parts(step: int) -> Iterator[Tensor]:
         order = np.random.default_rng(step // per_pass).permutation(len(own))
         first = step % per_pass * per_step
         group = [own[i] for i in order[first : first + per_step]]
-        with training.change.hooked():
-            for _ in descend(reader, [group, *(part[step % len(part)] for part in others)], settings.payoff):
-                pass
-        training.step(RATE * min((step + 1) / WARM, 1 - step / n_steps))
-        progress("learning", (step + 1) / per_round, ROUNDS)
-        if (step + 1) % per_round == 0:
+        return losses(reader, [group, *(part[step % len(part)] for part in others)], settings.payoff)
+
+    def after(step: int, loss: float) -> None:
+        progress("learning", step / per_round, ROUNDS)
+        if step % per_round == 0:
             training.rounds += 1
             if keep is not None:
                 keep()
+
+    with training.change.added():
+        fit(
+            training.adam,
+            parts,
+            range(training.rounds * per_round, n_steps),
+            rate=lambda step: RATE * min((step + 1) / WARM, 1 - step / n_steps),
+            after=after,
+        )
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from torch import Tensor
 from mmneurons.data.pictures import Picture, Pictures, as_list
 from mmneurons.editing.columns import Move, lead, moves_for, patch_of, writers
 from mmneurons.editing.goals import Asked, ask_about, goals_of
-from mmneurons.editing.optimised import optimise
+from mmneurons.editing.gradient import optimise
 from mmneurons.editing.reference import Reference
 from mmneurons.editing.strength import find_strength
 from mmneurons.neurons import Neuron

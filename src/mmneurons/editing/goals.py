@@ -15,6 +15,7 @@ from mmneurons.errors import SettingError, WordError
 from mmneurons.settings import Question
 from mmneurons.vlm.asking import texts_of
 from mmneurons.vlm.prompts import tokens_of
+from mmneurons.vlm.teacher_forcing import Given
 from mmneurons.vlm.vlm import VLM
 from mmneurons.words import Word, inflected, singular, turned
 
@@ -122,6 +123,32 @@ def rewritten(
         new += wanted
         read = word.steps[-1] + 1
     return [*new, *ids[read:]], written
+
+
+def given(vlm: VLM, one: Asked, target: str | None) -> list[Given]:
+    """Answers with TARGET in the place of SOURCE, to be read; without a target, as they are.
+
+    Raises:
+        WordError: a form of the target has no token.
+    """
+    made = []
+    for i, said in enumerate(one.said.token_ids):
+        words = sorted((word for answer, word in one.found if answer == i), key=lambda word: word.steps[0])
+        if target is None:
+            writing = {step for word in words for step in word.steps}
+            kept = {step: -1 for step in range(len(said)) if step not in writing}
+            made.append(Given(list(said), {word.steps[0]: (said[word.steps[0]],) for word in words}, kept))
+            continue
+        ids, written = rewritten(vlm, said, words, target)
+        turn = {start + k: (token,) for start, wanted in written for k, token in enumerate(wanted)}
+        firsts = {start: wanted[0] for start, wanted in written}
+        kept, behind = dict[int, int](), -1
+        for step in range(len(ids)):
+            behind = firsts.get(step, behind)
+            if step not in turn:
+                kept[step] = behind
+        made.append(Given(ids, turn, kept))
+    return made
 
 
 def goals_of(vlm: VLM, asked: Sequence[Asked], target: str | None) -> list[Goal]:

@@ -18,6 +18,7 @@ from mmneurons.errors import SettingError
 from mmneurons.progress import Progress, untold
 from mmneurons.settings import Question, QuestionOptions, settled
 from mmneurons.vlm.locking import by_one_thread
+from mmneurons.vlm.teacher_forcing import Batch, Given, Reader
 from mmneurons.vlm.vlm import VLM
 
 
@@ -64,6 +65,22 @@ class Reference:
     def without(self, vlm: VLM, word: str) -> Steps:
         """The steps that do not write a word."""
         return self.steps.at(~self.says(vlm, word))
+
+    def given(self, vlm: VLM, word: str | None) -> list[Given]:
+        """The answers, all of whose steps are to stay as they are, but for those that write a word, if there is one."""
+        if self.said is None:
+            return []
+        left = [False] * len(self.steps) if word is None else self.says(vlm, word).tolist()
+        made, start = list[Given](), 0
+        for ids in self.said.token_ids:
+            made.append(Given([*ids], {}, {step: -1 for step in range(len(ids)) if not left[start + step]}))
+            start += len(ids)
+        return made
+
+    def read(self, reader: Reader, word: str | None) -> list[Batch]:
+        """Answers and texts, to be read again: all steps that do not write a word, if there is one."""
+        answers = reader.read(self.images, self.question, self.given(reader.vlm, word))
+        return [*answers, *reader.read_texts(self.texts)]
 
     def by_image(self, vlm: VLM, word: str, values: Float[Tensor, "steps"]) -> list[float]:
         """For each image the largest of the values of its answer's steps; minus infinity where it says a word."""

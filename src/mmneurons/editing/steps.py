@@ -6,7 +6,7 @@ for answer, word in occurrences(vlm, said, "dog"): said.steps.at([said.row(answe
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -20,8 +20,9 @@ from mmneurons.vlm.anatomy.parts import Anatomy
 from mmneurons.vlm.anatomy.paths import Directions, frozen_rows
 from mmneurons.vlm.asking import ask
 from mmneurons.vlm.hooks.recording import Recording, record
+from mmneurons.vlm.teacher_forcing import text_batches
 from mmneurons.vlm.traces import Trace, pick_trace
-from mmneurons.vlm.vlm import VLM, Inputs
+from mmneurons.vlm.vlm import VLM
 from mmneurons.words import Word, find_words, says
 
 
@@ -146,23 +147,6 @@ def text_steps(vlm: VLM, texts: Sequence[str]) -> Steps:
         read = _read_steps(vlm, recording, numbers)
         parts |= {i: read.at(read.answers == i) for i in numbers}
     return join([parts[i] for i in range(len(texts))])
-
-
-def text_batches(vlm: VLM, texts: Sequence[str], batch_size: int = 64) -> Iterator[tuple[list[int], Inputs]]:
-    """Texts as the language model reads them, with its opening token, without prompt template and image.
-
-    Texts of one length together, so that none is padded: which of `texts` they are, and the inputs.
-    """
-    by_length: dict[int, list[int]] = {}
-    ids = [vlm.tokenizer(text).input_ids for text in texts]
-    for i, mine in enumerate(ids):
-        by_length.setdefault(len(mine), []).append(i)
-    size = 1 if vlm.family.one_at_a_time else batch_size
-    for numbers in by_length.values():
-        for start in range(0, len(numbers), size):
-            part = numbers[start : start + size]
-            tokens = torch.tensor([ids[i] for i in part])
-            yield part, vlm.placed({"input_ids": tokens, "attention_mask": torch.ones_like(tokens)})
 
 
 def likeliest(vlm: VLM, texts: Sequence[str]) -> list[Int[Tensor, "positions"]]:

@@ -10,16 +10,15 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from mmneurons.data.pictures import Picture
-from mmneurons.editing.forced import Batch, Given, Reader
+from mmneurons.editing.losses import abstention, divergence, log_p
 from mmneurons.metrics.chair import Vocabulary
 from mmneurons.settings import Question
 from mmneurons.vlm.asking import ask
 from mmneurons.vlm.prompts import tokens_of
+from mmneurons.vlm.teacher_forcing import Batch, Given, Reader
 from mmneurons.vlm.vlm import VLM
 from mmneurons.words import Word, inflected, words_at
 
@@ -171,7 +170,7 @@ def shuffled(batches: Sequence[Batch], rows: int) -> list[list[Batch]]:
             groups.append([])
             room = rows
         groups[-1].append(batches[i])
-        room -= int(batches[i].places[0].max()) + 1
+        room -= batches[i].n_rows
     return groups
 
 
@@ -198,42 +197,31 @@ def read_questions(
         prompt = f"Is there {'an' if noun[0] in 'aeiou' else 'a'} {noun} in the image?"
         question = Question(prompt, "", max_new_tokens, reader.batch_size)
         said = answers(reader.vlm, mine, question)
-        kept = [Given([*ids], {}, dict.fromkeys(range(len(ids)), -1)) for ids in said.token_ids]
-        made += reader.read(mine, question, kept)
+        made += reader.read(mine, question, [Given.as_said(ids) for ids in said.token_ids])
         done += len(mine)
         progress(done * len(images) // total)
     return made
 
 
-def descend(reader: Reader, groups: Sequence[Sequence[Batch]], payoff: float) -> Iterator[float]:
-    """Go backward through the loss, batch by batch; what each adds to it.
+def losses(reader: Reader, groups: Sequence[Sequence[Batch]], payoff: float) -> Iterator[Tensor]:
+    """What each batch of some groups adds to the loss.
 
-    The loss of a group: -log(p(any object that may be named) + p(say) / payoff), mean over the objects; `FOLLOW` times
-    -log p of what follows a repair; `KEEP` times the divergence from the unedited model, mean over the other steps.
-
-    Source: Liu et al., "Deep Gamblers: Learning to Abstain with Portfolio Theory" (NeurIPS 2019): who loses nothing by
-    declining but the payoff declines where the best guess is right with less than 1 / payoff.
+    The loss of a group: that of `abstention`, mean over the objects; `FOLLOW` times -log p of what follows a repair;
+    `KEEP` times the divergence from the unedited model, mean over the other steps.
     """
     for group in groups:
-        kinds = [_kinds(batch) for batch in group]
+        # Means over the steps of each kind in the whole group, however it is cut into batches.
+        kinds = [
+            (batch.turn & (batch.tokens[:, 0] >= 0), batch.turn & (batch.tokens[:, 0] < 0), batch.stay)
+            for batch in group
+        ]
         n = [max(1, sum(int(kind[k].sum()) for kind in kinds)) for k in range(3)]
         for batch, (nouns, follows, kept) in zip(group, kinds, strict=True):
-            with torch.enable_grad():
-                logits = reader.vlm.anatomy.logits(reader.final(batch), grad=True)
-                log_p, tokens = logits.log_softmax(1), batch.tokens.to(logits.device)
-                base = reader.vlm.anatomy.logits(batch.base, grad=True)[kept].log_softmax(1)
-                loss = KEEP * F.kl_div(log_p[kept], base, reduction="sum", log_target=True) / n[2]
-                if bool(batch.turn.any()):
-                    good = log_p.gather(1, tokens.clamp_min(0)).masked_fill(tokens < 0, -torch.inf)
-                    paid = good - torch.tensor([payoff], dtype=torch.float32).log().to(good) * (
-                        torch.arange(good.shape[1]) == 0
-                    ).to(good)
-                    loss = loss - paid[nouns].logsumexp(1).sum() / n[0] - FOLLOW * good[follows, 1].sum() / n[1]
-                loss.backward()
-            yield loss.item()
-
-
-def _kinds(batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-    """Steps that name an object, that follow a repair, that are to stay."""
-    says = batch.tokens[:, 0] >= 0
-    return batch.turn & says, batch.turn & ~says, ~batch.turn
+            logits = reader.logits(batch)
+            tokens = batch.tokens.to(logits.device)
+            loss = KEEP * divergence(logits[kept], reader.base(batch)[kept]) / n[2]
+            if bool(nouns.any()):
+                loss = loss + abstention(logits[nouns], tokens[nouns], payoff) / n[0]
+            if bool(follows.any()):
+                loss = loss - FOLLOW * log_p(logits[follows], tokens[follows, 1]).sum() / n[1]
+            yield loss

@@ -1,7 +1,7 @@
 """A change learned in rounds, and kept on disk after each, so that a run that was stopped goes on.
 
-training = Training.resumed(path, key, vlm) or Training.begun(LowRank.none(vlm, columns, rank))
-training.step(rate); training.keep(path, key)
+training = Training.resumed(path, key, vlm) or Training.begun(low_rank(vlm, columns, rank))
+fit(training.adam, losses, steps); training.keep(path, key)
 """
 
 from __future__ import annotations
@@ -19,10 +19,11 @@ from safetensors.torch import load as from_bytes
 from safetensors.torch import save as to_bytes
 from torch import Tensor
 
-from mmneurons.editing.low_rank import LowRank
+from mmneurons.editing.low_rank import low_rank
 from mmneurons.errors import FormatError, SettingError
 from mmneurons.files import read_file, write_whole
 from mmneurons.vlm.columns import Columns
+from mmneurons.vlm.hooks.deltas import Deltas
 from mmneurons.vlm.vlm import VLM
 
 MOMENTS = ("exp_avg", "exp_avg_sq", "step")
@@ -44,23 +45,17 @@ class _Facts(msgspec.Struct, forbid_unknown_fields=True):
 class Training:
     """A change on its way, and Adam's moments."""
 
-    change: LowRank
+    change: Deltas
     adam: torch.optim.Adam
     rounds: int = 0
     """Done."""
 
     @staticmethod
-    def begun(change: LowRank) -> Training:
+    def begun(change: Deltas) -> Training:
         """At the change as it is."""
         for parameter in change.parameters:
             parameter.requires_grad_()
         return Training(change, torch.optim.Adam(change.parameters))
-
-    def step(self, rate: float) -> None:
-        """Follow the gradients that the parameters have, and forget them."""
-        self.adam.param_groups[0]["lr"] = rate
-        self.adam.step()
-        self.adam.zero_grad()
 
     def keep(self, path: Path, key: str) -> None:
         """Write all of it to a file."""
@@ -118,7 +113,7 @@ def _rebuilt(held: dict[str, Tensor], vlm: VLM) -> Training:
         if not rising or mine[0] < 0 or mine[-1] >= vlm.anatomy.ffns[i].size:
             raise ValueError(f"columns.{i} are no columns of the model.")
     directions = held[f"parameters.{len(indices)}"]
-    training = Training.begun(LowRank.none(vlm, Columns(vlm.anatomy, dict(sorted(indices.items()))), len(directions)))
+    training = Training.begun(low_rank(vlm, Columns(vlm.anatomy, dict(sorted(indices.items()))), len(directions)))
     parameters = training.change.parameters
     with torch.no_grad():
         for k, parameter in enumerate(parameters):

@@ -10,20 +10,24 @@ import torch
 from float64 import in_float64, slope
 
 from mmneurons import pocket
-from mmneurons.editing import forced, optimised
+from mmneurons.editing import gradient
 from mmneurons.editing.columns import writers
-from mmneurons.editing.forced import Reader
-from mmneurons.editing.goals import Asked, goals_of
-from mmneurons.editing.optimised import optimise
+from mmneurons.editing.fit import descend
+from mmneurons.editing.goals import Asked, given, goals_of
+from mmneurons.editing.gradient import Objective, optimise
 from mmneurons.editing.reference import Reference, make_reference
 from mmneurons.editing.steps import answer_steps, occurrences
 from mmneurons.errors import ModelError, SettingError
 from mmneurons.neurons import Neuron
 from mmneurons.patches.ledger import ledger_of
+from mmneurons.patches.parts import patch_of, pristine_columns
 from mmneurons.patches.patch import Patch
 from mmneurons.settings import Question
+from mmneurons.vlm import teacher_forcing
 from mmneurons.vlm.columns import Columns
 from mmneurons.vlm.context import evaluating, frozen
+from mmneurons.vlm.hooks.deltas import Deltas
+from mmneurons.vlm.teacher_forcing import Reader
 from mmneurons.vlm.vlm import VLM
 from mmneurons.words import says
 
@@ -81,7 +85,7 @@ def test_dogs_become_cats_and_the_reference_stays(vlm, case):
     facts = case.patch.provenance
     assert facts["turned"] == 1
     assert facts["generated"] == len({answer for answer, _ in case.asked[0].found})
-    assert facts["margin"] >= optimised.MARGIN
+    assert facts["margin"] >= gradient.MARGIN
     with case.patch.applied(vlm):
         texts = vlm.caption(list(case.asked[0].images))
         after = vlm.caption(list(case.reference.images))
@@ -102,14 +106,14 @@ def test_only_the_chosen_columns_change(vlm, case):
 
 def read(vlm: VLM, case: Case, reader: Reader, target: str | None = "cat"):
     one = case.asked[0]
-    own = reader.read(one.images, Question(), optimised.given(vlm, one, target))
-    return own, reader.read_reference(case.reference, "dog")
+    own = reader.read(one.images, Question(), given(vlm, one, target))
+    return own, case.reference.read(reader, "dog")
 
 
 @pytest.mark.parametrize("blocks", [1, 2])
 def test_the_cache_changes_nothing(vlm, case, blocks, monkeypatch):
-    monkeypatch.setattr(optimised, "STEPS", 2)
-    monkeypatch.setattr(optimised, "SAMPLE", 8)
+    monkeypatch.setattr(gradient, "STEPS", 2)
+    monkeypatch.setattr(gradient, "SAMPLE", 8)
     columns = writers(vlm, goals_of(vlm, case.asked, "cat"), 60, blocks)
     assert len(columns.indices) == blocks
     patches = []
@@ -118,9 +122,9 @@ def test_the_cache_changes_nothing(vlm, case, blocks, monkeypatch):
         with frozen(vlm.model), evaluating(vlm.model):
             own, others = read(vlm, case, reader)
             assert all((batch.entering is not None) == cache for batch in (*own, *others))
-            study = optimised.Study(reader, columns, None, to_target=True)
-            study.run(own, others, lambda what: None)
-        patches.append(study.patch())
+            objective = Objective(reader, Deltas.zero(columns), pristine_columns(vlm, columns), own, others, True)
+            _, change = gradient.search(objective, lambda what: None)
+        patches.append(patch_of(vlm, change))
     for a, b in zip(patches[0].parts, patches[1].parts, strict=True):
         assert a.deltas is not None
         assert bool(a.deltas.any())
@@ -128,14 +132,14 @@ def test_the_cache_changes_nothing(vlm, case, blocks, monkeypatch):
 
 
 def test_blocks_that_give_something_else_when_called_again_are_not_used(vlm, case, monkeypatch):
-    monkeypatch.setattr(forced, "tolerance", lambda vlm: -1.0)
+    monkeypatch.setattr(teacher_forcing, "tolerance", lambda vlm: -1.0)
     own, _ = read(vlm, case, Reader(vlm, 4, True, 8))
     assert own[0].entering is None
     assert "pixel_values" in own[0].inputs
 
 
 def test_lower_blocks_run_once(vlm, case, monkeypatch):
-    monkeypatch.setattr(optimised, "STEPS", 10)
+    monkeypatch.setattr(gradient, "STEPS", 10)
     seen: list[int] = []
     counts: list[tuple[int, int]] = []
 
@@ -164,17 +168,19 @@ def test_the_gradient_is_that_of_the_loss(vlm, to_target):
         reader = Reader(double, 3, True, 8)
         with frozen(double.model), evaluating(double.model):
             own, others = read(double, case, reader, "cat" if to_target else None)
-            study = optimised.Study(reader, columns, None, to_target=to_target)
+            pristine, change = pristine_columns(double, columns), Deltas.zero(columns)
             random = torch.Generator().manual_seed(0)
-            for i, delta in study.deltas.items():
+            for i, delta in change.rows.items():
                 noise = torch.randn(delta.shape, generator=random)
-                delta.add_(0.3 * study.pristine[i].std() * noise).requires_grad_()
+                delta.add_(0.3 * pristine[i].std() * noise).requires_grad_()
+            objective = Objective(reader, change, pristine, own, others, to_target)
 
             def loss() -> float:
-                return study.descend(own, others[:1])[0]
+                return descend(objective.losses(others[:1]), change.parameters)
 
-            with study.hooked():
-                for delta in study.deltas.values():
+            with change.added():
+                for delta in change.parameters:
+                    delta.grad = None
                     loss()
                     assert delta.grad is not None
                     steepest = delta.grad.norm()
@@ -190,14 +196,14 @@ def test_without_a_target_source_goes(vlm, case):
 
 def test_answers_are_given_with_target_for_source(vlm, case):
     one = case.asked[0]
-    for given, text in zip(optimised.given(vlm, one, "cat"), one.said.texts, strict=True):
-        assert vlm.tokenizer.decode(given.token_ids, skip_special_tokens=True).strip() == text.replace("dog", "cat")
-        assert sorted([*given.turn, *given.kept]) == list(range(len(given.token_ids)))
-        assert all((given.token_ids[step],) == tokens for step, tokens in given.turn.items())
-        assert all((token >= 0) == (step > min(given.turn)) for step, token in given.kept.items())
-    for given, ids in zip(optimised.given(vlm, one, None), one.said.token_ids, strict=True):
-        assert given.token_ids == list(ids)
-        assert set(given.kept.values()) <= {-1}
+    for taught, text in zip(given(vlm, one, "cat"), one.said.texts, strict=True):
+        assert vlm.tokenizer.decode(taught.token_ids, skip_special_tokens=True).strip() == text.replace("dog", "cat")
+        assert sorted([*taught.turn, *taught.kept]) == list(range(len(taught.token_ids)))
+        assert all((taught.token_ids[step],) == tokens for step, tokens in taught.turn.items())
+        assert all((token >= 0) == (step > min(taught.turn)) for step, token in taught.kept.items())
+    for taught, ids in zip(given(vlm, one, None), one.said.token_ids, strict=True):
+        assert taught.token_ids == list(ids)
+        assert set(taught.kept.values()) <= {-1}
 
 
 def test_it_can_go_on_from_a_patch(vlm, case):
@@ -227,7 +233,7 @@ def test_what_cannot_be_done_is_said(vlm, case, monkeypatch):
     silent = [Asked(one.images, one.question, one.said, []) for one in case.asked]
     with pytest.raises(SettingError, match="None of these answers says 'dog'"):
         optimise(vlm, case.columns, silent, "dog", "cat", None, tell=lambda what: None)
-    monkeypatch.setattr(optimised, "STEPS", 0)
+    monkeypatch.setattr(gradient, "STEPS", 0)
     with pytest.raises(SettingError, match="No change makes the model say 'cat'"):
         case.optimise(vlm)
 

@@ -1,0 +1,68 @@
+"""Adam, for all that is learned here: a change of columns, an adapter, what a block is to write.
+
+adam = torch.optim.Adam(change.parameters, lr=0.1)
+with change.added():
+    fit(adam, lambda step: [loss_of(batch) for batch in batches], range(100), stop=lambda step: is_good())
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+Losses = Iterable[Float[Tensor, ""]]
+"""Parts of one loss, worked out one after the other: of each the graph is gone before the next is made."""
+
+
+def fit(
+    adam: torch.optim.Adam,
+    losses: Callable[[int], Losses],
+    steps: range,
+    *,
+    rate: Callable[[int], float] | None = None,
+    stop: Callable[[int], bool] = lambda step: False,
+    after: Callable[[int, float], None] = lambda step, loss: None,
+) -> int:
+    """Go down a loss, step by step; what it is of has the hooks set that make the parameters act.
+
+    Args:
+        adam: What is learned: leaves that require gradients, float32. With its moments, from an earlier run or new.
+        losses: The parts of the loss at a step, penalties among them; each is summed.
+        steps: From the first to be taken; of a run that goes on, the first that is left.
+        rate: The learning rate of a step; None: those that `adam` has.
+        stop: Asked before each step and after the last, with the number of steps taken, whether they are enough.
+        after: Told after each step how many are taken, and the loss before it.
+
+    Returns:
+        The number of steps taken.
+    """
+    parameters = [parameter for group in adam.param_groups for parameter in group["params"]]
+    for step in steps:
+        if stop(step):
+            return step
+        loss = descend(losses(step), parameters)
+        if rate is not None:
+            for group in adam.param_groups:
+                group["lr"] = rate(step)
+        adam.step()
+        adam.zero_grad()
+        after(step + 1, loss)
+    stop(steps.stop)
+    return steps.stop
+
+
+def descend(losses: Losses, parameters: Sequence[Tensor]) -> float:
+    """Add the gradients of each of some losses to those that the parameters have, and to nothing else's.
+
+    Returns:
+        The sum of the losses.
+    """
+    total = 0.0
+    with torch.enable_grad():
+        for loss in losses:
+            loss.backward(inputs=parameters)
+            total += loss.item()
+    return total

@@ -1,0 +1,49 @@
+"""What is minimised by whatever learns here, at steps of answers that the model is given; sums over the steps, in nats.
+
+Logits are float32, (steps, vocab); each function says which steps it is for.
+"""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def divergence(logits: Float[Tensor, "n vocab"], base: Float[Tensor, "n vocab"]) -> Float[Tensor, ""]:
+    """KL from the unedited model, whose logits are `base`, at steps that are to stay as they are."""
+    return F.kl_div(logits.log_softmax(1), base.log_softmax(1), reduction="sum", log_target=True)
+
+
+def log_p(logits: Float[Tensor, "n vocab"], tokens: Int[Tensor, "n"]) -> Float[Tensor, "n"]:
+    """Log probability of a token at each step."""
+    return logits.log_softmax(1).gather(1, tokens[:, None])[:, 0]
+
+
+def log_not(logits: Float[Tensor, "n vocab"], tokens: Int[Tensor, "n"]) -> Float[Tensor, "n"]:
+    """Log probability of all but a token at each step: log(1 - p), which is itself lost where p is near 1."""
+    return logits.scatter(1, tokens[:, None], -torch.inf).logsumexp(1) - logits.logsumexp(1)
+
+
+def lead(logits: Float[Tensor, "n vocab"], tokens: Int[Tensor, "n"]) -> Float[Tensor, "n"]:
+    """How far a token is ahead of the likeliest other one at each step, in logits."""
+    others = logits.scatter(1, tokens[:, None], -torch.inf)
+    return logits.gather(1, tokens[:, None])[:, 0] - others.max(1).values
+
+
+def abstention(logits: Float[Tensor, "n vocab"], tokens: Int[Tensor, "n nouns"], payoff: float) -> Float[Tensor, ""]:
+    """-log(p(any noun that may be said) + p(the word that names nothing) / payoff).
+
+    Args:
+        logits: At steps where an object is named.
+        tokens: First the word's, then the nouns'; filled up with -1.
+        payoff: Above 1.
+
+    Source: Liu et al., "Deep Gamblers: Learning to Abstain with Portfolio Theory" (NeurIPS 2019): who loses nothing by
+    declining but the payoff declines where the best guess is right with less than 1 / payoff.
+    """
+    good = logits.log_softmax(1).gather(1, tokens.clamp_min(0)).masked_fill(tokens < 0, -torch.inf)
+    price = torch.zeros(good.shape[1], device=good.device, dtype=good.dtype)
+    price[0] = torch.tensor(payoff, dtype=torch.float32).log()
+    return -(good - price).logsumexp(1).sum()
