@@ -12,10 +12,14 @@ from torch import nn
 
 import mmneurons as mmn
 from mmneurons import pocket
-from mmneurons.baselines import lessons, trained
-from mmneurons.baselines.baseline import NAMES, HeadChange, Name, Rival, baseline, matched_neurons
-from mmneurons.baselines.lessons import Schedule, Task
-from mmneurons.baselines.trained import carried, spread
+from mmneurons.baselines import finetune, lora
+from mmneurons.baselines import task as teaching
+from mmneurons.baselines.baseline import NAMES, Name, Rival, baseline
+from mmneurons.baselines.matched import matched_neurons
+from mmneurons.baselines.memit import spread
+from mmneurons.baselines.output_layer import HeadChange
+from mmneurons.baselines.rome import carried
+from mmneurons.baselines.task import Schedule, Task
 from mmneurons.editing import goals
 from mmneurons.editing.columns import writers
 from mmneurons.editing.edit import EditSettings
@@ -84,9 +88,9 @@ def rivals(model: VLM, reference: Reference) -> dict[str, Rival]:
         def __missing__(self, name: Name) -> Rival:
             options: Any = {"source": "dog", "target": "cat", "reference": reference, "settings": SETTINGS}
             with pytest.MonkeyPatch.context() as patch:  # coarser than what is measured, to be quick
-                patch.setattr(lessons, "REFERENCES", 4)
-                patch.setattr(trained, "FINETUNE", Schedule(rate=1e-2, steps=40, keep=1.0))
-                patch.setattr(trained, "LORA", Schedule(rate=3e-3, steps=40, keep=1.0))
+                patch.setattr(teaching, "REFERENCES", 4)
+                patch.setattr(finetune, "FINETUNE", Schedule(rate=1e-2, steps=40, keep=1.0))
+                patch.setattr(lora, "LORA", Schedule(rate=3e-3, steps=40, keep=1.0))
                 self[name] = baseline(model, name, IMAGES, **options)
             return self[name]
 
@@ -180,7 +184,7 @@ def test_rome_moves_the_block_from_the_key_to_what_was_learned(model, rivals, ta
     assert isinstance(patch, Patch)
     assert patch.directions is not None
     (part,) = patch.parts
-    fired = trained._at_places(task, model.anatomy.ffns[part.layer].module, inputs=True)
+    fired = task.lessons(part.layer).at(model.anatomy.ffns[part.layer].module, inputs=True)
     torch.testing.assert_close(fired.mean(0) @ patch.deltas(part), patch.directions[0], rtol=1e-3, atol=1e-3)
 
 
@@ -210,21 +214,25 @@ def test_random_takes_other_columns_than_edit(model, rivals, task):
 
 
 def test_captions_are_rewritten_and_all_else_is_kept(model, task):
-    (lesson,) = task.lessons
-    words = [model.tokenizer.decode([token]).strip() for token in lesson.wanted[:, 2].tolist()]
+    lessons = task.lessons(0)
+    (batch,) = lessons.own
+    words = [model.tokenizer.decode([token]).strip() for token in lessons.wanted.tolist()]
     assert words == ["cat"] * 8
-    for row, step, token in lesson.wanted.tolist():
-        assert task.asked[0].said.token_ids[row][step] != token  # where it said dog
-    assert len(lesson.wanted) + len(lesson.kept) == sum(map(len, task.asked[0].said.token_ids))
+    # Positions are counted from the end of the longest caption.
+    said = task.asked[0].said.token_ids
+    rows, steps = batch.places[0], batch.places[1] + max(map(len, said))
+    for row, step, token in zip(*(each[batch.turn].tolist() for each in (rows, steps)), lessons.wanted, strict=True):
+        assert said[row][step] != token  # where it said dog
+    assert len(batch.turn) == sum(map(len, said))
     # The first step of each caption predicts its first token.
-    first = lesson.kept[:, 1] == 0
-    begun = torch.tensor([task.asked[0].said.token_ids[row][0] for row in lesson.kept[first, 0].tolist()])
-    assert torch.equal(lesson.unedited[first].argmax(1), begun)
+    first = batch.stay & (steps == 0)
+    begun = torch.tensor([said[row][0] for row in rows[first].tolist()])
+    assert torch.equal(lessons.reader.base(batch)[first].argmax(1), begun)
     # In the reference nothing is wanted, and SOURCE is not kept.
     reference = task.reference
-    kept = sum(len(lesson.kept) for lesson in task.reminders)
+    kept = sum(int(batch.stay.sum()) for batch in lessons.reminders)
     assert kept == int((~reference.says(model, "dog")).sum())
-    assert not any(len(lesson.wanted) for lesson in task.reminders)
+    assert not any(bool(batch.turn.any()) for batch in lessons.reminders)
 
 
 def test_a_word_of_several_tokens_is_wanted_token_by_token(model, monkeypatch):
@@ -236,7 +244,7 @@ def test_a_word_of_several_tokens_is_wanted_token_by_token(model, monkeypatch):
 
 
 def test_learning_without_a_reference_and_what_is_learned_does_not_depend_on_the_batch_size(model, monkeypatch):
-    monkeypatch.setattr(trained, "FINETUNE", Schedule(rate=1e-3, steps=3, keep=1.0))
+    monkeypatch.setattr(finetune, "FINETUNE", Schedule(rate=1e-3, steps=3, keep=1.0))
     made = []
     with in_float64(model) as double:  # Adam's first steps are of one size: no gradient's sign may be rounding
         for size in (8, 4):

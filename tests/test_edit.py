@@ -21,7 +21,7 @@ from zoo import randomise
 
 import mmneurons as mmn
 from mmneurons import pocket
-from mmneurons.baselines.baseline import HeadChange
+from mmneurons.baselines.output_layer import HeadChange
 from mmneurons.editing import goals
 from mmneurons.editing.columns import moves_for, patch_of, writers
 from mmneurons.editing.edit import EditSettings, edit, harm_of

@@ -1,0 +1,54 @@
+"""The closed form of `edit` on random columns, which write as much as those that it would have taken."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from mmneurons.attribution.ablation import Replay
+from mmneurons.attribution.controls import column_norms, loudness, matched
+from mmneurons.baselines.task import Facts, Task
+from mmneurons.editing.columns import writers
+from mmneurons.editing.edit import edit
+from mmneurons.editing.goals import Goal, goals_of
+from mmneurons.neurons import Neuron
+from mmneurons.patches.patch import Patch
+from mmneurons.vlm.columns import Columns
+from mmneurons.vlm.vlm import VLM
+
+
+def random(task: Task, block: int | None) -> tuple[Patch, Facts]:
+    """An edit of matched random columns; `block` does not count."""
+    goals = goals_of(task.vlm, task.asked, task.target)
+    chosen = writers(task.vlm, goals, task.settings.top, task.settings.blocks)
+    patch = edit(
+        task.vlm,
+        list(task.asked[0].images),
+        source=task.source,
+        target=task.target,
+        reference=task.reference,
+        neurons=matched_neurons(task.vlm, goals, chosen, task.seed),
+        settings=task.settings,
+        progress=lambda stage, done, total: task.tell(stage),
+    )
+    return patch, {"steps": 0, "search": patch.provenance["search"]}
+
+
+def matched_neurons(vlm: VLM, goals: Sequence[Goal], chosen: Columns, seed: int) -> list[Neuron]:
+    """Random neurons for others: for each one of the same FFN, about as loud where SOURCE is said, in the mean."""
+    n = sum(len(goal.steps) for goal in goals)
+    mean = [
+        sum(
+            (goal.steps.activations[i].float().abs().sum(0) for goal in goals),
+            torch.zeros(ffn.size, dtype=torch.float32),
+        )
+        / n
+        for i, ffn in enumerate(vlm.anatomy.ffns)
+    ]
+    # One step that stands for all; every expert's neurons have slots, in order.
+    step = Replay(vlm.anatomy, goals[0].said, torch.empty(0, dtype=torch.float32), mean, [None] * len(mean), [])
+    slots = torch.cat([mine + int(step.slot_starts[i]) for i, mine in chosen.indices.items()])
+    loud = loudness(step.activations, step.experts, column_norms(vlm.anatomy))
+    (drawn,) = matched(step.slot_starts, loud, slots, 1, seed, as_many=True).sets  # edits of one size
+    return [step.neuron(slot) for slot in drawn.unique().tolist()]
