@@ -17,11 +17,11 @@ from timing import Ratio, rounds
 import mmneurons as mmn
 from mmneurons import pocket
 from mmneurons.editing import gradient
+from mmneurons.editing.answers import occurrences, trace_answers
 from mmneurons.editing.columns import writers
 from mmneurons.editing.fit import descend
-from mmneurons.editing.goals import Asked, given, goals_of
 from mmneurons.editing.reference import make_reference
-from mmneurons.editing.steps import answer_steps, occurrences
+from mmneurons.editing.request import EditRequest, given, token_goals
 from mmneurons.patches.parts import pristine_columns
 from mmneurons.settings import Question
 from mmneurons.vlm.context import evaluating, frozen
@@ -38,9 +38,9 @@ def main() -> None:
     n = parser.parse_args().rounds
     vlm = mmn.load(dtype="float32", device="cpu")
     images = [scene.image for scene in pocket.edit_set(SOURCE).edit]
-    said = answer_steps(vlm, images)
-    asked = Asked(images, Question(), said, occurrences(vlm, said, SOURCE))
-    goals = goals_of(vlm, [asked], TARGET)
+    said = trace_answers(vlm, images)
+    asked = EditRequest(images, Question(), said, occurrences(vlm, said, SOURCE))
+    goals = token_goals(vlm, [asked], TARGET)
     reference = make_reference(vlm, [pocket.scene(650_000_000 + i).image for i in range(gradient.SAMPLE)])
     print("| columns of | cached, ms a step | whole model, ms a step | whole / cached |\n| --- | --- | --- | --- |")
     for blocks in (1, 2):

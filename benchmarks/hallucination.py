@@ -22,9 +22,9 @@ from PIL import Image
 import mmneurons as mmn
 from mmneurons import pocket
 from mmneurons.data.dataset import Item, read_items
+from mmneurons.editing.answers import likeliest_tokens
 from mmneurons.editing.dehallucinate import DehallucinateSettings, chair_change, dehallucinate
 from mmneurons.editing.reference import Reference
-from mmneurons.editing.steps import likeliest
 from mmneurons.metrics.chair import Chair, Pope, Vocabulary, chair, pope
 from mmneurons.patches.patch import Patch
 from mmneurons.pocket.sets import Negatives
@@ -110,13 +110,15 @@ class Unedited:
     def of(vlm: VLM) -> Unedited:
         """As the model is now."""
         images, texts = [item.image() for item in read_items("pocket:locality-500")], tuple(pocket.facts()[1::4])
-        return Unedited(images, texts, vlm.caption([*images], batch_size=BATCH), torch.cat(likeliest(vlm, texts)))
+        return Unedited(
+            images, texts, vlm.caption([*images], batch_size=BATCH), torch.cat(likeliest_tokens(vlm, texts))
+        )
 
     def line(self, vlm: VLM) -> str:
         """How much of it stays now."""
         now = vlm.caption([*self.images], batch_size=BATCH)
         kept = statistics.mean(a == b for a, b in zip(self.answers, now, strict=True))
-        read = (self.read == torch.cat(likeliest(vlm, self.texts))).double().mean()
+        read = (self.read == torch.cat(likeliest_tokens(vlm, self.texts))).double().mean()
         polled = [(negatives, asked(vlm, negatives)) for negatives in get_args(Negatives)]
         f1 = ", ".join(f"{negatives} {found.f1:.3f}" for negatives, found in polled)
         neither = ", ".join(f"{found.neither:.3f}" for _, found in polled)

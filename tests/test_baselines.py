@@ -20,12 +20,12 @@ from mmneurons.baselines.memit import spread
 from mmneurons.baselines.output_layer import HeadChange
 from mmneurons.baselines.rome import carried
 from mmneurons.baselines.task import Schedule, Task
-from mmneurons.editing import goals
+from mmneurons.editing import request
+from mmneurons.editing.answers import occurrences, trace_answers
 from mmneurons.editing.columns import writers
 from mmneurons.editing.edit import EditSettings
-from mmneurons.editing.goals import Asked, goals_of
 from mmneurons.editing.reference import Reference, make_reference
-from mmneurons.editing.steps import answer_steps, occurrences
+from mmneurons.editing.request import EditRequest, token_goals
 from mmneurons.errors import ModelError, SettingError, WordError
 from mmneurons.patches.patch import Patch
 from mmneurons.settings import Question
@@ -54,8 +54,8 @@ def reference(model: VLM) -> Reference:
 
 @pytest.fixture(scope="module")
 def task(model: VLM, reference: Reference) -> Task:
-    said = answer_steps(model, IMAGES, Question(batch_size=20))
-    asked = Asked(IMAGES, Question(), said, occurrences(model, said, "dog"))
+    said = trace_answers(model, IMAGES, Question(batch_size=20))
+    asked = EditRequest(IMAGES, Question(), said, occurrences(model, said, "dog"))
     return Task(model, [asked], "dog", "cat", reference, SETTINGS, 0, lambda what: None)
 
 
@@ -190,7 +190,7 @@ def test_rome_moves_the_block_from_the_key_to_what_was_learned(model, rivals, ta
 
 @pytest.mark.usefixtures("unchanged")
 def test_random_columns_are_others_of_the_same_block_and_as_loud(model, task):
-    goals = goals_of(model, task.asked, "cat")
+    goals = token_goals(model, task.requests, "cat")
     top = writers(model, goals, 100, 2)
     drawn = matched_neurons(model, goals, top, 0)
     assert len(drawn) == 100
@@ -209,7 +209,7 @@ def test_random_columns_are_others_of_the_same_block_and_as_loud(model, task):
 
 
 def test_random_takes_other_columns_than_edit(model, rivals, task):
-    chosen = writers(model, goals_of(model, task.asked, "cat"), SETTINGS.top, SETTINGS.blocks)
+    chosen = writers(model, token_goals(model, task.requests, "cat"), SETTINGS.top, SETTINGS.blocks)
     assert not set(rivals["random"].change.neurons) & set(chosen.neurons)
 
 
@@ -219,7 +219,7 @@ def test_captions_are_rewritten_and_all_else_is_kept(model, task):
     words = [model.tokenizer.decode([token]).strip() for token in lessons.wanted.tolist()]
     assert words == ["cat"] * 8
     # Positions are counted from the end of the longest caption.
-    said = task.asked[0].said.token_ids
+    said = task.requests[0].answers.token_ids
     rows, steps = batch.places[0], batch.places[1] + max(map(len, said))
     for row, step, token in zip(*(each[batch.turn].tolist() for each in (rows, steps)), lessons.wanted, strict=True):
         assert said[row][step] != token  # where it said dog
@@ -236,9 +236,9 @@ def test_captions_are_rewritten_and_all_else_is_kept(model, task):
 
 
 def test_a_word_of_several_tokens_is_wanted_token_by_token(model, monkeypatch):
-    monkeypatch.setattr(goals, "tokens_of", lambda tokenizer, word: [7, 8, 9])
+    monkeypatch.setattr(request, "tokens_of", lambda tokenizer, word: [7, 8, 9])
     words: Any = [SimpleNamespace(text="dog", steps=(1, 2)), SimpleNamespace(text="dog", steps=(4,))]
-    ids, written = goals.rewritten(model, [50, 51, 52, 53, 54, 55], words, "cat")
+    ids, written = request.rewritten(model, [50, 51, 52, 53, 54, 55], words, "cat")
     assert ids == [50, 7, 8, 9, 53, 7, 8, 9, 55]
     assert written == [(1, [7, 8, 9]), (5, [7, 8, 9])]
 

@@ -22,12 +22,12 @@ from zoo import randomise
 import mmneurons as mmn
 from mmneurons import pocket
 from mmneurons.baselines.output_layer import HeadChange
-from mmneurons.editing import goals
+from mmneurons.editing import request
+from mmneurons.editing.answers import TracedAnswers, likeliest_tokens, occurrences, trace_answers, trace_given
 from mmneurons.editing.columns import moves_for, patch_of, writers
 from mmneurons.editing.edit import EditSettings, edit, harm_of
-from mmneurons.editing.goals import Asked, Goal, goals_of
 from mmneurons.editing.reference import make_reference
-from mmneurons.editing.steps import Said, answer_steps, forced_steps, likeliest, occurrences
+from mmneurons.editing.request import EditRequest, TokenGoal, token_goals
 from mmneurons.editing.strength import ALLOWED_FLIPS, MARGINS, find_strength
 from mmneurons.errors import MmneuronsError, SettingError, WordError
 from mmneurons.maths.edits import selective, smallest
@@ -152,10 +152,10 @@ def test_a_huge_ridge_gives_the_smallest_change_and_a_tiny_one_minds_the_referen
 
 def test_steps_are_what_bare_hooks_see(vlm):
     images = [*edit_images("dog")[:4], IMAGE]
-    said = answer_steps(vlm, images, Question(batch_size=3))
+    said = trace_answers(vlm, images, Question(batch_size=3))
     assert len({len(ids) for ids in said.token_ids}) > 1  # rows end at different steps
     assert said.steps.token_ids.tolist() == [token for ids in said.token_ids for token in ids]
-    assert said.steps.answers.tolist() == [i for i, ids in enumerate(said.token_ids) for _ in ids]
+    assert said.steps.answer_ids.tolist() == [i for i, ids in enumerate(said.token_ids) for _ in ids]
     torch.testing.assert_close(vlm.anatomy.logits(said.steps.residual).max(-1).values, said.steps.logits)
     for start in (0, 3):
         rows = images[start : start + 3]
@@ -196,7 +196,7 @@ def appended(vlm: VLM, image: Any, ids: tuple[int, ...] | list[int]) -> dict[str
 
 def test_forced_steps_are_those_of_the_bare_model(vlm):
     ids = tokens_of(vlm.tokenizer, "trumpet")
-    forced = forced_steps(vlm, IMAGE, ids)
+    forced = trace_given(vlm, IMAGE, ids)
     assert len(forced) == len(ids) + 1
     for step in range(len(ids) + 1):
         expected = continued(vlm, IMAGE, ids[:step])
@@ -232,7 +232,7 @@ def norms_held(*norms: nn.Module):
             one.remove()
 
 
-def true_effect(vlm: VLM, patch: Patch, goal: Goal, image: Any, begun: tuple[int, ...]) -> float:
+def true_effect(vlm: VLM, patch: Patch, goal: TokenGoal, image: Any, begun: tuple[int, ...]) -> float:
     """What a patch does to logit(wanted) - logit(said), the norms behind the last block held."""
     held = [vlm.anatomy.norm_module, *(site.module for site in vlm.anatomy.norms if f".{last(vlm)}." in site.name)]
 
@@ -246,7 +246,7 @@ def true_effect(vlm: VLM, patch: Patch, goal: Goal, image: Any, begun: tuple[int
             return difference() - before
 
 
-def gradient(vlm: VLM, goal: Goal, image: Any, begun: tuple[int, ...]) -> Tensor:
+def gradient(vlm: VLM, goal: TokenGoal, image: Any, begun: tuple[int, ...]) -> Tensor:
     """Of logit(wanted) - logit(said) by the last block's `w_out`, norms held; by autograd."""
     held = [vlm.anatomy.norm_module, *(site.module for site in vlm.anatomy.norms if f".{last(vlm)}." in site.name)]
     weight: Any = vlm.anatomy.ffns[-1].module.weight
@@ -263,10 +263,10 @@ def last(vlm: VLM) -> int:
 @pytest.mark.parametrize("method", ["selective", "closed_form"])
 def test_the_effect_is_that_on_the_logits_and_one_in_the_mean(vlm, method):
     images = edit_images("dog")[:4]
-    said = answer_steps(vlm, images)
+    said = trace_answers(vlm, images)
     found = occurrences(vlm, said, "dog")
-    asked = Asked(images, Question(), said, found)
-    (goal,) = goals_of(vlm, [asked], "cat")
+    asked = EditRequest(images, Question(), said, found)
+    (goal,) = token_goals(vlm, [asked], "cat")
     columns = writers(vlm, [goal], 50, blocks=1)
     rest = torch.ones(len(said.steps), dtype=torch.bool)
     rest[[said.row(answer, word.steps[0]) for answer, word in found]] = False
@@ -303,8 +303,8 @@ def test_the_effect_in_other_families(vlm, config, more):
         raw.set_experts_implementation("eager")  # the grouped kernel knows no float64
     with in_float64(mmn.load(raw, processor=vlm.processor)) as other:
         before = weights_hash(other.model)
-        said = answer_steps(other, [IMAGE, edit_images("dog")[0]], Question(max_new_tokens=4))
-        goal = Goal(said.token_ids[0][2], 99, said.steps.at(torch.tensor([2])))
+        said = trace_answers(other, [IMAGE, edit_images("dog")[0]], Question(max_new_tokens=4))
+        goal = TokenGoal(said.token_ids[0][2], 99, said.steps.at(torch.tensor([2])))
         columns = writers(other, [goal], 20, blocks=1)
         kept = [said.steps.at(torch.tensor([0, 1, 4, 5]))]
         (move,), (steepest,) = (moves_for(other, columns, [goal], kept, ridge) for ridge in (0.1, None))
@@ -327,9 +327,9 @@ def test_the_effect_in_other_families(vlm, config, more):
 
 def test_a_selective_edit_moves_along_what_spares_other_tokens(vlm):
     """For what it does to what is wanted, it does less to the logits of all tokens than the steepest direction."""
-    said = answer_steps(vlm, edit_images("dog")[:2])
+    said = trace_answers(vlm, edit_images("dog")[:2])
     found = occurrences(vlm, said, "dog")
-    (goal,) = goals_of(vlm, [Asked(edit_images("dog")[:2], Question(), said, found)], "cat")
+    (goal,) = token_goals(vlm, [EditRequest(edit_images("dog")[:2], Question(), said, found)], "cat")
     columns, layer = writers(vlm, [goal], 50, blocks=1), last(vlm)
     row = goal.row(vlm.anatomy.unembed)
     reads = goal.steps.at(torch.zeros(vlm.n_tokens, dtype=torch.long)).directions(vlm.anatomy.unembed[: vlm.n_tokens])
@@ -348,9 +348,11 @@ def test_a_selective_edit_moves_along_what_spares_other_tokens(vlm):
 def test_the_writers_are_those_that_find_names(vlm):
     """Top columns by mean contribution of the one answer are those of `find` for that word."""
     image = edit_images("dog")[0]
-    said = answer_steps(vlm, [image])
+    said = trace_answers(vlm, [image])
     ((answer, word),) = occurrences(vlm, said, "dog")
-    goal = Goal(said.token_ids[answer][word.steps[0]], None, said.steps.at(torch.tensor([said.row(0, word.steps[0])])))
+    goal = TokenGoal(
+        said.token_ids[answer][word.steps[0]], None, said.steps.at(torch.tensor([said.row(0, word.steps[0])]))
+    )
     found: Any = mmn.find(vlm, image, words="dog", top=30)
     assert set(writers(vlm, [goal], 30, "all").neurons) == {n.neuron for n in found.nouns[0].neurons}
     assert {neuron.layer for neuron in writers(vlm, [goal], 30, 2).neurons} <= {last(vlm) - 1, last(vlm)}
@@ -358,9 +360,10 @@ def test_the_writers_are_those_that_find_names(vlm):
 
 def test_a_patch_is_the_moves_together(vlm):
     """Two goals on the same columns: what is added is the sum of both, each along its own direction."""
-    said = answer_steps(vlm, [IMAGE])
+    said = trace_answers(vlm, [IMAGE])
     goals = [
-        Goal(int(said.steps.token_ids[i]), wanted, said.steps.at(torch.tensor([i]))) for i, wanted in ((0, 9), (1, 8))
+        TokenGoal(int(said.steps.token_ids[i]), wanted, said.steps.at(torch.tensor([i])))
+        for i, wanted in ((0, 9), (1, 8))
     ]
     columns = Columns.of(vlm.anatomy, [Neuron(1, 5), Neuron(4, 7), Neuron(4, 2), Neuron(4, 7)])
     assert columns.neurons == [Neuron(1, 5), Neuron(4, 2), Neuron(4, 7)]
@@ -383,18 +386,18 @@ def test_a_patch_of_experts_beside_a_dense_ffn_is_the_same_from_a_file(tmp_path)
 # Where what shall be said
 
 
-def written(vlm: VLM, image: Any, text: str) -> Said:
+def written(vlm: VLM, image: Any, text: str) -> TracedAnswers:
     """As if the model had answered with this text."""
     ids = vlm.tokenizer(text, add_special_tokens=False).input_ids
-    steps = forced_steps(vlm, image, ids).at(torch.arange(len(ids)))
-    return Said((text,), (tuple(ids),), replace(steps, token_ids=torch.tensor(ids)))
+    steps = trace_given(vlm, image, ids).at(torch.arange(len(ids)))
+    return TracedAnswers((text,), (tuple(ids),), replace(steps, token_ids=torch.tensor(ids)))
 
 
 def test_each_form_has_its_own_goal(vlm):
     said = written(vlm, IMAGE, "Foxes and a fox and a Fox")
     found = occurrences(vlm, said, "fox")
     assert [word.text for _, word in found] == ["Foxes", "fox", "Fox"]
-    goals = goals_of(vlm, [Asked([IMAGE], Question(), said, found)], "wolf")
+    goals = token_goals(vlm, [EditRequest([IMAGE], Question(), said, found)], "wolf")
     wanted: dict[tuple[int, int], int] = {}
     for (_, word), form in zip(found, ("Wolves", "wolf", "Wolf"), strict=True):
         pair = (said.token_ids[0][word.steps[0]], tokens_of(vlm.tokenizer, form)[0])
@@ -410,9 +413,9 @@ def test_each_form_has_its_own_goal(vlm):
 
 
 def test_further_tokens_of_the_target_are_wanted_behind_those_before(vlm):
-    said = answer_steps(vlm, edit_images("dog")[:1])
+    said = trace_answers(vlm, edit_images("dog")[:1])
     found = occurrences(vlm, said, "dog")
-    goals = goals_of(vlm, [Asked(edit_images("dog")[:1], Question(), said, found)], "kiwi")
+    goals = token_goals(vlm, [EditRequest(edit_images("dog")[:1], Question(), said, found)], "kiwi")
     target = tokens_of(vlm.tokenizer, "kiwi")
     assert len(target) > 1
     begun = list(said.token_ids[0][: found[0][1].steps[0]])
@@ -425,9 +428,9 @@ def test_further_tokens_of_the_target_are_wanted_behind_those_before(vlm):
 
 
 def test_a_removal_wants_what_is_next_best(vlm):
-    said = answer_steps(vlm, edit_images("dog")[:2])
+    said = trace_answers(vlm, edit_images("dog")[:2])
     found = occurrences(vlm, said, "dog")
-    (goal,) = goals_of(vlm, [Asked(edit_images("dog")[:2], Question(), said, found)], None)
+    (goal,) = token_goals(vlm, [EditRequest(edit_images("dog")[:2], Question(), said, found)], None)
     assert goal.wanted is None
     # Towards what would be said next best there, step by step.
     logits = vlm.anatomy.logits(goal.steps.residual)
@@ -456,7 +459,7 @@ def test_dogs_become_cats_and_nothing_else_changes(vlm, to_cat):
 def test_what_the_reference_holds_is_spared(vlm, to_cat, reference):
     """Against what the edit does to its own words, it does less there than one that knows no reference."""
     alone = edit(vlm, edit_images("dog"), **QUICK)
-    said = answer_steps(vlm, edit_images("dog"))
+    said = trace_answers(vlm, edit_images("dog"))
     dogs = said.steps.at(torch.tensor([said.row(i, word.steps[0]) for i, word in occurrences(vlm, said, "dog")]))
     cat, dog = (vlm.anatomy.unembed[tokens_of(vlm.tokenizer, word)[0]].detach() for word in ("cat", "dog"))
     rest = reference.steps.at(~reference.says(vlm, "dog"))
@@ -556,9 +559,9 @@ def with_texts(vlm):
 def flips_of(vlm: VLM, edit: Any, texts: Sequence[str]) -> tuple[list[tuple[int, ...]], Tensor]:
     """What has been read at each position, and whether another token is likeliest there with an edit."""
     ids = [vlm.tokenizer(text).input_ids for text in texts]
-    usual = torch.cat(likeliest(vlm, texts))
+    usual = torch.cat(likeliest_tokens(vlm, texts))
     with edit.applied(vlm):
-        changed = torch.cat(likeliest(vlm, texts)) != usual
+        changed = torch.cat(likeliest_tokens(vlm, texts)) != usual
     return [tuple(mine[: i + 1]) for mine in ids for i in range(len(mine))], changed
 
 
@@ -580,9 +583,9 @@ def test_text_positions_count_once_and_for_all_that_read_the_same(vlm, with_text
 
 
 def test_harm_is_one_over_the_strength_at_which_something_else_is_said(vlm, with_texts):
-    said = answer_steps(vlm, edit_images("ball")[:2])
+    said = trace_answers(vlm, edit_images("ball")[:2])
     found = occurrences(vlm, said, "ball")
-    goals = goals_of(vlm, [Asked(edit_images("ball")[:2], Question(), said, found)], "bear")
+    goals = token_goals(vlm, [EditRequest(edit_images("ball")[:2], Question(), said, found)], "bear")
     columns = writers(vlm, goals, 50, blocks=1)
     moves = moves_for(vlm, columns, goals, [with_texts.steps], 0.1)
     harm = harm_of(vlm, with_texts, moves)[-len(with_texts.text_counts) :]
@@ -590,11 +593,11 @@ def test_harm_is_one_over_the_strength_at_which_something_else_is_said(vlm, with
     balls = with_texts.text_steps.token_ids == goals[0].said
     assert bool(balls.any())
     assert bool((harm[balls] == -torch.inf).all())
-    usual = torch.cat(likeliest(vlm, TEXTS))
+    usual = torch.cat(likeliest_tokens(vlm, TEXTS))
     seconds = with_texts.seconds[-len(usual) :]
     for strength in (20.0, 60.0):
         with (strength * patch_of(vlm, columns, moves)).applied(vlm):
-            now = torch.cat(likeliest(vlm, TEXTS))
+            now = torch.cat(likeliest_tokens(vlm, TEXTS))
         # A third word, neither wanted nor second before, may overtake; a step at its very limit may fall either way.
         told = ~balls & torch.stack([now == one for one in (usual, seconds, goals[0].said, goals[0].wanted)]).any(0)
         told &= (strength * harm - 1).abs() > 1e-3
@@ -606,8 +609,8 @@ def test_harm_is_one_over_the_strength_at_which_something_else_is_said(vlm, with
 def test_texts_of_the_reference_hold_an_edit_back(vlm):
     """A bias on two logits is as strong as these texts bear: the largest margin at which few of them change."""
     images = edit_images("dog")[:2]
-    said = answer_steps(vlm, images)
-    asked = [Asked(images, Question(), said, occurrences(vlm, said, "dog"))]
+    said = trace_answers(vlm, images)
+    asked = [EditRequest(images, Question(), said, occurrences(vlm, said, "dog"))]
     dog, cat = (tokens_of(vlm.tokenizer, word)[0] for word in ("dog", "cat"))
     unit = HeadChange(((dog, cat),), 1.0)
     options: dict[str, Any] = {"start": 4.0, "tell": lambda what: None}
@@ -630,7 +633,7 @@ def test_texts_of_the_reference_hold_an_edit_back(vlm):
 
 
 def test_the_model_is_as_it_was_whatever_happens(vlm, monkeypatch):
-    before, calls, really_ask = weights_hash(vlm.model), [], goals.texts_of
+    before, calls, really_ask = weights_hash(vlm.model), [], request.texts_of
 
     def interrupted(*args, **options):
         calls.append(ledger_of(vlm).active)
@@ -638,7 +641,7 @@ def test_the_model_is_as_it_was_whatever_happens(vlm, monkeypatch):
             raise KeyboardInterrupt
         return really_ask(*args, **options)
 
-    monkeypatch.setattr(goals, "texts_of", interrupted)
+    monkeypatch.setattr(request, "texts_of", interrupted)
     with pytest.raises(KeyboardInterrupt):
         edit(vlm, edit_images("dog")[:2], **QUICK)
     assert [len(active) for active in calls] == [1, 1]  # it was being tried
@@ -651,7 +654,7 @@ def test_an_edit_leaves_the_model_as_it_was(vlm, to_cat):
 
 
 def test_no_strength_is_told(vlm, monkeypatch):
-    monkeypatch.setattr(goals, "texts_of", lambda vlm, images, question: ["a dog and a cat"] * len(images))
+    monkeypatch.setattr(request, "texts_of", lambda vlm, images, question: ["a dog and a cat"] * len(images))
     with pytest.raises(SettingError, match=r"(?s)No strength makes the model say 'cat' for 'dog'.*Tried up to"):
         edit(vlm, edit_images("dog")[:1], **QUICK)
     with pytest.raises(SettingError, match="say something else for 'dog'"):
@@ -694,14 +697,14 @@ def test_a_target_that_begins_the_source_is_refused(vlm):
     said = written(vlm, IMAGE, "an eggplant")
     (target,) = tokens_of(vlm.tokenizer, "e")
     assert tokens_of(vlm.tokenizer, "eggplant")[0] == target
-    asked = Asked([IMAGE], Question(), said, occurrences(vlm, said, "eggplant"))
+    asked = EditRequest([IMAGE], Question(), said, occurrences(vlm, said, "eggplant"))
     with pytest.raises(WordError, match="begins with all tokens of 'e'"):
-        goals_of(vlm, [asked], "e")
+        token_goals(vlm, [asked], "e")
 
 
 def test_neurons_that_are_silent_where_source_is_said_are_refused(vlm):
-    said = answer_steps(vlm, [IMAGE])
-    goal = Goal(5, 6, said.steps.at(torch.tensor([0])))
+    said = trace_answers(vlm, [IMAGE])
+    goal = TokenGoal(5, 6, said.steps.at(torch.tensor([0])))
     fired = tuple(torch.zeros_like(part) for part in goal.steps.activations)
     dead = replace(goal, steps=replace(goal.steps, activations=fired))
     with pytest.raises(SettingError, match="None of these columns is active"):

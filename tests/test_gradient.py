@@ -11,12 +11,12 @@ from float64 import in_float64, slope
 
 from mmneurons import pocket
 from mmneurons.editing import gradient
+from mmneurons.editing.answers import occurrences, trace_answers
 from mmneurons.editing.columns import writers
 from mmneurons.editing.fit import descend
-from mmneurons.editing.goals import Asked, given, goals_of
 from mmneurons.editing.gradient import Objective, optimise
 from mmneurons.editing.reference import Reference, make_reference
-from mmneurons.editing.steps import answer_steps, occurrences
+from mmneurons.editing.request import EditRequest, given, token_goals
 from mmneurons.errors import ModelError, SettingError
 from mmneurons.neurons import Neuron
 from mmneurons.patches.ledger import ledger_of
@@ -36,7 +36,7 @@ from mmneurons.words import says
 class Case:
     """An edit that is ready to be made."""
 
-    asked: list[Asked]
+    requests: list[EditRequest]
     columns: Columns
     reference: Reference
     patch: Patch
@@ -44,7 +44,7 @@ class Case:
     def optimise(self, vlm: VLM, target: str | None = "cat", **options: Any) -> Patch:
         columns = options.pop("columns", self.columns)
         usual: dict[str, Any] = {"tell": lambda what: None}
-        return optimise(vlm, columns, self.asked, "dog", target, self.reference, **(usual | options))
+        return optimise(vlm, columns, self.requests, "dog", target, self.reference, **(usual | options))
 
 
 def hooks_of(vlm: VLM) -> list[tuple[dict, dict]]:
@@ -60,11 +60,11 @@ def case(vlm: VLM) -> Case:
 def case_of(vlm: VLM) -> Case:
     """Everything but the patch."""
     images = [scene.image for scene in pocket.edit_set("dog").edit]
-    said = answer_steps(vlm, images)
-    asked = [Asked(images, Question(), said, occurrences(vlm, said, "dog"))]
+    said = trace_answers(vlm, images)
+    requests = [EditRequest(images, Question(), said, occurrences(vlm, said, "dog"))]
     reference = make_reference(vlm, [pocket.scene(650_000_000 + i).image for i in range(20)], ["a house on a table"])
-    columns = writers(vlm, goals_of(vlm, asked, "cat"), 100, 1)
-    return Case(asked, columns, reference, Patch(vlm.anatomy.hidden, ()))
+    columns = writers(vlm, token_goals(vlm, requests, "cat"), 100, 1)
+    return Case(requests, columns, reference, Patch(vlm.anatomy.hidden, ()))
 
 
 @pytest.fixture(autouse=True)
@@ -84,13 +84,13 @@ def untouched(vlm: VLM):
 def test_dogs_become_cats_and_the_reference_stays(vlm, case):
     facts = case.patch.provenance
     assert facts["turned"] == 1
-    assert facts["generated"] == len({answer for answer, _ in case.asked[0].found})
+    assert facts["generated"] == len({answer for answer, _ in case.requests[0].found})
     assert facts["margin"] >= gradient.MARGIN
     with case.patch.applied(vlm):
-        texts = vlm.caption(list(case.asked[0].images))
+        texts = vlm.caption(list(case.requests[0].images))
         after = vlm.caption(list(case.reference.images))
     assert all(says(text, "cat") and not says(text, "dog") for text in texts)
-    kept = [(a, b) for a, b in zip(after, case.reference.said.texts, strict=True) if not says(b, "dog")]
+    kept = [(a, b) for a, b in zip(after, case.reference.answers.texts, strict=True) if not says(b, "dog")]
     assert sum(a == b for a, b in kept) >= len(kept) - 1
 
 
@@ -105,7 +105,7 @@ def test_only_the_chosen_columns_change(vlm, case):
 
 
 def read(vlm: VLM, case: Case, reader: Reader, target: str | None = "cat"):
-    one = case.asked[0]
+    one = case.requests[0]
     own = reader.read(one.images, Question(), given(vlm, one, target))
     return own, case.reference.read(reader, "dog")
 
@@ -114,7 +114,7 @@ def read(vlm: VLM, case: Case, reader: Reader, target: str | None = "cat"):
 def test_the_cache_changes_nothing(vlm, case, blocks, monkeypatch):
     monkeypatch.setattr(gradient, "STEPS", 2)
     monkeypatch.setattr(gradient, "SAMPLE", 8)
-    columns = writers(vlm, goals_of(vlm, case.asked, "cat"), 60, blocks)
+    columns = writers(vlm, token_goals(vlm, case.requests, "cat"), 60, blocks)
     assert len(columns.indices) == blocks
     patches = []
     for cache in (True, False):
@@ -164,7 +164,7 @@ def test_lower_blocks_run_once(vlm, case, monkeypatch):
 def test_the_gradient_is_that_of_the_loss(vlm, to_target):
     with in_float64(vlm) as double:
         case = case_of(double)
-        columns = writers(double, goals_of(double, case.asked, "cat"), 40, 2)
+        columns = writers(double, token_goals(double, case.requests, "cat"), 40, 2)
         reader = Reader(double, 3, True, 8)
         with frozen(double.model), evaluating(double.model):
             own, others = read(double, case, reader, "cat" if to_target else None)
@@ -191,17 +191,17 @@ def test_the_gradient_is_that_of_the_loss(vlm, to_target):
 def test_without_a_target_source_goes(vlm, case):
     patch = case.optimise(vlm, target=None)
     with patch.applied(vlm):
-        assert not any(says(text, "dog") for text in vlm.caption(list(case.asked[0].images)))
+        assert not any(says(text, "dog") for text in vlm.caption(list(case.requests[0].images)))
 
 
 def test_answers_are_given_with_target_for_source(vlm, case):
-    one = case.asked[0]
-    for taught, text in zip(given(vlm, one, "cat"), one.said.texts, strict=True):
+    one = case.requests[0]
+    for taught, text in zip(given(vlm, one, "cat"), one.answers.texts, strict=True):
         assert vlm.tokenizer.decode(taught.token_ids, skip_special_tokens=True).strip() == text.replace("dog", "cat")
         assert sorted([*taught.turn, *taught.kept]) == list(range(len(taught.token_ids)))
         assert all((taught.token_ids[step],) == tokens for step, tokens in taught.turn.items())
         assert all((token >= 0) == (step > min(taught.turn)) for step, token in taught.kept.items())
-    for taught, ids in zip(given(vlm, one, None), one.said.token_ids, strict=True):
+    for taught, ids in zip(given(vlm, one, None), one.answers.token_ids, strict=True):
         assert taught.token_ids == list(ids)
         assert set(taught.kept.values()) <= {-1}
 
@@ -230,7 +230,7 @@ def test_nothing_is_left_behind_by_an_exception(vlm, case, error: type[BaseExcep
 
 
 def test_what_cannot_be_done_is_said(vlm, case, monkeypatch):
-    silent = [Asked(one.images, one.question, one.said, []) for one in case.asked]
+    silent = [EditRequest(one.images, one.question, one.answers, []) for one in case.requests]
     with pytest.raises(SettingError, match="None of these answers says 'dog'"):
         optimise(vlm, case.columns, silent, "dog", "cat", None, tell=lambda what: None)
     monkeypatch.setattr(gradient, "STEPS", 0)

@@ -31,9 +31,9 @@ from mmneurons.baselines.output_layer import HeadChange, head_rows, logit_bias
 from mmneurons.baselines.rome import rome
 from mmneurons.baselines.task import Facts, Task
 from mmneurons.data.pictures import Picture
-from mmneurons.editing.edit import asked_with
-from mmneurons.editing.goals import ask_about
+from mmneurons.editing.edit import recorded_settings
 from mmneurons.editing.reference import Reference
+from mmneurons.editing.request import make_requests
 from mmneurons.errors import SettingError
 from mmneurons.patches.patch import Patch
 from mmneurons.progress import Progress, untold
@@ -107,8 +107,8 @@ def baseline(
 
     began = time.perf_counter()
     tell("answering about the images")
-    asked = ask_about(vlm, images, settings.questions, source, target)
-    task = Task(vlm, asked, source, target, reference, settings, seed, tell)
+    requests = make_requests(vlm, images, settings.questions, source, target)
+    task = Task(vlm, requests, source, target, reference, settings, seed, tell)
     with torch.inference_mode(False), frozen(vlm.model), evaluating(vlm.model):
         change, facts = _MAKERS[name](task, block)
     made_by = {
@@ -116,7 +116,7 @@ def baseline(
         "source": source,
         "target": target,
         "seed": seed,
-        **asked_with(settings, asked),
+        **recorded_settings(settings, requests),
         **facts,
         "seconds": time.perf_counter() - began,
         **_sizes(vlm, change),

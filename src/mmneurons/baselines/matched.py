@@ -11,7 +11,7 @@ from mmneurons.attribution.controls import column_norms, loudness, matched
 from mmneurons.baselines.task import Facts, Task
 from mmneurons.editing.columns import writers
 from mmneurons.editing.edit import edit
-from mmneurons.editing.goals import Goal, goals_of
+from mmneurons.editing.request import TokenGoal, token_goals
 from mmneurons.neurons import Neuron
 from mmneurons.patches.patch import Patch
 from mmneurons.vlm.columns import Columns
@@ -20,11 +20,11 @@ from mmneurons.vlm.vlm import VLM
 
 def random(task: Task, block: int | None) -> tuple[Patch, Facts]:
     """An edit of matched random columns; `block` does not count."""
-    goals = goals_of(task.vlm, task.asked, task.target)
+    goals = token_goals(task.vlm, task.requests, task.target)
     chosen = writers(task.vlm, goals, task.settings.top, task.settings.blocks)
     patch = edit(
         task.vlm,
-        list(task.asked[0].images),
+        list(task.requests[0].images),
         source=task.source,
         target=task.target,
         reference=task.reference,
@@ -35,7 +35,7 @@ def random(task: Task, block: int | None) -> tuple[Patch, Facts]:
     return patch, {"steps": 0, "search": patch.provenance["search"]}
 
 
-def matched_neurons(vlm: VLM, goals: Sequence[Goal], chosen: Columns, seed: int) -> list[Neuron]:
+def matched_neurons(vlm: VLM, goals: Sequence[TokenGoal], chosen: Columns, seed: int) -> list[Neuron]:
     """Random neurons for others: for each one of the same FFN, about as loud where SOURCE is said, in the mean."""
     n = sum(len(goal.steps) for goal in goals)
     mean = [

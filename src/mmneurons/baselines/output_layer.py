@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from mmneurons.baselines.task import Facts, Task
-from mmneurons.editing.steps import Steps
+from mmneurons.editing.answers import TracedSteps
 from mmneurons.editing.strength import find_strength
 from mmneurons.errors import SettingError
 from mmneurons.vlm.context import hooked
@@ -66,10 +66,12 @@ def logit_bias(task: Task, block: int | None) -> tuple[HeadChange, Facts]:
     unit, reference = HeadChange(_pairs(task), 1.0), task.reference
     needed: list[Tensor] = []
     harm = None
-    for one in task.asked:
+    for one in task.requests:
         if not one.found:
             continue
-        rows = one.said.steps.at(torch.tensor([one.said.row(answer, word.steps[0]) for answer, word in one.found]))
+        rows = one.answers.steps.at(
+            torch.tensor([one.answers.row(answer, word.steps[0]) for answer, word in one.found])
+        )
         needed.append(_behind(task, rows, unit) / 2)  # as much is taken from SOURCE
     if reference is not None:
         harm = -_behind(task, reference.steps, unit)
@@ -77,7 +79,7 @@ def logit_bias(task: Task, block: int | None) -> tuple[HeadChange, Facts]:
     search = find_strength(
         task.vlm,
         unit,
-        task.asked,
+        task.requests,
         task.source,
         task.target,
         start=max(0.1, max(float(each.max()) for each in needed)),
@@ -91,9 +93,9 @@ def logit_bias(task: Task, block: int | None) -> tuple[HeadChange, Facts]:
 def _pairs(task: Task) -> tuple[tuple[int, int], ...]:
     """First tokens of SOURCE and of TARGET, for each form in which SOURCE was said."""
     tokenizer, found = task.vlm.tokenizer, set()
-    for one in task.asked:
+    for one in task.requests:
         for answer, word in one.found:
-            said = one.said.token_ids[answer][word.steps[0]]
+            said = one.answers.token_ids[answer][word.steps[0]]
             found.add((said, tokens_of(tokenizer, inflected(task.target, word.text))[0]))
     pairs = tuple(sorted(pair for pair in found if pair[0] != pair[1]))
     if not pairs:
@@ -101,7 +103,7 @@ def _pairs(task: Task) -> tuple[tuple[int, int], ...]:
     return pairs
 
 
-def _behind(task: Task, steps: Steps, change: HeadChange) -> Float[Tensor, "steps"]:
+def _behind(task: Task, steps: TracedSteps, change: HeadChange) -> Float[Tensor, "steps"]:
     """How far the likeliest token of TARGET is behind what was said."""
     wanted = sorted({target for _, target in change.pairs})
     logits = [task.vlm.anatomy.logits(rows)[:, wanted].max(-1).values.cpu() for rows in steps.residual.split(256)]

@@ -17,11 +17,11 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from mmneurons.editing.answers import TracedSteps
 from mmneurons.editing.fit import fit
-from mmneurons.editing.goals import Asked, given, share_turned
 from mmneurons.editing.losses import divergence, log_p
 from mmneurons.editing.reference import Reference
-from mmneurons.editing.steps import Steps
+from mmneurons.editing.request import EditRequest, given, share_turned
 from mmneurons.errors import ModelError, SettingError
 from mmneurons.settings import EditSettings
 from mmneurons.vlm.anatomy.parts import Ffn
@@ -77,7 +77,7 @@ class Task:
     """What all baselines are given."""
 
     vlm: VLM
-    asked: Sequence[Asked]
+    requests: Sequence[EditRequest]
     source: str
     target: str
     reference: Reference | None
@@ -86,18 +86,18 @@ class Task:
     tell: Callable[[str], None]
 
     @cached_property
-    def kept(self) -> list[Steps]:
+    def kept(self) -> list[TracedSteps]:
         """Steps that write anything but SOURCE: of the edit's own captions, and of the reference."""
-        found = [one.others for one in self.asked]
+        found = [one.others for one in self.requests]
         return found if self.reference is None else [*found, self.reference.without(self.vlm, self.source)]
 
     def lessons(self, lowest: int) -> Lessons:
         """What is to be said, and what is to stay, for changes of block `lowest` and above; read unedited."""
         reader = Reader(self.vlm, lowest, True, self.settings.batch_size)
         own, reminders, reference = list[Batch](), list[Batch](), self.reference
-        for one in self.asked:
+        for one in self.requests:
             own += reader.read(one.images, one.question, given(self.vlm, one, self.target))
-        if reference is not None and reference.said is not None:
+        if reference is not None and reference.answers is not None:
             answers = reference.given(self.vlm, self.source)
             random = torch.Generator().manual_seed(self.seed)
             order = torch.randperm(len(answers), generator=random)[:REFERENCES].tolist()
@@ -108,7 +108,7 @@ class Task:
     def turned(self, step: int, missing: float) -> bool:
         """For `learn`, to stop where TARGET is likely and all images of the edit turn; captions are generated."""
         enough = step % CHECK == 0 and missing < TURNED
-        return enough and share_turned(self.vlm, self.asked, self.source, self.target) == 1
+        return enough and share_turned(self.vlm, self.requests, self.source, self.target) == 1
 
 
 def learn(

@@ -9,8 +9,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mmneurons.editing.goals import Goal
-from mmneurons.editing.steps import Steps
+from mmneurons.editing.answers import TracedSteps
+from mmneurons.editing.request import TokenGoal
 from mmneurons.errors import SettingError
 from mmneurons.maths.edits import selective, smallest
 from mmneurons.patches.ledger import ledger_of
@@ -27,7 +27,7 @@ NEAR = 2.0
 """Logits; steps at which what is wanted is nearer count alike."""
 
 
-def writers(vlm: VLM, goals: Sequence[Goal], top: int, blocks: Blocks) -> Columns:
+def writers(vlm: VLM, goals: Sequence[TokenGoal], top: int, blocks: Blocks) -> Columns:
     """The columns that write most of what is said at the goals' steps: mean contribution, as of `find`.
 
     Args:
@@ -55,7 +55,7 @@ def writers(vlm: VLM, goals: Sequence[Goal], top: int, blocks: Blocks) -> Column
 class Move:
     """How columns move for one goal."""
 
-    goal: Goal
+    goal: TokenGoal
     row: Float[Tensor, "hidden"]
     """What the logit of the token that is wanted, less that of the token that is said, reads."""
     columns: Columns
@@ -63,11 +63,11 @@ class Move:
     """For each FFN the direction."""
     coefficients: Float[Tensor, "columns"]
 
-    def effect(self, steps: Steps) -> Float[Tensor, "steps"]:
+    def effect(self, steps: TracedSteps) -> Float[Tensor, "steps"]:
         """What it does at steps to the difference of the two logits, to first order; mean 1 at the goal's own."""
         return self.adds(steps, self.row.expand(len(steps), -1))
 
-    def adds(self, steps: Steps, rows: Float[Tensor, "steps hidden"]) -> Float[Tensor, "steps"]:
+    def adds(self, steps: TracedSteps, rows: Float[Tensor, "steps hidden"]) -> Float[Tensor, "steps"]:
         """What it adds at each step to what a row of its own reads of the logits, to first order."""
         directions, total = steps.directions(rows), torch.zeros(len(steps), dtype=torch.float32)
         parts = self.coefficients.split([len(mine) for mine in self.columns.indices.values()])
@@ -78,7 +78,7 @@ class Move:
 
 
 def features(
-    steps: Steps, row: Float[Tensor, "hidden"], columns: Columns, along: dict[int, Tensor]
+    steps: TracedSteps, row: Float[Tensor, "hidden"], columns: Columns, along: dict[int, Tensor]
 ) -> Float[Tensor, "steps columns"]:
     """What one unit of change of each column along its direction adds to `row`'s logit at each step, to first order."""
     directions = steps.directions(row.expand(len(steps), -1))
@@ -89,14 +89,14 @@ def features(
     return torch.cat(found, dim=1)
 
 
-def lead(steps: Steps, rows: Float[Tensor, "steps hidden"]) -> Float[Tensor, "steps"]:
+def lead(steps: TracedSteps, rows: Float[Tensor, "steps hidden"]) -> Float[Tensor, "steps"]:
     """How far what is said at each step is ahead of the token whose unembedding row is given, in logits."""
     said = steps.anatomy.unembed[steps.token_ids.to(steps.anatomy.unembed.device)].float().cpu()
     return (steps.directions(said - rows).at(None) * steps.residual).sum(1)
 
 
 def moves_for(
-    vlm: VLM, columns: Columns, goals: Sequence[Goal], kept: Sequence[Steps], ridge: float | None
+    vlm: VLM, columns: Columns, goals: Sequence[TokenGoal], kept: Sequence[TracedSteps], ridge: float | None
 ) -> list[Move]:
     """For each goal the change that does 1 at its steps, in the mean, and little elsewhere.
 
@@ -129,7 +129,7 @@ def moves_for(
 
 
 def sparing(
-    steps: Steps, row: Float[Tensor, "hidden"], columns: Columns, alike: Float[Tensor, "hidden hidden"] | None
+    steps: TracedSteps, row: Float[Tensor, "hidden"], columns: Columns, alike: Float[Tensor, "hidden hidden"] | None
 ) -> dict[int, Tensor]:
     """For each FFN the direction that adds to what `row` reads, and least to the logits of all tokens.
 
@@ -164,7 +164,7 @@ def _alike(vlm: VLM) -> Float[Tensor, "hidden hidden"]:
     return total.cpu() / len(tokens)
 
 
-def _endangered(vlm: VLM, steps: Steps, goal: Goal) -> Float[Tensor, "steps"]:
+def _endangered(vlm: VLM, steps: TracedSteps, goal: TokenGoal) -> Float[Tensor, "steps"]:
     """How much what is said at each step is in danger: 1 / the square of its lead over what is wanted."""
     wanted = set(goal.runners_up) if goal.wanted is None else {goal.wanted}
     rows = vlm.anatomy.unembed[sorted(wanted)].float().cpu()

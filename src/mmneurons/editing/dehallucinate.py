@@ -196,7 +196,7 @@ def _key(
     facts: list[Any] = [dict(vlm.facts), provenance.versions(), asdict(settings), sorted(vocabulary.nouns), there]
     facts += [said.token_ids, [vocabulary.places(text) for text in said.texts], list(map(_pixels, images))]
     if reference is not None:
-        answered = None if reference.said is None else reference.said.token_ids
+        answered = None if reference.answers is None else reference.answers.token_ids
         facts += [reference.facts, reference.texts, answered, list(map(_pixels, reference.images))]
     return key_of(*facts)
 

@@ -18,9 +18,9 @@ from torch import Tensor
 
 from mmneurons.data.pictures import Picture, Pictures, as_list
 from mmneurons.editing.columns import Move, lead, moves_for, patch_of, writers
-from mmneurons.editing.goals import Asked, ask_about, goals_of
 from mmneurons.editing.gradient import optimise
 from mmneurons.editing.reference import Reference
+from mmneurons.editing.request import EditRequest, make_requests, token_goals
 from mmneurons.editing.strength import find_strength
 from mmneurons.neurons import Neuron
 from mmneurons.patches.patch import Patch
@@ -74,20 +74,20 @@ def edit(
     tell("answering about the images")
     images = as_list(images)
     # 1. What the model says of the images, and at which steps it says SOURCE.
-    asked = ask_about(vlm, images, settings.questions, source, target)
+    requests = make_requests(vlm, images, settings.questions, source, target)
     # 2. Which token is to give way to which there, and the columns that write the first.
-    goals = goals_of(vlm, asked, target)
+    goals = token_goals(vlm, requests, target)
     tell("choosing columns")
     columns = (
         writers(vlm, goals, settings.top, settings.blocks) if neurons is None else Columns.of(vlm.anatomy, neurons)
     )
     if settings.method == "optimised":
         # 3a. By gradients: direction and strength at once.
-        patch = optimise(vlm, columns, asked, source, target, reference, tell=tell)
+        patch = optimise(vlm, columns, requests, source, target, reference, tell=tell)
         search = dict(patch.provenance)
     else:
         # 3b. Without: a direction for each column, by what is to change and what is to stay ...
-        kept = [one.others for one in asked]
+        kept = [one.others for one in requests]
         if reference is not None:
             kept.append(reference.without(vlm, source))
         moves = moves_for(vlm, columns, goals, kept, settings.ridge if settings.method == "selective" else None)
@@ -95,16 +95,18 @@ def edit(
         # ... and a strength, tried on what the model then generates.
         start = max(_needed(vlm, move) for move in moves)
         harm = None if reference is None else harm_of(vlm, reference, moves)
-        found = find_strength(vlm, unit, asked, source, target, start=start, reference=reference, harm=harm, tell=tell)
+        found = find_strength(
+            vlm, unit, requests, source, target, start=start, reference=reference, harm=harm, tell=tell
+        )
         patch, search = found.strength * unit, asdict(found)
     # 4. What made it goes with it.
     made_by = {
         "source": source,
         "target": target,
-        **asked_with(settings, asked),
+        **recorded_settings(settings, requests),
         "search": search,
         "images": len(images),
-        "said_source": [len(one.saying) for one in asked],
+        "said_source": [len(one.saying) for one in requests],
         "reference": None if reference is None else reference.facts,
         "model": dict(vlm.facts),
         "packages": provenance.versions(),
@@ -112,11 +114,11 @@ def edit(
     return replace(patch, provenance=made_by)
 
 
-def asked_with(settings: EditSettings, asked: Sequence[Asked]) -> dict[str, Any]:
+def recorded_settings(settings: EditSettings, requests: Sequence[EditRequest]) -> dict[str, Any]:
     """The settings as a patch records them: with the prefix of the first prompt, to be judged by, and of each."""
-    chosen, prefixes = asdict(settings), [one.question.prefix for one in asked]
+    chosen, prefixes = asdict(settings), [one.question.prefix for one in requests]
     del chosen["prompt"], chosen["wordings"]
-    chosen |= {"prompts": [one.question.prompt for one in asked], "answer_prefix": prefixes[0]}
+    chosen |= {"prompts": [one.question.prompt for one in requests], "answer_prefix": prefixes[0]}
     return {"settings": chosen, "answer_prefixes": prefixes}
 
 

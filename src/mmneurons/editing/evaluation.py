@@ -18,7 +18,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from mmneurons.data.pictures import Picture
-from mmneurons.editing.steps import likeliest, no_neurons
+from mmneurons.editing.answers import likeliest_tokens, no_neurons
 from mmneurons.maths.statistics import Estimate, estimate, share
 from mmneurons.metrics.captions import rest_unchanged
 from mmneurons.patches.ledger import ledger_of
@@ -140,7 +140,7 @@ class Before:
     @cached_property
     def texts(self) -> list[Int[Tensor, "positions"]]:
         """The likeliest token behind each position of each text."""
-        return likeliest(self.vlm, self.bench.texts)
+        return likeliest_tokens(self.vlm, self.bench.texts)
 
 
 @by_one_thread
@@ -191,7 +191,7 @@ def evaluate(
         after = _answers(vlm, [bench.unrelated[i] for i in kept], question).texts
         tell(0.7)
         tops = before.tops([i for i in kept if i < TOPS_ON])
-        next_tokens = likeliest(vlm, bench.texts)
+        next_tokens = likeliest_tokens(vlm, bench.texts)
         tell(0.9)
     # Compared, answer by answer.
     done = partial(turned, source=source, target=target)

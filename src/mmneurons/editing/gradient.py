@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from mmneurons.editing.fit import fit
-from mmneurons.editing.goals import Asked, given, share_turned
 from mmneurons.editing.losses import divergence, lead, log_not, log_p
 from mmneurons.editing.reference import Reference
+from mmneurons.editing.request import EditRequest, given, share_turned
 from mmneurons.errors import ModelError, SettingError
 from mmneurons.patches.parts import patch_of, pristine_columns
 from mmneurons.patches.patch import Patch
@@ -61,7 +61,7 @@ class Optimised:
 def optimise(
     vlm: VLM,
     columns: Columns,
-    asked: Sequence[Asked],
+    requests: Sequence[EditRequest],
     source: str,
     target: str | None,
     reference: Reference | None,
@@ -79,7 +79,7 @@ def optimise(
     Args:
         vlm: The model.
         columns: What moves; of dense FFNs.
-        asked: The images of the edit and what was said about them.
+        requests: The images of the edit and what was said about them.
         source: What is to go.
         target: What is to come; None: anything else, by -log(1 - p(said)).
         reference: What is to stay, but for the steps that say `source`.
@@ -103,14 +103,14 @@ def optimise(
             "The optimised edit works on dense FFNs only; some of these columns are an expert's.",
             fix='Choose a closed form: EditSettings(method="selective")',
         )
-    if not any(one.found for one in asked):
+    if not any(one.found for one in requests):
         raise SettingError(f"None of these answers says '{source}'.", fix="Give images of which the model says it.")
     with torch.inference_mode(False), frozen(vlm.model), evaluating(vlm.model):
         # 1. The answers are read once, up to the lowest block that is edited.
         lowest = min(vlm.anatomy.ffns[i].layer for i in columns.indices)
-        reader = Reader(vlm, lowest, cache, asked[0].question.batch_size)
+        reader = Reader(vlm, lowest, cache, requests[0].question.batch_size)
         tell("reading the answers")
-        own = [batch for one in asked for batch in reader.read(one.images, one.question, given(vlm, one, target))]
+        own = [batch for one in requests for batch in reader.read(one.images, one.question, given(vlm, one, target))]
         others = [] if reference is None else reference.read(reader, source)
         # 2. Adam goes down from there to the change that is taken.
         pristine = pristine_columns(vlm, columns)
@@ -119,14 +119,14 @@ def optimise(
     # 3. What the edited model generates decides whether it is an edit.
     patch = patch_of(vlm, change)
     with patch.applied(vlm):
-        share = share_turned(vlm, asked, source, target)
+        share = share_turned(vlm, requests, source, target)
     if share == 0:
         raise SettingError(
             f"No change makes the model say {'something else' if target is None else repr(target)} for '{source}'.",
             seen=f"After {found.steps} steps what is wanted leads by {found.margin:.2g} logits.",
             fix="Take more columns (top=2000), or of more blocks (blocks=None), or more images.",
         )
-    found = replace(found, turned=share, generated=sum(len(one.saying) for one in asked))
+    found = replace(found, turned=share, generated=sum(len(one.saying) for one in requests))
     return replace(patch, provenance=asdict(found))
 
 

@@ -13,7 +13,15 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from mmneurons.data.pictures import Picture
-from mmneurons.editing.steps import Said, Steps, answer_steps, join, likeliest, occurrences, text_steps
+from mmneurons.editing.answers import (
+    TracedAnswers,
+    TracedSteps,
+    join,
+    likeliest_tokens,
+    occurrences,
+    trace_answers,
+    trace_texts,
+)
 from mmneurons.errors import SettingError
 from mmneurons.progress import Progress, untold
 from mmneurons.settings import Question, QuestionOptions, settled
@@ -26,22 +34,22 @@ from mmneurons.vlm.vlm import VLM
 class Reference:
     """Steps of answers and texts of the unedited model; from `make_reference`."""
 
-    said: Said | None
+    answers: TracedAnswers | None
     images: tuple[Picture, ...]
-    """Those that `said` is about, to be captioned again with an edit."""
+    """Those that `answers` are about, to be captioned again with an edit."""
     question: Question
     """How they were asked about."""
     texts: tuple[str, ...]
-    text_steps: Steps | None
+    text_steps: TracedSteps | None
     text_counts: Int[Tensor, "positions"]
     """For each of `text_steps`, at how many positions of all texts the same has been read; 0 but at the first."""
     seconds: Int[Tensor, "steps"]
     """For each of `steps`, what would be said but for what is."""
 
     @cached_property
-    def steps(self) -> Steps:
+    def steps(self) -> TracedSteps:
         """Of the answers, then of the texts."""
-        parts = [] if self.said is None else [self.said.steps]
+        parts = [] if self.answers is None else [self.answers.steps]
         return join(parts if self.text_steps is None else [*parts, self.text_steps])
 
     @property
@@ -57,22 +65,22 @@ class Reference:
     def says(self, vlm: VLM, word: str) -> Bool[Tensor, "steps"]:
         """Which of `steps` write a word."""
         rows = torch.zeros(len(self.steps), dtype=torch.bool)
-        if self.said is not None:
-            for answer, found in occurrences(vlm, self.said, word):
-                rows[[self.said.row(answer, step) for step in found.steps]] = True
+        if self.answers is not None:
+            for answer, found in occurrences(vlm, self.answers, word):
+                rows[[self.answers.row(answer, step) for step in found.steps]] = True
         return rows
 
-    def without(self, vlm: VLM, word: str) -> Steps:
+    def without(self, vlm: VLM, word: str) -> TracedSteps:
         """The steps that do not write a word."""
         return self.steps.at(~self.says(vlm, word))
 
     def given(self, vlm: VLM, word: str | None) -> list[Given]:
         """The answers, all of whose steps are to stay as they are, but for those that write a word, if there is one."""
-        if self.said is None:
+        if self.answers is None:
             return []
         left = [False] * len(self.steps) if word is None else self.says(vlm, word).tolist()
         made, start = list[Given](), 0
-        for ids in self.said.token_ids:
+        for ids in self.answers.token_ids:
             made.append(Given([*ids], {}, {step: -1 for step in range(len(ids)) if not left[start + step]}))
             start += len(ids)
         return made
@@ -84,11 +92,11 @@ class Reference:
 
     def by_image(self, vlm: VLM, word: str, values: Float[Tensor, "steps"]) -> list[float]:
         """For each image the largest of the values of its answer's steps; minus infinity where it says a word."""
-        assert self.said is not None
+        assert self.answers is not None
         values = values.clone()
         values[self.says(vlm, word)[: len(values)]] = torch.inf
         worst = torch.full((len(self.images),), -torch.inf, dtype=torch.float32)
-        worst = worst.scatter_reduce(0, self.said.steps.answers, values, "amax")
+        worst = worst.scatter_reduce(0, self.answers.steps.answer_ids, values, "amax")
         return [-torch.inf if value == torch.inf else value for value in worst.tolist()]
 
     def positions(self, values: Float[Tensor, "steps"], n: int) -> list[int]:
@@ -101,9 +109,9 @@ class Reference:
         """At some of `text_steps` the likeliest token now, edited or not, is another: a share of all positions."""
         if self.text_steps is None or not positions:
             return 0.0
-        answers, rows = self.text_steps.answers, torch.tensor(positions)
+        answers, rows = self.text_steps.answer_ids, torch.tensor(positions)
         numbers = answers[rows].unique()
-        now = dict(zip(numbers.tolist(), likeliest(vlm, [self.texts[i] for i in numbers]), strict=True))
+        now = dict(zip(numbers.tolist(), likeliest_tokens(vlm, [self.texts[i] for i in numbers]), strict=True))
         starts = torch.searchsorted(answers, answers[rows])
         tokens = torch.stack([now[int(answers[row])][row - start] for row, start in zip(rows, starts, strict=True)])
         flips = tokens != self.text_steps.token_ids[rows]
@@ -141,8 +149,8 @@ def make_reference(
     def tell(done: int) -> None:
         progress("answers to leave as they are", done, len(images))
 
-    said = answer_steps(vlm, images, question, progress=tell) if images else None
-    read = text_steps(vlm, texts) if texts else None
+    said = trace_answers(vlm, images, question, progress=tell) if images else None
+    read = trace_texts(vlm, texts) if texts else None
     counts = torch.tensor(_counts(vlm, texts), dtype=torch.long)
     seconds = torch.cat([_seconds(vlm, steps) for steps in (said and said.steps, read) if steps is not None])
     return Reference(said, tuple(images), question, tuple(texts), read, counts, seconds)
@@ -156,7 +164,7 @@ def _counts(vlm: VLM, texts: Sequence[str]) -> list[int]:
     return [left.pop(prefix, 0) for prefix in read]
 
 
-def _seconds(vlm: VLM, steps: Steps) -> Int[Tensor, "n"]:
+def _seconds(vlm: VLM, steps: TracedSteps) -> Int[Tensor, "n"]:
     """The likeliest token but for the one that is said."""
     found = []
     for residual, said in zip(steps.residual.split(256), steps.token_ids.split(256), strict=True):

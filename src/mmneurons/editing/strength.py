@@ -14,8 +14,8 @@ from typing import Protocol
 from jaxtyping import Float
 from torch import Tensor
 
-from mmneurons.editing.goals import Asked, share_turned
 from mmneurons.editing.reference import Reference
+from mmneurons.editing.request import EditRequest, share_turned
 from mmneurons.errors import SettingError
 from mmneurons.patches.patch import Edit
 from mmneurons.vlm.asking import texts_of
@@ -65,7 +65,7 @@ class _Trials:
 
     vlm: VLM
     unit: Scalable
-    asked: Sequence[Asked]
+    requests: Sequence[EditRequest]
     source: str
     target: str | None
     tell: Callable[[str], None]
@@ -74,9 +74,9 @@ class _Trials:
     def turned(self, factor: float) -> float:
         """Share of the edit's answers that turn."""
         self.tell(f"trying strength {factor:.3g}")
-        self.generated += sum(len(one.saying) for one in self.asked)
+        self.generated += sum(len(one.saying) for one in self.requests)
         with (factor * self.unit).applied(self.vlm):
-            return share_turned(self.vlm, self.asked, self.source, self.target)
+            return share_turned(self.vlm, self.requests, self.source, self.target)
 
     def changes(
         self, factor: float, reference: Reference, images: Sequence[int], positions: Sequence[int]
@@ -84,12 +84,12 @@ class _Trials:
         """How many of some of the reference's answers change, and which share of its text positions, of some."""
         with (factor * self.unit).applied(self.vlm):
             flipped = reference.flipped(self.vlm, positions)
-            if reference.said is None:
+            if reference.answers is None:
                 return 0, flipped
             self.generated += len(images)
-            question = replace(reference.question, batch_size=self.asked[0].question.batch_size)
+            question = replace(reference.question, batch_size=self.requests[0].question.batch_size)
             said = texts_of(self.vlm, [reference.images[i] for i in images], question)
-        return sum(text != reference.said.texts[i] for i, text in zip(images, said, strict=True)), flipped
+        return sum(text != reference.answers.texts[i] for i, text in zip(images, said, strict=True)), flipped
 
     def smallest(self, start: float) -> tuple[float, float]:
         """The smallest strength tried that turns as many answers as any does, and their share."""
@@ -112,7 +112,7 @@ class _Trials:
 def find_strength(
     vlm: VLM,
     unit: Scalable,
-    asked: Sequence[Asked],
+    requests: Sequence[EditRequest],
     source: str,
     target: str | None,
     *,
@@ -126,7 +126,7 @@ def find_strength(
     Args:
         vlm: The model.
         unit: The edit of strength 1.
-        asked: The images of the edit and what was said about them.
+        requests: The images of the edit and what was said about them.
         source: What is to go.
         target: What is to come, if anything.
         start: The strength to begin with, above 0.
@@ -140,7 +140,7 @@ def find_strength(
         SettingError: no strength turns any answer.
     """
     # 1. The smallest strength that turns the edit's own images.
-    trials = _Trials(vlm, unit, asked, source, target, tell)
+    trials = _Trials(vlm, unit, requests, source, target, tell)
     smallest, share = trials.smallest(start)
     if share == 0:
         raise SettingError(
@@ -151,9 +151,9 @@ def find_strength(
     if reference is None or harm is None:
         return Search(smallest, smallest, share, 0, 0, 0.0, trials.generated)
     images: list[int] = []
-    if reference.said is not None:
+    if reference.answers is not None:
         # 2. The answers and positions of the reference that are likeliest to change.
-        worst = reference.by_image(vlm, source, harm[: len(reference.said.steps)])
+        worst = reference.by_image(vlm, source, harm[: len(reference.answers.steps)])
         images = sorted(range(len(worst)), key=lambda i: -worst[i])[:HARDEST]
     positions = reference.positions(harm, HARDEST_POSITIONS)
 

@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mmneurons.data.pictures import Picture
-from mmneurons.editing.steps import Said, Steps, answer_steps, forced_steps, join, occurrences
+from mmneurons.editing.answers import TracedAnswers, TracedSteps, join, occurrences, trace_answers, trace_given
 from mmneurons.errors import SettingError, WordError
 from mmneurons.settings import Question
 from mmneurons.vlm.asking import texts_of
@@ -21,14 +21,14 @@ from mmneurons.words import Word, inflected, singular, turned
 
 
 @dataclass(frozen=True, eq=False)
-class Goal:
+class TokenGoal:
     """Steps at which one token shall give way to another."""
 
     said: int
     """The token that is said there."""
     wanted: int | None
     """The token that shall be; None: any other."""
-    steps: Steps
+    steps: TracedSteps
     runners_up: tuple[int, ...] = ()
     """Of a removal: what is likeliest at each step but for the token that is said."""
 
@@ -42,12 +42,12 @@ class Goal:
 
 
 @dataclass(frozen=True, eq=False)
-class Asked:
+class EditRequest:
     """The images of an edit, asked with one prompt."""
 
     images: Sequence[Picture]
     question: Question
-    said: Said
+    answers: TracedAnswers
     found: Sequence[tuple[int, Word]]
     """Where SOURCE is: which answer, and the word there."""
 
@@ -57,17 +57,17 @@ class Asked:
         return sorted({answer for answer, _ in self.found})
 
     @property
-    def others(self) -> Steps:
+    def others(self) -> TracedSteps:
         """The steps that do not write SOURCE."""
-        rows = torch.ones(len(self.said.steps), dtype=torch.bool)
+        rows = torch.ones(len(self.answers.steps), dtype=torch.bool)
         for answer, word in self.found:
-            rows[[self.said.row(answer, step) for step in word.steps]] = False
-        return self.said.steps.at(rows)
+            rows[[self.answers.row(answer, step) for step in word.steps]] = False
+        return self.answers.steps.at(rows)
 
 
-def ask_about(
+def make_requests(
     vlm: VLM, images: Sequence[Picture], questions: Sequence[Question], source: str, target: str | None
-) -> list[Asked]:
+) -> list[EditRequest]:
     """Ask each question about the images of an edit.
 
     Raises:
@@ -82,24 +82,24 @@ def ask_about(
             seen="Plurals are made where the answers have one.",
             fix=f"target={singular(target)!r}",
         )
-    asked = []
+    requests = []
     for question in questions:
-        said = answer_steps(vlm, images, question)
-        asked.append(Asked(images, question, said, occurrences(vlm, said, source)))
-    if not any(one.found for one in asked):
-        answers = "\n".join(f"  {one.question.prefix} {text}" for one in asked for text in one.said.texts[:5])
+        said = trace_answers(vlm, images, question)
+        requests.append(EditRequest(images, question, said, occurrences(vlm, said, source)))
+    if not any(one.found for one in requests):
+        answers = "\n".join(f"  {one.question.prefix} {text}" for one in requests for text in one.answers.texts[:5])
         raise WordError(
             f"The model says '{source}' of none of the images.",
             seen=f"It said:\n{answers}",
             fix="Give images of which it does, or a word that it says.",
         )
-    return asked
+    return requests
 
 
-def share_turned(vlm: VLM, asked: Sequence[Asked], source: str, target: str | None) -> float:
+def share_turned(vlm: VLM, requests: Sequence[EditRequest], source: str, target: str | None) -> float:
     """Share of the answers that said SOURCE which, generated now, no longer do, and say TARGET if there is one."""
     done = []
-    for one in asked:
+    for one in requests:
         texts = texts_of(vlm, [one.images[i] for i in one.saying], one.question)
         done += [turned(text, source, target) for text in texts]
     return sum(done) / len(done)
@@ -125,14 +125,14 @@ def rewritten(
     return [*new, *ids[read:]], written
 
 
-def given(vlm: VLM, one: Asked, target: str | None) -> list[Given]:
+def given(vlm: VLM, one: EditRequest, target: str | None) -> list[Given]:
     """Answers with TARGET in the place of SOURCE, to be read; without a target, as they are.
 
     Raises:
         WordError: a form of the target has no token.
     """
     made = []
-    for i, said in enumerate(one.said.token_ids):
+    for i, said in enumerate(one.answers.token_ids):
         words = sorted((word for answer, word in one.found if answer == i), key=lambda word: word.steps[0])
         if target is None:
             writing = {step for word in words for step in word.steps}
@@ -151,7 +151,7 @@ def given(vlm: VLM, one: Asked, target: str | None) -> list[Given]:
     return made
 
 
-def goals_of(vlm: VLM, asked: Sequence[Asked], target: str | None) -> list[Goal]:
+def token_goals(vlm: VLM, requests: Sequence[EditRequest], target: str | None) -> list[TokenGoal]:
     """One goal for each form in which SOURCE is said (dog, dogs, Dog), and one for each further token of TARGET.
 
     The further tokens are wanted behind those before them: at these steps the answer is forced, and where the model
@@ -160,16 +160,16 @@ def goals_of(vlm: VLM, asked: Sequence[Asked], target: str | None) -> list[Goal]
     Raises:
         WordError: a form of the target has no token, or its tokens are those that SOURCE begins with.
     """
-    steps: dict[tuple[int, int | None], list[Steps]] = {}
-    for one in asked:
+    steps: dict[tuple[int, int | None], list[TracedSteps]] = {}
+    for one in requests:
         for answer, word in one.found:
-            ids = one.said.token_ids[answer]
+            ids = one.answers.token_ids[answer]
             wanted = [None] if target is None else tokens_of(vlm.tokenizer, inflected(target, word.text))
-            row = one.said.steps.at(torch.tensor([one.said.row(answer, word.steps[0])]))
+            row = one.answers.steps.at(torch.tensor([one.answers.row(answer, word.steps[0])]))
             steps.setdefault((int(row.token_ids), wanted[0]), []).append(row)
             if len(wanted) > 1:
                 begun = [*ids[: word.steps[0]], *wanted[:-1]]
-                forced = forced_steps(vlm, one.images[answer], begun, one.question)
+                forced = trace_given(vlm, one.images[answer], begun, one.question)
                 for i, token in enumerate(wanted[1:], start=word.steps[0] + 1):
                     row = forced.at(torch.tensor([i]))
                     if int(row.token_ids) != token:
@@ -183,9 +183,9 @@ def goals_of(vlm: VLM, asked: Sequence[Asked], target: str | None) -> list[Goal]
     return goals
 
 
-def _goal(vlm: VLM, said: int, wanted: int | None, steps: Steps) -> Goal:
+def _goal(vlm: VLM, said: int, wanted: int | None, steps: TracedSteps) -> TokenGoal:
     if wanted is not None:
-        return Goal(said, wanted, steps)
+        return TokenGoal(said, wanted, steps)
     logits = vlm.anatomy.logits(steps.residual)[:, : vlm.n_tokens].float().clone()
     logits[:, said] = -torch.inf
-    return Goal(said, None, steps, tuple(logits.argmax(-1).tolist()))
+    return TokenGoal(said, None, steps, tuple(logits.argmax(-1).tolist()))

@@ -1,6 +1,6 @@
 """What the neurons did at many steps of many answers: what an edit is worked out from.
 
-said = answer_steps(vlm, images)
+said = trace_answers(vlm, images)
 for answer, word in occurrences(vlm, said, "dog"): said.steps.at([said.row(answer, word.steps[0])])
 """
 
@@ -27,7 +27,7 @@ from mmneurons.words import Word, find_words, says
 
 
 @dataclass(frozen=True, eq=False)
-class Steps:
+class TracedSteps:
     """Positions that each predict a token, and what the model did there; on the CPU."""
 
     anatomy: Anatomy
@@ -41,22 +41,22 @@ class Steps:
     """What the model said there."""
     logits: Float[Tensor, "n"]
     """Of that token, as the model gave it."""
-    answers: Int[Tensor, "n"]
+    answer_ids: Int[Tensor, "n"]
     """Which answer, or which text, each belongs to, counted from 0."""
 
     def __len__(self) -> int:
         return len(self.token_ids)
 
-    def at(self, rows: Tensor) -> Steps:
+    def at(self, rows: Tensor) -> TracedSteps:
         """Some of them: a mask or numbers."""
-        return Steps(
+        return TracedSteps(
             self.anatomy,
             tuple(part[rows] for part in self.activations),
             tuple(part[rows] for part in self.norms),
             self.residual[rows],
             self.token_ids[rows],
             self.logits[rows],
-            self.answers[rows],
+            self.answer_ids[rows],
         )
 
     def directions(self, rows: Float[Tensor, "n hidden"]) -> Directions:
@@ -69,13 +69,13 @@ class Steps:
 
 
 @dataclass(frozen=True, eq=False)
-class Said:
+class TracedAnswers:
     """Answers, and every step of them."""
 
     texts: tuple[str, ...]
     token_ids: tuple[tuple[int, ...], ...]
     """Per answer, end-of-text included where it came."""
-    steps: Steps
+    steps: TracedSteps
     """Answer after answer, of each one step per token."""
 
     def row(self, answer: int, step: int) -> int:
@@ -83,13 +83,13 @@ class Said:
         return sum(map(len, self.token_ids[:answer])) + step
 
 
-def answer_steps(
+def trace_answers(
     vlm: VLM,
     images: Sequence[Picture],
     question: Question = Question(),
     *,
     progress: Callable[[int], None] | None = None,
-) -> Said:
+) -> TracedAnswers:
     """Let the model answer, and keep what its neurons did at each step; one captioning run, no more.
 
     Args:
@@ -104,7 +104,7 @@ def answer_steps(
     """
     if not images:
         raise SettingError("There is no image.", fix="Give at least one.")
-    parts: list[Steps] = []
+    parts: list[TracedSteps] = []
     texts: list[str] = []
     token_ids: list[tuple[int, ...]] = []
     for batch in ask(vlm, images, question, recorder=record):
@@ -114,22 +114,22 @@ def answer_steps(
         of = [len(texts) + row for row in places[:, 0].tolist()]
         rows, steps = places.to(answers.logits.device).unbind(1)
         trace = pick_trace(batch.recording, places)
-        parts.append(_steps(vlm, trace, torch.tensor(said), answers.logits[rows, steps], of))
+        parts.append(_traced(vlm, trace, torch.tensor(said), answers.logits[rows, steps], of))
         texts += answers.texts
         token_ids += answers.token_ids
         del batch  # its recording is not to live beside the next one
         if progress is not None:
             progress(len(texts))
-    return Said(tuple(texts), tuple(token_ids), join(parts))
+    return TracedAnswers(tuple(texts), tuple(token_ids), join(parts))
 
 
-def forced_steps(vlm: VLM, image: Picture, ids: Sequence[int], question: Question = Question()) -> Steps:
+def trace_given(vlm: VLM, image: Picture, ids: Sequence[int], question: Question = Question()) -> TracedSteps:
     """What the model would say at each step of an answer that it is given: n tokens give n + 1 steps."""
     (batch,) = ask(vlm, [image], question, given=[ids], recorder=record)
-    return _read_steps(vlm, batch.recording, [0])
+    return _trace_all(vlm, batch.recording, [0])
 
 
-def text_steps(vlm: VLM, texts: Sequence[str]) -> Steps:
+def trace_texts(vlm: VLM, texts: Sequence[str]) -> TracedSteps:
     """What the model would say at every position of texts, one at least, that it reads without any image.
 
     Raises:
@@ -140,17 +140,17 @@ def text_steps(vlm: VLM, texts: Sequence[str]) -> Steps:
             "The texts of an encoder-decoder are read in its encoder, where no neuron of ours is.",
             fix="Give reference images only.",
         )
-    parts: dict[int, Steps] = {}
+    parts: dict[int, TracedSteps] = {}
     for numbers, inputs in text_batches(vlm, texts):
         with record(vlm.anatomy, lambda values: values) as recording:
             vlm.read(inputs)
-        read = _read_steps(vlm, recording, numbers)
-        parts |= {i: read.at(read.answers == i) for i in numbers}
+        read = _trace_all(vlm, recording, numbers)
+        parts |= {i: read.at(read.answer_ids == i) for i in numbers}
     return join([parts[i] for i in range(len(texts))])
 
 
-def likeliest(vlm: VLM, texts: Sequence[str]) -> list[Int[Tensor, "positions"]]:
-    """The likeliest token behind each position of each text, as `text_steps` reads them; no neuron is recorded."""
+def likeliest_tokens(vlm: VLM, texts: Sequence[str]) -> list[Int[Tensor, "positions"]]:
+    """The likeliest token behind each position of each text, as `trace_texts` reads them; no neuron is recorded."""
     found: dict[int, Tensor] = {}
     for numbers, inputs in text_batches(vlm, texts):
         with record(vlm.anatomy, lambda values: values, neurons=no_neurons(vlm.anatomy)) as recording:
@@ -165,22 +165,22 @@ def no_neurons(anatomy: Anatomy) -> list[Int[Tensor, "0"]]:
     return [torch.empty(0, dtype=torch.long) for _ in anatomy.ffns]
 
 
-def join(parts: Sequence[Steps]) -> Steps:
+def join(parts: Sequence[TracedSteps]) -> TracedSteps:
     """All of them, one after the other; at least one."""
     if len(parts) == 1:
         return parts[0]
-    return Steps(
+    return TracedSteps(
         parts[0].anatomy,
         tuple(torch.cat(each) for each in zip(*(part.activations for part in parts), strict=True)),
         tuple(torch.cat(each) for each in zip(*(part.norms for part in parts), strict=True)),
         torch.cat([part.residual for part in parts]),
         torch.cat([part.token_ids for part in parts]),
         torch.cat([part.logits for part in parts]),
-        torch.cat([part.answers for part in parts]),
+        torch.cat([part.answer_ids for part in parts]),
     )
 
 
-def occurrences(vlm: VLM, said: Said, phrase: str) -> list[tuple[int, Word]]:
+def occurrences(vlm: VLM, said: TracedAnswers, phrase: str) -> list[tuple[int, Word]]:
     """Wherever the answers say a word, whatever its case and number: which answer, and the word there."""
 
     def decode(ids: Sequence[int]) -> str:
@@ -194,16 +194,16 @@ def occurrences(vlm: VLM, said: Said, phrase: str) -> list[tuple[int, Word]]:
     ]
 
 
-def _read_steps(vlm: VLM, recording: Recording, answers: Sequence[int]) -> Steps:
+def _trace_all(vlm: VLM, recording: Recording, answers: Sequence[int]) -> TracedSteps:
     """Every position that was recorded, row after row; the token of each is the likeliest one."""
     n_steps = recording.residual[0].shape[1]
     places = torch.tensor([(row, step) for row in range(len(answers)) for step in range(n_steps)])
     trace = pick_trace(recording, places)
     logits = vlm.anatomy.logits(trace.residual)[:, : vlm.n_tokens].max(-1)
-    return _steps(vlm, trace, logits.indices, logits.values, [i for i in answers for _ in range(n_steps)])
+    return _traced(vlm, trace, logits.indices, logits.values, [i for i in answers for _ in range(n_steps)])
 
 
-def _steps(vlm: VLM, trace: Trace, token_ids: Tensor, logits: Tensor, answers: list[int]) -> Steps:
+def _traced(vlm: VLM, trace: Trace, token_ids: Tensor, logits: Tensor, answers: list[int]) -> TracedSteps:
     """Trace, off the device and with the slots of experts put in their places."""
     fired = []
     for ffn, part, experts in zip(trace.anatomy.ffns, trace.activations, trace.experts, strict=True):
@@ -212,7 +212,7 @@ def _steps(vlm: VLM, trace: Trace, token_ids: Tensor, logits: Tensor, answers: l
             slots = (experts[:, :, None] * width + torch.arange(width, device=experts.device)).flatten(1)
             part = torch.zeros(len(part), ffn.size, device=part.device, dtype=torch.float32).scatter(1, slots, part)
         fired.append(part.to("cpu", vlm.anatomy.dtype))
-    return Steps(
+    return TracedSteps(
         trace.anatomy,
         tuple(fired),
         tuple(part.cpu() for part in trace.norms),
