@@ -18,7 +18,7 @@ import mmneurons as mmn
 from mmneurons import pocket
 from mmneurons.editing import gradient
 from mmneurons.editing.answers import occurrences, trace_answers
-from mmneurons.editing.columns import writers
+from mmneurons.editing.closed_form import select_columns
 from mmneurons.editing.fit import descend
 from mmneurons.editing.reference import make_reference
 from mmneurons.editing.request import EditRequest, given, token_goals
@@ -44,7 +44,7 @@ def main() -> None:
     reference = make_reference(vlm, [pocket.scene(650_000_000 + i).image for i in range(gradient.SAMPLE)])
     print("| columns of | cached, ms a step | whole model, ms a step | whole / cached |\n| --- | --- | --- | --- |")
     for blocks in (1, 2):
-        columns = writers(vlm, goals, TOP, blocks)
+        columns = select_columns(vlm, goals, TOP, blocks)
         arms, changes = {}, []
         with frozen(vlm.model), evaluating(vlm.model):
             for name, cache in (("cached", True), ("whole", False)):

@@ -22,7 +22,7 @@ from mmneurons.baselines.rome import carried
 from mmneurons.baselines.task import Schedule, Task
 from mmneurons.editing import request
 from mmneurons.editing.answers import occurrences, trace_answers
-from mmneurons.editing.columns import writers
+from mmneurons.editing.closed_form import select_columns
 from mmneurons.editing.edit import EditSettings
 from mmneurons.editing.reference import Reference, make_reference
 from mmneurons.editing.request import EditRequest, token_goals
@@ -191,7 +191,7 @@ def test_rome_moves_the_block_from_the_key_to_what_was_learned(model, rivals, ta
 @pytest.mark.usefixtures("unchanged")
 def test_random_columns_are_others_of_the_same_block_and_as_loud(model, task):
     goals = token_goals(model, task.requests, "cat")
-    top = writers(model, goals, 100, 2)
+    top = select_columns(model, goals, 100, 2)
     drawn = matched_neurons(model, goals, top, 0)
     assert len(drawn) == 100
     assert not set(drawn) & set(top.neurons)
@@ -209,7 +209,7 @@ def test_random_columns_are_others_of_the_same_block_and_as_loud(model, task):
 
 
 def test_random_takes_other_columns_than_edit(model, rivals, task):
-    chosen = writers(model, token_goals(model, task.requests, "cat"), SETTINGS.top, SETTINGS.blocks)
+    chosen = select_columns(model, token_goals(model, task.requests, "cat"), SETTINGS.top, SETTINGS.blocks)
     assert not set(rivals["random"].change.neurons) & set(chosen.neurons)
 
 

@@ -24,8 +24,8 @@ from mmneurons import pocket
 from mmneurons.baselines.output_layer import HeadChange
 from mmneurons.editing import request
 from mmneurons.editing.answers import TracedAnswers, likeliest_tokens, occurrences, trace_answers, trace_given
-from mmneurons.editing.columns import moves_for, patch_of, writers
-from mmneurons.editing.edit import EditSettings, edit, harm_of
+from mmneurons.editing.closed_form import flip_risk, select_columns, solve, unit_patch
+from mmneurons.editing.edit import EditSettings, edit
 from mmneurons.editing.reference import make_reference
 from mmneurons.editing.request import EditRequest, TokenGoal, token_goals
 from mmneurons.editing.strength import ALLOWED_FLIPS, MARGINS, find_strength
@@ -267,14 +267,14 @@ def test_the_effect_is_that_on_the_logits_and_one_in_the_mean(vlm, method):
     found = occurrences(vlm, said, "dog")
     asked = EditRequest(images, Question(), said, found)
     (goal,) = token_goals(vlm, [asked], "cat")
-    columns = writers(vlm, [goal], 50, blocks=1)
+    columns = select_columns(vlm, [goal], 50, blocks=1)
     rest = torch.ones(len(said.steps), dtype=torch.bool)
     rest[[said.row(answer, word.steps[0]) for answer, word in found]] = False
-    (move,) = moves_for(vlm, columns, [goal], [said.steps.at(rest)], 0.1 if method == "selective" else None)
-    effect = move.effect(goal.steps)
+    (update,) = solve(vlm, columns, [goal], [said.steps.at(rest)], 0.1 if method == "selective" else None)
+    effect = update.effect(goal.steps)
     assert float(effect.mean()) == pytest.approx(1, abs=1e-4)
     assert len(columns.neurons) == 50
-    patch = 3 * patch_of(vlm, columns, [move])
+    patch = 3 * unit_patch(vlm, columns, [update])
     for (answer, word), promised in zip(found, effect.tolist(), strict=True):
         begun = said.token_ids[answer][: word.steps[0]]
         assert true_effect(vlm, patch, goal, images[answer], begun) == pytest.approx(3 * promised, rel=1e-3, abs=1e-3)
@@ -305,21 +305,21 @@ def test_the_effect_in_other_families(vlm, config, more):
         before = weights_hash(other.model)
         said = trace_answers(other, [IMAGE, edit_images("dog")[0]], Question(max_new_tokens=4))
         goal = TokenGoal(said.token_ids[0][2], 99, said.steps.at(torch.tensor([2])))
-        columns = writers(other, [goal], 20, blocks=1)
+        columns = select_columns(other, [goal], 20, blocks=1)
         kept = [said.steps.at(torch.tensor([0, 1, 4, 5]))]
-        (move,), (steepest,) = (moves_for(other, columns, [goal], kept, ridge) for ridge in (0.1, None))
-        assert float(move.effect(goal.steps).mean()) == pytest.approx(1)
+        (update,), (steepest,) = (solve(other, columns, [goal], kept, ridge) for ridge in (0.1, None))
+        assert float(update.effect(goal.steps).mean()) == pytest.approx(1)
         if more:
             assert {neuron.expert for neuron in columns.neurons} <= set(range(4))
             assert len({neuron.expert for neuron in columns.neurons}) == 2  # those that the router asked
         else:  # columns of the smallest change move along the steepest direction: that of the gradient
             slope = gradient(other, goal, IMAGE, said.token_ids[0][:2])[:, columns.indices[1]].T
-            unit = patch_of(other, columns, [steepest])
+            unit = unit_patch(other, columns, [steepest])
             cosine = torch.cosine_similarity(slope, unit.deltas(unit.parts[0])).abs()
             assert cosine[slope.norm(dim=1) > 0].min() > 0.999
-        patch = 0.01 * patch_of(other, columns, [move])
+        patch = 0.01 * unit_patch(other, columns, [update])
         for step in (2, 3):
-            promised = 0.01 * float(move.effect(said.steps.at(torch.tensor([step]))))
+            promised = 0.01 * float(update.effect(said.steps.at(torch.tensor([step]))))
             told = true_effect(other, patch, goal, IMAGE, said.token_ids[0][:step])
             assert told == pytest.approx(promised, rel=1e-5)
         assert weights_hash(other.model) == before
@@ -330,15 +330,15 @@ def test_a_selective_edit_moves_along_what_spares_other_tokens(vlm):
     said = trace_answers(vlm, edit_images("dog")[:2])
     found = occurrences(vlm, said, "dog")
     (goal,) = token_goals(vlm, [EditRequest(edit_images("dog")[:2], Question(), said, found)], "cat")
-    columns, layer = writers(vlm, [goal], 50, blocks=1), last(vlm)
+    columns, layer = select_columns(vlm, [goal], 50, blocks=1), last(vlm)
     row = goal.row(vlm.anatomy.unembed)
     reads = goal.steps.at(torch.zeros(vlm.n_tokens, dtype=torch.long)).directions(vlm.anatomy.unembed[: vlm.n_tokens])
     size = []
     for ridge in (0.1, None):
-        (move,) = moves_for(vlm, columns, [goal], [said.steps], ridge)
-        adds = reads.at(vlm.anatomy.ffns[layer].path) @ move.along[layer]
+        (update,) = solve(vlm, columns, [goal], [said.steps], ridge)
+        adds = reads.at(vlm.anatomy.ffns[layer].path) @ update.along[layer]
         size.append(float(adds.norm() / (adds[goal.wanted] - adds[goal.said])))
-        assert float(goal.steps.directions(row.expand(len(goal.steps), -1)).at(None)[0] @ move.along[layer]) > 0
+        assert float(goal.steps.directions(row.expand(len(goal.steps), -1)).at(None)[0] @ update.along[layer]) > 0
     assert size[0] < 0.8 * size[1]
 
 
@@ -354,8 +354,8 @@ def test_the_writers_are_those_that_find_names(vlm):
         said.token_ids[answer][word.steps[0]], None, said.steps.at(torch.tensor([said.row(0, word.steps[0])]))
     )
     found: Any = mmn.find(vlm, image, words="dog", top=30)
-    assert set(writers(vlm, [goal], 30, "all").neurons) == {n.neuron for n in found.nouns[0].neurons}
-    assert {neuron.layer for neuron in writers(vlm, [goal], 30, 2).neurons} <= {last(vlm) - 1, last(vlm)}
+    assert set(select_columns(vlm, [goal], 30, "all").neurons) == {n.neuron for n in found.nouns[0].neurons}
+    assert {neuron.layer for neuron in select_columns(vlm, [goal], 30, 2).neurons} <= {last(vlm) - 1, last(vlm)}
 
 
 def test_a_patch_is_the_moves_together(vlm):
@@ -367,9 +367,9 @@ def test_a_patch_is_the_moves_together(vlm):
     ]
     columns = Columns.of(vlm.anatomy, [Neuron(1, 5), Neuron(4, 7), Neuron(4, 2), Neuron(4, 7)])
     assert columns.neurons == [Neuron(1, 5), Neuron(4, 2), Neuron(4, 7)]
-    moves = moves_for(vlm, columns, goals, [], None)
-    both = patch_of(vlm, columns, moves)
-    alone = [patch_of(vlm, columns, [move]) for move in moves]
+    updates = solve(vlm, columns, goals, [], None)
+    both = unit_patch(vlm, columns, updates)
+    alone = [unit_patch(vlm, columns, [update]) for update in updates]
     for i, part in enumerate(both.parts):
         torch.testing.assert_close(both.deltas(part), sum(one.deltas(one.parts[i]) for one in alone))
         assert torch.equal(part.hashes, column_hashes(vlm.anatomy.ffns[part.layer].module.weight[:, part.indices].T))
@@ -469,8 +469,8 @@ def test_what_the_reference_holds_is_spared(vlm, to_cat, reference):
         (part,) = patch.parts
         return (steps.activations[part.layer][:, part.indices] @ patch.deltas(part) * ways.at(None)).sum(1)
 
-    harm = [float(effect(p, rest).pow(2).mean().sqrt() / effect(p, dogs).mean()) for p in (to_cat, alone)]
-    assert harm[0] < 0.95 * harm[1]
+    risk = [float(effect(p, rest).pow(2).mean().sqrt() / effect(p, dogs).mean()) for p in (to_cat, alone)]
+    assert risk[0] < 0.95 * risk[1]
 
 
 def test_the_patch_says_what_made_it(vlm, to_cat, reference):
@@ -586,24 +586,24 @@ def test_harm_is_one_over_the_strength_at_which_something_else_is_said(vlm, with
     said = trace_answers(vlm, edit_images("ball")[:2])
     found = occurrences(vlm, said, "ball")
     goals = token_goals(vlm, [EditRequest(edit_images("ball")[:2], Question(), said, found)], "bear")
-    columns = writers(vlm, goals, 50, blocks=1)
-    moves = moves_for(vlm, columns, goals, [with_texts.steps], 0.1)
-    harm = harm_of(vlm, with_texts, moves)[-len(with_texts.text_counts) :]
+    columns = select_columns(vlm, goals, 50, blocks=1)
+    updates = solve(vlm, columns, goals, [with_texts.steps], 0.1)
+    risk = flip_risk(vlm, with_texts, updates)[-len(with_texts.text_counts) :]
     assert with_texts.text_steps is not None
     balls = with_texts.text_steps.token_ids == goals[0].said
     assert bool(balls.any())
-    assert bool((harm[balls] == -torch.inf).all())
+    assert bool((risk[balls] == -torch.inf).all())
     usual = torch.cat(likeliest_tokens(vlm, TEXTS))
     seconds = with_texts.seconds[-len(usual) :]
     for strength in (20.0, 60.0):
-        with (strength * patch_of(vlm, columns, moves)).applied(vlm):
+        with (strength * unit_patch(vlm, columns, updates)).applied(vlm):
             now = torch.cat(likeliest_tokens(vlm, TEXTS))
         # A third word, neither wanted nor second before, may overtake; a step at its very limit may fall either way.
         told = ~balls & torch.stack([now == one for one in (usual, seconds, goals[0].said, goals[0].wanted)]).any(0)
-        told &= (strength * harm - 1).abs() > 1e-3
+        told &= (strength * risk - 1).abs() > 1e-3
         assert int(told.sum()) > 0.9 * int((~balls).sum())
         assert bool((now != usual)[told].any())
-        assert torch.equal((now != usual)[told], (strength * harm > 1)[told])
+        assert torch.equal((now != usual)[told], (strength * risk > 1)[told])
 
 
 def test_texts_of_the_reference_hold_an_edit_back(vlm):
@@ -614,14 +614,14 @@ def test_texts_of_the_reference_hold_an_edit_back(vlm):
     dog, cat = (tokens_of(vlm.tokenizer, word)[0] for word in ("dog", "cat"))
     unit = HeadChange(((dog, cat),), 1.0)
     options: dict[str, Any] = {"start": 4.0, "tell": lambda what: None}
-    smallest_that_turns = find_strength(vlm, unit, asked, "dog", "cat", reference=None, harm=None, **options).smallest
+    smallest_that_turns = find_strength(vlm, unit, asked, "dog", "cat", reference=None, risk=None, **options).smallest
     _, changed = flips_of(vlm, 1.5 * smallest_that_turns * unit, TEXTS)
     lengths = [len(vlm.tokenizer(text).input_ids) for text in TEXTS]
     quiet = [text for text, part in zip(TEXTS, changed.split(lengths), strict=True) if not bool(part.any())]
     reference = make_reference(vlm, texts=quiet)
     logits = vlm.anatomy.logits(reference.steps.residual)[:, cat]
-    harm = logits - reference.steps.logits
-    found = find_strength(vlm, unit, asked, "dog", "cat", reference=reference, harm=harm, **options)
+    risk = logits - reference.steps.logits
+    found = find_strength(vlm, unit, asked, "dog", "cat", reference=reference, risk=risk, **options)
     assert found.smallest == smallest_that_turns
     shares = {
         margin: float(flips_of(vlm, margin * found.smallest * unit, quiet)[1].float().mean()) for margin in MARGINS
@@ -708,4 +708,4 @@ def test_neurons_that_are_silent_where_source_is_said_are_refused(vlm):
     fired = tuple(torch.zeros_like(part) for part in goal.steps.activations)
     dead = replace(goal, steps=replace(goal.steps, activations=fired))
     with pytest.raises(SettingError, match="None of these columns is active"):
-        moves_for(vlm, Columns.of(vlm.anatomy, [Neuron(0, 0)]), [dead], [], None)
+        solve(vlm, Columns.of(vlm.anatomy, [Neuron(0, 0)]), [dead], [], None)

@@ -12,7 +12,7 @@ from float64 import in_float64, slope
 from mmneurons import pocket
 from mmneurons.editing import gradient
 from mmneurons.editing.answers import occurrences, trace_answers
-from mmneurons.editing.columns import writers
+from mmneurons.editing.closed_form import select_columns
 from mmneurons.editing.fit import descend
 from mmneurons.editing.gradient import Objective, optimise
 from mmneurons.editing.reference import Reference, make_reference
@@ -63,7 +63,7 @@ def case_of(vlm: VLM) -> Case:
     said = trace_answers(vlm, images)
     requests = [EditRequest(images, Question(), said, occurrences(vlm, said, "dog"))]
     reference = make_reference(vlm, [pocket.scene(650_000_000 + i).image for i in range(20)], ["a house on a table"])
-    columns = writers(vlm, token_goals(vlm, requests, "cat"), 100, 1)
+    columns = select_columns(vlm, token_goals(vlm, requests, "cat"), 100, 1)
     return Case(requests, columns, reference, Patch(vlm.anatomy.hidden, ()))
 
 
@@ -114,7 +114,7 @@ def read(vlm: VLM, case: Case, reader: Reader, target: str | None = "cat"):
 def test_the_cache_changes_nothing(vlm, case, blocks, monkeypatch):
     monkeypatch.setattr(gradient, "STEPS", 2)
     monkeypatch.setattr(gradient, "SAMPLE", 8)
-    columns = writers(vlm, token_goals(vlm, case.requests, "cat"), 60, blocks)
+    columns = select_columns(vlm, token_goals(vlm, case.requests, "cat"), 60, blocks)
     assert len(columns.indices) == blocks
     patches = []
     for cache in (True, False):
@@ -164,7 +164,7 @@ def test_lower_blocks_run_once(vlm, case, monkeypatch):
 def test_the_gradient_is_that_of_the_loss(vlm, to_target):
     with in_float64(vlm) as double:
         case = case_of(double)
-        columns = writers(double, token_goals(double, case.requests, "cat"), 40, 2)
+        columns = select_columns(double, token_goals(double, case.requests, "cat"), 40, 2)
         reader = Reader(double, 3, True, 8)
         with frozen(double.model), evaluating(double.model):
             own, others = read(double, case, reader, "cat" if to_target else None)

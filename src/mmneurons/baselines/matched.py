@@ -9,7 +9,7 @@ import torch
 from mmneurons.attribution.ablation import Replay
 from mmneurons.attribution.controls import column_norms, loudness, matched
 from mmneurons.baselines.task import Facts, Task
-from mmneurons.editing.columns import writers
+from mmneurons.editing.closed_form import select_columns
 from mmneurons.editing.edit import edit
 from mmneurons.editing.request import TokenGoal, token_goals
 from mmneurons.neurons import Neuron
@@ -21,7 +21,7 @@ from mmneurons.vlm.vlm import VLM
 def random(task: Task, block: int | None) -> tuple[Patch, Facts]:
     """An edit of matched random columns; `block` does not count."""
     goals = token_goals(task.vlm, task.requests, task.target)
-    chosen = writers(task.vlm, goals, task.settings.top, task.settings.blocks)
+    chosen = select_columns(task.vlm, goals, task.settings.top, task.settings.blocks)
     patch = edit(
         task.vlm,
         list(task.requests[0].images),

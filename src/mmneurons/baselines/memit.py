@@ -69,7 +69,7 @@ def memit(task: Task, block: int | None) -> tuple[Patch, Facts]:
 def spread(
     keys: Float[Tensor, "g neurons"], moment: Float[Tensor, "neurons neurons"], weight: float
 ) -> Float[Tensor, "neurons g"]:
-    """(w C + K^T K)^-1 K^T: `carried`, but for as much as the moment of everything else bears.
+    """(w C + K^T K)^-1 K^T: `carried`, but only as far as the moment of everything else allows.
 
     Source: MEMIT (Meng et al., ICLR 2023), equation 14; w is here in units of the number of keys.
     """

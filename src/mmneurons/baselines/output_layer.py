@@ -62,10 +62,10 @@ def head_rows(task: Task, block: int | None) -> tuple[HeadChange, Facts]:
 
 
 def logit_bias(task: Task, block: int | None) -> tuple[HeadChange, Facts]:
-    """TARGET up and SOURCE down, as far as the reference bears: found as `edit` finds the strength of its patch."""
+    """TARGET up and SOURCE down, as far as the reference tolerates: found as `edit` finds the strength of its patch."""
     unit, reference = HeadChange(_pairs(task), 1.0), task.reference
     needed: list[Tensor] = []
-    harm = None
+    risk = None
     for one in task.requests:
         if not one.found:
             continue
@@ -74,8 +74,8 @@ def logit_bias(task: Task, block: int | None) -> tuple[HeadChange, Facts]:
         )
         needed.append(_behind(task, rows, unit) / 2)  # as much is taken from SOURCE
     if reference is not None:
-        harm = -_behind(task, reference.steps, unit)
-        harm[torch.isin(reference.steps.token_ids, torch.tensor([said for said, _ in unit.pairs]))] = -torch.inf
+        risk = -_behind(task, reference.steps, unit)
+        risk[torch.isin(reference.steps.token_ids, torch.tensor([said for said, _ in unit.pairs]))] = -torch.inf
     search = find_strength(
         task.vlm,
         unit,
@@ -84,7 +84,7 @@ def logit_bias(task: Task, block: int | None) -> tuple[HeadChange, Facts]:
         task.target,
         start=max(0.1, max(float(each.max()) for each in needed)),
         reference=reference,
-        harm=harm,
+        risk=risk,
         tell=task.tell,
     )
     return search.strength * unit, {"steps": 0, "search": asdict(search)}

@@ -1,4 +1,4 @@
-"""image -> caption -> SOURCE -> its neurons -> how far each column moves -> how strong -> patch.
+"""image -> caption -> SOURCE -> its neurons -> how far each column updates -> how strong -> patch.
 
     patch = edit(vlm, ["a.png", "b.png"], source="dog", target="cat")
     with patch.applied(vlm): ...
@@ -12,12 +12,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, replace
 from typing import Any, Unpack
 
-import torch
-from jaxtyping import Float
-from torch import Tensor
-
 from mmneurons.data.pictures import Picture, Pictures, as_list
-from mmneurons.editing.columns import Move, lead, moves_for, patch_of, writers
+from mmneurons.editing.closed_form import flip_risk, needed_strength, select_columns, solve, unit_patch
 from mmneurons.editing.gradient import optimise
 from mmneurons.editing.reference import Reference
 from mmneurons.editing.request import EditRequest, make_requests, token_goals
@@ -79,7 +75,9 @@ def edit(
     goals = token_goals(vlm, requests, target)
     tell("choosing columns")
     columns = (
-        writers(vlm, goals, settings.top, settings.blocks) if neurons is None else Columns.of(vlm.anatomy, neurons)
+        select_columns(vlm, goals, settings.top, settings.blocks)
+        if neurons is None
+        else Columns.of(vlm.anatomy, neurons)
     )
     if settings.method == "optimised":
         # 3a. By gradients: direction and strength at once.
@@ -90,13 +88,13 @@ def edit(
         kept = [one.others for one in requests]
         if reference is not None:
             kept.append(reference.without(vlm, source))
-        moves = moves_for(vlm, columns, goals, kept, settings.ridge if settings.method == "selective" else None)
-        unit = patch_of(vlm, columns, moves)
+        updates = solve(vlm, columns, goals, kept, settings.ridge if settings.method == "selective" else None)
+        unit = unit_patch(vlm, columns, updates)
         # ... and a strength, tried on what the model then generates.
-        start = max(_needed(vlm, move) for move in moves)
-        harm = None if reference is None else harm_of(vlm, reference, moves)
+        start = max(needed_strength(vlm, update) for update in updates)
+        risk = None if reference is None else flip_risk(vlm, reference, updates)
         found = find_strength(
-            vlm, unit, requests, source, target, start=start, reference=reference, harm=harm, tell=tell
+            vlm, unit, requests, source, target, start=start, reference=reference, risk=risk, tell=tell
         )
         patch, search = found.strength * unit, asdict(found)
     # 4. What made it goes with it.
@@ -120,32 +118,3 @@ def recorded_settings(settings: EditSettings, requests: Sequence[EditRequest]) -
     del chosen["prompt"], chosen["wordings"]
     chosen |= {"prompts": [one.question.prompt for one in requests], "answer_prefix": prefixes[0]}
     return {"settings": chosen, "answer_prefixes": prefixes}
-
-
-def _needed(vlm: VLM, move: Move) -> float:
-    """The strength at which a move turns each of its steps, to first order; those that it hardly reaches left out."""
-    logits = vlm.anatomy.logits(move.goal.steps.residual).float().cpu().clone()
-    said = logits[:, move.goal.said].clone()
-    logits[:, move.goal.said] = -torch.inf
-    ahead = said - (logits.max(-1).values if move.goal.wanted is None else logits[:, move.goal.wanted])
-    effect = move.effect(move.goal.steps)
-    reached = effect > 0.1
-    return float((ahead[reached] / effect[reached]).max().clamp_min(0.1)) if bool(reached.any()) else 1.0
-
-
-def harm_of(vlm: VLM, reference: Reference, moves: Sequence[Move]) -> Float[Tensor, "steps"]:
-    """For each reference step 1 / the strength at which, to first order, something else is said there.
-
-    That may be what is wanted, SOURCE, or what is second likeliest. Minus infinity where SOURCE is said.
-    """
-    steps, unembed = reference.steps, vlm.anatomy.unembed
-    tokens = {move.goal.said for move in moves} | {move.goal.wanted for move in moves if move.goal.wanted is not None}
-    harm = torch.full((len(steps),), -torch.inf, dtype=torch.float32)
-    said = unembed[steps.token_ids.to(unembed.device)].float().cpu()
-    for others in (reference.seconds, *(torch.full_like(reference.seconds, token) for token in sorted(tokens))):
-        rows = unembed[others.to(unembed.device)].float().cpu()
-        adds = torch.stack([move.adds(steps, rows - said) for move in moves]).sum(0)
-        harm = harm.maximum(adds / lead(steps, rows).clamp_min(1e-3))
-    for move in moves:
-        harm[steps.token_ids == move.goal.said] = -torch.inf
-    return harm

@@ -1,4 +1,4 @@
-"""How strong an edit must be, by what the model then generates: as strong as the reference bears.
+"""How strong an edit must be, by what the model then generates: the largest that the reference tolerates.
 
 The smallest strength that turns every image of the edit turns few others that are less clear. So it is raised, as long
 as what the reference holds stays as it is: answers about images, and the likeliest next tokens of texts. Looked at are
@@ -118,7 +118,7 @@ def find_strength(
     *,
     start: float,
     reference: Reference | None,
-    harm: Float[Tensor, "steps"] | None,
+    risk: Float[Tensor, "steps"] | None,
     tell: Callable[[str], None],
 ) -> Search:
     """Try strengths; the model is left as it was.
@@ -132,7 +132,7 @@ def find_strength(
         start: The strength to begin with, above 0.
         reference: What is to stay. The smallest strength that turns the edit's images is taken even where it changes
             more than is allowed: `Search.changed` tells.
-        harm: For each of the reference's steps, how near the edit comes to changing what is said; the most endangered
+        risk: For each of the reference's steps, how near the edit comes to changing what is said; the riskiest
             are looked at, none where it is minus infinity, and no answer that says `source`.
         tell: Told the strength that is tried.
 
@@ -148,31 +148,31 @@ def find_strength(
             seen=f"Tried up to {STEP**TRIES:.1f} times what should do.",
             fix="Take more columns (top=2000), or of more blocks (blocks=None), or more images.",
         )
-    if reference is None or harm is None:
+    if reference is None or risk is None:
         return Search(smallest, smallest, share, 0, 0, 0.0, trials.generated)
     images: list[int] = []
     if reference.answers is not None:
         # 2. The answers and positions of the reference that are likeliest to change.
-        worst = reference.by_image(vlm, source, harm[: len(reference.answers.steps)])
+        worst = reference.by_image(vlm, source, risk[: len(reference.answers.steps)])
         images = sorted(range(len(worst)), key=lambda i: -worst[i])[:HARDEST]
-    positions = reference.positions(harm, HARDEST_POSITIONS)
+    positions = reference.positions(risk, HARDEST_POSITIONS)
 
     def tried(margin: float) -> tuple[Search, bool]:
         changed, flipped = trials.changes(margin * smallest, reference, images, positions)
         few = changed <= int(ALLOWED * len(reference.images)) and flipped <= ALLOWED_FLIPS
-        bears = few and trials.turned(margin * smallest) >= share
-        return Search(margin * smallest, smallest, share, changed, len(images), flipped, trials.generated), bears
+        tolerated = few and trials.turned(margin * smallest) >= share
+        return Search(margin * smallest, smallest, share, changed, len(images), flipped, trials.generated), tolerated
 
-    # Most edits bear the largest; of others it is found by halves, as what a margin bears, a smaller one does.
+    # Of most edits the largest is tolerated; of others it is found by halves: below a margin that is, all are.
     low, high = 0, len(MARGINS) - 1
-    found, bears = tried(MARGINS[high])
-    while not bears and high - low > 1:
+    found, tolerated = tried(MARGINS[high])
+    while not tolerated and high - low > 1:
         middle = (low + high) // 2
         search, fits = tried(MARGINS[middle])
         if fits:
             low, found = middle, search
         else:
             high = middle
-    if not bears and low == 0:
+    if not tolerated and low == 0:
         found, _ = tried(MARGINS[0])
     return replace(found, generated=trials.generated)

@@ -10,15 +10,17 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mmneurons.editing.answers import TracedSteps
+from mmneurons.editing.reference import Reference
 from mmneurons.editing.request import TokenGoal
 from mmneurons.errors import SettingError
 from mmneurons.maths.edits import selective, smallest
-from mmneurons.patches.ledger import ledger_of
-from mmneurons.patches.patch import Patch, PatchPart
+from mmneurons.patches.parts import patch_of
+from mmneurons.patches.patch import Patch
 from mmneurons.settings import Blocks
 from mmneurons.vlm import weights
 from mmneurons.vlm.anatomy.paths import Directions, frozen_rows
-from mmneurons.vlm.columns import Columns, column_hashes, lowest_block
+from mmneurons.vlm.columns import Columns, lowest_block
+from mmneurons.vlm.hooks.deltas import Deltas
 from mmneurons.vlm.vlm import VLM
 
 SPARE = 0.001
@@ -27,7 +29,7 @@ NEAR = 2.0
 """Logits; steps at which what is wanted is nearer count alike."""
 
 
-def writers(vlm: VLM, goals: Sequence[TokenGoal], top: int, blocks: Blocks) -> Columns:
+def select_columns(vlm: VLM, goals: Sequence[TokenGoal], top: int, blocks: Blocks) -> Columns:
     """The columns that write most of what is said at the goals' steps: mean contribution, as of `find`.
 
     Args:
@@ -52,7 +54,7 @@ def writers(vlm: VLM, goals: Sequence[TokenGoal], top: int, blocks: Blocks) -> C
 
 
 @dataclass(frozen=True, eq=False)
-class Move:
+class Update:
     """How columns move for one goal."""
 
     goal: TokenGoal
@@ -89,20 +91,20 @@ def features(
     return torch.cat(found, dim=1)
 
 
-def lead(steps: TracedSteps, rows: Float[Tensor, "steps hidden"]) -> Float[Tensor, "steps"]:
+def logit_margin(steps: TracedSteps, rows: Float[Tensor, "steps hidden"]) -> Float[Tensor, "steps"]:
     """How far what is said at each step is ahead of the token whose unembedding row is given, in logits."""
     said = steps.anatomy.unembed[steps.token_ids.to(steps.anatomy.unembed.device)].float().cpu()
     return (steps.directions(said - rows).at(None) * steps.residual).sum(1)
 
 
-def moves_for(
+def solve(
     vlm: VLM, columns: Columns, goals: Sequence[TokenGoal], kept: Sequence[TracedSteps], ridge: float | None
-) -> list[Move]:
+) -> list[Update]:
     """For each goal the change that does 1 at its steps, in the mean, and little elsewhere.
 
     Args:
         vlm: The model.
-        columns: What moves.
+        columns: What updates.
         goals: Where what shall be said instead of what.
         kept: Steps that shall stay as they are; so shall those of the other goals.
         ridge: See `selective`; None: the smallest change, whatever it does elsewhere, along what `row` reads.
@@ -110,10 +112,10 @@ def moves_for(
     Raises:
         SettingError: no column is active at a goal's steps.
     """
-    moves, alike = [], None if ridge is None else _alike(vlm)
+    updates, alike = [], None if ridge is None else _alike(vlm)
     for goal in goals:
         row = goal.row(vlm.anatomy.unembed)
-        along = sparing(goal.steps, row, columns, alike)
+        along = spared_directions(goal.steps, row, columns, alike)
         wanted = features(goal.steps, row, columns, along).mean(0)
         if not bool(wanted.any()):
             raise SettingError("None of these columns is active where SOURCE is said.", fix="Choose other neurons.")
@@ -122,13 +124,13 @@ def moves_for(
             coefficients = smallest(wanted)
         else:
             shared = torch.cat([features(steps, row, columns, along) for steps in others])
-            weights = torch.cat([_endangered(vlm, steps, goal) for steps in others])
+            weights = torch.cat([_flip_weights(vlm, steps, goal) for steps in others])
             coefficients = selective(wanted, shared, weights, ridge)
-        moves.append(Move(goal, row, columns, along, coefficients))
-    return moves
+        updates.append(Update(goal, row, columns, along, coefficients))
+    return updates
 
 
-def sparing(
+def spared_directions(
     steps: TracedSteps, row: Float[Tensor, "hidden"], columns: Columns, alike: Float[Tensor, "hidden hidden"] | None
 ) -> dict[int, Tensor]:
     """For each FFN the direction that adds to what `row` reads, and least to the logits of all tokens.
@@ -164,43 +166,60 @@ def _alike(vlm: VLM) -> Float[Tensor, "hidden hidden"]:
     return total.cpu() / len(tokens)
 
 
-def _endangered(vlm: VLM, steps: TracedSteps, goal: TokenGoal) -> Float[Tensor, "steps"]:
-    """How much what is said at each step is in danger: 1 / the square of its lead over what is wanted."""
+def _flip_weights(vlm: VLM, steps: TracedSteps, goal: TokenGoal) -> Float[Tensor, "steps"]:
+    """How much each step counts: 1 / the square of how far what is said there leads over what is wanted."""
     wanted = set(goal.runners_up) if goal.wanted is None else {goal.wanted}
     rows = vlm.anatomy.unembed[sorted(wanted)].float().cpu()
-    leads = torch.stack([lead(steps, each.expand(len(steps), -1)) for each in rows]).amin(0)
+    leads = torch.stack([logit_margin(steps, each.expand(len(steps), -1)) for each in rows]).amin(0)
     return leads.clamp_min(NEAR).pow(-2)
 
 
-def patch_of(vlm: VLM, columns: Columns, moves: Sequence[Move]) -> Patch:
-    """The moves together, as a patch of strength 1."""
+def unit_patch(vlm: VLM, columns: Columns, updates: Sequence[Update]) -> Patch:
+    """The updates together, as a patch of strength 1."""
+    # Updates that share a direction share its row.
     directions: list[Tensor] = []
-    rows: dict[int, list[tuple[int, Tensor]]] = {i: [] for i in columns.indices}
-    for move in moves:
-        parts = move.coefficients.split([len(mine) for mine in columns.indices.values()])
+    terms: list[tuple[int, int, Tensor]] = []
+    for update in updates:
+        parts = update.coefficients.split([len(mine) for mine in columns.indices.values()])
         for i, part in zip(columns.indices, parts, strict=True):
-            scaled = move.along[i] / move.along[i].pow(2).sum()
+            scaled = update.along[i] / update.along[i].pow(2).sum()
             number = next((j for j, known in enumerate(directions) if torch.equal(known, scaled)), len(directions))
             if number == len(directions):
                 directions.append(scaled)
-            rows[i].append((number, part))
-    return Patch(vlm.anatomy.hidden, tuple(_parts(vlm, columns, rows, len(directions))), torch.stack(directions))
+            terms.append((i, number, part))
+    size = len(directions)
+    rows = {i: torch.zeros(len(mine), size, dtype=torch.float32) for i, mine in columns.indices.items()}
+    for i, number, part in terms:
+        rows[i][:, number] += part
+    return patch_of(vlm, Deltas(columns, rows, torch.stack(directions)))
 
 
-def _parts(
-    vlm: VLM, columns: Columns, moves: dict[int, list[tuple[int, Tensor]]], n_directions: int
-) -> list[PatchPart]:
-    """One part for each FFN or expert, with the hashes of its columns before any edit."""
-    ledger, parts = ledger_of(vlm), []
-    for i, mine in columns.indices.items():
-        ffn = columns.anatomy.ffns[i]
-        coefficients = torch.zeros(len(mine), n_directions, dtype=torch.float32)
-        for number, c in moves[i]:
-            coefficients[:, number] += c
-        for expert in [None] if ffn.n_experts is None else range(ffn.n_experts):
-            here = mine // ffn.n_neurons == (expert or 0)
-            if bool(here.any()):
-                inside = mine[here] % ffn.n_neurons
-                hashes = column_hashes(ledger.pristine((ffn.layer, expert), inside))
-                parts.append(PatchPart(ffn.layer, expert, inside, hashes, coefficients=coefficients[here]))
-    return parts
+def needed_strength(vlm: VLM, update: Update) -> float:
+    """The strength at which an update turns each of its steps, to first order; those it hardly reaches are left out."""
+    logits = vlm.anatomy.logits(update.goal.steps.residual).float().cpu().clone()
+    said = logits[:, update.goal.said].clone()
+    logits[:, update.goal.said] = -torch.inf
+    ahead = said - (logits.max(-1).values if update.goal.wanted is None else logits[:, update.goal.wanted])
+    effect = update.effect(update.goal.steps)
+    reached = effect > 0.1
+    return float((ahead[reached] / effect[reached]).max().clamp_min(0.1)) if bool(reached.any()) else 1.0
+
+
+def flip_risk(vlm: VLM, reference: Reference, updates: Sequence[Update]) -> Float[Tensor, "steps"]:
+    """For each reference step 1 / the strength at which, to first order, something else is said there.
+
+    That may be what is wanted, SOURCE, or what is second likeliest. Minus infinity where SOURCE is said.
+    """
+    steps, unembed = reference.steps, vlm.anatomy.unembed
+    tokens = {update.goal.said for update in updates} | {
+        update.goal.wanted for update in updates if update.goal.wanted is not None
+    }
+    risk = torch.full((len(steps),), -torch.inf, dtype=torch.float32)
+    said = unembed[steps.token_ids.to(unembed.device)].float().cpu()
+    for others in (reference.seconds, *(torch.full_like(reference.seconds, token) for token in sorted(tokens))):
+        rows = unembed[others.to(unembed.device)].float().cpu()
+        adds = torch.stack([update.adds(steps, rows - said) for update in updates]).sum(0)
+        risk = risk.maximum(adds / logit_margin(steps, rows).clamp_min(1e-3))
+    for update in updates:
+        risk[steps.token_ids == update.goal.said] = -torch.inf
+    return risk
