@@ -29,8 +29,8 @@ from mmneurons import pocket
 from mmneurons.baselines.baseline import NAMES, Name, Rival, baseline
 from mmneurons.data.dataset import read_items
 from mmneurons.editing.edit import edit
-from mmneurons.editing.evaluation import Before, Bench
-from mmneurons.editing.judging import Case, evaluate_edits
+from mmneurons.editing.evaluate import Before, Bench
+from mmneurons.editing.evaluate_edits import Case, evaluate_edits
 from mmneurons.editing.reference import Reference, make_reference
 from mmneurons.maths.statistics import estimate
 from mmneurons.patches.patch import Patch, stack

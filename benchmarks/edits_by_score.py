@@ -24,7 +24,7 @@ from mmneurons.attribution.ablation import Replay
 from mmneurons.attribution.finders import Finder, finder_scores
 from mmneurons.data.dataset import read_items
 from mmneurons.editing.edit import edit
-from mmneurons.editing.judging import Case, evaluate_edits
+from mmneurons.editing.evaluate_edits import Case, evaluate_edits
 from mmneurons.maths.ranking import top_k
 from mmneurons.neurons import Neuron
 from mmneurons.patches.patch import Patch

@@ -17,10 +17,10 @@ from PIL import Image
 import mmneurons as mmn
 from mmneurons import pocket
 from mmneurons.data.dataset import read_items
-from mmneurons.editing import judging
+from mmneurons.editing import evaluate_edits as evaluating
 from mmneurons.editing.edit import EditSettings, edit
-from mmneurons.editing.evaluation import Before, Bench, Evaluation, evaluate, forced, ngram_entropy, relative_size
-from mmneurons.editing.judging import cases, evaluate_edits
+from mmneurons.editing.evaluate import Before, Bench, Evaluation, evaluate, forced, ngram_entropy, relative_size
+from mmneurons.editing.evaluate_edits import cases, evaluate_edits
 from mmneurons.editing.reference import make_reference
 from mmneurons.errors import SettingError
 from mmneurons.patches.patch import Patch
@@ -176,7 +176,7 @@ def test_patches_judged_before_are_not_judged_again(vlm, patch, tmp_path, monkey
         calls.append(options["source"])
         return evaluate(*arguments, **options)
 
-    monkeypatch.setattr(judging, "evaluate", counted)
+    monkeypatch.setattr(evaluating, "evaluate", counted)
     other = replace(2 * patch, provenance=patch.provenance)
     again = sources(vlm, tmp_path, {"a": patch, "b": other})
     assert calls == ["dog"]
@@ -194,8 +194,8 @@ def test_other_images_or_texts_are_judged_anew(vlm, patch, tmp_path, monkeypatch
         return replace(judged_once, n_columns=len(calls))
 
     judged_once = sources(vlm, tmp_path / "once", {"a": patch})["a"]
-    monkeypatch.setattr(judging, "evaluate", counted)
-    monkeypatch.setattr(judging.Before, "on", lambda self, bench: judging.Before(self.vlm, bench))
+    monkeypatch.setattr(evaluating, "evaluate", counted)
+    monkeypatch.setattr(evaluating.Before, "on", lambda self, bench: evaluating.Before(self.vlm, bench))
     one, two, three = (read_items("pocket:held-out/dog")[i : i + 1] for i in range(3))
     how = {
         "edit": lambda source: one,

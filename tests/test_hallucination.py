@@ -24,8 +24,6 @@ from mmneurons.editing import dehallucinate as making
 from mmneurons.editing.abstention import (
     FOLLOW,
     KEEP,
-    Answered,
-    answers,
     lessons,
     losses,
     objects_named,
@@ -33,6 +31,7 @@ from mmneurons.editing.abstention import (
     read_questions,
     shuffled,
 )
+from mmneurons.editing.answers import Answered, answers
 from mmneurons.editing.checkpoint import MOMENTS, Training
 from mmneurons.editing.dehallucinate import DehallucinateSettings, chair_change, dehallucinate
 from mmneurons.editing.fit import descend, fit

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import mmneurons as mmn
-from mmneurons.editing.judging import cases
+from mmneurons.editing.evaluate_edits import cases
 from mmneurons.errors import FormatError, ModelError, SettingError
 from mmneurons.neurons import Neuron
 from mmneurons.patches import ledger

@@ -25,9 +25,9 @@ if TYPE_CHECKING:  # each public name once: a type checker reads these lines, an
     from mmneurons.editing.dehallucinate import chair_change as chair_change
     from mmneurons.editing.dehallucinate import dehallucinate as dehallucinate
     from mmneurons.editing.edit import edit as edit
-    from mmneurons.editing.evaluation import Before as Before
-    from mmneurons.editing.evaluation import Bench as Bench
-    from mmneurons.editing.evaluation import evaluate as evaluate
+    from mmneurons.editing.evaluate import Before as Before
+    from mmneurons.editing.evaluate import Bench as Bench
+    from mmneurons.editing.evaluate import evaluate as evaluate
     from mmneurons.editing.reference import Reference as Reference
     from mmneurons.editing.reference import make_reference as make_reference
     from mmneurons.errors import MmneuronsError as MmneuronsError

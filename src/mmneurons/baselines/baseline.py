@@ -1,4 +1,4 @@
-"""Rivals of `edit`: other ways to make a model say TARGET where it says SOURCE, all asked and judged alike.
+"""Rivals of `edit`: other ways to make a model say TARGET where it says SOURCE, all asked and evaluated alike.
 
     rival = baseline(vlm, "rome", images, source="dog", target="cat", reference=reference, settings=None)
     with rival.applied(vlm): ...

@@ -38,7 +38,7 @@ from mmneurons.settings import EditSettings, Question, descriptions
 from mmneurons.words import singular
 
 if TYPE_CHECKING:
-    from mmneurons.editing.judging import Case
+    from mmneurons.editing.evaluate_edits import Case
     from mmneurons.patches.patch import Patch
     from mmneurons.vlm.vlm import VLM
 
@@ -91,7 +91,7 @@ def edit(
             fix="Add --evaluate DIR, or leave them out.",
         )
     from mmneurons.editing.edit import edit as make_patch
-    from mmneurons.editing.judging import cases
+    from mmneurons.editing.evaluate_edits import cases
     from mmneurons.editing.reference import make_reference
 
     # Damaged images are found now; those that the model's processor refuses, once the model is there.
@@ -158,7 +158,7 @@ def evaluate_edit(
     command is given again.
     """
     check_results_folder(folder, images, held_out, unrelated)
-    from mmneurons.editing.judging import cases
+    from mmneurons.editing.evaluate_edits import cases
     from mmneurons.patches.patch import Patch
 
     asked = cases({str(path): Patch.load(path) for path in files})
@@ -226,7 +226,7 @@ def _judge(
     batch_size: int,
 ) -> None:
     """Judge patches, print their figures, and write the page."""
-    from mmneurons.editing.judging import evaluate_edits
+    from mmneurons.editing.evaluate_edits import evaluate_edits
     from mmneurons.report.edit import figures, write_edits
 
     others = or_pocket(vlm, others, "locality-500", "--unrelated")[:limit]

@@ -13,10 +13,10 @@ import numpy as np
 from torch import Tensor
 
 from mmneurons.data.pictures import Picture
+from mmneurons.editing.answers import Answered, answers
 from mmneurons.editing.losses import abstention, divergence, log_p
 from mmneurons.metrics.chair import Vocabulary
 from mmneurons.settings import Question
-from mmneurons.vlm.asking import ask
 from mmneurons.vlm.prompts import tokens_of
 from mmneurons.vlm.teacher_forcing import Batch, Given, Reader
 from mmneurons.vlm.vlm import VLM
@@ -24,16 +24,6 @@ from mmneurons.words import Word, inflected, words_at
 
 FOLLOW, KEEP = 0.3, 1.0
 """Weights of how a changed answer goes on and of divergence elsewhere, beside 1 for the objects."""
-
-
-@dataclass(frozen=True, eq=False)
-class Answered:
-    """What the model said of images."""
-
-    texts: list[str]
-    token_ids: list[tuple[int, ...]]
-    log_p: list[list[float]]
-    """Of each token."""
 
 
 @dataclass(frozen=True)
@@ -45,25 +35,6 @@ class Named:
     """Singular."""
     word: Word
     absent: bool
-
-
-def answers(
-    vlm: VLM,
-    images: Sequence[Picture],
-    question: Question,
-    *,
-    progress: Callable[[int], None] = lambda done: None,
-) -> Answered:
-    """Let the model answer about images."""
-    said = Answered([], [], [])
-    for batch in ask(vlm, images, question):
-        made = batch.answers
-        log_p = (made.logits - made.log_totals).tolist()
-        said.texts.extend(made.texts)
-        said.token_ids.extend(made.token_ids)
-        said.log_p.extend(mine[: len(ids)] for mine, ids in zip(log_p, made.token_ids, strict=True))
-        progress(len(said.texts))
-    return said
 
 
 def objects_named(vlm: VLM, said: Answered, objects: Sequence[Collection[str]], vocabulary: Vocabulary) -> list[Named]:

@@ -27,6 +27,35 @@ from mmneurons.words import Word, find_words, says
 
 
 @dataclass(frozen=True, eq=False)
+class Answered:
+    """What the model said of images."""
+
+    texts: list[str]
+    token_ids: list[tuple[int, ...]]
+    log_p: list[list[float]]
+    """Of each token."""
+
+
+def answers(
+    vlm: VLM,
+    images: Sequence[Picture],
+    question: Question,
+    *,
+    progress: Callable[[int], None] = lambda done: None,
+) -> Answered:
+    """Let the model answer about images."""
+    said = Answered([], [], [])
+    for batch in ask(vlm, images, question):
+        made = batch.answers
+        log_p = (made.logits - made.log_totals).tolist()
+        said.texts.extend(made.texts)
+        said.token_ids.extend(made.token_ids)
+        said.log_p.extend(mine[: len(ids)] for mine, ids in zip(log_p, made.token_ids, strict=True))
+        progress(len(said.texts))
+    return said
+
+
+@dataclass(frozen=True, eq=False)
 class TracedSteps:
     """Positions that each predict a token, and what the model did there; on the CPU."""
 

@@ -24,8 +24,6 @@ from mmneurons.data.content import image_hash, key_of
 from mmneurons.data.pictures import Picture, open_row
 from mmneurons.data.store import lock_of, one_writer
 from mmneurons.editing.abstention import (
-    Answered,
-    answers,
     lessons,
     losses,
     objects_named,
@@ -33,6 +31,7 @@ from mmneurons.editing.abstention import (
     read_questions,
     shuffled,
 )
+from mmneurons.editing.answers import Answered, answers
 from mmneurons.editing.checkpoint import Training
 from mmneurons.editing.fit import fit
 from mmneurons.editing.low_rank import low_rank, slopes
@@ -275,7 +274,7 @@ def chair_change(
     *,
     progress: Progress = untold,
 ) -> ChairChange:
-    """Judge a patch of `dehallucinate` on other images; the model is left as it was."""
+    """Evaluate a patch of `dehallucinate` on other images; the model is left as it was."""
     made = patch.provenance["settings"]
     question = Question(made["prompt"], made["answer_prefix"], made["max_new_tokens"], made["batch_size"])
 

@@ -113,7 +113,7 @@ def edit(
 
 
 def recorded_settings(settings: EditSettings, requests: Sequence[EditRequest]) -> dict[str, Any]:
-    """The settings as a patch records them: with the prefix of the first prompt, to be judged by, and of each."""
+    """The settings as a patch records them: with the prefix of the first prompt, to be evaluated by, and of each."""
     chosen, prefixes = asdict(settings), [one.question.prefix for one in requests]
     del chosen["prompt"], chosen["wordings"]
     chosen |= {"prompts": [one.question.prompt for one in requests], "answer_prefix": prefixes[0]}

@@ -149,7 +149,7 @@ def _begun(columns: Columns, pristine: dict[int, Tensor], start: Patch | None) -
 
 @dataclass(frozen=True, eq=False)
 class Objective:
-    """What is minimised, and what it is judged by on the way."""
+    """What is minimised, and what tells on the way how good it is."""
 
     reader: Reader
     change: Deltas
@@ -177,7 +177,7 @@ class Objective:
                 moved, repeated = divergence(logits[kept], base[kept]), log_not(logits[again], tokens[again]).sum()
                 yield -wanted / n[0] + KEEP * moved / n[1] - REPEAT * repeated / n[2]
 
-    def judged(self, batches: Sequence[Batch]) -> tuple[float, int]:
+    def measured(self, batches: Sequence[Batch]) -> tuple[float, int]:
         """The least lead of what is wanted, in logits, and at how many steps to be kept another token is likeliest."""
         least, changed = float("inf"), 0
         for batch in batches:
@@ -200,10 +200,10 @@ def search(objective: Objective, tell: Callable[[str], None]) -> tuple[Optimised
         needed = step == STEPS and best is None  # the last step is taken where no other was good enough
         if step % CHECK and not needed:
             return False
-        margin, changed = objective.judged(objective.own)
+        margin, changed = objective.measured(objective.own)
         if margin < MARGIN and not needed:
             return False
-        changed += objective.judged(objective.others)[1]
+        changed += objective.measured(objective.others)[1]
         if best is None or changed < best[0].changed:
             rows = {i: delta.detach().clone() for i, delta in change.rows.items()}
             best = Optimised(step, margin, changed, looked_at, 0.0, 0), replace(change, rows=rows)

@@ -18,7 +18,7 @@ from mmneurons.report.pictures import small
 from mmneurons.words import turned
 
 if TYPE_CHECKING:
-    from mmneurons.editing.evaluation import Evaluation, Pair
+    from mmneurons.editing.evaluate import Evaluation, Pair
 
 SCHEMA = 1
 """The version of the JSON's form."""

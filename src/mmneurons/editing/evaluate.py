@@ -2,7 +2,7 @@
 
 bench = Bench(edit=..., held_out=..., unrelated=..., texts=...)
 before = Before(vlm, bench)              # once for any number of edits
-judged = evaluate(vlm, patch, before, source="dog", target="cat")
+evaluation = evaluate(vlm, patch, before, source="dog", target="cat")
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from mmneurons.data.pictures import Picture
-from mmneurons.editing.answers import likeliest_tokens, no_neurons
+from mmneurons.editing.answers import Answered, answers, likeliest_tokens, no_neurons
 from mmneurons.maths.statistics import Estimate, estimate, share
 from mmneurons.metrics.captions import rest_unchanged
 from mmneurons.patches.ledger import ledger_of
@@ -40,7 +40,7 @@ TOPS_ON = 200
 
 @dataclass(frozen=True, eq=False)
 class Bench:
-    """What edits are judged on."""
+    """What edits are evaluated on."""
 
     edit: Sequence[Picture]
     """The images that the edit was made with."""
@@ -49,7 +49,7 @@ class Bench:
     unrelated: Sequence[Picture]
     """Images of which it does not; those of which it does are left out."""
     texts: Sequence[str] = ()
-    """Texts without an image; those that name SOURCE are judged apart."""
+    """Texts without an image; those that name SOURCE are evaluated apart."""
     question: Question = Question()
     wordings: Sequence[str] = WORDINGS
     """Other ways to ask; answers begin with the same words."""
@@ -104,12 +104,6 @@ class Evaluation:
     """Unrelated answers that changed."""
 
 
-@dataclass(frozen=True)
-class _Answers:
-    texts: list[str]
-    token_ids: list[tuple[int, ...]]
-
-
 class Before:
     """What the unedited model says and would say, worked out once, each part when it is first asked for."""
 
@@ -123,9 +117,9 @@ class Before:
         return other
 
     @cached_property
-    def unrelated(self) -> _Answers:
+    def unrelated(self) -> Answered:
         """Answers about the unrelated images."""
-        return _answers(self.vlm, self.bench.unrelated, self.bench.question)
+        return answers(self.vlm, self.bench.unrelated, self.bench.question)
 
     @cached_property
     def unrelated_tops(self) -> list[Int[Tensor, "steps 10"]]:
@@ -153,12 +147,12 @@ def evaluate(
     target: str | None,
     progress: Progress = untold,
 ) -> Evaluation:
-    """Judge one edit; the model is left as it was.
+    """Evaluate one edit; the model is left as it was.
 
     Args:
         vlm: The model, unedited.
         edit: A patch or a rival.
-        before: What the model did unedited, on the images and texts to judge on.
+        before: What the model did unedited, on the images and texts to evaluate on.
         source: The word that is to go.
         target: The word that is to come; None for a removal.
         progress: Told which share is done, of one.
@@ -176,19 +170,19 @@ def evaluate(
 
     # Unedited: what does not say SOURCE, what does, and the latter asked in other words.
     kept = [i for i, text in enumerate(before.unrelated.texts) if not says(text, source)]
-    held = _answers(vlm, bench.held_out, question)
+    held = answers(vlm, bench.held_out, question)
     shown = [i for i, text in enumerate(held.texts) if says(text, source)]
     images, usual = [bench.held_out[i] for i in shown], [held.texts[i] for i in shown]
     otherwise = [replace(question, prompt=prompt, answer_prefix=question.prefix) for prompt in bench.wordings]
-    reworded_before = [_answers(vlm, images, asked).texts for asked in otherwise]
+    reworded_before = [answers(vlm, images, asked).texts for asked in otherwise]
     tell(0.2)
     # Edited: the same questions, and the likeliest tokens of the same answers and texts.
     with edit.applied(vlm):
-        edited = _answers(vlm, bench.edit, question)
-        held_after = _answers(vlm, images, question)
-        reworded = [_answers(vlm, images, asked).texts for asked in otherwise]
+        edited = answers(vlm, bench.edit, question)
+        held_after = answers(vlm, images, question)
+        reworded = [answers(vlm, images, asked).texts for asked in otherwise]
         tell(0.4)
-        after = _answers(vlm, [bench.unrelated[i] for i in kept], question).texts
+        after = answers(vlm, [bench.unrelated[i] for i in kept], question).texts
         tell(0.7)
         tops = before.tops([i for i in kept if i < TOPS_ON])
         next_tokens = likeliest_tokens(vlm, bench.texts)
@@ -264,11 +258,6 @@ def relative_size(vlm: VLM, patch: Patch) -> float:
         for part in patch.parts
     ]
     return float(torch.cat(shares).mean())
-
-
-def _answers(vlm: VLM, images: Sequence[Picture], question: Question) -> _Answers:
-    said = [batch.answers for batch in ask(vlm, images, question)]
-    return _Answers([text for one in said for text in one.texts], [ids for one in said for ids in one.token_ids])
 
 
 def _perplexity(vlm: VLM, images: Sequence[Picture], token_ids: Sequence[tuple[int, ...]], question: Question) -> float:

@@ -1,6 +1,6 @@
-"""Patches judged one after the other, each result kept as it comes, so that a run that was stopped goes on.
+"""Patches evaluated one after the other, each result kept as it comes, so that a run that was stopped goes on.
 
-A result is kept under a key made of the patch, of what it was asked and of all pixels and texts that it was judged on.
+A result is kept under a key made of the patch, of what it was asked and of all pixels and texts it was evaluated on.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import msgspec
 from mmneurons.data.content import image_hash, key_of
 from mmneurons.data.dataset import Item
 from mmneurons.data.store import LOCK, Store, one_writer
-from mmneurons.editing.evaluation import Before, Bench, Evaluation, evaluate
+from mmneurons.editing.evaluate import Before, Bench, Evaluation, evaluate
 from mmneurons.errors import SettingError
 from mmneurons.patches.patch import Edit, Patch
 from mmneurons.progress import Progress, untold
@@ -27,10 +27,10 @@ from mmneurons.vlm.vlm import VLM
 
 @dataclass(frozen=True, eq=False)
 class Case:
-    """One edit to judge."""
+    """One edit to evaluate."""
 
     make: Callable[[], Edit]
-    """Called when the edit is judged; not where its figures are known from an earlier run."""
+    """Called when the edit is evaluated; not where its figures are known from an earlier run."""
     source: str
     target: str | None
     question: Question = Question()
@@ -48,7 +48,7 @@ class _Asked(msgspec.Struct):
 
 
 class _MadeFor(msgspec.Struct):
-    """What the provenance of a patch says to judge it by; it was read from a file, and may say anything."""
+    """What the provenance of a patch says to evaluate it by; it was read from a file, and may say anything."""
 
     source: Annotated[str, msgspec.Meta(min_length=1)]
     settings: _Asked
@@ -56,7 +56,7 @@ class _MadeFor(msgspec.Struct):
 
 
 def cases(patches: Mapping[str, Patch]) -> dict[str, Case]:
-    """What to judge patches for that `edit` made: their provenance says it.
+    """What to evaluate patches by that `edit` made: their provenance says it.
 
     Raises:
         SettingError: a patch does not say what it was made for.
@@ -69,7 +69,7 @@ def cases(patches: Mapping[str, Patch]) -> dict[str, Case]:
             raise SettingError(
                 f"{name} does not say which word it edits, or how the model was asked.",
                 seen=str(error),
-                fix="Judge patches that `mmneurons edit` made, one by one.",
+                fix="Evaluate patches that `mmneurons edit` made, one by one.",
             ) from error
         asked = made.settings
         question = Question(asked.prompts[0], asked.answer_prefix, asked.max_new_tokens)
@@ -89,7 +89,7 @@ def evaluate_edits(
     batch_size: int = 8,
     progress: Progress = untold,
 ) -> dict[str, Evaluation]:
-    """Judge edits, each by itself.
+    """Evaluate edits, each by itself.
 
     Args:
         vlm: The model, unedited.
@@ -100,7 +100,7 @@ def evaluate_edits(
         unrelated: Images of which nothing is to change.
         texts: Texts of which nothing is to change.
         batch_size: Images in one batch.
-        progress: Told how many are judged, a share of one counts.
+        progress: Told how many are evaluated, a share of one counts.
 
     Returns:
         By name.
@@ -132,7 +132,7 @@ def evaluate_edits(
             if key not in store.found:
                 bench = Bench(shown, beyond, images, texts, question)
                 before = befores.setdefault(question, Before(vlm, bench))
-                judged = evaluate(
+                evaluation = evaluate(
                     vlm,
                     one.make(),
                     before.on(bench),
@@ -140,7 +140,7 @@ def evaluate_edits(
                     target=one.target,
                     progress=lambda stage, share, of, done=done: tell(done + share),
                 )
-                store.add(key, name, judged)
+                store.add(key, name, evaluation)
             found[name] = store.found[key]
             tell(done + 1)
     return found
