@@ -107,10 +107,13 @@ def baseline(
 
     began = time.perf_counter()
     tell("answering about the images")
+    # 1. What the model says of the images: the same for all.
     requests = make_requests(vlm, images, settings.questions, source, target)
     task = Task(vlm, requests, source, target, reference, settings, seed, tell)
+    # 2. The change; the model's own weights take no part in what is learned.
     with torch.inference_mode(False), frozen(vlm.model), evaluating(vlm.model):
         change, facts = _MAKERS[name](task, block)
+    # 3. What made it, and at what cost.
     made_by = {
         "baseline": name,
         "source": source,
@@ -136,6 +139,7 @@ def _sizes(vlm: VLM, change: Patch | Adapter | HeadChange) -> dict[str, int]:
         ffns = [ffn for ffn in vlm.anatomy.ffns if ffn.name in change.names]
         changed = sum(ffn.size for ffn in ffns) * vlm.anatomy.hidden
         return {"changed": changed, "stored": sum(each.numel() for each in change.weights.values())}
+    # A patch: whole columns change, few numbers may say how.
     tensors = [change.directions, *(each for part in change.parts for each in (part.deltas, part.coefficients))]
     stored = sum(each.numel() for each in tensors if each is not None)
     return {"changed": len(change.neurons) * vlm.anatomy.hidden, "stored": stored}

@@ -34,9 +34,11 @@ def finetune(task: Task, block: int | None) -> tuple[Patch, Facts]:
     """
     vlm = task.vlm
     layer = len(vlm.anatomy.blocks) - 1 if block is None else block
+    # All columns of one FFN, each with a change of its own.
     i, _ = dense_ffn(vlm, layer)
     lessons, change = task.lessons(layer), Deltas.zero(all_columns(vlm.anatomy, [i]), vlm.device)
     change.rows[i].requires_grad_()
+    # The change acts while it is learned, and while captions are generated to see whether it is enough.
     with change.added():
         steps = learn(task, lessons, change.parameters, FINETUNE, stop=task.turned)
     return patch_of(vlm, change), {"block": layer, "steps": steps, "schedule": asdict(FINETUNE)}

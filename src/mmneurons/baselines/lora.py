@@ -56,6 +56,7 @@ def attached(vlm: VLM, names: Sequence[str], seed: int) -> Iterator[dict[str, nn
     own = {name: model.get_submodule(name) for name in names}
     if any(is_adapter(module) for module in own.values()) or hasattr(model, "peft_config"):
         raise ModelError("The model has adapters already.", fix="Merge them first: model.merge_and_unload()")
+    # What PEFT changes besides: modules, which parameters ask for gradients, an attribute of the model.
     asking = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     with editing(model):
         try:

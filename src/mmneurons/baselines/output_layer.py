@@ -66,6 +66,7 @@ def logit_bias(task: Task, block: int | None) -> tuple[HeadChange, Facts]:
     unit, reference = HeadChange(_pairs(task), 1.0), task.reference
     needed: list[Tensor] = []
     risk = None
+    # Where SOURCE is said, as much must be added as TARGET is behind; half of it by taking from SOURCE.
     for one in task.requests:
         if not one.found:
             continue
@@ -74,6 +75,7 @@ def logit_bias(task: Task, block: int | None) -> tuple[HeadChange, Facts]:
         )
         needed.append(_behind(task, rows, unit) / 2)  # as much is taken from SOURCE
     if reference is not None:
+        # What the reference says is in danger by as much as TARGET is near; where it is SOURCE's token, it is to go.
         risk = -_behind(task, reference.steps, unit)
         risk[torch.isin(reference.steps.token_ids, torch.tensor([said for said, _ in unit.pairs]))] = -torch.inf
     search = find_strength(
@@ -93,6 +95,7 @@ def logit_bias(task: Task, block: int | None) -> tuple[HeadChange, Facts]:
 def _pairs(task: Task) -> tuple[tuple[int, int], ...]:
     """First tokens of SOURCE and of TARGET, for each form in which SOURCE was said."""
     tokenizer, found = task.vlm.tokenizer, set()
+    # One pair for each form: dog and cat, dogs and cats.
     for one in task.requests:
         for answer, word in one.found:
             said = one.answers.token_ids[answer][word.steps[0]]

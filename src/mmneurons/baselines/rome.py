@@ -5,7 +5,8 @@ Restated for captions: what is wanted is TARGET at the steps that write SOURCE.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import asdict, replace
 from functools import partial
 from typing import Any
@@ -56,6 +57,7 @@ def rome(task: Task, block: int | None) -> tuple[Patch, Facts]:
     vlm = task.vlm
     layer = max(0, len(vlm.anatomy.blocks) - 2) if block is None else block
     i, ffn = dense_ffn(vlm, layer)
+    # What the block is to write, by gradient; then the weights that write it at the mean key, in closed form.
     lessons = task.lessons(layer)
     change, of, steps = learn_writes(task, lessons, ffn.module, layer)
     fired = lessons.at(ffn.module, inputs=True)
@@ -83,6 +85,7 @@ def carried(keys: Float[Tensor, "g neurons"], moment: Float[Tensor, "neurons neu
 
 def second_moment(task: Task, i: int) -> Float[Tensor, "neurons neurons"]:
     """Second moment of one FFN's activations at the steps that are to stay, with a ridge; float64."""
+    # A reference has fewer steps than a block has columns: without a ridge there is no inverse.
     rows = torch.cat([steps.activations[i] for steps in task.kept]).double()
     moment = rows.T @ rows / len(rows)
     return moment + max(RIDGE * float(moment.diagonal().mean()), 1e-12) * torch.eye(len(moment), dtype=moment.dtype)
@@ -102,25 +105,16 @@ def learn_writes(
     Returns:
         The vectors, float32; for each place, which of the tokens is wanted there; steps of Adam taken.
     """
+    # A vector for each token of TARGET, whichever caption wants it: forms and further tokens have vectors of their own.
     tokens, of = lessons.wanted.unique(return_inverse=True)
     stream = lessons.at(task.vlm.anatomy.blocks[layer].module, inputs=False)
     # In units of the stream behind the block: models differ in these by orders of magnitude.
     unit = stream.pow(2).mean().sqrt().item()
     change = torch.zeros(len(tokens), stream.shape[1], device=task.vlm.device, requires_grad=True, dtype=torch.float32)
 
-    @restored
-    def within(batch: Batch) -> Iterator[None]:
+    def within(batch: Batch) -> AbstractContextManager[None]:
         mine = torch.searchsorted(tokens, batch.tokens[batch.turn, 0].contiguous()).to(change.device)
-
-        def write(module: nn.Module, args: tuple, output: Any) -> Any:
-            whole = output if isinstance(output, Tensor) else output[0]
-            places = tuple(each[batch.turn].to(whole.device) for each in batch.places)
-            added = unit * change[mine].to(whole)
-            new = batch.rows_of(whole).index_put(places, added, accumulate=True).view_as(whole)
-            return new if isinstance(output, Tensor) else (new, *output[1:])
-
-        with hooked([partial(module.register_forward_hook, write)]):
-            yield
+        return _writing(batch, module, lambda like: unit * change[mine].to(like))
 
     steps = learn(
         task,
@@ -132,3 +126,18 @@ def learn_writes(
         penalty=lambda: DECAY * change.pow(2).mean(),
     )
     return unit * change.detach().cpu(), of, steps
+
+
+@restored
+def _writing(batch: Batch, module: nn.Module, rows: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """Within it a module writes more where a token of TARGET is wanted: rows made like the tensor that it writes."""
+
+    def write(module: nn.Module, args: tuple, output: Any) -> Any:
+        # A block gives its stream alone, or first of several things.
+        whole = output if isinstance(output, Tensor) else output[0]
+        places = tuple(each[batch.turn].to(whole.device) for each in batch.places)
+        new = batch.rows_of(whole).index_put(places, rows(whole), accumulate=True).view_as(whole)
+        return new if isinstance(output, Tensor) else (new, *output[1:])
+
+    with hooked([partial(module.register_forward_hook, write)]):
+        yield

@@ -93,11 +93,13 @@ class Task:
 
     def lessons(self, lowest: int) -> Lessons:
         """What is to be said, and what is to stay, for changes of block `lowest` and above; read unedited."""
+        # Each answer in full: TARGET where SOURCE was, all its other steps as they are.
         reader = Reader(self.vlm, lowest, True, self.settings.batch_size)
         own, reminders, reference = list[Batch](), list[Batch](), self.reference
         for one in self.requests:
             own += reader.read(one.images, one.question, given(self.vlm, one, self.target))
         if reference is not None and reference.answers is not None:
+            # Texts are left out: these baselines are about captions.
             answers = reference.given(self.vlm, self.source)
             random = torch.Generator().manual_seed(self.seed)
             order = torch.randperm(len(answers), generator=random)[:REFERENCES].tolist()
@@ -107,6 +109,7 @@ class Task:
 
     def turned(self, step: int, missing: float) -> bool:
         """For `learn`, to stop where TARGET is likely and all images of the edit turn; captions are generated."""
+        # Generating is slow: first what is known anyway.
         enough = step % CHECK == 0 and missing < TURNED
         return enough and share_turned(self.vlm, self.requests, self.source, self.target) == 1
 
@@ -145,6 +148,7 @@ def learn(
         for batch in [*own, *reminders[step % len(reminders) :][:1]] if reminders else own:
             with within(batch):
                 logits = lessons.reader.logits(batch)
+            # -log p of TARGET where it is wanted, and the divergence where the caption is to stay as it is.
             wanted, kept = int(batch.turn.sum()), batch.stay
             loss = logits.new_zeros(())
             # Batches count by what they hold, so that the batch size does not change what is learned.
@@ -179,6 +183,7 @@ def dense_ffn(vlm: VLM, layer: int) -> tuple[int, Ffn]:
     n_blocks = len(vlm.anatomy.blocks)
     if not 0 <= layer < n_blocks:
         raise SettingError(f"The model has {n_blocks} blocks.", seen=f"block {layer}")
+    # A block may have an FFN beside its experts, or two, one behind the other.
     found = [(i, ffn) for i, ffn in enumerate(vlm.anatomy.ffns) if ffn.layer == layer]
     if len(found) != 1 or found[0][1].n_experts is not None or found[0][1].gate is not None:
         raise ModelError(

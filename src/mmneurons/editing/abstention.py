@@ -45,6 +45,7 @@ def objects_named(vlm: VLM, said: Answered, objects: Sequence[Collection[str]], 
 
     found = []
     for answer, (text, ids, there) in enumerate(zip(said.texts, said.token_ids, objects, strict=True)):
+        # Synonyms are one object: what counts is the noun that they stand for.
         true = vocabulary.objects(there)
         for word in words_at(vocabulary.places(text), text, ids, decode):
             found.append(Named(answer, word.lemma, word, word.lemma not in true))
@@ -64,6 +65,7 @@ def lessons(
     Tokens of a step at which an object is named: `say`, then the first of every object that may be named there. Of
     a step behind a repair: -1, then the token that follows.
     """
+    # Answers that name nothing teach nothing here: the reference keeps them as they are.
     random, of, made = np.random.default_rng(seed), dict[int, list[Named]](), []
     for one in named:
         of.setdefault(one.answer, []).append(one)
@@ -84,10 +86,12 @@ def _lesson(
     repair: np.random.Generator | None,
 ) -> Given:
     """One answer; with `repair`, half of the absent objects become one that is there, the others the word."""
+    # Built token by token: `left` are the objects that no word before has named, `read` the tokens that are copied.
     new, turn, kept, left, read = list[int](), dict[int, tuple[int, ...]](), dict[int, int](), [*there], 0
     changed = False
 
     def go_on(tokens: Sequence[int]) -> None:
+        # Up to the first repair the answer is the model's own; behind it there is nothing to keep, but to follow.
         for token in tokens:
             if changed:
                 turn[len(new)] = (-1, token)
@@ -98,11 +102,13 @@ def _lesson(
     for one in named:
         steps = one.word.steps
         go_on(ids[read : steps[0]])
+        # What may be said here: any object that is there and was not named yet, in this word's form, or the word.
         said = list(ids[steps[0] : steps[-1] + 1])
         ways = {noun: tokens_of(vlm.tokenizer, inflected(noun, one.word.text)) for noun in left}
         if one.noun in ways:
             ways[one.noun] = said
         turn[len(new)] = (say, *(tokens[0] for tokens in ways.values()))
+        # A repair takes the place of what is absent, and counts as named.
         if one.absent and repair is not None:
             noun = str(repair.choice([*ways])) if ways and repair.random() < 0.5 else None
             said, changed = [say] if noun is None else ways[noun], True
@@ -124,6 +130,7 @@ def read_lessons(
     progress: Callable[[int], None],
 ) -> list[Batch]:
     """As batches, in a random order that is always the same."""
+    # Answers of one image, as it was and repaired, are not to come in one batch.
     order = np.random.default_rng(0).permutation(len(taught)).tolist()
     made = []
     for start in range(0, len(order), reader.batch_size):
@@ -157,6 +164,7 @@ def read_questions(
 
     Asked of each image are one object that is there and one that is not, drawn at random, always the same.
     """
+    # One question of each kind, so that yes and no are kept alike.
     random, asked = np.random.default_rng(0), dict[str, list[Picture]]()
     for image, there in zip(images, objects, strict=True):
         true = Vocabulary([there]).nouns & set(nouns)
@@ -164,6 +172,7 @@ def read_questions(
             if pool:
                 asked.setdefault(str(random.choice(sorted(pool))), []).append(image)
     made, done, total = list[Batch](), 0, sum(map(len, asked.values()))
+    # Images with the same question are read together.
     for noun, mine in sorted(asked.items()):
         prompt = f"Is there {'an' if noun[0] in 'aeiou' else 'a'} {noun} in the image?"
         question = Question(prompt, "", max_new_tokens, reader.batch_size)

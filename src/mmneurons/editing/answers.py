@@ -133,11 +133,13 @@ def trace_answers(
     """
     if not images:
         raise SettingError("There is no image.", fix="Give at least one.")
+    # What is kept of a batch goes to the CPU before the next one is asked.
     parts: list[TracedSteps] = []
     texts: list[str] = []
     token_ids: list[tuple[int, ...]] = []
     for batch in ask(vlm, images, question, recorder=record):
         answers = batch.answers
+        # Answers differ in length: steps behind an answer's end are left out.
         places = torch.tensor([(row, step) for row, ids in enumerate(answers.token_ids) for step in range(len(ids))])
         said = [token for ids in answers.token_ids for token in ids]
         of = [len(texts) + row for row in places[:, 0].tolist()]
@@ -169,6 +171,7 @@ def trace_texts(vlm: VLM, texts: Sequence[str]) -> TracedSteps:
             "The texts of an encoder-decoder are read in its encoder, where no neuron of ours is.",
             fix="Give reference images only.",
         )
+    # Texts of one length are read together; afterwards they are put back into their order.
     parts: dict[int, TracedSteps] = {}
     for numbers, inputs in text_batches(vlm, texts):
         with record(vlm.anatomy, lambda values: values) as recording:
@@ -180,6 +183,7 @@ def trace_texts(vlm: VLM, texts: Sequence[str]) -> TracedSteps:
 
 def likeliest_tokens(vlm: VLM, texts: Sequence[str]) -> list[Int[Tensor, "positions"]]:
     """The likeliest token behind each position of each text, as `trace_texts` reads them; no neuron is recorded."""
+    # The residual stream is all that logits need: no neuron is recorded.
     found: dict[int, Tensor] = {}
     for numbers, inputs in text_batches(vlm, texts):
         with record(vlm.anatomy, lambda values: values, neurons=no_neurons(vlm.anatomy)) as recording:
@@ -215,6 +219,7 @@ def occurrences(vlm: VLM, said: TracedAnswers, phrase: str) -> list[tuple[int, W
     def decode(ids: Sequence[int]) -> str:
         return vlm.tokenizer.decode(ids, skip_special_tokens=True)
 
+    # `says` looks at the text first: finding a word's tokens is slow.
     return [
         (i, word)
         for i, (text, ids) in enumerate(zip(said.texts, said.token_ids, strict=True))
@@ -237,6 +242,7 @@ def _traced(vlm: VLM, trace: Trace, token_ids: Tensor, logits: Tensor, answers: 
     fired = []
     for ffn, part, experts in zip(trace.anatomy.ffns, trace.activations, trace.experts, strict=True):
         if experts is not None:
+            # The router asks other experts at each step: a neuron is at home in a slot of its own, zero elsewhere.
             width = ffn.n_neurons
             slots = (experts[:, :, None] * width + torch.arange(width, device=experts.device)).flatten(1)
             part = torch.zeros(len(part), ffn.size, device=part.device, dtype=torch.float32).scatter(1, slots, part)

@@ -59,6 +59,7 @@ class Training:
 
     def keep(self, path: Path, key: str) -> None:
         """Write all of it to a file."""
+        # Columns as well: to choose them anew would take as long as many rounds.
         held = {f"parameters.{k}": p.detach() for k, p in enumerate(self.change.parameters)}
         held |= {f"columns.{i}": mine for i, mine in self.change.columns.indices.items()}
         for k, parameter in enumerate(self.change.parameters):
@@ -77,11 +78,13 @@ class Training:
         """
         if not os.path.lexists(path):
             return None
+        # The first line says what the rest is, and by a digest that it is whole.
         line, _, content = read_file(path, limit=LARGEST).partition(b"\n")
         try:
             facts = msgspec.json.decode(line, type=_Facts)
         except (ValueError, RecursionError) as error:
             raise _damaged(path, "Its first line does not say what made it.") from error
+        # A key is made of all that a run is made of: going on with another run's numbers would make neither.
         if facts.key != key:
             raise SettingError(
                 f"{path} is of another run: other images, settings or model.",
@@ -89,6 +92,7 @@ class Training:
             )
         if _digest(facts.rounds, content) != facts.sha256:
             raise _damaged(path, "Its numbers are not as they were written.")
+        # The digest may be right and the content none of ours: someone may have made the file.
         try:
             training = _rebuilt(from_bytes(content), vlm)
         except (SafetensorError, ValueError, KeyError, IndexError, TypeError, RuntimeError) as error:
@@ -107,6 +111,7 @@ def _rebuilt(held: dict[str, Tensor], vlm: VLM) -> Training:
     Raises:
         ValueError: they are not those of a training of this model, or hold what is no number.
     """
+    # Columns first: they say which shapes all else must have.
     indices = {int(name.removeprefix("columns.")): mine for name, mine in held.items() if name.startswith("columns.")}
     for i, mine in indices.items():
         rising = mine.dtype == torch.int64 and mine.ndim == 1 and len(mine) > 0 and bool((mine.diff() > 0).all())
@@ -115,6 +120,7 @@ def _rebuilt(held: dict[str, Tensor], vlm: VLM) -> Training:
     directions = held[f"parameters.{len(indices)}"]
     training = Training.begun(low_rank(vlm, Columns(vlm.anatomy, dict(sorted(indices.items()))), len(directions)))
     parameters = training.change.parameters
+    # Adam's state is put in as if it had taken the steps itself.
     with torch.no_grad():
         for k, parameter in enumerate(parameters):
             moments = {name: _like(held, f"{name}.{k}", parameter) for name in MOMENTS}

@@ -39,10 +39,12 @@ def select_columns(vlm: VLM, goals: Sequence[TokenGoal], top: int, blocks: Block
         blocks: Of so many of the last blocks, or of all.
     """
     anatomy = vlm.anatomy
+    # Every goal adds to the same scores, so that a column that writes two forms of SOURCE counts for both.
     first = lowest_block(anatomy, blocks)
     scores = {i: torch.zeros(ffn.size, dtype=torch.float32) for i, ffn in enumerate(anatomy.ffns) if ffn.layer >= first}
     n = sum(len(goal.steps) for goal in goals)
     for goal in goals:
+        # Each column read along the direction that the token's logit reads of it, step by step.
         said = anatomy.unembed[goal.said].float().cpu()
         directions = goal.steps.directions(said.expand(len(goal.steps), -1))
         for i in scores:
@@ -104,7 +106,7 @@ def solve(
 
     Args:
         vlm: The model.
-        columns: What updates.
+        columns: What moves.
         goals: Where what shall be said instead of what.
         kept: Steps that shall stay as they are; so shall those of the other goals.
         ridge: See `selective`; None: the smallest change, whatever it does elsewhere, along what `row` reads.
@@ -114,11 +116,13 @@ def solve(
     """
     updates, alike = [], None if ridge is None else _alike(vlm)
     for goal in goals:
+        # 1. A direction for each FFN, and what each column does along it at the goal's own steps.
         row = goal.row(vlm.anatomy.unembed)
         along = spared_directions(goal.steps, row, columns, alike)
         wanted = features(goal.steps, row, columns, along).mean(0)
         if not bool(wanted.any()):
             raise SettingError("None of these columns is active where SOURCE is said.", fix="Choose other neurons.")
+        # 2. Coefficients: as little as will do, or as little as will do elsewhere.
         others = [*kept, *(other.steps for other in goals if other is not goal)]
         if ridge is None:
             coefficients = smallest(wanted)
@@ -148,10 +152,12 @@ def spared_directions(
     found = {i: wanted.at(anatomy.ffns[i].path).mean(0) for i in columns.indices}
     if alike is None:
         return found
+    # How any logit reads a write is linear once the norms' scales are frozen: one row of `every` for each of hidden.
     residual, *norms = (part[len(steps) // 2].expand(hidden, -1) for part in (steps.residual, *steps.norms))
     every = Directions(anatomy, frozen_rows(anatomy, torch.eye(hidden, dtype=torch.float32), residual), norms)
     for i, mean in found.items():
         reads = every.at(anatomy.ffns[i].path)
+        # The least that the logits of all tokens move, by their second moment, for one unit along `mean`.
         moment = (reads.T @ alike @ reads).double()
         r = SPARE * moment.diagonal().mean()
         found[i] = torch.linalg.solve(moment + r * torch.eye(hidden, dtype=torch.float32), mean.double()).float()
@@ -159,6 +165,7 @@ def spared_directions(
 
 
 def _alike(vlm: VLM) -> Float[Tensor, "hidden hidden"]:
+    # Second moment of all unembedding rows, some at a time: a vocabulary in float32 may not fit.
     tokens = vlm.anatomy.unembed[: vlm.n_tokens]
     total = torch.zeros(vlm.anatomy.hidden, vlm.anatomy.hidden, device=tokens.device, dtype=torch.float32)
     for part in tokens.split(8192):
@@ -168,6 +175,7 @@ def _alike(vlm: VLM) -> Float[Tensor, "hidden hidden"]:
 
 def _flip_weights(vlm: VLM, steps: TracedSteps, goal: TokenGoal) -> Float[Tensor, "steps"]:
     """How much each step counts: 1 / the square of how far what is said there leads over what is wanted."""
+    # Of a removal, whichever of the runners-up is nearest.
     wanted = set(goal.runners_up) if goal.wanted is None else {goal.wanted}
     rows = vlm.anatomy.unembed[sorted(wanted)].float().cpu()
     leads = torch.stack([logit_margin(steps, each.expand(len(steps), -1)) for each in rows]).amin(0)
@@ -196,6 +204,7 @@ def unit_patch(vlm: VLM, columns: Columns, updates: Sequence[Update]) -> Patch:
 
 def needed_strength(vlm: VLM, update: Update) -> float:
     """The strength at which an update turns each of its steps, to first order; those it hardly reaches are left out."""
+    # What is said is compared with what is wanted; of a removal, with the likeliest other token.
     logits = vlm.anatomy.logits(update.goal.steps.residual).float().cpu().clone()
     said = logits[:, update.goal.said].clone()
     logits[:, update.goal.said] = -torch.inf
@@ -216,10 +225,12 @@ def flip_risk(vlm: VLM, reference: Reference, updates: Sequence[Update]) -> Floa
     }
     risk = torch.full((len(steps),), -torch.inf, dtype=torch.float32)
     said = unembed[steps.token_ids.to(unembed.device)].float().cpu()
+    # Another token is said where what the updates add outweighs its margin: 1 / strength = added / margin.
     for others in (reference.seconds, *(torch.full_like(reference.seconds, token) for token in sorted(tokens))):
         rows = unembed[others.to(unembed.device)].float().cpu()
         adds = torch.stack([update.adds(steps, rows - said) for update in updates]).sum(0)
         risk = risk.maximum(adds / logit_margin(steps, rows).clamp_min(1e-3))
+    # Steps that say SOURCE are to change.
     for update in updates:
         risk[steps.token_ids == update.goal.said] = -torch.inf
     return risk

@@ -24,6 +24,7 @@ from mmneurons.data.content import image_hash, key_of
 from mmneurons.data.pictures import Picture, open_row
 from mmneurons.data.store import lock_of, one_writer
 from mmneurons.editing.abstention import (
+    Named,
     lessons,
     losses,
     objects_named,
@@ -109,16 +110,9 @@ def dehallucinate(
     lowest = lowest_block(vlm.anatomy, settings.blocks)
     # 1. The model's own answers, and which of the objects that they name are not there.
     vocabulary, say = vocabulary or Vocabulary(objects), _token(vlm, settings.say)
-    said = answers(vlm, images, settings.question, progress=lambda done: progress("answering", done, len(images)))
     there = [sorted(vocabulary.objects(one)) for one in objects]
-    named = objects_named(vlm, said, there, vocabulary)
-    n_absent = sum(one.absent for one in named)
-    if n_absent in (0, len(named)):
-        raise SettingError(
-            f"The objects that the model names are all {'absent' if n_absent else 'present'}, or it names none.",
-            seen=f"{len(named)} nouns named, {n_absent} of them absent.",
-            fix="Give more images, with what is truly in them.",
-        )
+    said = answers(vlm, images, settings.question, progress=lambda done: progress("answering", done, len(images)))
+    named = _named(vlm, said, there, vocabulary)
     # 2. The answers as lessons, and a checkpoint that belongs to exactly these.
     taught = lessons(vlm, said, there, named, say)
     path = None if checkpoint is None else Path(checkpoint)
@@ -129,31 +123,15 @@ def dehallucinate(
         training = None if path is None else Training.resumed(path, key, vlm)
         reader = Reader(vlm, lowest, True, settings.batch_size)
         own = read_lessons(
-            reader, images, settings.question, taught,
-            lambda done: progress("reading", done, len(taught)),
-        )  # fmt: skip
-        few = replace(reader, batch_size=min(reader.batch_size, REFERENCES))
-        asked = np.random.default_rng(0).permutation(len(images))[: settings.questions].tolist()
-        others = [
-            [] if reference is None else reference.read(few, None),
-            read_questions(
-                few, [images[i] for i in asked], [there[i] for i in asked], vocabulary.nouns, settings.max_new_tokens,
-                lambda done: progress("asking", done, len(asked)),
-            ),
-        ]  # fmt: skip
+            reader, images, settings.question, taught, lambda done: progress("reading", done, len(taught))
+        )
+        others = _read_others(reader, images, there, vocabulary, reference, settings, progress)
         # 4. The columns that matter most begin to move, or go on where an earlier run was stopped.
         if training is None:
             columns = _steepest(reader, own, lowest, settings)
             training = Training.begun(low_rank(vlm, columns, settings.rank))
-        _train(
-            training,
-            reader,
-            own,
-            [shuffled(batches, REFERENCES) for batches in others if batches],
-            settings,
-            None if path is None else partial(training.keep, path, key),
-            progress,
-        )
+        keep = None if path is None else partial(training.keep, path, key)
+        _train(training, reader, own, others, settings, keep, progress)
         patch = patch_of(vlm, training.change)
     return replace(
         patch,
@@ -163,12 +141,51 @@ def dehallucinate(
             "settings": asdict(settings),
             "images": len(images),
             "named": len(named),
-            "absent": n_absent,
+            "absent": sum(one.absent for one in named),
             "reference": None if reference is None else reference.facts,
             "model": dict(vlm.facts),
             "packages": provenance.versions(),
         },
     )
+
+
+def _named(vlm: VLM, said: Answered, there: Sequence[Sequence[str]], vocabulary: Vocabulary) -> list[Named]:
+    """The objects that the answers name.
+
+    Raises:
+        SettingError: all of them are there, or none is.
+    """
+    named = objects_named(vlm, said, there, vocabulary)
+    n_absent = sum(one.absent for one in named)
+    if n_absent in (0, len(named)):
+        raise SettingError(
+            f"The objects that the model names are all {'absent' if n_absent else 'present'}, or it names none.",
+            seen=f"{len(named)} nouns named, {n_absent} of them absent.",
+            fix="Give more images, with what is truly in them.",
+        )
+    return named
+
+
+def _read_others(
+    reader: Reader,
+    images: Sequence[Picture],
+    there: Sequence[Sequence[str]],
+    vocabulary: Vocabulary,
+    reference: Reference | None,
+    settings: DehallucinateSettings,
+    progress: Progress,
+) -> list[list[list[Batch]]]:
+    """What is to stay as it is, of the reference and of yes-or-no questions: of each, what is read at each step."""
+    few = replace(reader, batch_size=min(reader.batch_size, REFERENCES))
+    asked = np.random.default_rng(0).permutation(len(images))[: settings.questions].tolist()
+    others = [
+        [] if reference is None else reference.read(few, None),
+        read_questions(
+            few, [images[i] for i in asked], [there[i] for i in asked], vocabulary.nouns, settings.max_new_tokens,
+            lambda done: progress("asking", done, len(asked)),
+        ),
+    ]  # fmt: skip
+    return [shuffled(batches, REFERENCES) for batches in others if batches]
 
 
 def _token(vlm: VLM, say: str) -> int:
@@ -206,6 +223,7 @@ def _pixels(image: Picture) -> list[str]:
 
 def _steepest(reader: Reader, own: Sequence[Batch], lowest: int, settings: DehallucinateSettings) -> Columns:
     """The columns along which the loss of a sample of the answers falls most steeply."""
+    # Steepest by a sample: the order of the best columns is clear after some hundred answers.
     layers = range(lowest, len(reader.vlm.anatomy.blocks))
     sample = own[: -(-SAMPLE // reader.batch_size)]
     steep = slopes(reader.vlm, layers, losses(reader, [sample], settings.payoff))
@@ -222,12 +240,14 @@ def _train(
     progress: Progress,
 ) -> None:
     """Learn, round by round, from those answers of each pass that come next in its own order."""
+    # Whole rounds of whole steps; few images are gone through at most `PASSES` times.
     per_step = max(1, ROWS // reader.batch_size)
     per_pass = -(-len(own) // per_step)
     per_round = max(1, min(settings.steps, PASSES * per_pass) // ROUNDS)
     n_steps = per_round * ROUNDS
 
     def parts(step: int) -> Iterator[Tensor]:
+        # A pass goes through all answers, in an order that depends on nothing but its number: a run can go on anywhere.
         order = np.random.default_rng(step // per_pass).permutation(len(own))
         first = step % per_pass * per_step
         group = [own[i] for i in order[first : first + per_step]]
@@ -282,12 +302,14 @@ def chair_change(
         done = share * len(images)
         return answers(vlm, images, question, progress=lambda n: progress("judging", done + n, 2 * len(images)))
 
+    # The same question before and after.
     said = answered(0)
     with patch.applied(vlm):
         after = answered(1)
     there = [vocabulary.objects(mine) for mine in objects]
     now = [vocabulary.named(text) for text in after.texts]
     named = objects_named(vlm, said, there, vocabulary)
+    # The rival needs no edit: as many nouns are left out as the patch leaves out, the least likely ones.
     n_fewer = max(0, len(named) - sum(map(len, now)))
     least_likely = sorted(named, key=lambda one: said.log_p[one.answer][one.word.steps[0]])
     kept: list[list[str]] = [[] for _ in images]

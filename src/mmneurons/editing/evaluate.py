@@ -113,6 +113,7 @@ class Before:
     def on(self, bench: Bench) -> Before:
         """The same with the edit's own images of another bench; unrelated images, texts and prompt must be the same."""
         other = Before(self.vlm, bench)
+        # Where `cached_property` keeps what it has worked out.
         other.__dict__.update(unrelated=self.unrelated, unrelated_tops=self.unrelated_tops, texts=self.texts)
         return other
 
@@ -240,7 +241,7 @@ def forced(
 
 def ngram_entropy(texts: Sequence[str]) -> float:
     """Entropy of the word pairs and of the word triples of some texts, bits, the mean of both (Meng et al., 2022)."""
-    found = []
+    found = []  # in bits; repetition brings it down
     for n in (2, 3):
         grams = Counter(
             tuple(words[i : i + n]) for text in texts if (words := text.split()) for i in range(len(words) - n + 1)
@@ -252,6 +253,7 @@ def ngram_entropy(texts: Sequence[str]) -> float:
 
 def relative_size(vlm: VLM, patch: Patch) -> float:
     """Mean over the columns that a patch changes of |change| / |column before any edit|."""
+    # Against the columns before any edit, whatever patches are applied now.
     ledger = ledger_of(vlm)
     shares = [
         patch.deltas(part).norm(dim=1) / ledger.pristine(part.place, part.indices).float().cpu().norm(dim=1)
@@ -261,6 +263,7 @@ def relative_size(vlm: VLM, patch: Patch) -> float:
 
 
 def _perplexity(vlm: VLM, images: Sequence[Picture], token_ids: Sequence[tuple[int, ...]], question: Question) -> float:
+    # Mean over answers of each answer's own mean: a long one does not count for more.
     losses = [
         -float(logits.log_softmax(-1)[torch.arange(len(ids)), list(ids)].mean())
         for logits, ids in zip(forced(vlm, images, token_ids, question), token_ids, strict=True)

@@ -62,6 +62,7 @@ def cases(patches: Mapping[str, Patch]) -> dict[str, Case]:
         SettingError: a patch does not say what it was made for.
     """
     found = {}
+    # Provenance comes from files: it is taken for what it says only where it fits.
     for name, patch in patches.items():
         try:
             made = msgspec.convert(dict(patch.provenance), _MadeFor)
@@ -111,6 +112,7 @@ def evaluate_edits(
         ImageError: an image cannot be read or used.
     """
     made_by = {"model": dict(vlm.facts), "packages": provenance.versions()}
+    # What all edits share is opened and hashed once; so is, for each question, what the unedited model says.
     images = [item.image() for item in unrelated]
     others = key_of([image_hash(image) for image in images], list(texts))
     befores: dict[Question, Before] = {}
@@ -126,6 +128,7 @@ def evaluate_edits(
             shown, beyond = ([item.image() for item in of(one.source)] for of in (edit, held_out))
             question = replace(one.question, answer_prefix=one.question.prefix, batch_size=batch_size)
             asks = (one.source, one.target, question.prompt, question.prefix, question.max_new_tokens)
+            # Settings that change no answer, such as the batch size, are no part of it.
             key = key_of(
                 one.key or name, *asks, *([image_hash(image) for image in of] for of in (shown, beyond)), others
             )

@@ -43,12 +43,13 @@ def fit(
     for step in steps:
         if stop(step):
             return step
+        # Gradients of all parts add up before the parameters move.
         loss = descend(losses(step), parameters)
         if rate is not None:
             for group in adam.param_groups:
                 group["lr"] = rate(step)
         adam.step()
-        adam.zero_grad()
+        adam.zero_grad()  # they are as large as what is learned
         after(step + 1, loss)
     stop(steps.stop)
     return steps.stop
@@ -63,6 +64,7 @@ def descend(losses: Losses, parameters: Sequence[Tensor]) -> float:
     total = 0.0
     with torch.enable_grad():
         for loss in losses:
+            # Of nothing else: a model that is not frozen would be left with gradients.
             loss.backward(inputs=parameters)
             total += loss.item()
     return total

@@ -98,6 +98,7 @@ def optimise(
     Source: FiNE (Pan et al., ICLR 2025): columns alone, with terms for the edit, divergence and repetition. Theirs
     edits facts in text; ours keeps answers about other images too, and the size of the change is a term of the loss.
     """
+    # 0. What cannot be done.
     if any(vlm.anatomy.ffns[i].n_experts is not None for i in columns.indices):
         raise ModelError(
             "The optimised edit works on dense FFNs only; some of these columns are an expert's.",
@@ -164,6 +165,7 @@ class Objective:
 
     def losses(self, sample: Sequence[Batch]) -> Iterator[Tensor]:
         """The loss at the change as it is, part by part: its size, then each batch of its own and of a sample."""
+        # In units of each column's own length, so that loud columns do not hide what quiet ones do.
         sizes = [d.pow(2).sum(1) / self.pristine[i].float().pow(2).sum(1) for i, d in self.change.rows.items()]
         yield NORM * torch.cat(sizes).mean()
         for group in (self.own, sample):
@@ -183,6 +185,7 @@ class Objective:
         for batch in batches:
             with torch.no_grad():
                 logits, base = (self.reader.vlm.anatomy.logits(x) for x in (self.reader.final(batch), batch.base))
+            # Without a target, what is said is to fall behind instead.
             ahead = lead(logits[batch.turn], batch.tokens[batch.turn, 0].to(logits.device))
             least = min([least, *(ahead if self.to_target else -ahead).tolist()])
             changed += int((logits.argmax(1) != base.argmax(1))[batch.stay].sum())
@@ -200,6 +203,7 @@ def search(objective: Objective, tell: Callable[[str], None]) -> tuple[Optimised
         needed = step == STEPS and best is None  # the last step is taken where no other was good enough
         if step % CHECK and not needed:
             return False
+        # The reference is read only where the edit's own answers lead: it is the larger part.
         margin, changed = objective.measured(objective.own)
         if margin < MARGIN and not needed:
             return False

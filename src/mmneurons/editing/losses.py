@@ -28,6 +28,7 @@ def log_not(logits: Float[Tensor, "n vocab"], tokens: Int[Tensor, "n"]) -> Float
 
 def lead(logits: Float[Tensor, "n vocab"], tokens: Int[Tensor, "n"]) -> Float[Tensor, "n"]:
     """How far a token is ahead of the likeliest other one at each step, in logits."""
+    # Without the token itself, which may be the likeliest.
     others = logits.scatter(1, tokens[:, None], -torch.inf)
     return logits.gather(1, tokens[:, None])[:, 0] - others.max(1).values
 
@@ -44,6 +45,7 @@ def abstention(logits: Float[Tensor, "n vocab"], tokens: Int[Tensor, "n nouns"],
     declining but the payoff declines where the best guess is right with less than 1 / payoff.
     """
     good = logits.log_softmax(1).gather(1, tokens.clamp_min(0)).masked_fill(tokens < 0, -torch.inf)
+    # Only the first, the word that names nothing, is paid for; what fills up has no probability.
     price = torch.zeros(good.shape[1], device=good.device, dtype=good.dtype)
     price[0] = torch.tensor(payoff, dtype=torch.float32).log()
     return -(good - price).logsumexp(1).sum()

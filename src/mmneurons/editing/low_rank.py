@@ -26,6 +26,7 @@ def low_rank(vlm: VLM, columns: Columns, rank: int) -> Deltas:
     anatomy = vlm.anatomy
     if any(anatomy.ffns[i].n_experts is not None for i in columns.indices):
         raise ModelError("Changes are learned of dense FFNs only; some of these columns are an expert's.")
+    # Shares begin at zero, directions do not: else neither would have a gradient.
     pristine = pristine_columns(vlm, columns)
     shares = {i: torch.zeros(len(held), rank, device=held.device, dtype=torch.float32) for i, held in pristine.items()}
     directions = torch.randn(rank, anatomy.hidden, generator=torch.Generator().manual_seed(0), dtype=torch.float32)
@@ -51,6 +52,7 @@ def slopes(vlm: VLM, layers: Sequence[int], losses: Losses) -> dict[int, Float[t
         raise ModelError("Changes are learned of dense FFNs only; these blocks have none.", seen=f"layers {layers}")
     columns = all_columns(vlm.anatomy, ffns)
     pristine = pristine_columns(vlm, columns)
+    # At no change the gradient is that of the weights themselves, without a copy of them.
     change = Deltas(
         columns, {i: torch.zeros_like(held, dtype=torch.float32).requires_grad_() for i, held in pristine.items()}
     )

@@ -78,6 +78,7 @@ class Reference:
         """The answers, all of whose steps are to stay as they are, but for those that write a word, if there is one."""
         if self.answers is None:
             return []
+        # Steps are counted through all answers, one after the other.
         left = [False] * len(self.steps) if word is None else self.says(vlm, word).tolist()
         made, start = list[Given](), 0
         for ids in self.answers.token_ids:
@@ -93,6 +94,7 @@ class Reference:
     def by_image(self, vlm: VLM, word: str, values: Float[Tensor, "steps"]) -> list[float]:
         """For each image the largest of the values of its answer's steps; minus infinity where it says a word."""
         assert self.answers is not None
+        # An answer that says the word has an infinite value, which marks it whatever its other steps are.
         values = values.clone()
         values[self.says(vlm, word)[: len(values)]] = torch.inf
         worst = torch.full((len(self.images),), -torch.inf, dtype=torch.float32)
@@ -101,6 +103,7 @@ class Reference:
 
     def positions(self, values: Float[Tensor, "steps"], n: int) -> list[int]:
         """The `n` of `text_steps` with the largest values, of those alike the first; none of minus infinity."""
+        # Texts come behind the answers; of positions that read the same, the first stands for all.
         mine = values[len(self.steps) - len(self.text_counts) :]
         mine = mine.where(self.text_counts > 0, -torch.inf)
         return [row for row in mine.argsort(descending=True)[:n].tolist() if mine[row] > -torch.inf]
@@ -109,9 +112,11 @@ class Reference:
         """At some of `text_steps` the likeliest token now, edited or not, is another: a share of all positions."""
         if self.text_steps is None or not positions:
             return 0.0
+        # Only the texts that hold these positions are read again.
         answers, rows = self.text_steps.answer_ids, torch.tensor(positions)
         numbers = answers[rows].unique()
         now = dict(zip(numbers.tolist(), likeliest_tokens(vlm, [self.texts[i] for i in numbers]), strict=True))
+        # Rows of one text stand together: where its first is, the text begins.
         starts = torch.searchsorted(answers, answers[rows])
         tokens = torch.stack([now[int(answers[row])][row - start] for row, start in zip(rows, starts, strict=True)])
         flips = tokens != self.text_steps.token_ids[rows]
@@ -158,6 +163,7 @@ def make_reference(
 
 def _counts(vlm: VLM, texts: Sequence[str]) -> list[int]:
     """For each position of the texts at how many the same has been read; 0 where an earlier one has read it."""
+    # What is predicted at a position depends on all that is before it, and on nothing else.
     ids = [vlm.tokenizer(text).input_ids for text in texts]
     read = [tuple(mine[: i + 1]) for mine in ids for i in range(len(mine))]
     left = Counter(read)
@@ -166,7 +172,7 @@ def _counts(vlm: VLM, texts: Sequence[str]) -> list[int]:
 
 def _seconds(vlm: VLM, steps: TracedSteps) -> Int[Tensor, "n"]:
     """The likeliest token but for the one that is said."""
-    found = []
+    found = []  # some steps at a time: logits are wide
     for residual, said in zip(steps.residual.split(256), steps.token_ids.split(256), strict=True):
         logits = vlm.anatomy.logits(residual)[:, : vlm.n_tokens].float().cpu()
         found.append(logits.scatter(1, said[:, None], -torch.inf).argmax(-1))

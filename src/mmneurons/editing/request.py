@@ -82,6 +82,7 @@ def make_requests(
             seen="Plurals are made where the answers have one.",
             fix=f"target={singular(target)!r}",
         )
+    # Each prompt is one request: its answers, and where they say SOURCE.
     requests = []
     for question in questions:
         said = trace_answers(vlm, images, question)
@@ -116,6 +117,7 @@ def rewritten(
     new: list[int] = []
     written = []
     read = 0
+    # Between the words the answer is copied as it is.
     for word in words:
         new += ids[read : word.steps[0]]
         wanted = tokens_of(vlm.tokenizer, inflected(target, word.text))
@@ -134,11 +136,13 @@ def given(vlm: VLM, one: EditRequest, target: str | None) -> list[Given]:
     made = []
     for i, said in enumerate(one.answers.token_ids):
         words = sorted((word for answer, word in one.found if answer == i), key=lambda word: word.steps[0])
+        # A removal: the first token of each word is what shall not be said, the rest of the word is left open.
         if target is None:
             writing = {step for word in words for step in word.steps}
             kept = {step: -1 for step in range(len(said)) if step not in writing}
             made.append(Given(list(said), {word.steps[0]: (said[word.steps[0]],) for word in words}, kept))
             continue
+        # Every token of TARGET is wanted at its step; all other steps stay, and behind TARGET it is not to come again.
         ids, written = rewritten(vlm, said, words, target)
         turn = {start + k: (token,) for start, wanted in written for k, token in enumerate(wanted)}
         firsts = {start: wanted[0] for start, wanted in written}
@@ -165,8 +169,10 @@ def token_goals(vlm: VLM, requests: Sequence[EditRequest], target: str | None) -
         for answer, word in one.found:
             ids = one.answers.token_ids[answer]
             wanted = [None] if target is None else tokens_of(vlm.tokenizer, inflected(target, word.text))
+            # The first token gives way where SOURCE begins ...
             row = one.answers.steps.at(torch.tensor([one.answers.row(answer, word.steps[0])]))
             steps.setdefault((int(row.token_ids), wanted[0]), []).append(row)
+            # ... and the others behind it, where the model would go on otherwise: the answer is forced up to there.
             if len(wanted) > 1:
                 begun = [*ids[: word.steps[0]], *wanted[:-1]]
                 forced = trace_given(vlm, one.images[answer], begun, one.question)
@@ -174,6 +180,7 @@ def token_goals(vlm: VLM, requests: Sequence[EditRequest], target: str | None) -
                     row = forced.at(torch.tensor([i]))
                     if int(row.token_ids) != token:
                         steps.setdefault((int(row.token_ids), token), []).append(row)
+    # Two words can begin with one token: there is nothing to do.
     goals = [_goal(vlm, *tokens, join(rows)) for tokens, rows in steps.items() if tokens[0] != tokens[1]]
     if not goals:
         raise WordError(

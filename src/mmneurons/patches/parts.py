@@ -26,6 +26,7 @@ def _parts(vlm: VLM, change: Deltas, i: int) -> list[PatchPart]:
     """One part for an FFN, or for each of its experts."""
     ffn, mine, rows, parts = vlm.anatomy.ffns[i], change.columns.indices[i], change.scaled(i).detach().cpu(), []
     for expert in [None] if ffn.n_experts is None else range(ffn.n_experts):
+        # Neurons of all experts of an FFN are counted through; a patch has a part for each expert.
         here = mine // ffn.n_neurons == (expert or 0)
         if bool(here.any()):
             inside = mine[here] % ffn.n_neurons

@@ -93,6 +93,7 @@ class Reader:
         made = []
         for asked in batches_of(self.vlm, images, replace(question, batch_size=self.batch_size)):
             now = given[asked.first : asked.first + len(asked.rows)]
+            # A batch of which nothing counts is not read.
             if any(one.turn or one.kept for one in now):
                 inputs = asked.inputs(self.vlm, question)
                 answers = self.vlm.given(inputs, [one.token_ids[:-1] for one in now])
@@ -113,18 +114,21 @@ class Reader:
         steps += [
             (row, step - n_steps, 0, (token,)) for row, one in enumerate(given) for step, token in one.kept.items()
         ]
+        # Steps as one list: those that are to change, then those that are to stay, row after row.
         rows, positions, turn = torch.tensor([step[:3] for step in steps]).unbind(1)
         width = max(len(tokens) for *_, tokens in steps)
         tokens = torch.tensor([[*tokens, *[-1] * (width - len(tokens))] for *_, tokens in steps])
         nothing = torch.empty(0, dtype=torch.float32)
         made = Batch(inputs, len(given), (rows, positions), tokens, turn.bool(), nothing)
         blocks, catcher = self.vlm.anatomy.blocks[self.lowest :], Catcher({0})
+        # Once through the whole model, unedited; what the upper blocks are called with is caught on the way.
         with torch.no_grad():
             catching = enumerate(block.module for block in blocks)
             with hooked(partial(m.register_forward_pre_hook, catcher.hook(k), with_kwargs=True) for k, m in catching):
                 whole = replace(made, base=self.final(made))
             if not self.cache:
                 return whole
+            # Once more through the upper blocks alone, to see whether that gives the same.
             entering, calls = _apart(catcher.caught[0])
             upper = replace(made, inputs={}, entering=entering, calls=calls)
             upper = replace(upper, base=self.final(upper))
@@ -142,9 +146,11 @@ class Reader:
             if hidden is None:
                 self.vlm.model(**batch.inputs, **self.vlm.once())
             else:
+                # Copies: models write into what they are called with, such as a cache.
                 hidden, shared = hidden.clone(), dict[int, Any]()
                 for block, (args, kwargs) in zip(self.vlm.anatomy.blocks[self.lowest :], batch.calls, strict=True):
                     args, kwargs = repeated(args, 1, shared), repeated(kwargs, 1, shared)
+                    # Some models give the stream by its place, some by its name.
                     if args:
                         args = (hidden, *args[1:])
                     else:
