@@ -181,7 +181,7 @@ def _read_others(
     others = [
         [] if reference is None else reference.read(few, None),
         read_questions(
-            few, [images[i] for i in asked], [there[i] for i in asked], vocabulary.nouns, settings.max_new_tokens,
+            few, [images[i] for i in asked], [there[int(i)] for i in asked], vocabulary.nouns, settings.max_new_tokens,
             lambda done: progress("asking", done, len(asked)),
         ),
     ]  # fmt: skip
