@@ -118,8 +118,8 @@ class Reader:
         rows, positions, turn = torch.tensor([step[:3] for step in steps]).unbind(1)
         width = max(len(tokens) for *_, tokens in steps)
         tokens = torch.tensor([[*tokens, *[-1] * (width - len(tokens))] for *_, tokens in steps])
-        nothing = torch.empty(0, dtype=torch.float32)
-        made = Batch(inputs, len(given), (rows, positions), tokens, turn.bool(), nothing)
+        unread = torch.empty(len(steps), self.vlm.anatomy.hidden, dtype=torch.float32)
+        made = Batch(inputs, len(given), (rows, positions), tokens, turn.bool(), unread)
         blocks, catcher = self.vlm.anatomy.blocks[self.lowest :], Catcher({0})
         # Once through the whole model, unedited; what the upper blocks are called with is caught on the way.
         with torch.no_grad():
