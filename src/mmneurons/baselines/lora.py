@@ -86,6 +86,7 @@ def lora(task: Task, block: int | None) -> tuple[Adapter, Facts]:
     vlm = task.vlm
     names = tuple(dense_ffn(vlm, layer)[1].name for layer in range(len(vlm.anatomy.blocks)))
     lessons = task.lessons(0)  # of the model without the adapter
+    # Its parameters act by being in the model; afterwards they are taken out with it.
     with attached(vlm, names, task.seed) as parameters:
         steps = learn(task, lessons, list(parameters.values()), LORA, stop=task.turned)
         weights = {name: parameter.detach().float().cpu().clone() for name, parameter in parameters.items()}

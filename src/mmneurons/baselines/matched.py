@@ -20,6 +20,7 @@ from mmneurons.vlm.vlm import VLM
 
 def random(task: Task, block: int | None) -> tuple[Patch, Facts]:
     """An edit of matched random columns; `block` does not count."""
+    # As many as `edit` would take, from the same blocks, then its closed form on these.
     goals = token_goals(task.vlm, task.requests, task.target)
     chosen = select_columns(task.vlm, goals, task.settings.top, task.settings.blocks)
     patch = edit(

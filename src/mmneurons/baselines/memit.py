@@ -6,10 +6,10 @@ from dataclasses import asdict
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
 from mmneurons.baselines.rome import RIDGE, WRITE, learn_writes, second_moment
-from mmneurons.baselines.task import Facts, Task, dense_ffn
+from mmneurons.baselines.task import Facts, Lessons, Task, dense_ffn
 from mmneurons.patches.parts import patch_of
 from mmneurons.patches.patch import Patch
 from mmneurons.vlm.hooks.deltas import Deltas, all_columns
@@ -44,26 +44,33 @@ def memit(task: Task, block: int | None) -> tuple[Patch, Facts]:
     last = len(vlm.anatomy.blocks) - 1 if block is None else block
     layers = range(max(0, last - BLOCKS + 1), last + 1)
     ffns = {dense_ffn(vlm, layer)[0]: layer for layer in (last, *layers)}
-    columns, stream = all_columns(vlm.anatomy, sorted(ffns)), vlm.anatomy.blocks[last].module
-    # What the stream is to be, where each token of TARGET is wanted.
-    lessons = task.lessons(layers[0])
+    # What the stream behind the last block is to be, where each token of TARGET is wanted.
+    lessons, stream = task.lessons(layers[0]), vlm.anatomy.blocks[last].module
     change, of, steps = learn_writes(task, lessons, stream, last)
-    goal, n = lessons.at(stream, inputs=False) + change[of], len(of)
-    # From the lowest block up: what is missing still, and how much of it this one is to write.
-    coefficients = {
-        i: torch.zeros(vlm.anatomy.ffns[i].size, n * len(layers), dtype=torch.float32) for i in columns.indices
-    }
-    values, so_far = list[Tensor](), dict[int, Tensor]()
-    for k, (i, mine) in enumerate(coefficients.items()):
-        with Deltas(columns, so_far).added():
-            missing = goal - lessons.at(stream, inputs=False)
-            keys = lessons.at(vlm.anatomy.ffns[i].module, inputs=True)
-        mine[:, k * n : (k + 1) * n] = spread(keys, second_moment(task, i), WEIGHT).float()
-        values.append(missing / (last - ffns[i] + 1))
-        so_far[i] = (mine[:, k * n : (k + 1) * n] @ values[-1]).to(vlm.device)
-    patch = patch_of(vlm, Deltas(columns, coefficients, torch.cat(values)))
+    wanted = lessons.at(stream, inputs=False) + change[of]
+    # From the lowest block up, each writes its share of what is still missing.
+    written = _shares(task, lessons, stream, wanted, {i: last - layer + 1 for i, layer in sorted(ffns.items())})
     facts = {"blocks": list(layers), "weight": WEIGHT, "ridge": RIDGE}
-    return patch, {**facts, "steps": steps, "schedule": asdict(WRITE)}
+    return patch_of(vlm, written), {**facts, "steps": steps, "schedule": asdict(WRITE)}
+
+
+def _shares(
+    task: Task, lessons: Lessons, stream: nn.Module, wanted: Float[Tensor, "n hidden"], left: dict[int, int]
+) -> Deltas:
+    """The change of each FFN, by its number, of which `left` says how many blocks are to write from there on."""
+    anatomy, n = task.vlm.anatomy, len(wanted)
+    columns, values, so_far = all_columns(anatomy, [*left]), list[Tensor](), dict[int, Tensor]()
+    coefficients = {i: torch.zeros(anatomy.ffns[i].size, n * len(left), dtype=torch.float32) for i in left}
+    for k, i in enumerate(left):
+        # Keys and what is missing are measured with the blocks below changed already.
+        with Deltas(columns, so_far).added():
+            missing = wanted - lessons.at(stream, inputs=False)
+            keys = lessons.at(anatomy.ffns[i].module, inputs=True)
+        mine = coefficients[i][:, k * n : (k + 1) * n]
+        mine.copy_(spread(keys, second_moment(task, i), WEIGHT))
+        values.append(missing / left[i])
+        so_far[i] = (mine @ values[-1]).to(task.vlm.device)
+    return Deltas(columns, coefficients, torch.cat(values))
 
 
 def spread(

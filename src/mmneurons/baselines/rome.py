@@ -79,6 +79,7 @@ def carried(keys: Float[Tensor, "g neurons"], moment: Float[Tensor, "neurons neu
 
     Source: ROME (Meng et al., NeurIPS 2022), equation 2, there for one key.
     """
+    # float64: the moment is nearly singular.
     weighed = torch.linalg.solve(moment, keys.T.double())
     return weighed @ torch.linalg.inv(keys.double() @ weighed)
 

@@ -102,6 +102,7 @@ class Task:
             # Texts are left out: these baselines are about captions.
             answers = reference.given(self.vlm, self.source)
             random = torch.Generator().manual_seed(self.seed)
+            # Another order for each seed, so that figures can be given over several.
             order = torch.randperm(len(answers), generator=random)[:REFERENCES].tolist()
             images = [reference.images[i] for i in order]
             reminders = reader.read(images, reference.question, [answers[i] for i in order])
@@ -142,6 +143,7 @@ def learn(
     own, reminders, n_wanted = lessons.own, lessons.reminders, len(lessons.wanted)
     missing = float("inf")
 
+    # One batch's graph at a time; `missing` is what `stop` and `tell` are told of the step.
     def losses(step: int) -> Iterator[Tensor]:
         nonlocal missing
         missing = 0.0

@@ -105,16 +105,15 @@ def _lesson(
         # What may be said here: any object that is there and was not named yet, in this word's form, or the word.
         said = list(ids[steps[0] : steps[-1] + 1])
         ways = {noun: tokens_of(vlm.tokenizer, inflected(noun, one.word.text)) for noun in left}
-        if one.noun in ways:
-            ways[one.noun] = said
+        ways |= {one.noun: said} if one.noun in ways else {}
         turn[len(new)] = (say, *(tokens[0] for tokens in ways.values()))
         # A repair takes the place of what is absent, and counts as named.
         if one.absent and repair is not None:
             noun = str(repair.choice([*ways])) if ways and repair.random() < 0.5 else None
             said, changed = [say] if noun is None else ways[noun], True
-            left = [other for other in left if other != noun]
         else:
-            left = [other for other in left if other != one.noun]
+            noun = one.noun
+        left = [other for other in left if other != noun]
         new.append(said[0])
         go_on(said[1:])
         read = steps[-1] + 1

@@ -309,12 +309,7 @@ def chair_change(
     there = [vocabulary.objects(mine) for mine in objects]
     now = [vocabulary.named(text) for text in after.texts]
     named = objects_named(vlm, said, there, vocabulary)
-    # The rival needs no edit: as many nouns are left out as the patch leaves out, the least likely ones.
-    n_fewer = max(0, len(named) - sum(map(len, now)))
-    least_likely = sorted(named, key=lambda one: said.log_p[one.answer][one.word.steps[0]])
-    kept: list[list[str]] = [[] for _ in images]
-    for one in least_likely[n_fewer:]:
-        kept[one.answer].append(one.noun)
+    kept = _likeliest_named(said, named, max(0, len(named) - sum(map(len, now))))
     texts = tuple(zip(said.texts, after.texts, strict=True))
 
     def absent(text: str, image: int) -> tuple[str, ...]:
@@ -327,3 +322,13 @@ def chair_change(
         texts,
         tuple((absent(before, i), absent(after, i)) for i, (before, after) in enumerate(texts)),
     )
+
+
+def _likeliest_named(said: Answered, named: Sequence[Named], n_fewer: int) -> list[list[str]]:
+    """The objects that each answer names, without so many of the least likely ones of all."""
+    # The rival needs no edit: as many nouns are left out as the patch leaves out.
+    least_likely = sorted(named, key=lambda one: said.log_p[one.answer][one.word.steps[0]])
+    kept: list[list[str]] = [[] for _ in said.texts]
+    for one in least_likely[n_fewer:]:
+        kept[one.answer].append(one.noun)
+    return kept

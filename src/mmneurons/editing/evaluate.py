@@ -129,6 +129,7 @@ class Before:
 
     def tops(self, numbers: Sequence[int]) -> list[Int[Tensor, "steps 10"]]:
         """The likeliest tokens now, edited or not, at each step of some of the unedited answers."""
+        # The unedited answers are read, not new ones: positions must be the same before and after.
         images, ids = [self.bench.unrelated[i] for i in numbers], [self.unrelated.token_ids[i] for i in numbers]
         return [logits.topk(TOP).indices for logits in forced(self.vlm, images, ids, self.bench.question)]
 
@@ -233,6 +234,7 @@ def forced(
 ) -> Iterator[Float[Tensor, "steps vocab"]]:
     """Logits at each step of answers that the model is given, image by image; float32, on the CPU."""
     recorder = partial(record, neurons=no_neurons(vlm.anatomy))
+    # The residual stream is recorded, and the head run answer by answer: logits of a batch would be large.
     for batch in ask(vlm, images, question, given=token_ids, recorder=recorder):
         residual = batch.recording.stacked(batch.recording.residual)
         for row, mine in enumerate(batch.answers.token_ids):

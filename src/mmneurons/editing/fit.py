@@ -41,6 +41,7 @@ def fit(
     """
     parameters = [parameter for group in adam.param_groups for parameter in group["params"]]
     for step in steps:
+        # Before the step: a look at the parameters costs no gradient.
         if stop(step):
             return step
         # Gradients of all parts add up before the parameters move.

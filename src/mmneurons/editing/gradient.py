@@ -138,6 +138,7 @@ def _begun(columns: Columns, pristine: dict[int, Tensor], start: Patch | None) -
         SettingError: the patch changes others.
     """
     change = Deltas(columns, {i: torch.zeros_like(held, dtype=torch.float32) for i, held in pristine.items()})
+    # A start may leave columns as they are, but change no other.
     layers = {columns.anatomy.ffns[i].layer: i for i in columns.indices}
     for part in () if start is None else start.parts:
         i = layers.get(part.layer, -1)
@@ -198,6 +199,7 @@ def search(objective: Objective, tell: Callable[[str], None]) -> tuple[Optimised
     looked_at = sum(int(batch.stay.sum()) for batch in everything)
     best: tuple[Optimised, Deltas] | None = None
 
+    # Asked by `fit` before each step; the best change so far is kept, as the last need not be the best.
     def look(step: int) -> bool:
         nonlocal best
         needed = step == STEPS and best is None  # the last step is taken where no other was good enough

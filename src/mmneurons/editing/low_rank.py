@@ -47,6 +47,7 @@ def slopes(vlm: VLM, layers: Sequence[int], losses: Losses) -> dict[int, Float[t
     Raises:
         ModelError: these blocks have no dense FFN, or one that cannot be written.
     """
+    # Experts are left out: which of them a step asks is not differentiable.
     ffns = [i for i, ffn in enumerate(vlm.anatomy.ffns) if ffn.layer in layers and ffn.n_experts is None]
     if not ffns:
         raise ModelError("Changes are learned of dense FFNs only; these blocks have none.", seen=f"layers {layers}")

@@ -73,6 +73,7 @@ class _Trials:
 
     def turned(self, factor: float) -> float:
         """Share of the edit's answers that turn."""
+        # The answers that said SOURCE, generated anew with the edit at this strength.
         self.tell(f"trying strength {factor:.3g}")
         self.generated += sum(len(one.saying) for one in self.requests)
         with (factor * self.unit).applied(self.vlm):
@@ -83,6 +84,7 @@ class _Trials:
     ) -> tuple[int, float]:
         """How many of some of the reference's answers change, and which share of its text positions, of some."""
         with (factor * self.unit).applied(self.vlm):
+            # Texts are read, images answered: the first is far cheaper.
             flipped = reference.flipped(self.vlm, positions)
             if reference.answers is None:
                 return 0, flipped
@@ -158,6 +160,7 @@ def find_strength(
     positions = reference.positions(risk, HARDEST_POSITIONS)
 
     def tried(margin: float) -> tuple[Search, bool]:
+        # Edits must go on turning what the smallest strength turns: what is generated need not grow with strength.
         changed, flipped = trials.changes(margin * smallest, reference, images, positions)
         few = changed <= int(ALLOWED * len(reference.images)) and flipped <= ALLOWED_FLIPS
         tolerated = few and trials.turned(margin * smallest) >= share
