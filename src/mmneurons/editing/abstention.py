@@ -102,10 +102,12 @@ def _lesson(
     for one in named:
         steps = one.word.steps
         go_on(ids[read : steps[0]])
+        read = steps[-1] + 1
         # What may be said here: any object that is there and was not named yet, in this word's form, or the word.
-        said = list(ids[steps[0] : steps[-1] + 1])
+        said = list(ids[steps[0] : read])
         ways = {noun: tokens_of(vlm.tokenizer, inflected(noun, one.word.text)) for noun in left}
-        ways |= {one.noun: said} if one.noun in ways else {}
+        if one.noun in ways:
+            ways[one.noun] = said
         turn[len(new)] = (say, *(tokens[0] for tokens in ways.values()))
         # A repair takes the place of what is absent, and counts as named.
         if one.absent and repair is not None:
@@ -116,7 +118,6 @@ def _lesson(
         left = [other for other in left if other != noun]
         new.append(said[0])
         go_on(said[1:])
-        read = steps[-1] + 1
     go_on(ids[read:])
     return Given(new, turn, kept)
 
