@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -31,7 +30,7 @@ from mmneurons.patches.patch import Patch
 from mmneurons.settings import Question
 from mmneurons.vlm.hooks.recording import record
 from mmneurons.vlm.vlm import VLM
-from mmneurons.words import says
+from mmneurons.words import Word, says
 
 pytestmark = pytest.mark.filterwarnings("ignore:builtin type Swig:DeprecationWarning")  # of what PEFT imports
 
@@ -237,7 +236,7 @@ def test_captions_are_rewritten_and_all_else_is_kept(model, task):
 
 def test_a_word_of_several_tokens_is_wanted_token_by_token(model, monkeypatch):
     monkeypatch.setattr(request, "tokens_of", lambda tokenizer, word: [7, 8, 9])
-    words: Any = [SimpleNamespace(text="dog", steps=(1, 2)), SimpleNamespace(text="dog", steps=(4,))]
+    words = [Word("dog", "dog", 0, 3, (1, 2)), Word("dog", "dog", 4, 7, (4,))]
     ids, written = request.rewritten(model, [50, 51, 52, 53, 54, 55], words, "cat")
     assert ids == [50, 7, 8, 9, 53, 7, 8, 9, 55]
     assert written == [(1, [7, 8, 9]), (5, [7, 8, 9])]
