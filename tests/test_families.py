@@ -771,7 +771,10 @@ def test_noise_does_not_depend_on_the_order_in_which_neurons_are_named():
     neurons = (Neuron(dense.layer, 3), Neuron(routed.layer, 5, 0))
     first, second = (parts_of(anatomy, Intervention(order, noise=1.0)) for order in (neurons, neurons[::-1]))
     assert [part.ffn.name for part in first] == [part.ffn.name for part in second] == [dense.name, routed.name]
-    assert all(torch.equal(a.noise, b.noise) for a, b in zip(first, second, strict=True))
+    for a, b in zip(first, second, strict=True):
+        assert a.noise is not None
+        assert b.noise is not None
+        assert torch.equal(a.noise, b.noise)
 
 
 @pytest.mark.parametrize("name", REFUSED)
