@@ -12,7 +12,7 @@ from jaxtyping import Float
 from PIL import Image
 from torch import Tensor, nn
 
-from mmneurons.finding.scoring import texts
+from mmneurons.finding.reading import texts
 from mmneurons.maths.ranking import top_k
 from mmneurons.neurons import Neuron
 from mmneurons.settings import ANSWER_PREFIX, PROMPT

@@ -62,6 +62,7 @@ findings = st.builds(
     against=st.none() | text,
     nouns=st.lists(nouns, max_size=2).map(tuple),
     notes=st.lists(text, max_size=2).map(tuple),
+    says=st.sampled_from(["standardised", "raw"]),
 )
 
 
@@ -119,11 +120,11 @@ def test_the_same_run_gives_the_same_bytes(vlm, sample_paths):
 
 def test_the_form_that_the_issue_fixes(vlm, sample_paths):
     document = json.loads(result.to_json(mmn.find(vlm, sample_paths[:1])))
-    assert document["schema"] == 2
+    assert document["schema"] == 3
     assert document["provenance"]["model"]["id"] == "pocket"
     found = document["findings"][0]
     assert {"images", "prompt", "answer_prefix", "caption", "token_ids", "choices", "nouns"} <= found.keys()
-    assert found["choices"] == {"score": "logit", "against": None}
+    assert found["choices"] == {"score": "logit", "against": None, "says": "raw"}
     noun = found["nouns"][0]
     assert {"word", "lemma", "token", "token_id", "step", "probability", "neurons"} <= noun.keys()
     assert found["token_ids"][noun["step"]] == noun["token_id"]
@@ -174,7 +175,7 @@ def test_saved_whole_or_not_at_all(tmp_path, vlm, sample_paths, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "text", ["", "{", "[]", '{"schema": 1}', '{"schema": 2}', '{"schema": 2, "provenance": {}, "findings": [{}]}', "3"]
+    "text", ["", "{", "[]", '{"schema": 1}', '{"schema": 2}', '{"schema": 3, "provenance": {}, "findings": [{}]}', "3"]
 )
 def test_a_damaged_file_is_refused(text):
     with pytest.raises(FormatError):
@@ -234,10 +235,10 @@ def test_what_has_another_type_is_refused(vlm, sample_paths, change):
 def test_what_json_allows_and_findings_do_not_is_refused():
     for told in ('"score": NaN', '"layer": -3', '"index": 1.5'):
         with pytest.raises(FormatError):
-            result.from_json('{"schema": 2, "provenance": {}, "findings": [{' + told + "}]}")
+            result.from_json('{"schema": 3, "provenance": {}, "findings": [{' + told + "}]}")
     for facts in ("[" * 10**5 + "]" * 10**5, "9" * 400, "[" * 300 + "]" * 300):
         with pytest.raises(FormatError):
-            result.from_json('{"schema": 2, "findings": [], "provenance": {"a": ' + facts + "}}")
+            result.from_json('{"schema": 3, "findings": [], "provenance": {"a": ' + facts + "}}")
 
 
 def test_a_missing_file_of_findings_is_told(tmp_path):

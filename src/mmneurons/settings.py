@@ -29,9 +29,11 @@ MAX_NEW_TOKENS = 32
 
 Score = Literal["logit", "logprob", "paper"]
 Method = Literal["selective", "closed_form", "optimised"]
+Says = Literal["standardised", "raw"]
 SCORES: tuple[Score, ...] = get_args(Score)
+SAYS: tuple[Says, ...] = get_args(Says)
 METHODS: tuple[Method, ...] = get_args(Method)
-CHOICES: Mapping[str, tuple[str, ...]] = {"score": SCORES, "method": METHODS}
+CHOICES: Mapping[str, tuple[str, ...]] = {"score": SCORES, "says": SAYS, "method": METHODS}
 """The values that a field can take, by the name of the field."""
 Blocks = int | Literal["all"]
 """How many of the last blocks are meant, or all of them."""
@@ -113,6 +115,9 @@ class FindSettings(Question):
     score: Score = "logit"
     """How neurons are scored: by the logits of the noun that they wrote (logit), by how far they push its log
     probability, to first order (logprob), or as in the paper's released code (paper); see docs/method.md."""
+    says: Says = "raw"
+    """What the tokens of a neuron are: those that its column pushes most, as in the paper (raw), or those that it pushes
+    hardest next to all neurons of the model (standardised)."""
     words: str | Sequence[str] | None = setting(None, option="--word")
     """A word of the answer to explain instead of its nouns; repeatable."""
     token_ids: Sequence[int] | None = None
@@ -210,6 +215,7 @@ class FindOptions(QuestionOptions, total=False):
 
     top: int
     score: Score
+    says: Says
     words: str | Sequence[str] | None
     token_ids: Sequence[int] | None
     against: str | None

@@ -13,6 +13,7 @@ import typer
 from mmneurons.cli.bars import bar, bars, working
 from mmneurons.cli.options import (
     Load,
+    Reading,
     app,
     check_outputs,
     check_results_folder,
@@ -180,6 +181,7 @@ def show(
     n: Annotated[
         int, typer.Option("--top", min=1, help="How many neurons are listed, the ones that change most first.")
     ] = 20,
+    says: Reading = "raw",
 ) -> None:
     """Show what a patch changes.
 
@@ -190,7 +192,7 @@ def show(
     from mmneurons.report.patch import patch_text
 
     patch = Patch.load(path)
-    out.print(patch_text(describe_patch(patch, load() if words else None), n), soft_wrap=True)
+    out.print(patch_text(describe_patch(patch, load() if words else None, says=says), n), soft_wrap=True)
 
 
 @app.command()

@@ -13,6 +13,7 @@ from mmneurons.cli.options import (
     Images,
     Json,
     Load,
+    Reading,
     app,
     check_json,
     check_outputs,
@@ -166,6 +167,7 @@ def neuron(
         int, typer.Option(min=1, help="How many tokens are listed for each sign of its activation.")
     ] = 10,
     neighbours: Annotated[int, typer.Option(min=0, help="How many of the neurons most like it are listed.")] = 10,
+    says: Reading = "raw",
     json_path: Json = None,
 ) -> None:
     """Show what a neuron says whenever it fires.
@@ -180,7 +182,7 @@ def neuron(
     from mmneurons.report.cards import show_neuron
 
     vlm = load()
-    card = explain_neuron(vlm, asked, n_tokens=tokens, n_neighbours=neighbours)
+    card = explain_neuron(vlm, asked, n_tokens=tokens, n_neighbours=neighbours, says=says)
     if write_json(card.to_dict(), json_path):
         show_neuron(card, out)
 
@@ -193,6 +195,7 @@ def word(
         str, typer.Argument(metavar="WORD", help="The word; if it has several tokens, the first of them counts.")
     ],
     top: Annotated[int, typer.Option(min=1, help="How many neurons are listed.")] = 10,
+    says: Reading = "raw",
     json_path: Json = None,
 ) -> None:
     """Show the neurons that say a word.
@@ -204,7 +207,7 @@ def word(
     from mmneurons.report.cards import show_word
 
     vlm = load()
-    found = neurons_for(vlm, text, top=top)
+    found = neurons_for(vlm, text, top=top, says=says)
     if write_json(found.to_dict(), json_path):
         show_word(found, out)
 

@@ -50,6 +50,10 @@ Json = Annotated[
     str | None, typer.Option("--json", metavar="FILE", help="Also write the results as JSON; - prints JSON instead.")
 ]
 Images = Annotated[list[str] | None, typer.Argument(metavar="IMAGE...", help="Image files. Default: a sample image.")]
+Reading = Annotated[
+    Literal["standardised", "raw"],
+    typer.Option("--says", help="How words are read off a column: as they are, or next to all neurons of the model."),
+]
 GOES_ON = "the same command goes on from here"
 """What is said to who stops a command whose results are kept as they come."""
 

@@ -188,6 +188,7 @@ def _find_batch(
             token_ids=answers.token_ids[row],
             score=choices.score,
             against=choices.against,
+            says=choices.says,
             nouns=(mine := tuple(n for n, t in zip(nouns, targets, strict=True) if t.row == row)),
             notes=(*(note for o in opened for note in vlm.notes(o)), *notes, *_silence(answers, row, mine, choices)),
             views=tuple(model_view(vlm.processor, inputs, row * n_images + i) for i in range(len(opened))),

@@ -11,8 +11,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mmneurons.errors import SettingError
-from mmneurons.finding.scoring import as_read, columns_of, said, texts, unembed_rows
+from mmneurons.finding.reading import Reader, columns_of, reader_for
+from mmneurons.finding.scoring import unembed_rows
+from mmneurons.maths.ranking import token_pushes
 from mmneurons.neurons import Neuron
+from mmneurons.settings import Says
 from mmneurons.vlm import weights
 from mmneurons.vlm.anatomy.parts import Anatomy, Ffn
 from mmneurons.vlm.anatomy.paths import in_stream
@@ -48,6 +51,8 @@ class NeuronCard:
     """What it pushes down then, strongest first."""
     neighbours: tuple[Neighbour, ...]
     """The neurons of the whole model with the largest cosines, of either sign, largest first."""
+    says: Says = "raw"
+    """How its tokens were read."""
 
     def __repr__(self) -> str:
         says, suppresses = (" ".join(map(str.strip, tokens[:5])) for tokens in (self.tokens, self.suppressed))
@@ -84,6 +89,8 @@ class WordNeurons:
     token_id: int
     neurons: tuple[WordNeuron, ...]
     """Lowest rank first; of the same rank, the largest cosine of either sign."""
+    says: Says = "raw"
+    """How their tokens were read, and ranks told."""
 
     def __repr__(self) -> str:
         first = f", first {self.neurons[0].neuron}" if self.neurons else ""
@@ -95,7 +102,9 @@ class WordNeurons:
 
 
 @by_one_thread
-def explain_neuron(vlm: VLM, neuron: str | Neuron, *, n_tokens: int = 10, n_neighbours: int = 10) -> NeuronCard:
+def explain_neuron(
+    vlm: VLM, neuron: str | Neuron, *, n_tokens: int = 10, n_neighbours: int = 10, says: Says = "raw"
+) -> NeuronCard:
     """What a neuron promotes and suppresses, how long its column is, and which neurons are like it.
 
     Args:
@@ -103,6 +112,7 @@ def explain_neuron(vlm: VLM, neuron: str | Neuron, *, n_tokens: int = 10, n_neig
         neuron: A `Neuron` or its name: "L23.u6012", or "L23.e5.u6012" for expert 5.
         n_tokens: How many tokens to give each way.
         n_neighbours: How many neighbours to give; one read of every `w_out` finds them.
+        says: How its tokens are read, as in `find`.
 
     Raises:
         SettingError: if the model has no such neuron, or this is no name of one.
@@ -117,7 +127,8 @@ def explain_neuron(vlm: VLM, neuron: str | Neuron, *, n_tokens: int = 10, n_neig
     place = (anatomy.ffns.index(ffn), neuron.index + (neuron.expert or 0) * ffn.n_neurons)
     device = anatomy.norm.weight.device
     column = columns_of(anatomy, [place], device)
-    up, down = said(vlm, as_read(anatomy, column, [place], "logit"), n_tokens)
+    reader = reader_for(vlm, says)
+    up, down = reader.tokens(reader.read(column, [place], torch.ones(1)), n_tokens)
     lengths = torch.cat([part.norm(dim=0).cpu() for _, part in weights.chunks(ffn.module, expert=neuron.expert)])
     norm = float(column.norm())
     found = _closest(anatomy, in_stream(column, ffn.path)[0], n_neighbours + 1)
@@ -125,14 +136,15 @@ def explain_neuron(vlm: VLM, neuron: str | Neuron, *, n_tokens: int = 10, n_neig
         neuron=neuron,
         norm=norm,
         norm_rank=float((lengths < lengths[neuron.index]).float().mean()),
-        tokens=texts(vlm, up[0]),
-        suppressed=texts(vlm, down[0]),
+        tokens=up[0],
+        suppressed=down[0],
         neighbours=tuple(Neighbour(n, cosine) for n, cosine, _ in found if n != neuron)[:n_neighbours],
+        says=says,
     )
 
 
 @by_one_thread
-def neurons_for(vlm: VLM, word: str, *, top: int = 10) -> WordNeurons:
+def neurons_for(vlm: VLM, word: str, *, top: int = 10, says: Says = "raw") -> WordNeurons:
     """The neurons of the whole model whose columns point to a word: no image, one read of every `w_out`.
 
     Of the columns with the largest cosines to the word's direction, those come first that promote fewest other tokens
@@ -142,6 +154,7 @@ def neurons_for(vlm: VLM, word: str, *, top: int = 10) -> WordNeurons:
         vlm: The model, from `load`.
         word: A word; of several tokens, its first counts. Of a model without tokenizer, `<17>` is token 17.
         top: How many neurons to give.
+        says: How their tokens are read, as in `find`; ranks are places in that reading.
 
     Raises:
         WordError: if the word has no token to begin with.
@@ -151,25 +164,22 @@ def neurons_for(vlm: VLM, word: str, *, top: int = 10) -> WordNeurons:
     row = unembed_rows(anatomy, [token_id], anatomy.norm.weight)[0]
     direction = anatomy.norm.centre(anatomy.norm.weight * row)
     found = _closest(anatomy, direction, max(CANDIDATES, 10 * top))
-    columns = columns_of(anatomy, [place for _, _, place in found], row.device)
-    signs = torch.tensor(
-        [1.0 if cosine >= 0 else -1.0 for _, cosine, _ in found], device=row.device, dtype=torch.float32
-    )[:, None]
-    read = signs * as_read(anatomy, columns, [place for _, _, place in found], "logit")
-    ranks = _ranks(read, anatomy.unembed[: vlm.n_tokens], token_id)
+    places = [place for _, _, place in found]
+    signs = torch.tensor([1.0 if cosine >= 0 else -1.0 for _, cosine, _ in found], dtype=torch.float32)
+    reader = reader_for(vlm, says)
+    read = reader.read(columns_of(anatomy, places, row.device), places, signs)
+    ranks = _ranks(read, reader, token_id)
     order = sorted(range(len(found)), key=lambda i: (ranks[i], -abs(found[i][1])))[:top]
-    up, _ = said(vlm, read[order])
-    neurons = tuple(
-        WordNeuron(found[i][0], found[i][1], ranks[i], texts(vlm, tokens)) for i, tokens in zip(order, up, strict=True)
-    )
-    return WordNeurons(word, vlm.token_text(token_id), token_id, neurons)
+    up, _ = reader.tokens(read[order])
+    neurons = tuple(WordNeuron(found[i][0], found[i][1], ranks[i], tokens) for i, tokens in zip(order, up, strict=True))
+    return WordNeurons(word, vlm.token_text(token_id), token_id, neurons, says)
 
 
-def _ranks(read: Float[Tensor, "n hidden"], unembed: Tensor, token_id: int, chunk: int = 64) -> list[int]:
+def _ranks(read: Float[Tensor, "n hidden"], reader: Reader, token_id: int, chunk: int = 64) -> list[int]:
     """How many tokens each column promotes more than this one; vocab x n is never held at once."""
     ranks: list[int] = []
     for part in read.split(chunk):
-        logits = part.to(device=unembed.device, dtype=unembed.dtype) @ unembed.T
+        logits = token_pushes(part, reader.unembed, reader.deviations)
         ranks += (logits > logits[:, token_id, None]).sum(-1).tolist()
     return ranks
 

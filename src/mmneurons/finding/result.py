@@ -22,9 +22,9 @@ from mmneurons.errors import FormatError, WordError
 from mmneurons.files import check_facts, decode_json, read_text, write_whole
 from mmneurons.finding.rows import Row, rows_of
 from mmneurons.neurons import Neuron
-from mmneurons.settings import Score
+from mmneurons.settings import Says, Score
 
-SCHEMA = 2
+SCHEMA = 3
 """Number of the JSON form; a reader refuses any other."""
 LARGEST = 2**30
 """Bytes of a file: maps of a thousand images take a quarter of it."""
@@ -42,7 +42,7 @@ class NeuronFinding:
     activation: float
     """a[l,i] at the position that predicts the noun (`score="paper"`: the gate alone)."""
     tokens: tuple[str, ...]
-    """The ten tokens that sign(activation) * its column promotes most."""
+    """The ten tokens that sign(activation) * its column promotes most; standardised, compared with all neurons."""
     suppressed: tuple[str, ...] = ()
     """The three it pushes down most."""
     maps: tuple[Grid, ...] = ()
@@ -133,6 +133,8 @@ class Finding:
     nouns: tuple[NounFinding, ...]
     notes: tuple[str, ...] = ()
     """What a reader should be told: how the image was read, that there is no patch grid, that nothing was found."""
+    says: Says = "raw"
+    """How the tokens of its neurons were read."""
     provenance: Mapping[str, Any] = field(default_factory=dict)
     """Model, revision, weights hash, dtype, device, package versions, settings."""
     views: tuple[Image.Image | None, ...] = field(default=(), compare=False, repr=False)
@@ -232,7 +234,7 @@ def _finding_to_dict(finding: Finding) -> dict[str, Any]:
         "answer_prefix": finding.answer_prefix,
         "caption": finding.caption,
         "token_ids": finding.token_ids,
-        "choices": {"score": finding.score, "against": finding.against},
+        "choices": {"score": finding.score, "against": finding.against, "says": finding.says},
         "notes": finding.notes,
         "nouns": [_noun_to_dict(noun) for noun in finding.nouns],
     }
@@ -321,6 +323,7 @@ class _Noun(msgspec.Struct, forbid_unknown_fields=True):
 class _Choices(msgspec.Struct, forbid_unknown_fields=True):
     score: Score
     against: str | None
+    says: Says
 
 
 class _Finding(msgspec.Struct, forbid_unknown_fields=True):
@@ -337,9 +340,9 @@ class _Finding(msgspec.Struct, forbid_unknown_fields=True):
 
     def read(self, provenance: dict[str, Any]) -> Finding:
         fields = msgspec.structs.asdict(self)
-        choices: _Choices = fields.pop("choices")
+        chosen = msgspec.structs.asdict(fields.pop("choices"))
         fields["nouns"] = tuple(noun.read() for noun in self.nouns)
-        return Finding(**fields, score=choices.score, against=choices.against, provenance=provenance)
+        return Finding(**fields, **chosen, provenance=provenance)
 
 
 class _Schema(msgspec.Struct):
@@ -347,7 +350,7 @@ class _Schema(msgspec.Struct):
 
 
 class _Document(msgspec.Struct, forbid_unknown_fields=True):
-    schema: Literal[2]
+    schema: Literal[3]
     provenance: dict[str, Any]
     findings: tuple[_Finding, ...]
 

@@ -21,6 +21,7 @@ class Row(TypedDict):
     caption: str
     score_name: str
     against: str | None
+    says: str
     noun: int
     """Place of the noun among those of its finding, from 0: a word can be said twice."""
     word: str
@@ -56,6 +57,7 @@ def rows_of(finding: Finding) -> Iterator[Row]:
                 caption=finding.caption,
                 score_name=finding.score,
                 against=finding.against,
+                says=finding.says,
                 noun=place,
                 word=noun.word,
                 lemma=noun.lemma,

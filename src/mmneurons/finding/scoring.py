@@ -10,13 +10,13 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from mmneurons.finding.reading import columns_of, reader_for, texts
 from mmneurons.finding.result import NeuronFinding, NounFinding, Parts
-from mmneurons.maths.ranking import said_tokens, top_k
+from mmneurons.maths.ranking import top_k
 from mmneurons.maths.readout import expected_row, jacobian_direction
-from mmneurons.settings import FindSettings, Score
-from mmneurons.vlm import weights
-from mmneurons.vlm.anatomy.parts import Anatomy, Ffn
-from mmneurons.vlm.anatomy.paths import Directions, frozen_rows, in_stream
+from mmneurons.settings import FindSettings
+from mmneurons.vlm.anatomy.parts import Anatomy
+from mmneurons.vlm.anatomy.paths import Directions, frozen_rows
 from mmneurons.vlm.hooks.recording import Recording
 from mmneurons.vlm.prompts import token_of
 from mmneurons.vlm.traces import Trace, Written, pick_trace, written
@@ -193,11 +193,10 @@ def describe(vlm: VLM, scored: Scored) -> list[NounFinding]:
     once = {key: j for j, key in enumerate(dict.fromkeys(fires))}  # nouns share neurons, and the vocabulary is large
     different = [place for place, _ in once]
     # 1. What each of the neurons listed says, in the direction in which it fired.
-    columns = as_read(anatomy, columns_of(anatomy, different, scored.scores.device), different, scored.choices.score)
-    signs = torch.tensor(
-        [-1.0 if negative else 1.0 for _, negative in once], device=columns.device, dtype=torch.float32
-    )
-    promoted, suppressed = ([texts(vlm, ids) for ids in tokens] for tokens in said(vlm, signs[:, None] * columns))
+    columns = columns_of(anatomy, different, scored.scores.device)
+    signs = torch.tensor([-1.0 if negative else 1.0 for _, negative in once], dtype=torch.float32)
+    reader = reader_for(vlm, scored.choices.says, scored.choices.score)
+    promoted, suppressed = reader.tokens(reader.read(columns, different, signs))
     # 2. Their numbers, and where the rest of the logit comes from.
     fired, scores = activations.tolist(), scored.scores.gather(1, listed).tolist()
     tops = scored.pushes.gather(1, listed).sum(-1).tolist()
@@ -220,15 +219,6 @@ def describe(vlm: VLM, scored: Scored) -> list[NounFinding]:
     return nouns
 
 
-def said(
-    vlm: VLM, read: Float[Tensor, "n hidden"], n_tokens: int | None = None
-) -> tuple[list[list[int]], list[list[int]]]:
-    """The tokens that columns promote and suppress most; tokens that only pad the vocabulary are none."""
-    counts = () if n_tokens is None else (n_tokens, n_tokens)
-    up, down = said_tokens(read, vlm.anatomy.unembed[: vlm.n_tokens], *counts)
-    return up.tolist(), down.tolist()
-
-
 def _noun(vlm: VLM, scored: Scored, i: int, neurons: tuple[NeuronFinding, ...], parts: Parts) -> NounFinding:
     target = scored.targets[i]
     return NounFinding(
@@ -247,40 +237,9 @@ def _noun(vlm: VLM, scored: Scored, i: int, neurons: tuple[NeuronFinding, ...], 
     )
 
 
-def as_read(
-    anatomy: Anatomy, columns: Float[Tensor, "n hidden"], places: list[tuple[int, int]], score: Score
-) -> Float[Tensor, "n hidden"]:
-    """Columns as the unembedding reads them: through the norms' weights; in the paper's code, as they are."""
-    if score == "paper":
-        return columns
-    read = torch.empty_like(columns)
-    for ffn in {ffn for ffn, _ in places}:
-        mine = torch.tensor([j for j, (other, _) in enumerate(places) if other == ffn], device=columns.device)
-        read[mine] = anatomy.norm.unscaled(in_stream(columns[mine], anatomy.ffns[ffn].path))
-    return read
-
-
 def _histograms(scored: Scored, i: int) -> dict[int, tuple[int, ...]]:
     """For each k, how many of the top k lie in each block."""
     anatomy = scored.trace.anatomy
     layers = torch.tensor([ffn.layer for ffn in anatomy.ffns])[scored.ffns_of(scored.ranked[i])]
     sizes = [k for k in HISTOGRAM_SIZES if k <= len(layers)]
     return {k: tuple(torch.bincount(layers[:k], minlength=len(anatomy.blocks)).tolist()) for k in sizes}
-
-
-def columns_of(anatomy: Anatomy, places: list[tuple[int, int]], device: torch.device) -> Float[Tensor, "n hidden"]:
-    """Columns of `w_out` of neurons given as (FFN, neuron counted through all its experts), float32."""
-    columns = torch.empty(len(places), anatomy.hidden, device=device, dtype=torch.float32)
-    groups: dict[tuple[int, int | None], list[int]] = {}
-    for j, (i, neuron) in enumerate(places):
-        groups.setdefault((i, anatomy.ffns[i].neuron(neuron).expert), []).append(j)
-    for (i, expert), mine in groups.items():
-        ffn: Ffn = anatomy.ffns[i]
-        indices = torch.tensor([places[j][1] % ffn.n_neurons for j in mine])
-        columns[torch.tensor(mine, device=device)] = weights.columns(ffn.module, indices, expert=expert).to(device)
-    return columns
-
-
-def texts(vlm: VLM, token_ids: list[int]) -> tuple[str, ...]:
-    """Tokens as text, one by one."""
-    return tuple(vlm.token_text(token_id) for token_id in token_ids)

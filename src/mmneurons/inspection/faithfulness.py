@@ -17,7 +17,7 @@ from mmneurons.attribution.ablation import Replay
 from mmneurons.attribution.controls import DRAWS, column_norms, loudness, matched
 from mmneurons.attribution.finders import FINDERS, Finder, FinderScores, finder_scores
 from mmneurons.data.pictures import Picture
-from mmneurons.finding.scoring import as_read, columns_of, said, texts
+from mmneurons.finding.reading import columns_of, reader_for
 from mmneurons.inspection.rows import AGREEMENT, ANY, DECODED, FALL, LOUDNESS, MATCHED, NEURONS, TOP, FinderRow
 from mmneurons.maths.ranking import top_k
 from mmneurons.maths.statistics import spearman
@@ -270,9 +270,9 @@ def _said(vlm: VLM, replay: Replay, slots: Int[Tensor, "k"]) -> tuple[tuple[str,
     """Name the ten tokens that each neuron promotes most with the sign that it fires with here."""
     places = [replay.place(slot) for slot in slots.tolist()]
     # A column as the final norm passes it on; with a negative activation it promotes what it is turned away from.
-    columns = as_read(vlm.anatomy, columns_of(vlm.anatomy, places, vlm.model.device), places, "logit")
-    signs = torch.cat(replay.activations)[slots].sign().to(columns)
-    return tuple(texts(vlm, ids) for ids in said(vlm, signs[:, None] * columns)[0])
+    reader, columns = reader_for(vlm, "raw"), columns_of(vlm.anatomy, places, vlm.model.device)
+    signs = torch.cat(replay.activations)[slots].sign()
+    return tuple(reader.tokens(reader.read(columns, places, signs))[0])
 
 
 class _Pool(NamedTuple):

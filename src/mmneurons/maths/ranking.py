@@ -26,7 +26,12 @@ def top_k(scores: Float[Tensor, "neurons"], k: int) -> Int[Tensor, "k"]:
 
 
 def said_tokens(
-    columns: Float[Tensor, "neurons hidden"], unembed: Tensor, n_promoted: int = 10, n_suppressed: int = 3
+    columns: Float[Tensor, "neurons hidden"],
+    unembed: Tensor,
+    n_promoted: int = 10,
+    n_suppressed: int = 3,
+    *,
+    deviations: Float[Tensor, "vocab"] | None = None,
 ) -> tuple[Int[Tensor, "neurons promoted"], Int[Tensor, "neurons suppressed"]]:
     """Find the tokens that each column pushes up and down most when it is added to the residual stream.
 
@@ -35,6 +40,7 @@ def said_tokens(
         unembed: The unembedding, shape (vocab, hidden), any dtype.
         n_promoted: How many of the tokens that are pushed up are returned.
         n_suppressed: How many of the tokens that are pushed down are returned.
+        deviations: What the push of each token is divided by; None: nothing.
 
     Returns:
         Token ids of the promoted and of the suppressed tokens, strongest first.
@@ -42,10 +48,18 @@ def said_tokens(
     up, down = [], []
     chunk = max(1, LOGITS_AT_ONCE // len(unembed))  # so that vocab x neurons is never held at once
     for part in columns.split(chunk):
-        logits = part.to(device=unembed.device, dtype=unembed.dtype) @ unembed.T
+        logits = token_pushes(part, unembed, deviations)
         up.append(_extreme(logits, n_promoted, largest=True))
         down.append(_extreme(logits, n_suppressed, largest=False))
     return torch.cat(up), torch.cat(down)
+
+
+def token_pushes(
+    columns: Float[Tensor, "n hidden"], unembed: Tensor, deviations: Float[Tensor, "vocab"] | None = None
+) -> Float[Tensor, "n vocab"]:
+    """How far each column pushes each token, in the dtype of `unembed`; divided by `deviations`, in float32."""
+    pushes = columns.to(device=unembed.device, dtype=unembed.dtype) @ unembed.T
+    return pushes if deviations is None else pushes.float() / deviations.to(pushes.device)
 
 
 def _extreme(values: Float[Tensor, "rows width"], k: int, *, largest: bool, group: int = 128) -> Int[Tensor, "rows k"]:

@@ -15,10 +15,11 @@ import torch
 from torch import Tensor
 
 from mmneurons.errors import ModelError, SettingError
-from mmneurons.finding.scoring import as_read, said, texts
+from mmneurons.finding.reading import Reader, reader_for
 from mmneurons.neurons import Neuron
 from mmneurons.patches.ledger import ledger_of
 from mmneurons.patches.patch import Patch
+from mmneurons.settings import Says
 from mmneurons.vlm.columns import Columns, column_hashes
 from mmneurons.vlm.vlm import VLM
 
@@ -53,10 +54,12 @@ class PatchDescription:
     """Size in bytes of the file that holds the patch."""
     facts: tuple[tuple[str, str], ...]
     """Facts about what made the patch, as (name, text); empty for a patch that does not say."""
+    says: Says | None = None
+    """How the tokens of the columns were read; None without a model."""
 
 
 @torch.no_grad()
-def describe_patch(patch: Patch, vlm: VLM | None = None, n_tokens: int = 10) -> PatchDescription:
+def describe_patch(patch: Patch, vlm: VLM | None = None, n_tokens: int = 10, says: Says = "raw") -> PatchDescription:
     """Say what a patch changes.
 
     Args:
@@ -64,6 +67,7 @@ def describe_patch(patch: Patch, vlm: VLM | None = None, n_tokens: int = 10) -> 
         vlm: The model that it is for: with it, changes are told as shares of columns, and in tokens. Patches that are
             active in it do not count, and it is not changed.
         n_tokens: Number of promoted tokens to name for each column.
+        says: How they are read, as in `find`: standardised, before and after by the same measure, the unedited model's.
 
     Returns:
         The description, columns in order of the size of their change.
@@ -71,7 +75,7 @@ def describe_patch(patch: Patch, vlm: VLM | None = None, n_tokens: int = 10) -> 
     Raises:
         ModelError: the patch is of another model.
     """
-    changes = sizes_of(patch) if vlm is None else _compared(patch, vlm, n_tokens)
+    changes = sizes_of(patch) if vlm is None else _compared(patch, vlm, n_tokens, says)
     return PatchDescription(
         hash=patch.hash,
         changes=tuple(sorted(changes, key=lambda change: (-change.size, change.neuron))),
@@ -79,6 +83,7 @@ def describe_patch(patch: Patch, vlm: VLM | None = None, n_tokens: int = 10) -> 
         rank=_rank(patch),
         n_bytes=_n_bytes(patch),
         facts=tuple(facts_of(patch.provenance)),
+        says=None if vlm is None else says,
     )
 
 
@@ -89,8 +94,9 @@ def sizes_of(patch: Patch) -> Iterator[ColumnChange]:
             yield ColumnChange(neuron, float(delta.double().norm()), None, (), ())
 
 
-def _compared(patch: Patch, vlm: VLM, n_tokens: int) -> Iterator[ColumnChange]:
+def _compared(patch: Patch, vlm: VLM, n_tokens: int, says: Says) -> Iterator[ColumnChange]:
     """Iterate over the changes of a patch in a model, with shares of columns and promoted tokens."""
+    reader = reader_for(vlm, says)
     for part in patch.parts:
         if not part.neurons:
             continue
@@ -105,7 +111,7 @@ def _compared(patch: Patch, vlm: VLM, n_tokens: int) -> Iterator[ColumnChange]:
                 fix="Give the model that the patch names, loaded as it was then; or none.",
             )
         old, new = before.float().cpu(), before.float().cpu() + delta
-        promoted, promotes = (_tokens(vlm, part.neurons, columns, n_tokens) for columns in (old, new))
+        promoted, promotes = (_tokens(reader, part.neurons, columns, n_tokens) for columns in (old, new))
         for neuron, column, change, *tokens in zip(part.neurons, old, delta, promoted, promotes, strict=True):
             # In float64: a sum of squares can overflow float32.
             size, length = float(change.double().norm()), float(column.double().norm())
@@ -127,17 +133,16 @@ def _pristine(patch: Patch, vlm: VLM, neurons: Sequence[Neuron]) -> Tensor:
     return ledger_of(vlm).pristine((neurons[0].layer, neurons[0].expert), indices)
 
 
-def _tokens(vlm: VLM, neurons: Sequence[Neuron], columns: Tensor, n_tokens: int) -> list[tuple[str, ...]]:
+def _tokens(reader: Reader, neurons: Sequence[Neuron], columns: Tensor, n_tokens: int) -> list[tuple[str, ...]]:
     """Return the tokens that each column promotes most, read as the final norm and the head read it."""
-    anatomy = vlm.anatomy
+    anatomy = reader.vlm.anatomy
     ffn = anatomy.find(neurons[0])
     assert ffn is not None
     number = anatomy.ffns.index(ffn)
     # A place is (FFN, neuron counted through all its experts).
     places = [(number, (neuron.expert or 0) * ffn.n_neurons + neuron.index) for neuron in neurons]
-    device = anatomy.unembed.device
-    promoted, _ = said(vlm, as_read(anatomy, columns.to(device), places, "logit"), n_tokens)
-    return [texts(vlm, ids) for ids in promoted]
+    read = reader.read(columns.to(anatomy.unembed.device), places, torch.ones(len(places)))
+    return reader.tokens(read, n_tokens)[0]
 
 
 def _rank(patch: Patch) -> int:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary, ref
 
@@ -168,11 +169,11 @@ class Ledger:
                 raise
             # All is written: now the record of it. With no patch left, nothing is kept: the model is as it was loaded.
             self._active = dict(active)
-            mark_edited(model, active)
             self._columns.clear()
             for change in plan if active else []:
                 columns = self._columns.setdefault(change.place, _Columns())
                 columns.pristine[change.index], columns.written[change.index] = change.pristine, change.new
+            mark_edited(model, active, partial(_undoing, self._columns))
 
     def _plan(self, active: Mapping[str, Patch]) -> list[_Change]:
         """Plan the write of every column that is or was edited; nothing is changed."""
@@ -209,6 +210,12 @@ class Ledger:
             new = (pristine.float() + total.to(pristine.device)).to(pristine.dtype) if changed else pristine
             plan.append(_Change(views[place], place, index, pristine, new))
         return plan
+
+
+def _undoing(edited: Mapping[Place, _Columns], layer: int, expert: int | None) -> Mapping[int, Tensor]:
+    """Work out what added to each edited column of a place gives it as it was, by index of the neuron."""
+    columns = edited.get((layer, expert), _Columns())
+    return {index: columns.pristine[index].float() - new.float() for index, new in columns.written.items()}
 
 
 def _same_bits(one: Tensor, other: Tensor) -> bool:

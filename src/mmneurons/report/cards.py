@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from mmneurons.report.terminal import words
-from mmneurons.report.text import printable
+from mmneurons.report.text import READINGS, printable
 
 if TYPE_CHECKING:
     from mmneurons.finding.lookup import NeuronCard, WordNeurons
@@ -28,6 +28,7 @@ def show_neuron(card: NeuronCard, console: Console) -> None:
     table.add_row("firing above zero says", Text(words(card.tokens)))
     table.add_row("firing below zero says", Text(words(card.suppressed)))
     console.print(table)
+    console.print(f"  words: {card.says}, {READINGS[card.says]}", style="dim", soft_wrap=True)
     if card.neighbours:
         console.print("  nearest columns, by cosine:")
         near = "  ".join(f"{n.neuron} {n.cosine:+.2f}" for n in card.neighbours)
@@ -37,6 +38,7 @@ def show_neuron(card: NeuronCard, console: Console) -> None:
 def show_word(found: WordNeurons, console: Console) -> None:
     """Print the neurons whose columns point to a word, as a table."""
     console.print(Text(printable(found.word), style="bold green").append(f"  token {printable(found.token)!r}"))
+    console.print(f"  words and ranks: {found.says}, {READINGS[found.says]}", style="dim", soft_wrap=True)
     table = Table(box=None, padding=(0, 1), show_edge=False)
     table.add_column("neuron", no_wrap=True)
     table.add_column("fires", no_wrap=True)

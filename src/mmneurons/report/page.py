@@ -175,6 +175,7 @@ def environment() -> jinja2.Environment:
         "colour_table": pictures.colour_table,
         "meaning": lambda score: MEANINGS.get(score, "a score this version does not know"),
         "packed": pictures.packed,
+        "reading": lambda says: text.READINGS.get(says, "a reading this version does not know"),
         "small_maps": pictures.small_maps,
         "unit": lambda score: _UNITS.get(score, "unit unknown"),
         "usable": pictures.usable,
@@ -286,6 +287,7 @@ def _runs(cards: Iterable[_Card]) -> list[_Run]:
     return runs
 
 
-def _choices(finding: Finding) -> tuple[str, str | None, str, str, Mapping[str, Any]]:
+def _choices(finding: Finding) -> tuple[str, str | None, str, str, str, Mapping[str, Any]]:
     """Collect what findings of one run have in common."""
-    return finding.score, finding.against, finding.prompt, finding.answer_prefix, dict(finding.provenance)
+    chosen = finding.score, finding.against, finding.says
+    return *chosen, finding.prompt, finding.answer_prefix, dict(finding.provenance)

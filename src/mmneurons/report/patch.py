@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from html import escape
 from typing import TYPE_CHECKING
 
-from mmneurons.report.text import percent, printable
+from mmneurons.report.text import READINGS, percent, printable
 
 if TYPE_CHECKING:
     from mmneurons.patches.describe import ColumnChange, PatchDescription
@@ -37,6 +37,8 @@ def patch_text(description: PatchDescription, listed: int | None = LISTED) -> st
     shown = description.changes[:listed]
     if shown:
         lines += ["", *_table(shown)]
+    if shown and description.says is not None:
+        lines.append(f"read {description.says}: {READINGS[description.says]}")
     if len(shown) < n:
         lines.append(f"... and {n - len(shown)} more")
     return "\n".join(lines)

@@ -34,12 +34,12 @@ def show(finding: Finding, console: Console) -> None:
     for noun in finding.nouns:
         console.print()
         console.print(_heading(noun, finding.against))
-        _show_neurons(noun, finding.score, console)
+        _show_neurons(noun, finding, console)
 
 
-def _show_neurons(noun: NounFinding, score: str, console: Console) -> None:
+def _show_neurons(noun: NounFinding, finding: Finding, console: Console) -> None:
     """The table of its neurons, and beside it the map of the top 10; below it where the screen is narrow."""
-    table = _table(noun, score)
+    table = _table(noun, finding)
     grids = [grid for grid in noun.regions.get(10, ()) if any(grid)]
     if not grids:
         console.print(table)
@@ -94,10 +94,11 @@ def _heading(noun: NounFinding, against: str | None) -> Text:
     return heading
 
 
-def _table(noun: NounFinding, score: str) -> Table:
+def _table(noun: NounFinding, finding: Finding) -> Table:
     """Make the table of a noun's top neurons."""
     lost = any(finding.lost_without_image is not None for finding in noun.neurons)
     table = Table(box=None, padding=(0, 1), show_edge=False)
+    says = "says" if finding.says == "raw" else f"says, {finding.says}"
     rows = [
         [
             str(found.neuron),
@@ -108,11 +109,11 @@ def _table(noun: NounFinding, score: str) -> Table:
         for found in noun.neurons
     ]
     # Numbers are never cut: their columns are as wide as their widest entry, and the tokens get what is left.
-    least = {"neuron": 8, score: 7, "act.": 6, **({"lost": 5} if lost else {})}
+    least = {"neuron": 8, finding.score: 7, "act.": 6, **({"lost": 5} if lost else {})}
     for i, (name, width) in enumerate(least.items()):
         width = max([width, *(len(row[i]) for row in rows)])
         table.add_column(name, min_width=width, justify="right" if i else "left", no_wrap=True)
-    table.add_column("says")  # alone without no_wrap: the one that gives way where the screen is narrow
+    table.add_column(says)  # alone without no_wrap: the one that gives way where the screen is narrow
     for row, found in zip(rows, noun.neurons, strict=True):
         table.add_row(*row, Text(words(found.tokens), no_wrap=True, overflow="ellipsis"))
     return table

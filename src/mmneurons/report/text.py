@@ -10,6 +10,11 @@ from typing import Any, NamedTuple
 
 from mmneurons.finding.result import Finding
 
+READINGS = {
+    "raw": "the tokens that its column pushes most",
+    "standardised": "the tokens that it pushes hardest next to all neurons, in deviations over them",
+}
+"""What a neuron says, in one line for each way to read it."""
 _MARKS = {" ": "␣", "\n": "⏎", "\r": "␍", "\t": "⇥", "\x7f": "␡"}
 _HIDDEN = {"Cc", "Cf", "Cs", "Zl", "Zp"}  # control, format (also right-to-left overrides), surrogate, separators
 _JOINERS = "\u200c\u200d"  # inside emoji and Indic words they belong to the spelling

@@ -7,7 +7,7 @@ version counter are; torch counts the version up at each write, but for writes t
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,6 +20,13 @@ from transformers import PreTrainedModel
 
 from mmneurons.errors import ModelError
 from mmneurons.vlm import provenance
+
+Undoing = Callable[[int, int | None], Mapping[int, Tensor]]
+"""Gives, for a layer and an expert, the changes of columns by index of the neuron, each (hidden,), float32."""
+
+
+def _nothing(layer: int, expert: int | None) -> Mapping[int, Tensor]:
+    return {}
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +69,8 @@ class _Watch:
     """Entries that something else was found to have changed, until the model counts as older."""
     patches: tuple[str, ...] = ()
     """Hashes of the patches that are applied, sorted."""
+    undoing: Undoing = _nothing
+    """Changes of the columns that these patches edit, which added to them would undo the patches."""
     depth: int = 0
     """Number of edits of ours that are being made now, one inside the other."""
     edits: int = 0
@@ -100,7 +109,7 @@ def renew(model: nn.Module) -> None:
     """Take a model's weights as they are now for unedited, and all that was known of the model for outdated."""
     watch = _watch(model)
     watch.age, watch.places, watch.changed = watch.age + 1, _look(model), []
-    watch.weights_hash, watch.patches = None, ()
+    watch.weights_hash, watch.patches, watch.undoing = None, (), _nothing
 
 
 def weights_hash(model: PreTrainedModel) -> str:
@@ -129,9 +138,15 @@ def editing(model: nn.Module) -> Iterator[None]:
         watch.depth -= 1
 
 
-def mark_edited(model: nn.Module, patches: Iterable[str]) -> None:
-    """Note the hashes of the patches that are applied: with any, the unedited weights cannot be read off the model."""
-    _watch(model).patches = tuple(sorted(patches))
+def mark_edited(model: nn.Module, patches: Iterable[str], undoing: Undoing) -> None:
+    """Note the hashes of the patches that are applied, and what would undo them: the weights alone do not tell."""
+    watch = _watch(model)
+    watch.patches, watch.undoing = tuple(sorted(patches)), undoing
+
+
+def undoing(model: nn.Module, layer: int, expert: int | None) -> Mapping[int, Tensor]:
+    """Return what added to columns of one `w_out` gives them as they are without patches, by index of the neuron."""
+    return _watch(model).undoing(layer, expert)
 
 
 def patches(model: nn.Module) -> tuple[str, ...]:
