@@ -34,6 +34,7 @@ neurons = st.builds(
     st.lists(text, max_size=3).map(tuple),
     st.lists(grids, max_size=2).map(tuple),
     st.none() | numbers,
+    st.none() | numbers,
 )
 nouns = st.builds(
     NounFinding,
@@ -63,6 +64,7 @@ findings = st.builds(
     nouns=st.lists(nouns, max_size=2).map(tuple),
     notes=st.lists(text, max_size=2).map(tuple),
     says=st.sampled_from(["standardised", "raw"]),
+    baseline=st.sampled_from(["zero", "blank", "reference"]),
 )
 
 
@@ -124,7 +126,7 @@ def test_the_form_that_the_issue_fixes(vlm, sample_paths):
     assert document["provenance"]["model"]["id"] == "pocket"
     found = document["findings"][0]
     assert {"images", "prompt", "answer_prefix", "caption", "token_ids", "choices", "nouns"} <= found.keys()
-    assert found["choices"] == {"score": "logit", "against": None, "says": "raw"}
+    assert found["choices"] == {"score": "logit", "against": None, "says": "raw", "baseline": "zero"}
     noun = found["nouns"][0]
     assert {"word", "lemma", "token", "token_id", "step", "probability", "neurons"} <= noun.keys()
     assert found["token_ids"][noun["step"]] == noun["token_id"]

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, fields, replace
 from functools import cache
 from itertools import pairwise
 from textwrap import dedent
-from typing import TYPE_CHECKING, Any, Literal, TypedDict, TypeVar, cast, get_args
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypedDict, TypeVar, cast, get_args, runtime_checkable
 
 from mmneurons.errors import SettingError
 
@@ -30,8 +30,10 @@ MAX_NEW_TOKENS = 32
 Score = Literal["logit", "logprob", "paper"]
 Method = Literal["selective", "closed_form", "optimised"]
 Says = Literal["standardised", "raw"]
+Baseline = Literal["zero", "blank"]
 SCORES: tuple[Score, ...] = get_args(Score)
 SAYS: tuple[Says, ...] = get_args(Says)
+BASELINES: tuple[Baseline, ...] = get_args(Baseline)
 METHODS: tuple[Method, ...] = get_args(Method)
 CHOICES: Mapping[str, tuple[str, ...]] = {"score": SCORES, "says": SAYS, "method": METHODS}
 """The values that a field can take, by the name of the field."""
@@ -106,6 +108,20 @@ class Question:
         return ANSWER_PREFIX if self.prompt == PROMPT else ""
 
 
+@runtime_checkable
+class MeanActivations(Protocol):
+    """What activations can be compared with: a `mmneurons.Reference`."""
+
+    @property
+    def facts(self) -> Mapping[str, object]:
+        """What a result says of it."""
+        ...
+
+    def mean_at_other_nouns(self, vlm: Any, lemma: str, tagger: Tagger | None) -> list[Any]:
+        """Per FFN the mean activation of each neuron, (neurons,), where nouns are said that are not `lemma`."""
+        ...
+
+
 @dataclass(frozen=True)
 class FindSettings(Question):
     """Which neurons `find` looks for, and what it reports about them."""
@@ -116,8 +132,11 @@ class FindSettings(Question):
     """How neurons are scored: by the logits of the noun that they wrote (logit), by how far they push its log
     probability, to first order (logprob), or as in the paper's released code (paper); see docs/method.md."""
     says: Says = "raw"
-    """What the tokens of a neuron are: those that its column pushes most, as in the paper (raw), or those that it pushes
-    hardest next to all neurons of the model (standardised)."""
+    """What the tokens of a neuron are: those that its column pushes most, as in the paper (raw), or those that it
+    pushes hardest next to all neurons of the model (standardised)."""
+    baseline: Baseline | MeanActivations = "zero"
+    """What activations are compared with: nothing, as in the paper (zero), the same answer read with a blank image
+    (blank), or other pictures' answers where they say other nouns (a `mmneurons.Reference`)."""
     words: str | Sequence[str] | None = setting(None, option="--word")
     """A word of the answer to explain instead of its nouns; repeatable."""
     token_ids: Sequence[int] | None = None
@@ -137,6 +156,17 @@ class FindSettings(Question):
         super().__post_init__()
         if self.words is not None and self.token_ids is not None:
             raise SettingError("Ask for words or for tokens, not both.", fix="find(vlm, image, words=[...])")
+        if isinstance(self.baseline, MeanActivations):
+            if self.score == "paper":
+                raise SettingError(
+                    "A reference has activations, but not the gates that score='paper' takes for them.",
+                    fix="baseline='blank', or another score.",
+                )
+        elif self.baseline not in BASELINES:
+            raise SettingError(
+                f"There is no baseline {str(self.baseline)[:40]!r}.",
+                fix=f"Choose one of: {', '.join(BASELINES)}, or give a Reference: make_reference(vlm, images).",
+            )
         # A single word is a list of one; an empty list means the nouns, like None. Tuples, as settings do not change.
         words = (self.words,) if isinstance(self.words, str) else tuple(self.words or ()) or None
         object.__setattr__(self, "words", words)
@@ -216,6 +246,7 @@ class FindOptions(QuestionOptions, total=False):
     top: int
     score: Score
     says: Says
+    baseline: Baseline | MeanActivations
     words: str | Sequence[str] | None
     token_ids: Sequence[int] | None
     against: str | None

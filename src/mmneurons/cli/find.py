@@ -19,6 +19,7 @@ from mmneurons.cli.options import (
     check_outputs,
     check_suffix,
     err,
+    given_files,
     images_or_sample,
     loads_model,
     out,
@@ -27,7 +28,7 @@ from mmneurons.cli.options import (
     write_stdout,
 )
 from mmneurons.errors import SettingError
-from mmneurons.settings import FindSettings, Question
+from mmneurons.settings import BASELINES, FindSettings, Question
 
 
 @app.command()
@@ -64,7 +65,7 @@ def caption(
 
 @app.command()
 @loads_model
-@with_settings(FindSettings, without=("token_ids", "tagger", "blank"), maps=True)
+@with_settings(FindSettings, without=("token_ids", "tagger", "blank", "baseline"), maps=True)
 def find(
     load: Load,
     settings: FindSettings,
@@ -85,6 +86,14 @@ def find(
             "zh_core_web_sm.",
         ),
     ] = None,
+    baseline: Annotated[
+        str,
+        typer.Option(
+            metavar="zero|blank|IMAGES",
+            help="What activations are compared with: nothing (zero), a blank image (blank), or other images where "
+            "the model says other nouns of them: a folder, a manifest, COCO instances or pocket:SET.",
+        ),
+    ] = "zero",
     together: Annotated[
         bool, typer.Option("--together", help="Put all images into one prompt, instead of a prompt for each.")
     ] = False,
@@ -112,8 +121,11 @@ def find(
     prompts: list[Any] = [paths] if together else [None] if no_image else paths
     check_suffix(json_path, "--json", ".json")
     check_suffix(report, "--report", ".html")
-    check_outputs([json_path, report], [*paths, *load.files])
+    others = [] if baseline in BASELINES else given_files(baseline)
+    check_outputs([json_path, report], [*paths, *others, *load.files])
+    from mmneurons.cli.sources import fitting_items, readable_items
     from mmneurons.data.images import open_image
+    from mmneurons.editing.reference import make_reference
     from mmneurons.finding import result
     from mmneurons.finding.finder import captions_for
     from mmneurons.finding.finder import find as find_neurons
@@ -129,11 +141,19 @@ def find(
         tagger=nouns,
         maps=settings.maps and not no_image,
         blank=(report is not None if blank is None else blank) and not no_image,
+        baseline=baseline if baseline in BASELINES else "zero",
     )
+    kept = None if baseline in BASELINES else readable_items([baseline])
     for path in paths:  # one that cannot be read to its end is told before a model is loaded
         open_image(path)
     vlm = load()
-    # 2. The findings, all of them.
+    # 2. What the model says of other images, where that is what to compare with.
+    if (kept := fitting_items(vlm, kept)) is not None:
+        with bar(err, len(kept)) as progress:
+            pictures = [item.image() for item in kept]
+            reference = make_reference(vlm, pictures, question=settings.question, progress=progress)
+        settings = replace(settings, baseline=reference)
+    # 3. The findings, all of them.
     with bar(err, len(prompts)) as progress:
         findings = find_neurons(vlm, prompts, caption=captions, settings=settings, progress=progress)
     try:  # files first: a terminal that cannot be written to costs nobody what was asked for

@@ -28,6 +28,7 @@ from mmneurons.settings import Question, QuestionOptions, settled
 from mmneurons.vlm.locking import by_one_thread
 from mmneurons.vlm.teacher_forcing import Batch, Given, Reader
 from mmneurons.vlm.vlm import VLM
+from mmneurons.words import Tagger, find_nouns
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,6 +70,31 @@ class Reference:
             for answer, found in occurrences(vlm, self.answers, word):
                 rows[[self.answers.row(answer, step) for step in found.steps]] = True
         return rows
+
+    def mean_at_other_nouns(self, vlm: VLM, lemma: str, tagger: Tagger | None = None) -> list[Float[Tensor, "_"]]:
+        """Per FFN the mean activation of each neuron where the answers begin to say a noun that is not `lemma`.
+
+        What fires for any noun of any picture: the baseline of `find(..., baseline=reference)`.
+
+        Raises:
+            SettingError: there is no answer with another noun.
+        """
+
+        def decode(ids: Sequence[int]) -> str:
+            return vlm.tokenizer.decode(ids, skip_special_tokens=True)
+
+        rows = list[int]()
+        if self.answers is not None:
+            for i, (text, ids) in enumerate(zip(self.answers.texts, self.answers.token_ids, strict=True)):
+                nouns = find_nouns(text, ids, decode, answer_prefix=self.question.prefix, tagger=tagger)
+                rows += [self.answers.row(i, noun.steps[0]) for noun in nouns if noun.lemma != lemma]
+        if not rows:
+            raise SettingError(
+                f"The reference says no noun but '{lemma}': there is nothing to compare with.",
+                fix="Make it of images that show other things: make_reference(vlm, images)",
+            )
+        steps = self.steps
+        return [part[rows].float().mean(0) for part in steps.activations]
 
     def without(self, vlm: VLM, word: str) -> TracedSteps:
         """The steps that do not write a word."""

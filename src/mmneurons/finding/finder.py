@@ -1,7 +1,7 @@
 """image -> caption -> nouns -> contributions -> neurons.
 
 One captioning run, batched, with the KV cache; activations are recorded while it decodes, and the model is not run
-again. Maps, and the comparison with a blank image, cost one more forward pass each, only when asked for.
+again. Maps, and a blank image to compare with, cost one more forward pass each, only when asked for.
 """
 
 from __future__ import annotations
@@ -11,16 +11,16 @@ from dataclasses import asdict, replace
 from functools import partial
 from typing import Any, Unpack, overload
 
-from PIL import Image
-
 from mmneurons.data.images import OpenedImage
 from mmneurons.data.pictures import Picture, Pictures, as_list
 from mmneurons.errors import SettingError, WordError
-from mmneurons.finding.maps import with_blank, with_maps
-from mmneurons.finding.result import Finding, NounFinding
+from mmneurons.finding.baseline import baseline_of
+from mmneurons.finding.maps import with_maps
+from mmneurons.finding.rereading import blank_like, trace_again, with_blank
+from mmneurons.finding.result import BaselineName, Finding, NounFinding
 from mmneurons.finding.scoring import Target, describe, score_targets
 from mmneurons.progress import Progress
-from mmneurons.settings import FindOptions, FindSettings, Question, settled
+from mmneurons.settings import Baseline, FindOptions, FindSettings, MeanActivations, Question, settled
 from mmneurons.vlm import provenance
 from mmneurons.vlm.asking import answer, batches_of, tokens_of_answer
 from mmneurons.vlm.doctor import tolerance
@@ -31,8 +31,6 @@ from mmneurons.vlm.prompts import token_of
 from mmneurons.vlm.vlm import VLM, Answers, Inputs
 from mmneurons.words import Word, find_nouns, find_words, says, tagger_for
 
-BLANK = (128, 128, 128)
-"""The blank image: one grey."""
 NO_TAGGER = (
     "No noun tagger for the language of this answer: ask for its words (--word, words=[...]) or give a tagger "
     "(--tagger, tagger=SpacyTagger(...))."
@@ -163,21 +161,26 @@ def _find_batch(
     notes += [] if given is None else ["The model was given this answer to read; it did not choose it."]
     n_images = len(rows[0])
     if targets:
-        # 3. What every neuron gave to each of them, and the highest described.
-        scored = score_targets(vlm, recording, answers, targets, choices)
+        # 3. The same words read without the picture, if asked for: one more pass.
+        grey = None
+        if n_images and (choices.blank or choices.baseline == "blank"):
+            blank = [[blank_like(opened.image) for opened in row] for row in rows]
+            inputs_of_blank = vlm.encode(blank, choices.prompt, choices.prefix)
+            grey = trace_again(vlm, inputs_of_blank, answers, targets, choices)
+        # 4. What every neuron gave to each of them, and the highest described.
+        baseline = baseline_of(vlm, targets, choices, grey)
+        scored = score_targets(vlm, recording, answers, targets, choices, baseline)
         nouns = describe(vlm, scored)
         notes += _doubt(vlm, nouns)
         if choices.maps:
-            # 4. Where the neurons look, and what is left of them without the image: a pass each, if asked for.
+            # 5. Where the neurons look: one more prefill, if asked for.
             grids = find_grids(vlm.model, inputs, n_images or _n_pictures(inputs))
             if isinstance(grids, str):
                 notes.append(f"No map is drawn: {grids}.")
             else:
                 nouns = with_maps(vlm, inputs, grids, scored, nouns)
-        if choices.blank and n_images:
-            blank = [[Image.new("RGB", o.image.size, BLANK) for o in row] for row in rows]
-            grey = vlm.encode(blank, choices.prompt, choices.prefix)
-            nouns = with_blank(vlm, grey, answers, scored, nouns)
+        if choices.blank and grey is not None:
+            nouns = with_blank(vlm, grey, scored, nouns)
     return [
         Finding(
             # A file name may hold bytes that JSON cannot.
@@ -189,6 +192,7 @@ def _find_batch(
             score=choices.score,
             against=choices.against,
             says=choices.says,
+            baseline=_name_of(choices.baseline),
             nouns=(mine := tuple(n for n, t in zip(nouns, targets, strict=True) if t.row == row)),
             notes=(*(note for o in opened for note in vlm.notes(o)), *notes, *_silence(answers, row, mine, choices)),
             views=tuple(model_view(vlm.processor, inputs, row * n_images + i) for i in range(len(opened))),
@@ -295,9 +299,10 @@ def _check_asked(vlm: VLM, images: Any, inputs: Inputs | None, choices: FindSett
         raise SettingError(
             "An answer cannot be put behind ready-made inputs.", fix="Give images and a processor, or no answer."
         )
-    if inputs is not None and choices.blank:
+    if inputs is not None and (choices.blank or choices.baseline == "blank"):
         raise SettingError(
-            "A blank image cannot be put into ready-made inputs.", fix="Give images and a processor, or blank=False."
+            "A blank image cannot be put into ready-made inputs.",
+            fix="Give images and a processor, or neither blank=True nor baseline='blank'.",
         )
     if inputs is not None:
         vlm.check_batch(_n_rows(inputs))
@@ -319,9 +324,15 @@ def _n_pictures(inputs: Inputs) -> int:
     return int("pixel_values" in inputs)
 
 
+def _name_of(baseline: Baseline | MeanActivations) -> BaselineName:
+    return "reference" if isinstance(baseline, MeanActivations) else baseline
+
+
 def _provenance(vlm: VLM, choices: FindSettings, *, given: bool) -> dict[str, Any]:
     """What made these findings. Decoding is greedy: there is no seed."""
-    settings = asdict(replace(choices, tagger=None)) | {
+    baseline = choices.baseline
+    settings = asdict(replace(choices, tagger=None, baseline="zero")) | {
+        "baseline": dict(baseline.facts) if isinstance(baseline, MeanActivations) else baseline,
         "answer_prefix": choices.prefix,
         "tagger": None if choices.tagger is None else repr(choices.tagger),
         "decoding": "given" if given else "greedy",

@@ -28,6 +28,7 @@ SCHEMA = 3
 """Number of the JSON form; a reader refuses any other."""
 LARGEST = 2**30
 """Bytes of a file: maps of a thousand images take a quarter of it."""
+BaselineName = Literal["zero", "blank", "reference"]
 Grid = tuple[tuple[float, ...], ...]
 """One number per patch, rows from top to bottom, columns from left to right."""
 
@@ -42,7 +43,7 @@ class NeuronFinding:
     activation: float
     """a[l,i] at the position that predicts the noun (`score="paper"`: the gate alone)."""
     tokens: tuple[str, ...]
-    """The ten tokens that sign(activation) * its column promotes most; standardised, compared with all neurons."""
+    """The ten tokens that sign(activation - baseline) * its column promotes most; standardised, next to all neurons."""
     suppressed: tuple[str, ...] = ()
     """The three it pushes down most."""
     maps: tuple[Grid, ...] = ()
@@ -51,7 +52,11 @@ class NeuronFinding:
     Empty if not asked for or without a grid.
     """
     lost_without_image: float | None = None
-    """Share of `score` that is lost when the same words are read with a blank image; None if not asked for."""
+    """Share of `score` that is lost when the same words are read with a blank image; None if not asked for.
+
+    With a baseline, of what its score would be without."""
+    baseline: float | None = None
+    """The activation that `activation` is compared with; None: zero."""
 
     def __repr__(self) -> str:
         return f"NeuronFinding({self.neuron} {self.score:+.3g}: {_line(' '.join(self.tokens))})"
@@ -135,6 +140,8 @@ class Finding:
     """What a reader should be told: how the image was read, that there is no patch grid, that nothing was found."""
     says: Says = "raw"
     """How the tokens of its neurons were read."""
+    baseline: BaselineName = "zero"
+    """What activations were compared with: nothing, a blank image, or a reference's answers."""
     provenance: Mapping[str, Any] = field(default_factory=dict)
     """Model, revision, weights hash, dtype, device, package versions, settings."""
     views: tuple[Image.Image | None, ...] = field(default=(), compare=False, repr=False)
@@ -234,7 +241,12 @@ def _finding_to_dict(finding: Finding) -> dict[str, Any]:
         "answer_prefix": finding.answer_prefix,
         "caption": finding.caption,
         "token_ids": finding.token_ids,
-        "choices": {"score": finding.score, "against": finding.against, "says": finding.says},
+        "choices": {
+            "score": finding.score,
+            "against": finding.against,
+            "says": finding.says,
+            "baseline": finding.baseline,
+        },
         "notes": finding.notes,
         "nouns": [_noun_to_dict(noun) for noun in finding.nouns],
     }
@@ -262,6 +274,8 @@ def _neuron_to_dict(finding: NeuronFinding) -> dict[str, Any]:
         entry["maps"] = finding.maps
     if finding.lost_without_image is not None:
         entry["lost_without_image"] = finding.lost_without_image
+    if finding.baseline is not None:
+        entry["baseline"] = finding.baseline
     return entry
 
 
@@ -283,6 +297,7 @@ class _Neuron(msgspec.Struct, forbid_unknown_fields=True):
     expert: Count | None = None
     maps: tuple[_Grid, ...] = ()
     lost_without_image: Number | None = None
+    baseline: Number | None = None
 
     def read(self) -> NeuronFinding:
         fields = msgspec.structs.asdict(self)
@@ -324,6 +339,7 @@ class _Choices(msgspec.Struct, forbid_unknown_fields=True):
     score: Score
     against: str | None
     says: Says
+    baseline: BaselineName
 
 
 class _Finding(msgspec.Struct, forbid_unknown_fields=True):

@@ -22,6 +22,7 @@ class Row(TypedDict):
     score_name: str
     against: str | None
     says: str
+    baseline: str
     noun: int
     """Place of the noun among those of its finding, from 0: a word can be said twice."""
     word: str
@@ -41,6 +42,7 @@ class Row(TypedDict):
     index: int
     score: float
     activation: float
+    baseline_activation: float | None
     tokens: tuple[str, ...]
     suppressed: tuple[str, ...]
     lost_without_image: float | None
@@ -58,6 +60,7 @@ def rows_of(finding: Finding) -> Iterator[Row]:
                 score_name=finding.score,
                 against=finding.against,
                 says=finding.says,
+                baseline=finding.baseline,
                 noun=place,
                 word=noun.word,
                 lemma=noun.lemma,
@@ -75,6 +78,7 @@ def rows_of(finding: Finding) -> Iterator[Row]:
                 index=found.neuron.index,
                 score=found.score,
                 activation=found.activation,
+                baseline_activation=found.baseline,
                 tokens=found.tokens,
                 suppressed=found.suppressed,
                 lost_without_image=found.lost_without_image,

@@ -51,9 +51,13 @@ class Scored:
     written: Written
     activations: Float[Tensor, "targets slots"]
     """What was scored: activations, or gates if the score is `paper`."""
+    baseline: Float[Tensor, "targets slots"] | None
+    """What they are compared with; None: zero."""
     scores: Float[Tensor, "targets slots"]
+    contributions: Float[Tensor, "targets slots"]
+    """The scores without a baseline: (activation - baseline) * projection is one, activation * projection the other."""
     pushes: Float[Tensor, "targets slots"]
-    """What each neuron wrote into the target's logit; the scores themselves, if that is what was asked for."""
+    """What each neuron wrote into the target's logit; the contributions, if that is what was asked for."""
     ranked: Int[Tensor, "targets ranks"]
     """The slots with the highest scores, as many as the largest region needs."""
 
@@ -80,12 +84,28 @@ class Scored:
 
 
 def score_targets(
-    vlm: VLM, recording: Recording, answers: Answers, targets: list[Target], choices: FindSettings
+    vlm: VLM,
+    recording: Recording,
+    answers: Answers,
+    targets: list[Target],
+    choices: FindSettings,
+    baseline: list[Float[Tensor, "targets _"]] | None = None,
 ) -> Scored:
-    """Score every neuron for every target: one read of each `w_out` for all of them."""
+    """Score every neuron for every target: one read of each `w_out` for all of them.
+
+    Args:
+        vlm: The model.
+        recording: What was recorded while the answers were generated, or read.
+        answers: The answers.
+        targets: Which words of them.
+        choices: What is asked of them.
+        baseline: From `baseline_of`; None: activations are compared with zero.
+    """
     # 1. The model's state where each target was predicted, and the logit that it gave there.
     places = torch.tensor([[target.row, target.step] for target in targets])
     trace = pick_trace(recording, places)
+    if baseline is not None:
+        trace = trace.of_all_experts()
     rows, steps = places.to(answers.logits.device).unbind(1)
     given = answers.logits[rows, steps].float()
     probabilities = (given - answers.log_totals[rows, steps].float()).exp()
@@ -98,7 +118,10 @@ def score_targets(
         plain = Directions(vlm.anatomy, frozen_rows(vlm.anatomy, unembed, trace.residual), trace.norms)
     activations = scored_activations(trace, choices)
     # 3. Every neuron's product with it; each matrix is read once.
-    scores, pushes = _contributions(trace, activations, asked, plain, through=choices.score != "paper")
+    over = None if baseline is None else [b.to(a.device).float() for a, b in zip(activations, baseline, strict=True)]
+    scores, contributions, pushes = _contributions(
+        trace, activations, over, asked, plain, through=choices.score != "paper"
+    )
     bias = vlm.anatomy.head_bias
     head_bias = None if bias is None else bias[token_ids].float()
     return Scored(
@@ -109,7 +132,9 @@ def score_targets(
         logits=vlm.anatomy.logit_rule.undo(given).tolist(),
         written=written(trace, unembed, plain or asked, pushes.sum(-1), head_bias),
         activations=torch.cat(activations, dim=1),
+        baseline=None if over is None else torch.cat(over, dim=1),
         scores=scores,
+        contributions=contributions,
         pushes=pushes,
         ranked=torch.stack([top_k(row, max(*REGION_SIZES, choices.top)) for row in scores]),
     )
@@ -118,27 +143,31 @@ def score_targets(
 def _contributions(
     trace: Trace,
     activations: list[Float[Tensor, "targets _"]],
+    baseline: list[Float[Tensor, "targets _"]] | None,
     asked: Directions,
     plain: Directions | None,
     *,
     through: bool,
-) -> tuple[Float[Tensor, "targets slots"], Float[Tensor, "targets slots"]]:
-    """Scores of all neurons, and what they wrote into the logit; both from one read of each matrix.
+) -> tuple[Float[Tensor, "targets slots"], Float[Tensor, "targets slots"], Float[Tensor, "targets slots"]]:
+    """Of all neurons: scores, scores without baseline, what they wrote into the logit; each matrix is read once.
 
     `through` False leaves out what a write passes on its way: the paper's code projects columns as they are.
     """
     scores: list[Tensor] = []
+    contributions: list[Tensor] = []
     pushes: list[Tensor] = []
     for i, ffn in enumerate(trace.anatomy.ffns):
         directions = asked.at(ffn.path if through else None)
         if plain is None:
-            scores.append(activations[i] * trace.projected(i, directions))
+            projected = trace.projected(i, directions)
         else:
-            both = trace.projected_all(i, torch.stack([directions, plain.at(ffn.path)]))
-            scores.append(activations[i] * both[0])
-            pushes.append(trace.activations[i] * both[1])
-    whole = torch.cat(scores, dim=1)
-    return whole, torch.cat(pushes, dim=1) if pushes else whole
+            projected, plainly = trace.projected_all(i, torch.stack([directions, plain.at(ffn.path)]))
+            pushes.append(trace.activations[i] * plainly)
+        contributions.append(activations[i] * projected)
+        if baseline is not None:
+            scores.append((activations[i] - baseline[i]) * projected)
+    whole = torch.cat(contributions, dim=1)
+    return torch.cat(scores, dim=1) if scores else whole, whole, torch.cat(pushes, dim=1) if pushes else whole
 
 
 def scored_activations(trace: Trace, choices: FindSettings) -> list[Float[Tensor, "targets _"]]:
@@ -189,16 +218,19 @@ def describe(vlm: VLM, scored: Scored) -> list[NounFinding]:
     places = [scored.places(i, slots) for i, slots in enumerate(listed)]
     flat = [place for row in places for place in row]
     activations = scored.activations.gather(1, listed)
-    fires = list(zip(flat, (activations < 0).flatten().tolist(), strict=True))
+    baseline = None if scored.baseline is None else scored.baseline.gather(1, listed)
+    excess = activations if baseline is None else activations - baseline
+    fires = list(zip(flat, (excess < 0).flatten().tolist(), strict=True))
     once = {key: j for j, key in enumerate(dict.fromkeys(fires))}  # nouns share neurons, and the vocabulary is large
     different = [place for place, _ in once]
-    # 1. What each of the neurons listed says, in the direction in which it fired.
+    # 1. What each of the neurons listed says, in the direction in which it fired: above its baseline, or below.
     columns = columns_of(anatomy, different, scored.scores.device)
     signs = torch.tensor([-1.0 if negative else 1.0 for _, negative in once], dtype=torch.float32)
     reader = reader_for(vlm, scored.choices.says, scored.choices.score)
     promoted, suppressed = reader.tokens(reader.read(columns, different, signs))
     # 2. Their numbers, and where the rest of the logit comes from.
     fired, scores = activations.tolist(), scored.scores.gather(1, listed).tolist()
+    usual = None if baseline is None else baseline.tolist()
     tops = scored.pushes.gather(1, listed).sum(-1).tolist()
     names = ("ffn", "attention", "other", "embedding", "bias")
     parts = {name: getattr(scored.written, name).tolist() for name in names}
@@ -211,6 +243,7 @@ def describe(vlm: VLM, scored: Scored) -> list[NounFinding]:
                 activation=fired[i][rank],
                 tokens=promoted[once[fires[i * len(row) + rank]]],
                 suppressed=suppressed[once[fires[i * len(row) + rank]]],
+                baseline=None if usual is None else usual[i][rank],
             )
             for rank, (ffn, neuron) in enumerate(row)
         )

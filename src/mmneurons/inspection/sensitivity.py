@@ -14,8 +14,9 @@ from PIL import Image
 
 from mmneurons.attribution.controls import DRAWS, Matched, column_norms, loudness, matched
 from mmneurons.data.dataset import Item
-from mmneurons.finding.finder import BLANK, targets_of
-from mmneurons.finding.maps import Reread, region_maps, reread, with_maps
+from mmneurons.finding.finder import targets_of
+from mmneurons.finding.maps import region_maps, with_maps
+from mmneurons.finding.rereading import Reread, blank_like, reread
 from mmneurons.finding.result import NounFinding
 from mmneurons.finding.scoring import REGION_SIZES, Scored, describe, score_targets
 from mmneurons.inspection.rows import (
@@ -204,7 +205,7 @@ def sensitivity(
         with shuffled(vlm, _positions(grids), seed):
             mixed = reread(vlm, inputs, answers, targets, choices)
     # 3. The same words after a blank image, and after another one.
-    blank = Image.new("RGB", image.size, BLANK)
+    blank = blank_like(image)
     readings = [
         None if picture is None else _read(vlm, picture, answers, scored, choices) for picture in (blank, other)
     ]

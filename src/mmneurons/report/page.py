@@ -69,6 +69,8 @@ class _Noun:
     """Whether a neuron has a map that can be drawn."""
     has_losses: bool
     """Whether it was measured what is lost without the image."""
+    has_baseline: bool
+    """Whether its activations are compared with others."""
 
     @property
     def drawable(self) -> bool:
@@ -140,7 +142,7 @@ def render(findings: Sequence[Finding], *, title: str | None = None) -> str:
         title=title or "Multi-modal neurons",
         cards=cards,
         counted=_counted(cards),
-        scores=list(dict.fromkeys((card.found.score, card.found.against) for card in cards)),
+        scores=list(dict.fromkeys((card.found.score, card.found.against, card.found.baseline) for card in cards)),
         runs=_runs(cards),
         style=Markup(style),
         script=Markup(script),
@@ -175,6 +177,7 @@ def environment() -> jinja2.Environment:
         "colour_table": pictures.colour_table,
         "meaning": lambda score: MEANINGS.get(score, "a score this version does not know"),
         "packed": pictures.packed,
+        "baseline": lambda name: text.BASELINES.get(name, "a baseline this version does not know"),
         "reading": lambda says: text.READINGS.get(says, "a reading this version does not know"),
         "small_maps": pictures.small_maps,
         "unit": lambda score: _UNITS.get(score, "unit unknown"),
@@ -228,6 +231,7 @@ def _noun(noun: NounFinding, noun_id: str, shown: Sequence[pictures.Picture | No
         bars=_bars([neuron.score for neuron in noun.neurons]),
         neuron_maps=any(pictures.usable(neuron.maps) for neuron in noun.neurons),
         has_losses=any(neuron.lost_without_image is not None for neuron in noun.neurons),
+        has_baseline=any(neuron.baseline is not None for neuron in noun.neurons),
     )
 
 
@@ -287,7 +291,7 @@ def _runs(cards: Iterable[_Card]) -> list[_Run]:
     return runs
 
 
-def _choices(finding: Finding) -> tuple[str, str | None, str, str, str, Mapping[str, Any]]:
+def _choices(finding: Finding) -> tuple[str, str | None, str, str, str, str, Mapping[str, Any]]:
     """Collect what findings of one run have in common."""
-    chosen = finding.score, finding.against, finding.says
+    chosen = finding.score, finding.against, finding.says, finding.baseline
     return *chosen, finding.prompt, finding.answer_prefix, dict(finding.provenance)

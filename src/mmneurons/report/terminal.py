@@ -9,7 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from mmneurons.finding.result import Finding, Grid, NounFinding
-from mmneurons.report.text import is_warning, placed, printable, without_pictures
+from mmneurons.report.text import BASELINES, is_warning, placed, printable, without_pictures
 
 SHADES = " ░▒▓█"
 """The block characters of a map, from nothing to the largest value."""
@@ -33,7 +33,7 @@ def show(finding: Finding, console: Console) -> None:
         console.print(Text.assemble(label, (f" {printable(note)}", "bold red" if warns else "yellow")))
     for noun in finding.nouns:
         console.print()
-        console.print(_heading(noun, finding.against))
+        console.print(_heading(noun, finding))
         _show_neurons(noun, finding, console)
 
 
@@ -77,14 +77,16 @@ def _answer(finding: Finding) -> Text:
     return text if finding.caption else text.append("(the model said nothing)", style="dim")
 
 
-def _heading(noun: NounFinding, against: str | None) -> Text:
+def _heading(noun: NounFinding, finding: Finding) -> Text:
     """Make the heading of a noun: how it was scored, its probability, its logit and the parts of that."""
     parts = noun.parts
     heading = Text().append(printable(noun.word), style="bold green")
     if noun.n_tokens > 1:
         heading.append(f"  scored at its first of {noun.n_tokens} tokens, {printable(noun.token)!r}", style="dim")
-    if against is not None:
-        heading.append(f"  scores: why not {printable(against)!r}", style="dim")
+    if finding.against is not None:
+        heading.append(f"  scores: why not {printable(finding.against)!r}", style="dim")
+    if finding.baseline != "zero":
+        heading.append(f"  baseline {finding.baseline}: {BASELINES[finding.baseline]}", style="dim")
     heading.append(f"\n  p {noun.probability:.3f}; logit {noun.logit:.2f}: ")
     heading.append(f"FFN {parts.ffn:+.2f} (top {len(noun.neurons)} {parts.top:+.2f}), ")
     heading.append(f"attention {parts.attention:+.2f}, ")
@@ -96,6 +98,7 @@ def _heading(noun: NounFinding, against: str | None) -> Text:
 
 def _table(noun: NounFinding, finding: Finding) -> Table:
     """Make the table of a noun's top neurons."""
+    over = any(found.baseline is not None for found in noun.neurons)
     lost = any(finding.lost_without_image is not None for finding in noun.neurons)
     table = Table(box=None, padding=(0, 1), show_edge=False)
     says = "says" if finding.says == "raw" else f"says, {finding.says}"
@@ -104,12 +107,13 @@ def _table(noun: NounFinding, finding: Finding) -> Table:
             str(found.neuron),
             f"{found.score:+.3f}",
             f"{found.activation:+.2f}",
+            *(["-" if found.baseline is None else f"{found.baseline:+.2f}"] if over else []),
             *(["-" if found.lost_without_image is None else f"{found.lost_without_image:.0%}"] if lost else []),
         ]
         for found in noun.neurons
     ]
     # Numbers are never cut: their columns are as wide as their widest entry, and the tokens get what is left.
-    least = {"neuron": 8, finding.score: 7, "act.": 6, **({"lost": 5} if lost else {})}
+    least = {"neuron": 8, finding.score: 7, "act.": 6, **({"base": 6} if over else {}), **({"lost": 5} if lost else {})}
     for i, (name, width) in enumerate(least.items()):
         width = max([width, *(len(row[i]) for row in rows)])
         table.add_column(name, min_width=width, justify="right" if i else "left", no_wrap=True)

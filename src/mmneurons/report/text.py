@@ -15,6 +15,12 @@ READINGS = {
     "standardised": "the tokens that it pushes hardest next to all neurons, in deviations over them",
 }
 """What a neuron says, in one line for each way to read it."""
+BASELINES = {
+    "zero": "activations as they are",
+    "blank": "what activations have over those of the same answer with a blank image",
+    "reference": "what activations have over their mean where other pictures' answers say other nouns",
+}
+"""What is scored, in one line for each baseline."""
 _MARKS = {" ": "␣", "\n": "⏎", "\r": "␍", "\t": "⇥", "\x7f": "␡"}
 _HIDDEN = {"Cc", "Cf", "Cs", "Zl", "Zp"}  # control, format (also right-to-left overrides), surrogate, separators
 _JOINERS = "\u200c\u200d"  # inside emoji and Indic words they belong to the spelling

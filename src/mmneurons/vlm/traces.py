@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float, Int
@@ -44,6 +44,21 @@ class Trace:
         slots = torch.arange(shape[1], device=self.activations[i].device).expand(shape)
         experts = self.experts[i]
         return slots if experts is None else experts.gather(1, slots // width) * width + slots % width
+
+    def of_all_experts(self) -> Trace:
+        """The same with a slot for every neuron of every expert; those that the router did not ask are at zero.
+
+        To be compared with another state, in which other experts were asked.
+        """
+        activations, experts = list[Tensor](), list[Tensor | None]()
+        for i, (ffn, fired, asked) in enumerate(zip(self.anatomy.ffns, self.activations, self.experts, strict=True)):
+            if asked is not None:
+                every = torch.zeros(len(fired), ffn.size, device=fired.device, dtype=fired.dtype)
+                fired = every.scatter(1, self.neurons(i), fired)
+                asked = torch.arange(ffn.size // ffn.n_neurons, device=asked.device).expand(len(fired), -1)
+            activations.append(fired)
+            experts.append(asked)
+        return replace(self, activations=activations, experts=experts)
 
     def projected(self, i: int, directions: Float[Tensor, "n hidden"]) -> Float[Tensor, "n slots"]:
         """Multiply each slot's column by the direction of its position; each matrix is read once."""
