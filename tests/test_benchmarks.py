@@ -172,3 +172,32 @@ def test_everything_followed_is_the_gradient():
     agreement = {row[0]: row[1] for row in rows[: rows.index(["followed (effect on the logit)", *rows[0][1:]])]}
     assert agreement["FFNs + own attention + pattern"] == agreement["gradient x activation"]
     assert float(agreement["nothing followed"].split()[0]) < float(agreement["FFNs"].split()[0])
+
+
+@pytest.mark.slow
+def test_readings_are_judged_and_a_stopped_run_goes_on(tmp_path):
+    file = tmp_path / "reading.csv"
+    for n in ("1", "2"):
+        done = run("reading.py", str(file), "--n", n, "--n-reference", "4")
+        assert done.returncode == 0, done.stderr
+    assert len({line.split(",")[0] for line in file.read_text().splitlines()[1:]}) == 2
+    assert "1 of 2," not in done.stdout  # it was judged before
+    again = run("reading.py", str(file), "--table")
+    rows = [line.strip("| ").split(" | ") for line in again.stdout.splitlines() if line.startswith("| log")]
+    assert len(rows) == 12 + 12 + 5 + 6
+    assert all(re.match(r"-?\d", cell) for row in rows for cell in row[3:])
+    shares = {(row[0], row[1], row[2]): [float(cell.split()[0]) for cell in row[3:9]] for row in rows[:12]}
+    assert all(0 <= share <= 1 for cells in shares.values() for share in cells[:5])
+
+
+def test_what_counts_as_the_same_stem():
+    program = """
+from reading import same_stem
+assert all(same_stem(noun, token, "x") for noun, token in [
+    ("dog", " Dogs"), ("boat", " boats"), ("elephant", " eleph"), ("swim", "swimming"), ("church", " churches")])
+assert same_stem("dolphin", " dol", " dol") and not same_stem("dolphin", " dol", " d")
+assert not any(same_stem(noun, token, "x") for noun, token in [
+    ("car", " card"), ("dog", " do"), ("cat", "cat1"), ("boat", " boa"), ("pear", " peak"), ("bus", " bush")])
+"""
+    path = os.pathsep.join([str(FOLDER), os.environ.get("PYTHONPATH", "")])
+    subprocess.run([sys.executable, "-c", program], check=True, env={**os.environ, "PYTHONPATH": path})
