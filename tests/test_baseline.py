@@ -212,11 +212,11 @@ def test_saved_and_shown(vlm, sample_paths, tmp_path, capsys, monkeypatch):
     page = (tmp_path / "page.html").read_text(encoding="utf-8")
     assert "over those of the same answer with a blank image" in page
     assert "next to all neurons, in deviations" in page
-    options = ["--baseline", "blank", "--says", "standardised", "--no-maps"]
+    options = ["--baseline", "blank", "--says", "raw", "--no-maps"]
     code, shown, _ = call(capsys, monkeypatch, "find", sample_paths[0], *options)
     assert code == 0
     assert "baseline blank" in shown
-    assert "says, standardised" in shown
+    assert "says, raw" in shown
 
 
 def test_other_images_on_the_command_line(vlm, sample_paths, capsys, tmp_path, monkeypatch):

@@ -178,7 +178,7 @@ def test_everything_followed_is_the_gradient():
 def test_readings_are_judged_and_a_stopped_run_goes_on(tmp_path):
     file = tmp_path / "reading.csv"
     for n in ("1", "2"):
-        done = run("reading.py", str(file), "--n", n, "--n-reference", "4")
+        done = run("reading.py", str(file), "--n", n, "--n-reference", "4", "--similar-every", "1")
         assert done.returncode == 0, done.stderr
     assert len({line.split(",")[0] for line in file.read_text().splitlines()[1:]}) == 2
     assert "1 of 2," not in done.stdout  # it was judged before

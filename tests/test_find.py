@@ -303,7 +303,7 @@ def test_layers_count_the_top_neurons(vlm, images):
 
 def test_says_follows_the_sign_of_the_activation(vlm, images):
     unembed = vlm.model.lm_head.weight * vlm.model.model.language_model.norm.weight
-    found = mmn.find(vlm, images[0], top=200)
+    found = mmn.find(vlm, images[0], top=200, says="raw")
     assert any(n.activation < 0 for n in found.nouns[0].neurons)
     for n in found.nouns[0].neurons:
         column = vlm.model.model.language_model.layers[n.neuron.layer].mlp.down_proj.weight[:, n.neuron.index]

@@ -26,7 +26,7 @@ def read(vlm):
 
 
 def test_a_neuron_promotes_and_suppresses_what_its_column_gives(vlm, columns, read):
-    card = mmn.explain_neuron(vlm, "L0.u945", n_tokens=7, n_neighbours=0)
+    card = mmn.explain_neuron(vlm, "L0.u945", n_tokens=7, n_neighbours=0, says="raw")
     order = read(columns[945]).argsort(descending=True).tolist()
     assert card.tokens == tuple(vlm.token_text(i) for i in order[:7])
     assert card.suppressed == tuple(vlm.token_text(i) for i in order[::-1][:7])
@@ -50,7 +50,7 @@ def test_neighbours_are_the_largest_cosines_of_the_whole_model(vlm, columns):
 
 
 def test_neurons_of_a_word_are_those_a_full_search_finds(vlm, columns, read):
-    found = mmn.neurons_for(vlm, "dog", top=5)
+    found = mmn.neurons_for(vlm, "dog", top=5, says="raw")
     assert found.token == " dog"
     gamma = vlm.model.model.language_model.norm.weight.detach()
     direction = gamma * vlm.model.lm_head.weight.detach()[found.token_id]
@@ -117,5 +117,5 @@ def test_a_column_counts_as_it_comes_through_the_norm_after_its_ffn(tiny):
         float(torch.nn.functional.cosine_similarity(through, direction, dim=0)), abs=1e-5
     )
     read = model.anatomy.unembed @ (model.anatomy.norm.weight * through)
-    card = mmn.explain_neuron(model, "L1.u4", n_tokens=3)
+    card = mmn.explain_neuron(model, "L1.u4", n_tokens=3, says="raw")
     assert card.tokens == tuple(f"<{i}>" for i in read.topk(3).indices.tolist())

@@ -109,7 +109,8 @@ def test_a_patch_is_read_before_and_after_by_one_yardstick_the_unedited_models(v
     (change,) = during.changes
     assert change.before == tuple(vlm.token_text(i) for i in slow[4 * 1024 + 3].topk(10).indices.tolist())
     assert change.after[0] == " cat"
-    assert "read standardised: the tokens that it pushes hardest" in patch_text(during)
+    assert "read raw: the tokens that its column pushes most" in patch_text(describe_patch(patch, own, says="raw"))
+    assert "read" not in patch_text(during)
 
 
 def raw_table(vlm: VLM) -> Tensor:

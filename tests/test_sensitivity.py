@@ -28,7 +28,7 @@ def told(vlm, item):
 
 
 def test_blank_images_are_read_as_find_reads_them(vlm, scene, told):
-    finding = mmn.find(vlm, scene.image, blank=True)
+    finding = mmn.find(vlm, scene.image, blank=True, says="raw")
     for noun, mine in zip(finding.nouns, told, strict=True):
         assert mine.word == noun.word
         assert mine.lost_blank == pytest.approx([n.lost_without_image for n in noun.neurons], rel=1e-4, abs=1e-5)

@@ -131,9 +131,9 @@ class FindSettings(Question):
     score: Score = "logit"
     """How neurons are scored: by the logits of the noun that they wrote (logit), by how far they push its log
     probability, to first order (logprob), or as in the paper's released code (paper); see docs/method.md."""
-    says: Says = "raw"
-    """What the tokens of a neuron are: those that its column pushes most, as in the paper (raw), or those that it
-    pushes hardest next to all neurons of the model (standardised)."""
+    says: Says = "standardised"
+    """What the tokens of a neuron are: those that it pushes hardest next to all neurons of the model (standardised), or
+    those that its column pushes most, as in the paper (raw)."""
     baseline: Baseline | MeanActivations = "zero"
     """What activations are compared with: nothing, as in the paper (zero), the same answer read with a blank image
     (blank), or other pictures' answers where they say other nouns (a `mmneurons.Reference`)."""

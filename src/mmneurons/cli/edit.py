@@ -181,7 +181,7 @@ def show(
     n: Annotated[
         int, typer.Option("--top", min=1, help="How many neurons are listed, the ones that change most first.")
     ] = 20,
-    says: Reading = "raw",
+    says: Reading = "standardised",
 ) -> None:
     """Show what a patch changes.
 

@@ -187,7 +187,7 @@ def neuron(
         int, typer.Option(min=1, help="How many tokens are listed for each sign of its activation.")
     ] = 10,
     neighbours: Annotated[int, typer.Option(min=0, help="How many of the neurons most like it are listed.")] = 10,
-    says: Reading = "raw",
+    says: Reading = "standardised",
     json_path: Json = None,
 ) -> None:
     """Show what a neuron says whenever it fires.
@@ -215,7 +215,7 @@ def word(
         str, typer.Argument(metavar="WORD", help="The word; if it has several tokens, the first of them counts.")
     ],
     top: Annotated[int, typer.Option(min=1, help="How many neurons are listed.")] = 10,
-    says: Reading = "raw",
+    says: Reading = "standardised",
     json_path: Json = None,
 ) -> None:
     """Show the neurons that say a word.

@@ -52,7 +52,7 @@ Json = Annotated[
 Images = Annotated[list[str] | None, typer.Argument(metavar="IMAGE...", help="Image files. Default: a sample image.")]
 Reading = Annotated[
     Literal["standardised", "raw"],
-    typer.Option("--says", help="How words are read off a column: as they are, or next to all neurons of the model."),
+    typer.Option("--says", help="How words are read off a column: next to all neurons of the model, or as they are."),
 ]
 GOES_ON = "the same command goes on from here"
 """What is said to who stops a command whose results are kept as they come."""

@@ -51,7 +51,7 @@ class NeuronCard:
     """What it pushes down then, strongest first."""
     neighbours: tuple[Neighbour, ...]
     """The neurons of the whole model with the largest cosines, of either sign, largest first."""
-    says: Says = "raw"
+    says: Says = "standardised"
     """How its tokens were read."""
 
     def __repr__(self) -> str:
@@ -89,7 +89,7 @@ class WordNeurons:
     token_id: int
     neurons: tuple[WordNeuron, ...]
     """Lowest rank first; of the same rank, the largest cosine of either sign."""
-    says: Says = "raw"
+    says: Says = "standardised"
     """How their tokens were read, and ranks told."""
 
     def __repr__(self) -> str:
@@ -103,7 +103,7 @@ class WordNeurons:
 
 @by_one_thread
 def explain_neuron(
-    vlm: VLM, neuron: str | Neuron, *, n_tokens: int = 10, n_neighbours: int = 10, says: Says = "raw"
+    vlm: VLM, neuron: str | Neuron, *, n_tokens: int = 10, n_neighbours: int = 10, says: Says = "standardised"
 ) -> NeuronCard:
     """What a neuron promotes and suppresses, how long its column is, and which neurons are like it.
 
@@ -144,7 +144,7 @@ def explain_neuron(
 
 
 @by_one_thread
-def neurons_for(vlm: VLM, word: str, *, top: int = 10, says: Says = "raw") -> WordNeurons:
+def neurons_for(vlm: VLM, word: str, *, top: int = 10, says: Says = "standardised") -> WordNeurons:
     """The neurons of the whole model whose columns point to a word: no image, one read of every `w_out`.
 
     Of the columns with the largest cosines to the word's direction, those come first that promote fewest other tokens

@@ -138,7 +138,7 @@ class Finding:
     nouns: tuple[NounFinding, ...]
     notes: tuple[str, ...] = ()
     """What a reader should be told: how the image was read, that there is no patch grid, that nothing was found."""
-    says: Says = "raw"
+    says: Says = "standardised"
     """How the tokens of its neurons were read."""
     baseline: BaselineName = "zero"
     """What activations were compared with: nothing, a blank image, or a reference's answers."""

@@ -181,7 +181,7 @@ def sensitivity(
         ImageError: the image, or a mask, cannot be read or used.
     """
     image = item.image()
-    choices = FindSettings(**asdict(question), top=top, score=score, maps=True, blank=True)
+    choices = FindSettings(**asdict(question), top=top, score=score, says="raw", maps=True, blank=True)
     captions = None if item.caption is None else [item.caption]
     # 1. The neurons of each noun, as `find` finds them.
     (batch,) = ask(vlm, [image], question, captions=captions, recorder=partial(record, gates=score == "paper"))

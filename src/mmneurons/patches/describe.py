@@ -59,7 +59,9 @@ class PatchDescription:
 
 
 @torch.no_grad()
-def describe_patch(patch: Patch, vlm: VLM | None = None, n_tokens: int = 10, says: Says = "raw") -> PatchDescription:
+def describe_patch(
+    patch: Patch, vlm: VLM | None = None, n_tokens: int = 10, says: Says = "standardised"
+) -> PatchDescription:
     """Say what a patch changes.
 
     Args:

@@ -37,7 +37,7 @@ def patch_text(description: PatchDescription, listed: int | None = LISTED) -> st
     shown = description.changes[:listed]
     if shown:
         lines += ["", *_table(shown)]
-    if shown and description.says == "standardised":
+    if shown and description.says == "raw":
         lines.append(f"read {description.says}: {READINGS[description.says]}")
     if len(shown) < n:
         lines.append(f"... and {n - len(shown)} more")

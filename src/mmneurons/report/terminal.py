@@ -101,7 +101,7 @@ def _table(noun: NounFinding, finding: Finding) -> Table:
     over = any(found.baseline is not None for found in noun.neurons)
     lost = any(finding.lost_without_image is not None for finding in noun.neurons)
     table = Table(box=None, padding=(0, 1), show_edge=False)
-    says = "says" if finding.says == "raw" else f"says, {finding.says}"
+    says = "says" if finding.says == "standardised" else f"says, {finding.says}"
     rows = [
         [
             str(found.neuron),
