@@ -596,7 +596,7 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_patch(vlm, scenes, tmp_path)
     [
         ([["dog"]], {}, SettingError, "1 lists"),
         (None, {"say": "thing"}, WordError, "3 tokens, and one must do"),
-        (None, {"payoff": 1.0}, SettingError, "payoff is above 1"),
+        (None, {"payoff": 1.0}, SettingError, "payoff=1.0"),
         (None, {"blocks": 9}, SettingError, "The model has 5 blocks"),
         ("said", {}, SettingError, "are all present"),
         ("others", {}, SettingError, "or it names none"),
