@@ -1,4 +1,4 @@
-"""Why the numbers of docs/results.md are what they are, block by block: dependence on the image, and maps on objects.
+"""Dependence on the image and maps on objects, block by block: the reasons in docs/measurements/results.md.
 
 python benchmarks/blocks.py
 """

@@ -1,4 +1,4 @@
-"""Edits of the pocket model, judged: every figure of docs/results.md, Editing.
+"""Edits of the pocket model, judged: every figure of docs/measurements/results.md, Editing.
 
     python benchmarks/edits.py pairs DIR     # the 30 pairs; or closed, optimised, rivals, removal, many, cost
     python benchmarks/edits.py table DIR     # what DIR holds, as Markdown

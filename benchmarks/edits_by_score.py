@@ -1,4 +1,4 @@
-"""Edits of the columns that each score ranks first for SOURCE, judged: docs/results.md, Edits chosen by score.
+"""Edits of the columns that each score ranks first for SOURCE, judged: a table of docs/measurements/results.md.
 
     python benchmarks/edits_by_score.py DIR          # goes on where it was stopped
     python benchmarks/edits.py table DIR             # what DIR holds, as Markdown

@@ -3,7 +3,7 @@
     python benchmarks/find.py                      about twenty minutes on two cores, no download
     python benchmarks/find.py --quick --out FILE   toy sizes: shows that it runs, measures nothing
 
-Writes its tables between the markers of docs/benchmarks.md, which says what each number means.
+Writes its tables between the markers of docs/measurements/benchmarks.md, which says what each number means.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
     python benchmarks/finders.py                      about ten minutes on a busy core, no download
     python benchmarks/finders.py --quick --out FILE   one round: shows that it runs, measures nothing
 
-Writes its tables between the markers of docs/benchmarks.md, which says what each number means.
+Writes its tables between the markers of docs/measurements/benchmarks.md, which says what each number means.
 """
 
 from __future__ import annotations

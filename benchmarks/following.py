@@ -1,4 +1,4 @@
-"""Scores that follow the later blocks without autograd, against the true effects: tables of docs/theory.md.
+"""Scores that follow later blocks without autograd, against the true effects: tables of docs/measurements/theory.md.
 
 python benchmarks/following.py
 """

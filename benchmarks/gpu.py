@@ -5,7 +5,7 @@
     python benchmarks/gpu.py --edits              edits instead; between markers of its own
     python benchmarks/gpu.py --quick --out FILE   toy sizes on the CPU: shows that it runs, measures nothing
 
-Writes its tables between its markers in docs/benchmarks.md, which says what each number means.
+Writes its tables between its markers in docs/measurements/benchmarks.md, which says what each number means.
 """
 
 from __future__ import annotations

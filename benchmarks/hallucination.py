@@ -1,4 +1,4 @@
-"""Hallucinations of the pocket model lowered: every figure of docs/results.md, Hallucination.
+"""Hallucinations of the pocket model lowered: every figure of docs/measurements/results.md, Hallucination.
 
     python benchmarks/hallucination.py DIR 8000 half
 

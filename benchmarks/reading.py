@@ -1,4 +1,4 @@
-"""Can a person read the neurons that `find` lists? Every score, baseline and reading, judged by rule: docs/reading.md.
+"""Can a person read what `find` lists? Scores, baselines and readings, judged by rule: docs/measurements/reading.md.
 
     python benchmarks/reading.py OUT.csv                                   # the pocket model on pocket:find-500
     python benchmarks/reading.py OUT.csv --model photo --images pictures.csv --folder pictures --split val judge

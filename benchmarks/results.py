@@ -1,4 +1,4 @@
-"""Put what was measured into docs/results.md: the tables that matter, and every figure as CSV beside the page.
+"""Put what was measured into docs/measurements/results.md: the tables that matter, and all figures as CSV beside it.
 
 python benchmarks/results.py inspection
 
@@ -14,8 +14,8 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
-PAGE = Path(__file__).parents[1] / "docs" / "results.md"
-DATA = Path(__file__).parents[1] / "docs" / "results"
+PAGE = Path(__file__).parents[1] / "docs" / "measurements" / "results.md"
+DATA = Path(__file__).parents[1] / "docs" / "measurements" / "results"
 """The CSV files, one for each table of `mmneurons inspect` and for each that is read from Markdown."""
 NUMBERS = (
     re.compile(r"(?P<mean>-?[\d.]+)"),

@@ -17,7 +17,7 @@ import torch
 from mmneurons.vlm import provenance
 
 HOME = Path(__file__).parents[1]
-PAGE = HOME / "docs" / "benchmarks.md"
+PAGE = HOME / "docs" / "measurements" / "benchmarks.md"
 
 Table = defaultdict[str, dict[str, str]]
 """Row name -> column name -> cell."""

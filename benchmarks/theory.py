@@ -1,4 +1,4 @@
-"""How far the assumptions behind the scores hold: the tables of docs/theory.md.
+"""How far the assumptions behind the scores hold: the tables of docs/measurements/theory.md.
 
 python benchmarks/theory.py --images pocket:find-500 --limit 20
 """

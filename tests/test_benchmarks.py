@@ -155,7 +155,7 @@ def test_results_are_laid_out_between_their_markers_and_kept_as_csv(tmp_path):
 
 
 def test_the_page_of_results_is_what_its_csv_files_say(tmp_path):
-    docs = FOLDER.parent / "docs"
+    docs = FOLDER.parent / "docs" / "measurements"
     page = tmp_path / "results.md"
     page.write_text((docs / "results.md").read_text(encoding="utf-8"), encoding="utf-8")
     assert lay_out(page, docs / "results") == (docs / "results.md").read_text(encoding="utf-8")

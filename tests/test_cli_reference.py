@@ -1,6 +1,7 @@
-"""docs/cli.md is what the commands say of themselves.
+"""docs/reference/cli.md is what the commands say of themselves.
 
-`python -m typer src/mmneurons/cli/__init__.py utils docs --name mmneurons --output docs/cli.md` writes it anew.
+Written anew by
+`python -m typer src/mmneurons/cli/__init__.py utils docs --name mmneurons --output docs/reference/cli.md`.
 """
 
 from __future__ import annotations
@@ -18,4 +19,6 @@ def test_the_reference_is_that_of_the_commands(tmp_path):
         [*command, "--output", tmp_path / "cli.md"], cwd=ROOT, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
-    assert (tmp_path / "cli.md").read_text(encoding="utf-8") == (ROOT / "docs" / "cli.md").read_text(encoding="utf-8")
+    assert (tmp_path / "cli.md").read_text(encoding="utf-8") == (ROOT / "docs" / "reference" / "cli.md").read_text(
+        encoding="utf-8"
+    )

@@ -27,8 +27,8 @@ from mmneurons.neurons import Neuron
 
 ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "src" / "mmneurons"
-DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-METHOD, FORMAT = ROOT / "docs" / "method.md", ROOT / "docs" / "format.md"
+DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+METHOD, FORMAT = ROOT / "docs" / "reference" / "method.md", ROOT / "docs" / "reference" / "format.md"
 JSON_TYPES = {
     "text": str,
     "integer": int,
@@ -213,7 +213,7 @@ def test_commands_and_options_exist(path):
 
 
 def documented() -> dict[str, tuple[str, bool]]:
-    """Every field of docs/format.md by its path: its type, and whether it can be absent."""
+    """Every field of docs/reference/format.md by its path: its type, and whether it can be absent."""
     fields: dict[str, tuple[str, bool]] = {}
     prefix = None
     for line in read(FORMAT).splitlines():

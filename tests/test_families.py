@@ -1,6 +1,6 @@
-"""Every family of docs/models.md: its parts are found, its numbers are exact, and `doctor` notices what is misread.
+"""Every family of docs/reference/models.md: its parts are found, its numbers exact, and `doctor` notices misreadings.
 
-`python tests/test_families.py` writes the tables of docs/models.md anew.
+`python tests/test_families.py` writes the tables of docs/reference/models.md anew.
 """
 
 from __future__ import annotations
@@ -785,7 +785,7 @@ def test_a_family_that_is_not_supported_is_refused(name):
 
 # The page: `python tests/test_families.py` writes its tables anew
 
-PAGE = Path(__file__).parents[1] / "docs" / "models.md"
+PAGE = Path(__file__).parents[1] / "docs" / "reference" / "models.md"
 BEGIN, END = "<!-- begin: tests/test_families.py -->\n", "<!-- end: tests/test_families.py -->"
 TABLES = re.compile(f"(?<={BEGIN}).*?(?={END})", re.DOTALL)
 COLUMNS = ("Type", "Class", "Blocks", "`w_out`", "Activation", "Write-back", "Final norm", "Logits", "Head")
@@ -880,7 +880,9 @@ def tables() -> str:
 
 def test_the_page_is_what_its_command_writes():
     (shown,) = TABLES.findall(PAGE.read_text(encoding="utf-8"))
-    assert shown == tables(), "docs/models.md is out of date; write its tables anew: python tests/test_families.py"
+    assert shown == tables(), (
+        "docs/reference/models.md is out of date; write its tables anew: python tests/test_families.py"
+    )
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Whole models whose weights come in other forms: LoRA, 8 and 4 bits, off-loaded; and models that were changed before.
 
-`python tests/test_forms.py` writes the table of end-to-end differences into docs/models.md.
+`python tests/test_forms.py` writes the table of end-to-end differences into docs/reference/models.md.
 """
 
 from __future__ import annotations
@@ -233,14 +233,14 @@ def table() -> str:
 
 
 def test_the_page_has_the_table():
-    text = (Path(__file__).parents[1] / "docs" / "models.md").read_text(encoding="utf-8")
+    text = (Path(__file__).parents[1] / "docs" / "reference" / "models.md").read_text(encoding="utf-8")
     assert text.count(BEGIN) == text.count(END) == 1
     for name in QUANTISED:
         assert f"| {name} |" in text, "write it anew: python tests/test_forms.py"
 
 
 if __name__ == "__main__":
-    page = Path(__file__).parents[1] / "docs" / "models.md"
+    page = Path(__file__).parents[1] / "docs" / "reference" / "models.md"
     before, _, rest = page.read_text(encoding="utf-8").partition(BEGIN)
     _, _, after = rest.partition(END)
     page.write_text(f"{before}{BEGIN}\n{table()}\n{END}{after}", encoding="utf-8")

@@ -138,7 +138,7 @@ def test_every_drawing_has_a_source_that_notice_names():
 
 
 def test_the_pocket_model_names_what_its_samples_show(vlm):
-    """Not a measurement (docs/pocket.md has those): a model that lost its weights or its prompt fails here."""
+    """Not a measurement (docs/reference/pocket.md has those): a model without its weights or prompt fails here."""
     from mmneurons.words import says
 
     made = [pocket.scene(seed) for seed in range(40)]

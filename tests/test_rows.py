@@ -16,7 +16,7 @@ from mmneurons.maths.statistics import Estimate
 from mmneurons.metrics.regions import RegionMatch
 from mmneurons.metrics.similarity import Meaning
 
-FORMAT = Path(__file__).parents[1] / "docs" / "format.md"
+FORMAT = Path(__file__).parents[1] / "docs" / "reference" / "format.md"
 KINDS = {"string": str, "int64": int, "double": float, "boolean": bool}
 SCHEMAS = {
     "sensitivity": SensitivityRow,

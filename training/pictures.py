@@ -1,4 +1,4 @@
-"""Draw the pictures of docs/pocket.md: curves of training, recall against drawings, scenes with what is said of them.
+"""Draw the pictures of docs/reference/pocket.md: curves of training, recall against drawings, captioned scenes.
 
     python training/pictures.py --model FOLDER
 
@@ -24,7 +24,7 @@ from mmneurons.pocket import Scene, scenes
 from mmneurons.words import says
 
 HERE = Path(__file__).parent
-DOCS = HERE.parent / "docs"
+DOCS = HERE.parent / "docs" / "reference"
 FIRST_SEED = 600_000_000
 """Neither evaluation nor training draws these scenes."""
 

@@ -130,7 +130,7 @@ class FindSettings(Question):
     """How many neurons are listed for each noun."""
     score: Score = "logit"
     """How neurons are scored: by the logits of the noun that they wrote (logit), by how far they push its log
-    probability, to first order (logprob), or as in the paper's released code (paper); see docs/method.md."""
+    probability, to first order (logprob), or as in the paper's released code (paper); see docs/reference/method.md."""
     says: Says = "standardised"
     """What the tokens of a neuron are: those that it pushes hardest next to all neurons of the model (standardised), or
     those that its column pushes most, as in the paper (raw)."""
@@ -179,7 +179,7 @@ class EditSettings(Question):
 
     method: Method = "selective"
     """How the change is found: in closed form, sparing what the reference answers rely on (selective), as the smallest
-    change in closed form (closed_form), or by gradient descent (optimised); see docs/edit.md."""
+    change in closed form (closed_form), or by gradient descent (optimised); see docs/guide/edit.md."""
     top: int = setting(400, at_least=1)
     """How many columns the edit moves: the ones that contribute most to SOURCE."""
     blocks: Blocks = setting(1, at_least=1)
@@ -203,7 +203,7 @@ class InspectSettings(Question):
     """How `inspect` ranks neurons."""
 
     score: Score = "logit"
-    """The score of `find` by which neurons are ranked; see docs/method.md."""
+    """The score of `find` by which neurons are ranked; see docs/reference/method.md."""
     top: int = setting(10, at_least=1)
     """How many top neurons of each noun are tested (sensitivity only)."""
     seed: int = 0

@@ -1,4 +1,4 @@
-"""Tiny random models of the families that docs/models.md lists."""
+"""Tiny random models of the families that docs/reference/models.md lists."""
 
 import inspect
 import sys

@@ -26,7 +26,7 @@ Perturb = Callable[[PreTrainedModel, Inputs, int, int], Inputs]
 
 @dataclass(frozen=True)
 class Family:
-    """One row of docs/models.md."""
+    """One row of docs/reference/models.md."""
 
     name: str
     """As transformers calls the type of model; variants in brackets: "blip-2 (opt)"."""

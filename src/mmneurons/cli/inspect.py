@@ -30,7 +30,9 @@ def inspect_(
     settings: InspectSettings,
     images: Annotated[
         str,
-        typer.Option(help="The images: a folder, a manifest, COCO instances (docs/inspect.md), or pocket:find-500."),
+        typer.Option(
+            help="The images: a folder, a manifest, COCO instances (docs/guide/inspect.md), or pocket:find-500."
+        ),
     ],
     out_folder: Annotated[Path, typer.Option("--out", metavar="DIR", help="The folder in which results are kept.")],
     what: Annotated[

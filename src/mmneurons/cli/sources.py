@@ -15,7 +15,7 @@ from mmneurons.files import read_text
 if TYPE_CHECKING:
     from mmneurons.vlm.vlm import VLM
 
-SOURCES = "A folder, a manifest or COCO instances (docs/inspect.md), image files, or pocket:SET."
+SOURCES = "A folder, a manifest or COCO instances (docs/guide/inspect.md), image files, or pocket:SET."
 NAMED = 10
 """How many of the images that cannot be used are named."""
 Texts = Annotated[

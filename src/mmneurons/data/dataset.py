@@ -1,7 +1,7 @@
 """The images that an experiment runs over, with the objects that are truly in them where those are known.
 
-They come from a folder of images, a manifest (docs/format.md), COCO instances, or an evaluation set of the pocket world
-such as `pocket:find-500`.
+They come from a folder of images, a manifest (docs/reference/format.md), COCO instances, or an evaluation set of
+the pocket world such as `pocket:find-500`.
 """
 
 from __future__ import annotations

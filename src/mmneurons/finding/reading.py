@@ -1,7 +1,7 @@
 """What neurons say: their columns as the head reads them, raw or measured against how hard all neurons push a token.
 
 A token that every neuron pushes hard leads every raw list, and tells nothing of the neuron. Standardised, its push is
-told in deviations over all neurons of the model: docs/method.md.
+told in deviations over all neurons of the model: docs/reference/method.md.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """What `find` found, as data: plain numbers and words, no tensors; to JSON and back without torch.
 
-The JSON form is described in docs/format.md.
+The JSON form is described in docs/reference/format.md.
 """
 
 from __future__ import annotations
@@ -164,7 +164,7 @@ class Finding:
         )
 
     def rows(self) -> list[Row]:
-        """One flat row for each neuron of each noun, for a data frame or a table; the columns are in docs/format.md."""
+        """One flat row for each neuron of each noun, for a data frame; the columns are in docs/reference/format.md."""
         return list(rows_of(self))
 
     def __repr__(self) -> str:

@@ -1,6 +1,6 @@
 """Findings as a flat table: one row for each neuron of each noun.
 
-The columns are those of docs/format.md.
+The columns are those of docs/reference/format.md.
 """
 
 from __future__ import annotations

@@ -77,7 +77,7 @@ class NounCausal:
     outcomes: tuple[Outcome, ...]
 
     def rows(self, image: str = "", noun: int = 0) -> Iterator[CausalRow]:
-        """Yield a row for each disturbance, k, set of neurons and measure; the columns are those of docs/format.md.
+        """Yield a row for each disturbance, k, set of neurons and measure; columns: docs/reference/format.md.
 
         Args:
             image: The name of the image, for its column.

@@ -87,7 +87,7 @@ class NounTruth:
     """Of each finder (and `TRUE_EFFECT`) the top 10: for each neuron the ten tokens that it promotes most."""
 
     def rows(self, image: str = "", noun: int = 0) -> Iterator[FinderRow]:
-        """Yield a row for each finder and measure; the columns are those of docs/format.md.
+        """Yield a row for each finder and measure; the columns are those of docs/reference/format.md.
 
         Args:
             image: The name of the image, for its column.

@@ -1,6 +1,6 @@
 """Flat rows hold what experiments found; tables are made of their means, image by image.
 
-The columns are those of docs/format.md.
+The columns are those of docs/reference/format.md.
 """
 
 from __future__ import annotations

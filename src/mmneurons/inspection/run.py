@@ -77,7 +77,7 @@ class Inspection:
     def rows(self, experiment: Experiment) -> list[Any]:
         """List what an experiment found as flat rows, in order of images; none if it was not run.
 
-        The columns are those of docs/format.md.
+        The columns are those of docs/reference/format.md.
         """
         found = getattr(self, experiment)
         if found is None:

@@ -99,7 +99,7 @@ class NounSensitivity:
         return _share_that_loses_half(self.lost_other)
 
     def rows(self, image: str = "", noun: int = 0) -> Iterator[SensitivityRow]:
-        """Yield a row for each measure, set of neurons and k; the columns are those of docs/format.md.
+        """Yield a row for each measure, set of neurons and k; the columns are those of docs/reference/format.md.
 
         Args:
             image: The name of the image, for its column.

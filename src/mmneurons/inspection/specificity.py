@@ -71,7 +71,7 @@ class Specificity:
     """For k = 10, 100: share of the top k of all nouns that lies in each block."""
 
     def rows(self) -> Iterator[SpecificityRow]:
-        """Yield a row for each concept, each two of them, and each block; the columns are those of docs/format.md."""
+        """Yield a row for each concept, each two of them, and each block; columns: docs/reference/format.md."""
         for measure, k, concept, other, block, value in self._measures():
             yield SpecificityRow(measure=measure, k=k, concept=concept, other=other, block=block, value=value)
 

@@ -1,6 +1,6 @@
 """Read-out directions: what a vector that is written into the residual stream does to the logit of a token.
 
-The functions take the final norm as data (`Norm`) and rows of the unembedding; see docs/method.md.
+The functions take the final norm as data (`Norm`) and rows of the unembedding; see docs/reference/method.md.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Write and read patches as files: safetensors with a JSON header, written whole or not at all, read with suspicion.
 
-`Patch.save` and `Patch.load` call these functions; the format is that of docs/format.md.
+`Patch.save` and `Patch.load` call these functions; the format is that of docs/reference/format.md.
 """
 
 from __future__ import annotations

@@ -133,7 +133,7 @@ class Patch:
         return file.read(path)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the patch to a file, whole or not at all; the same patch gives the same bytes (docs/format.md).
+        """Write the patch to a file, whole or not at all; the same patch, the same bytes (docs/reference/format.md).
 
         Raises:
             SettingError: the file cannot be written.
