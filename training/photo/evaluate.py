@@ -38,7 +38,9 @@ QUESTION = Question(max_new_tokens=9, batch_size=8)
 """Nine tokens hold two nouns."""
 
 
-def judged(vlm: VLM, pictures: Sequence[Picture], likeliest: Sequence[set[str]], trained: set[str]) -> dict[str, Any]:
+def judged(
+    vlm: VLM, pictures: Sequence[Picture], likeliest: Sequence[set[str]], trained: set[str], words: Vocabulary
+) -> dict[str, Any]:
     """How often captions name the noun, over pictures and over nouns.
 
     Args:
@@ -46,15 +48,16 @@ def judged(vlm: VLM, pictures: Sequence[Picture], likeliest: Sequence[set[str]],
         pictures: With their nouns.
         likeliest: Of each picture, the nouns of EfficientNet's five likeliest classes.
         trained: Nouns that photographs taught.
+        words: The nouns of which the one that most captions hold is looked for.
     """
     captions = texts_of(vlm, [opened(picture) for picture in pictures], QUESTION)
     by: dict[str, list[tuple[bool, bool]]] = defaultdict(list)
-    said = Counter(captions)
+    said = Counter(noun for caption in captions for noun in set(words.named(caption)))
     for picture, caption in zip(pictures, captions, strict=True):
         by[picture.noun].append((names(caption, picture.noun, strict=True), names(caption, picture.noun)))
     rows = [row for mine in by.values() for row in mine]
     shares = {noun: sum(ok for _, ok in mine) / len(mine) for noun, mine in by.items()}
-    often, n_often = said.most_common(1)[0]
+    often, n_often = said.most_common(1)[0] if said else ("", 0)
     return {
         "pictures": len(pictures),
         "nouns": len(by),
@@ -177,6 +180,7 @@ def main() -> None:
         with_projector(vlm, options.projector)
     trained = {picture.noun for picture in pictures if picture.split == "train"}
     many = Counter(picture.noun for picture in pictures if picture.split == "train")
+    words = Vocabulary([{picture.noun for picture in pictures}.union(*class_names())])
     sets = {
         "val": [p for p in pictures if p.split == "val" and many[p.noun] >= 20],
         "imagenette, nouns of photographs": [p for p in pictures if "imagenette" in p.path.name and p.noun in trained],
@@ -187,7 +191,7 @@ def main() -> None:
     for name, mine in sets.items():
         start, mine = time.time(), mine[:: max(1, -(-len(mine) // options.limit))]
         if mine:
-            measured[name] = judged(vlm, mine, likeliest_nouns(vlm, mine), trained)
+            measured[name] = judged(vlm, mine, likeliest_nouns(vlm, mine), trained, words)
             shown = {
                 key: value for key, value in measured[name].items() if key not in ("by_noun", "never_a_photograph")
             }
