@@ -176,7 +176,7 @@ def test_what_has_no_baseline_is_told(vlm, random_vlm, reference, sample_paths):
         mmn.find(vlm, inputs=vlm.encode([open_image(sample_paths[0]).image]), baseline="blank")
     with pytest.raises(SettingError, match="gates"):
         mmn.find(vlm, sample_paths[0], score="paper", baseline=reference)
-    with pytest.raises(ModelError, match="of another model"):
+    with pytest.raises(ModelError, match="made with other weights"):
         mmn.find(random_vlm, sample_paths[0], caption="a dog", baseline=reference)
     only = mmn.make_reference(vlm, [], ["A dog is a kind of animal."])
     with pytest.raises(SettingError, match=r"(?s)says no noun but 'dog'.*make_reference"):

@@ -237,12 +237,18 @@ def test_what_is_stopped_half_way_leaves_nothing(parts):
     assert (cache.kept(lambda folder: shutil.copy(__file__, folder / "config.json")) / "config.json").is_file()
 
 
-def test_a_folder_that_lost_its_config_is_made_anew(parts):
+@pytest.mark.parametrize("damage", ["lost", "cut", "unsealed"])
+def test_a_folder_that_is_not_whole_is_made_anew(parts, damage):
     place = cache.kept(lambda folder: (folder / "config.json").write_text("{}"))
-    (place / "config.json").rename(place / "half.json")
+    assert place.stat().st_mode & 0o055 == 0o055, "others can read it"
+    if damage == "lost":
+        (place / "config.json").rename(place / "half.json")
+    else:
+        (place / {"cut": "config.json", "unsealed": cache.SEAL}[damage]).write_text("")
     again = cache.kept(lambda folder: (folder / "config.json").write_text("{}"))
     assert again == place
-    assert [path.name for path in place.iterdir()] == ["config.json"]
+    assert (place / "config.json").read_text() == "{}"
+    assert {path.name for path in place.iterdir()} == {"config.json", cache.SEAL}
 
 
 def test_two_at_once_make_it_once(parts):

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import copy
 import warnings
-from typing import cast
+from typing import Any, cast
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from test_forms import PLACES, load_quantised
 from test_show import toy
 from torch import Tensor
@@ -171,6 +172,24 @@ def test_it_is_measured_once_and_anew_where_weights_change(random_vlm, monkeypat
         own.model.model.language_model.norm.weight.mul_(torch.linspace(0.5, 2, own.anatomy.hidden))
     agrees(yardstick_of(own), own, pushes(own))
     assert not torch.equal(yardstick_of(own).deviations, first.deviations)
+
+
+def test_each_decoder_tokens_and_adapters_have_their_own_yardstick(random_vlm, monkeypatch):
+    """None of these changes a weight: it is still another set of columns, or of tokens, that is measured."""
+    own = fresh(random_vlm)
+    whole = yardstick_of(own)
+    fewer = own.n_tokens - 50
+    with monkeypatch.context() as patched:
+        patched.setattr(VLM, "n_tokens", property(lambda vlm: fewer))
+        assert len(yardstick_of(own).deviations) == fewer
+    assert yardstick_of(own) is whole
+    config = LoraConfig(r=2, target_modules=[own.anatomy.ffns[0].name], init_lora_weights=False)
+    adapted = get_peft_model(copy.deepcopy(own.model), config)
+    on = mmn.load(adapted, processor=own.processor)
+    first = yardstick_of(on)
+    cast("Any", adapted.base_model).disable_adapter_layers()
+    assert not torch.equal(yardstick_of(on).deviations, first.deviations)
+    torch.testing.assert_close(yardstick_of(on).deviations, whole.deviations)
 
 
 def test_a_token_that_all_neurons_push_alike_is_said_by_none(random_vlm):

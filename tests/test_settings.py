@@ -70,6 +70,9 @@ def test_the_options_of_a_command_are_the_fields_and_say_what_they_say(name):
         (Question, {"prompt": ["What?"]}, "one text each"),
         (FindSettings, {"top": 0}, "top=0"),
         (FindSettings, {"top": float("nan")}, "top=nan"),
+        (FindSettings, {"top": 2.5}, "whole number"),
+        (EditSettings, {"top": True}, "top=True"),
+        (InspectSettings, {"seed": -1}, "seed=-1"),
         (FindSettings, {"score": "loudness"}, "(?s)no score 'loudness'.*logit, logprob, paper"),
         (FindSettings, {"words": ["dog"], "token_ids": [3]}, "not both"),
         (EditSettings, {"blocks": 0}, "blocks=0"),
@@ -91,6 +94,7 @@ def test_arguments_go_over_settings():
     chosen = settled(FindSettings, FindSettings(top=3, score="logprob"), {"top": 5})
     assert chosen == FindSettings(top=5, score="logprob")
     assert settled(FindSettings, None, {"words": "dog"}).words == ("dog",)
+    assert [one.prompt for one in EditSettings(wordings="What?").questions][1:] == ["What?"]  # pyright: ignore[reportArgumentType]
 
 
 def test_what_is_asked_is_a_question_of_its_own():

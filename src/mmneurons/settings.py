@@ -52,6 +52,10 @@ def setting(default: Any, *, at_least: float | None = None, option: str | None =
     return field(default=default, metadata={"at_least": at_least, "option": option})
 
 
+FRACTIONS = ("ridge", "payoff")
+"""Fields that need not be whole numbers."""
+
+
 @dataclass(frozen=True)
 class Question:
     """What a model is asked about each image, how long its answer may be, and how many are asked at once.
@@ -89,8 +93,10 @@ class Question:
         if at_least is None or (name == "blocks" and value == "all"):  # no number, and no bound
             return
         # `not >=` instead of `<`: it refuses NaN, too.
-        if not isinstance(value, int | float) or not value >= at_least:
-            raise SettingError(f"'{name}' is {at_least:g} or more.", seen=f"{name}={value!r}")
+        whole = name not in FRACTIONS
+        if not isinstance(value, int if whole else int | float) or isinstance(value, bool) or not value >= at_least:
+            kind = "a whole number, " if whole else ""
+            raise SettingError(f"'{name}' is {kind}{at_least:g} or more.", seen=f"{name}={value!r}")
 
     @property
     def question(self) -> Question:
@@ -190,6 +196,11 @@ class EditSettings(Question):
     wordings: tuple[str, ...] = setting((), option="--wording")
     """Another prompt under which the edit is to hold as well; repeatable."""
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        wordings = (self.wordings,) if isinstance(self.wordings, str) else tuple(self.wordings)
+        object.__setattr__(self, "wordings", wordings)
+
     @property
     def questions(self) -> list[Question]:
         """The questions that the model is asked about each image: one for each prompt, `prompt` first."""
@@ -206,7 +217,7 @@ class InspectSettings(Question):
     """The score of `find` by which neurons are ranked; see docs/reference/method.md."""
     top: int = setting(10, at_least=1)
     """How many top neurons of each noun are tested (sensitivity only)."""
-    seed: int = 0
+    seed: int = setting(0, at_least=0)
     """Seed of the noise, the random neurons and the shuffled patches."""
 
 

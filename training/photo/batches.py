@@ -73,10 +73,6 @@ class Batches:
         """Features of some views at some places."""
         return torch.from_numpy(np.asarray(self.features[rows, places], np.float32))
 
-    def whole(self, rows: list[int]) -> Float[Tensor, "rows tokens channels"]:
-        """All features of some views."""
-        return torch.from_numpy(np.asarray(self.features[rows], np.float32))
-
     def draw(self, rng: random.Random, n: int, kept: int, *, alone: bool = False) -> Batch:
         """One batch.
 

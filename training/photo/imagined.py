@@ -21,7 +21,7 @@ from mmneurons.photo.convert import tower_weights
 CLASSES = Path(__file__).parent / "classes.csv"
 """The noun of each class; none where a class is no thing, or another name for what the pictures show."""
 COMMON = tuple(
-    "bag beach bear bed beetle bicycle book bottle bowl box bridge bus cake cat church clock cow drum fox frog hammer "
+    "bag beach bear bed beetle bicycle book bottle bowl box bridge bus cat church clock cow drum fox frog hammer "
     "hat horse knife lion lizard monkey mountain mushroom rabbit shark sheep snake sofa spider table television tiger "
     "train truck wolf zebra".split()
 )

@@ -65,7 +65,11 @@ def attached(vlm: VLM, names: Sequence[str], seed: int) -> Iterator[dict[str, nn
                 torch.manual_seed(seed)
                 config = LoraConfig(r=RANK, lora_alpha=2 * RANK, lora_dropout=0.0, target_modules=list(names))
                 inject_adapter_in_model(config, model, ADAPTER)
-            yield {name: p for name, p in model.named_parameters() if f".{ADAPTER}." in name}
+            mine = {name: p for name, p in model.named_parameters() if f".{ADAPTER}." in name}
+            for parameter in mine.values():
+                # PEFT gives them the dtype of the model: in half precision Adam's steps are lost, or are no numbers.
+                parameter.data = parameter.data.float()
+            yield mine
         finally:
             for name, module in own.items():
                 model.set_submodule(name, module)

@@ -153,7 +153,8 @@ def learn(
             # -log p of TARGET where it is wanted, and the divergence where the caption is to stay as it is.
             wanted, kept = int(batch.turn.sum()), batch.stay
             loss = logits.new_zeros(())
-            # Batches count by what they hold, so that the batch size does not change what is learned.
+            # What is wanted counts by the token, the divergence as a mean over batches of means over their steps: with
+            # another batch size a short last batch weighs more, and the change that is found differs a little.
             if wanted:
                 tokens = batch.tokens[batch.turn, 0].to(logits.device)
                 lost = wanted / n_wanted * -log_p(logits[batch.turn], tokens).mean()

@@ -121,6 +121,10 @@ def find(
     prompts: list[Any] = [paths] if together else [None] if no_image else paths
     check_suffix(json_path, "--json", ".json")
     check_suffix(report, "--report", ".html")
+    if no_image and baseline == "blank":
+        raise SettingError("--baseline blank goes with an image.", seen="--no-image", fix="--baseline zero")
+    if baseline != "zero" and settings.score == "paper":
+        raise SettingError("The paper's score has no baseline.", seen=f"--baseline {baseline}", fix="--baseline zero")
     others = [] if baseline in BASELINES else given_files(baseline)
     check_outputs([json_path, report], [*paths, *others, *load.files])
     from mmneurons.cli.sources import fitting_items, readable_items

@@ -18,7 +18,7 @@ from rich.text import Text
 from mmneurons.cli.bars import working
 from mmneurons.errors import SettingError
 from mmneurons.files import check_apart, check_folder, check_writable, json_bytes, write_whole
-from mmneurons.settings import Blocks, Question, descriptions
+from mmneurons.settings import Blocks, FindSettings, Question, Says, descriptions
 
 if TYPE_CHECKING:
     from mmneurons.vlm.vlm import VLM
@@ -50,10 +50,7 @@ Json = Annotated[
     str | None, typer.Option("--json", metavar="FILE", help="Also write the results as JSON; - prints JSON instead.")
 ]
 Images = Annotated[list[str] | None, typer.Argument(metavar="IMAGE...", help="Image files. Default: a sample image.")]
-Reading = Annotated[
-    Literal["standardised", "raw"],
-    typer.Option("--says", help="How words are read off a column: next to all neurons of the model, or as they are."),
-]
+Reading = Annotated[Says, typer.Option("--says", help=descriptions(FindSettings)["says"])]
 GOES_ON = "the same command goes on from here"
 """What is said to who stops a command whose results are kept as they come."""
 

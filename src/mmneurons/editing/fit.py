@@ -7,11 +7,14 @@ with change.added():
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
+
+from mmneurons.errors import ModelError
 
 Losses = Iterable[Float[Tensor, ""]]
 """Parts of one loss, worked out one after the other: of each the graph is gone before the next is made."""
@@ -38,6 +41,9 @@ def fit(
 
     Returns:
         The number of steps taken.
+
+    Raises:
+        ModelError: the loss is no number.
     """
     parameters = [parameter for group in adam.param_groups for parameter in group["params"]]
     for step in steps:
@@ -46,6 +52,12 @@ def fit(
             return step
         # Gradients of all parts add up before the parameters move.
         loss = descend(losses(step), parameters)
+        if not math.isfinite(loss):  # it would be learned in silence
+            raise ModelError(
+                "What is to be learned has a loss that is no number.",
+                seen=f"{loss} at step {step + 1}",
+                fix="Load the model in float32: --dtype float32",
+            )
         if rate is not None:
             for group in adam.param_groups:
                 group["lr"] = rate(step)

@@ -22,7 +22,7 @@ from mmneurons.editing.answers import (
     trace_answers,
     trace_texts,
 )
-from mmneurons.errors import SettingError
+from mmneurons.errors import ModelError, SettingError
 from mmneurons.progress import Progress, untold
 from mmneurons.settings import Question, QuestionOptions, settled
 from mmneurons.vlm.locking import by_one_thread
@@ -46,6 +46,8 @@ class Reference:
     """For each of `text_steps`, at how many positions of all texts the same has been read; 0 but at the first."""
     seconds: Int[Tensor, "steps"]
     """For each of `steps`, what would be said but for what is."""
+    weights_hash: str
+    """Of the model that answered, without patches."""
 
     @cached_property
     def steps(self) -> TracedSteps:
@@ -61,6 +63,8 @@ class Reference:
             "texts": len(self.texts),
             "prompt": self.question.prompt,
             "steps": len(self.steps),
+            "answer_prefix": self.question.prefix,
+            "weights_hash": self.weights_hash,
         }
 
     def says(self, vlm: VLM, word: str) -> Bool[Tensor, "steps"]:
@@ -78,7 +82,14 @@ class Reference:
 
         Raises:
             SettingError: there is no answer with another noun.
+            ModelError: the model has other weights than when it answered.
         """
+        if vlm.facts["weights_hash"] != self.weights_hash:
+            raise ModelError(
+                "This reference was made with other weights.",
+                seen=f"{self.weights_hash}, and the model has {vlm.facts['weights_hash']}.",
+                fix="Make it anew: make_reference(vlm, images)",
+            )
 
         def decode(ids: Sequence[int]) -> str:
             return vlm.tokenizer.decode(ids, skip_special_tokens=True)
@@ -184,7 +195,8 @@ def make_reference(
     read = trace_texts(vlm, texts) if texts else None
     counts = torch.tensor(_counts(vlm, texts), dtype=torch.long)
     seconds = torch.cat([_seconds(vlm, steps) for steps in (said and said.steps, read) if steps is not None])
-    return Reference(said, tuple(images), question, tuple(texts), read, counts, seconds)
+    made_by = str(vlm.facts["weights_hash"])
+    return Reference(said, tuple(images), question, tuple(texts), read, counts, seconds, made_by)
 
 
 def _counts(vlm: VLM, texts: Sequence[str]) -> list[int]:

@@ -304,6 +304,11 @@ def _check_asked(vlm: VLM, images: Any, inputs: Inputs | None, choices: FindSett
             "A blank image cannot be put into ready-made inputs.",
             fix="Give images and a processor, or neither blank=True nor baseline='blank'.",
         )
+    if inputs is None and images is None and choices.baseline == "blank":
+        raise SettingError(
+            "A prompt without a picture has no blank one to compare with.",
+            fix='baseline="zero"    CLI: --baseline zero',
+        )
     if inputs is not None:
         vlm.check_batch(_n_rows(inputs))
 

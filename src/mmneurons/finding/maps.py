@@ -73,7 +73,10 @@ def _maps(
         row = scored.targets[i].row
         values = [recorded[ffn][row, :, column_of[ffn][n]] for ffn, n in mine]
         maps = torch.stack(values).float() if values else torch.empty(0, 0, device=device, dtype=torch.float32)
-        found.append(maps if gates else maps * scored.activations[i, slots[i].to(device)].sign()[:, None])
+        fired = scored.activations[i, slots[i].to(device)]
+        if scored.baseline is not None:  # as the words: above its baseline, or below
+            fired = fired - scored.baseline[i, slots[i].to(device)]
+        found.append(maps if gates else maps * fired.sign()[:, None])
     return found
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any, cast
 from weakref import WeakKeyDictionary
 
 import torch
@@ -23,6 +24,7 @@ from mmneurons.vlm.age import age, undoing
 from mmneurons.vlm.anatomy.parts import Anatomy, Ffn
 from mmneurons.vlm.anatomy.paths import in_stream
 from mmneurons.vlm.vlm import VLM
+from mmneurons.vlm.weights.stored import is_adapter
 
 AT_ONCE = 4096
 """Columns whose products are summed in one go."""
@@ -95,8 +97,8 @@ def reader_for(vlm: VLM, says: Says, score: Score = "logit") -> Reader:
     return Reader(vlm, score, None if says == "raw" else yardstick_of(vlm, score))
 
 
-_YARDSTICKS: WeakKeyDictionary[nn.Module, tuple[int, dict[bool, Yardstick]]] = WeakKeyDictionary()
-"""Of each model: how old it was, and what was measured then, by whether columns were read through norms."""
+_YARDSTICKS: WeakKeyDictionary[nn.Module, tuple[int, dict[Any, Yardstick]]] = WeakKeyDictionary()
+"""Of each model: how old it was, and what was measured then, by all else that a yardstick depends on (`_key`)."""
 
 
 def yardstick_of(vlm: VLM, score: Score = "logit") -> Yardstick:
@@ -109,14 +111,24 @@ def yardstick_of(vlm: VLM, score: Score = "logit") -> Yardstick:
     anatomy = vlm.anatomy  # asking for it notices what has changed
     through = score != "paper"  # columns are taken as they are by the paper's code
     with vlm.alone():
-        now = age(vlm.model)
+        now, key = age(vlm.model), _key(vlm, anatomy, through=through)
         known_at, known = _YARDSTICKS.get(vlm.model, (now, {}))
         if known_at != now:
             known = {}
-        if through not in known:
-            known[through] = _measured(vlm, anatomy, score)
+        if key not in known:
+            known[key] = _measured(vlm, anatomy, score)
         _YARDSTICKS[vlm.model] = now, known
-        return known[through]
+        return known[key]
+
+
+def _key(vlm: VLM, anatomy: Anatomy, *, through: bool) -> tuple[Any, ...]:
+    """What a yardstick depends on besides the weights: decoder, tokens, and which adapters are switched on."""
+    adapters = [
+        (ffn.name, tuple(m.active_adapters), m.disable_adapters, str(getattr(m, "scaling", None)))
+        for ffn in anatomy.ffns
+        if is_adapter(m := cast("Any", ffn.module))
+    ]
+    return through, vlm.n_tokens, anatomy.ffns[0].name, tuple(adapters)
 
 
 @torch.no_grad()

@@ -103,7 +103,7 @@ def bert_f1(candidate: Float[Tensor, "m hidden"], reference: Float[Tensor, "n hi
         reference: Those of the other text.
 
     Returns:
-        F1, 0 for a text without a token.
+        F1, 0 for a text without a token, or where precision or recall is not above 0.
 
     Source: Zhang et al., ICLR 2020, without idf weights and without rescaling.
     """
@@ -111,7 +111,8 @@ def bert_f1(candidate: Float[Tensor, "m hidden"], reference: Float[Tensor, "n hi
         return 0.0
     near = candidate @ reference.T  # cosines, shape (m, n)
     precision, recall = float(near.max(1).values.mean()), float(near.max(0).values.mean())
-    return 2 * precision * recall / (precision + recall) if precision + recall else 0.0
+    # Cosines can be negative, and the harmonic mean of a negative and a positive number is any number.
+    return 2 * precision * recall / (precision + recall) if min(precision, recall) > 0 else 0.0
 
 
 def _tokens(model: Any, tokenizer: Any, texts: Sequence[str]) -> dict[str, Float[Tensor, "tokens hidden"]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib
+import json
 import logging
 import os
 import shutil
@@ -16,12 +17,14 @@ from pathlib import Path
 from filelock import FileLock
 
 from mmneurons.errors import ModelError
-from mmneurons.photo.packages import PARTS, check_installed
+from mmneurons.photo.packages import INSTALL, PARTS, check_installed
 
 CACHE = "MMNEURONS_CACHE"
 """The environment variable that names another place."""
 LAYOUT = 1
 """Counted up when the same parts are put together in another way."""
+SEAL = "files.json"
+"""Sizes of the other files: written last."""
 MEGABYTES = 285
 """What the folder takes; half precision."""
 
@@ -46,28 +49,49 @@ def kept(make: Callable[[Path], object]) -> Path:
         ModelError: as `folder`.
     """
     place = cache() / f"photo-{_version()}"
-    if (place / "config.json").is_file():
-        return place
-    check_installed()
     try:
+        if is_whole(place):
+            return place
+        check_installed()
         place.parent.mkdir(parents=True, exist_ok=True)
         # Whoever comes second finds it made.
         with FileLock(place.with_suffix(".lock")):
-            if not (place / "config.json").is_file():
+            if not is_whole(place):
                 _say(place)
                 with tempfile.TemporaryDirectory(
                     dir=place.parent, prefix="photo-making-", ignore_cleanup_errors=True
                 ) as made:
                     make(Path(made))
-                    shutil.rmtree(place, ignore_errors=True)  # one without config.json: a part of it was deleted
+                    _seal(Path(made))
+                    shutil.rmtree(place, ignore_errors=True)  # a part of it was deleted, or cut short
                     os.replace(made, place)
+    except ImportError as error:
+        raise ModelError("The photo model cannot be put together.", seen=str(error), fix=INSTALL) from error
     except OSError as error:
+        if error.errno is None:  # transformers raises such ones of files that it cannot read
+            raise ModelError("The photo model cannot be put together.", seen=str(error), fix=INSTALL) from error
         raise ModelError(
             "The photo model cannot be put into the cache.",
             seen=f"{place}: {error.strerror or error}; it takes {MEGABYTES} MB.",
             fix=f"Name another folder: {CACHE}=/a/folder",
         ) from error
     return place
+
+
+def is_whole(place: Path) -> bool:
+    """Whether every file of a folder that was made is there, as long as it was."""
+    try:
+        sizes = json.loads((place / SEAL).read_text(encoding="utf-8"))
+        return all((place / name).stat().st_size == size for name, size in sizes.items())
+    except (FileNotFoundError, NotADirectoryError, ValueError, AttributeError):
+        return False
+
+
+def _seal(made: Path) -> None:
+    """Note the size of every file, and let other users of the machine read them, as folders of a cache are."""
+    sizes = {path.name: path.stat().st_size for path in made.iterdir()}
+    (made / SEAL).write_text(json.dumps(sizes), encoding="utf-8")
+    made.chmod(0o755)
 
 
 def cache() -> Path:
@@ -103,6 +127,6 @@ def _say(place: Path) -> None:
 
 
 def _make(place: Path) -> None:
-    from mmneurons.photo.convert import write  # torch is slow to import, and not needed where the folder is there
+    from mmneurons.photo.convert import write
 
     write(place)

@@ -14,6 +14,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_
 
 from mmneurons import photo, pocket
 from mmneurons.errors import ModelError
+from mmneurons.photo import tower  # noqa: F401 - transformers is told of it: a photo model can be exported and moved
 from mmneurons.vlm import provenance
 from mmneurons.vlm.anatomy.find import find_anatomy
 from mmneurons.vlm.checkpoint import made_up_weights, original, read_checkpoint, refusal, running
@@ -69,13 +70,13 @@ def load(
         raise _not_a_model(model)
     # 1. What to load and where to: a dtype or device that does not exist is refused before anything is read.
     is_pocket, is_photo = model is None or model == POCKET, model == PHOTO
-    source = str(photo.folder()) if is_photo else str(pocket.folder()) if is_pocket else os.fspath(model or POCKET)
     if (is_pocket or is_photo) and dtype is None:
         dtype = torch.float32  # they are stored in half precision, which CPUs compute slowly
     options |= {"dtype": _dtype(dtype), "revision": revision, "trust_remote_code": trust_remote_code}
     if device_map is not None:
         options["device_map"] = device_map
     _check_device(device if device_map is None else device_map)
+    source = str(photo.folder()) if is_photo else str(pocket.folder()) if is_pocket else os.fspath(model or POCKET)
     # 2. The weights, and which of them the checkpoint did not have.
     loaded, loading = read_checkpoint(source, options)
     check_version(loaded.config)

@@ -66,7 +66,7 @@ class Deltas:
         given, mine, rows = args[0], self.columns.indices[i], self.scaled(i)
         # Only the neurons whose columns change are picked out; of all of them no copy is made.
         fired = given if len(mine) == given.shape[-1] else given[..., mine.to(given.device)]
-        # In float32 whatever the model's dtype; rounded once, with what is added.
+        # Summed in float32 whatever the model's dtype, then rounded to what it is added to.
         written = fired.to(rows.dtype) @ rows.to(given.device)
         if self.directions is not None:
             written = written @ self.directions.to(given.device)
