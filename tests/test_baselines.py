@@ -325,3 +325,18 @@ def test_mistakes_are_refused_in_words(model, monkeypatch):
     monkeypatch.setitem(sys.modules, "peft", None)
     with pytest.raises(SettingError, match="needs PEFT"):
         make("lora")
+
+
+def test_lora_is_learned_in_float32_whatever_the_models_dtype():
+    """In half precision Adam's steps of a thousandth would be rounded away, or be no numbers."""
+    bf16_vlm = mmn.load(dtype="bfloat16", device="cpu")
+    names = [ffn.name for ffn in bf16_vlm.anatomy.ffns]
+    before = bf16_vlm.caption(IMAGES[0])
+    with lora.attached(bf16_vlm, names, 0) as parameters:
+        assert {parameter.dtype for parameter in parameters.values()} == {torch.float32}
+        assert bf16_vlm.caption(IMAGES[0]) == before, "new LoRA does nothing"
+        with torch.no_grad():
+            for parameter in parameters.values():
+                parameter.normal_()
+        assert bf16_vlm.caption(IMAGES[0]) != before
+    assert bf16_vlm.caption(IMAGES[0]) == before

@@ -174,6 +174,7 @@ def test_it_is_measured_once_and_anew_where_weights_change(random_vlm, monkeypat
     assert not torch.equal(yardstick_of(own).deviations, first.deviations)
 
 
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # of names in transformers that PEFT still reads
 def test_each_decoder_tokens_and_adapters_have_their_own_yardstick(random_vlm, monkeypatch):
     """None of these changes a weight: it is still another set of columns, or of tokens, that is measured."""
     own = fresh(random_vlm)
