@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import shutil
 import subprocess
 import sys
@@ -333,12 +334,17 @@ def test_the_projector_that_is_shipped_fits():
 
 # The real one.
 
-NEEDED = (packages.READER, *(part.package for part in packages.PARTS))
+PHOTOGRAPHS = {"coffee.png": "cup", "motorcycle_left.png": "motorbike"}
+"""Pictures that scikit-image brings, and what they show; it is not imported."""
+NEEDED = (packages.READER, *(part.package for part in packages.PARTS), "skimage")
 absent = [name for name in NEEDED if find_spec(name.replace("-", "_")) is None]
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(bool(absent), reason=f"the photo model's packages are not installed: {packages.INSTALL}")
+@pytest.mark.skipif(
+    bool(absent) and "MMNEURONS_REQUIRE_PHOTO" not in os.environ,
+    reason=f"the photo model's packages, and pictures, are not installed: {packages.INSTALL} scikit-image",
+)
 @pytest.mark.filterwarnings("default")  # what other packages warn of while they read their own files
 def test_the_real_model_names_what_photographs_show(monkeypatch, tmp_path):
     monkeypatch.setenv(cache.CACHE, str(tmp_path))
@@ -346,10 +352,9 @@ def test_the_real_model_names_what_photographs_show(monkeypatch, tmp_path):
     assert all(check.passed for check in mmn.doctor(vlm).checks)
     size = sum(path.stat().st_size for path in cache.folder().iterdir()) / 1e6
     assert size == pytest.approx(cache.MEGABYTES, abs=3)
-    images = pytest.importorskip("sklearn.datasets").load_sample_images()
-    flower = next(
-        Image.fromarray(image) for image, name in zip(images.images, images.filenames, strict=True) if "flower" in name
-    )
-    found = mmn.find(vlm, flower)
-    assert "flower" in found.caption
-    assert found.nouns
+    spec = find_spec("skimage")
+    assert spec is not None
+    assert spec.submodule_search_locations
+    folder = Path(spec.submodule_search_locations[0]) / "data"
+    found = mmn.find(vlm, [folder / name for name in PHOTOGRAPHS])
+    assert [one.nouns[0].word for one in found] == [*PHOTOGRAPHS.values()]
