@@ -133,7 +133,8 @@ class Judge:
         if pairs:
             near = iter(self.bert(*map(list, zip(*pairs, strict=True))))
             for (row, name, _, _), texts in zip(asked, told, strict=True):
-                row[name] = float(np.mean([next(near) for _ in texts]))
+                # Where precision and recall have other signs, their harmonic mean is no number between 0 and 1.
+                row[name] = float(np.mean([min(max(next(near), 0.0), 1.0) for _ in texts]))
         return [{name: value for name, value in row.items() if name in FIELDS} for row in rows]
 
     def rows(self, item: Item) -> Iterator[dict[str, object]]:
