@@ -128,7 +128,7 @@ def explain_neuron(
     device = anatomy.norm.weight.device
     column = columns_of(anatomy, [place], device)
     reader = reader_for(vlm, says)
-    up, down = reader.tokens(reader.read(column, [place], torch.ones(1)), n_tokens)
+    up, down = reader.tokens(reader.read(column, [place], torch.ones(1, dtype=torch.float32)), n_tokens)
     lengths = torch.cat([part.norm(dim=0).cpu() for _, part in weights.chunks(ffn.module, expert=neuron.expert)])
     norm = float(column.norm())
     found = _closest(anatomy, in_stream(column, ffn.path)[0], n_neighbours + 1)

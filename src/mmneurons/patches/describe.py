@@ -143,7 +143,7 @@ def _tokens(reader: Reader, neurons: Sequence[Neuron], columns: Tensor, n_tokens
     number = anatomy.ffns.index(ffn)
     # A place is (FFN, neuron counted through all its experts).
     places = [(number, (neuron.expert or 0) * ffn.n_neurons + neuron.index) for neuron in neurons]
-    read = reader.read(columns.to(anatomy.unembed.device), places, torch.ones(len(places)))
+    read = reader.read(columns.to(anatomy.unembed.device), places, torch.ones(len(places), dtype=torch.float32))
     return reader.tokens(read, n_tokens)[0]
 
 

@@ -64,7 +64,10 @@ def assembled(language: Any, tower: EfficientNetLite, projector: Mapping[str, Te
     linear = "linear_2.weight" not in weights
     if linear:
         hidden = len(weights["linear_1.bias"])
-        weights |= {"linear_2.weight": torch.eye(hidden), "linear_2.bias": torch.zeros(hidden)}
+        weights |= {
+            "linear_2.weight": torch.eye(hidden, dtype=torch.float32),
+            "linear_2.bias": torch.zeros(hidden, dtype=torch.float32),
+        }
     config = transformers.LlavaConfig(
         vision_config=tower.config,
         text_config=language.config,
