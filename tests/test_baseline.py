@@ -144,6 +144,22 @@ def test_what_a_neuron_says_follows_what_it_does_over_its_baseline(random_vlm, s
         assert n.tokens != plain[n.neuron].tokens
 
 
+def test_a_map_follows_the_sign_that_the_words_follow(vlm, sample_paths):
+    """A neuron that fires less than behind a blank picture pushes against its column: its map is turned with it."""
+    over = mmn.find(vlm, sample_paths[0], baseline="blank", top=50, maps=True)
+    plain = mmn.find(vlm, sample_paths[0], top=5120, maps=True)
+    turned = 0
+    for noun, usual in zip(over.nouns, plain.nouns, strict=True):
+        known = {neuron.neuron: neuron.maps for neuron in usual.neurons}
+        for neuron in noun.neurons:
+            excess = neuron.activation - neuron.baseline
+            sign = 1 if (excess > 0) == (neuron.activation > 0) else -1
+            turned += sign < 0
+            ours, theirs = torch.tensor(neuron.maps), torch.tensor(known[neuron.neuron])
+            torch.testing.assert_close(ours, sign * theirs, rtol=1e-5, atol=1e-6)
+    assert turned, "else nothing was seen"
+
+
 @pytest.fixture(scope="module")
 def reference(vlm, sample_paths):
     return mmn.make_reference(vlm, list(sample_paths[1:9]))

@@ -47,7 +47,7 @@ class NeuronFinding:
     suppressed: tuple[str, ...] = ()
     """The three it pushes down most."""
     maps: tuple[Grid, ...] = ()
-    """Per picture, activation at each image patch, times the sign of `activation` (`score="paper"`: as it is).
+    """Per picture, activation at each patch, times the sign of `activation - baseline` (`score="paper"`: as it is).
 
     Empty if not asked for or without a grid.
     """
