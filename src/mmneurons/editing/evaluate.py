@@ -1,4 +1,4 @@
-"""What an edit does to what is generated, and to what comes next in texts: METRICS, Editing.
+"""What an edit does to what is generated, and to what comes next in texts, measured on images and texts.
 
 bench = Bench(edit=..., held_out=..., unrelated=..., texts=...)
 before = Before(vlm, bench)              # once for any number of edits
@@ -162,7 +162,7 @@ def evaluate(
     Returns:
         Means over images or texts, each with its 95 % interval and number.
 
-    Source: METRICS; locality of texts and of images after Cheng et al., EMNLP 2023 (MMEdit), fluency after Meng et al.,
+    Source: locality of texts and of images after Cheng et al., EMNLP 2023 (MMEdit), fluency after Meng et al.,
         NeurIPS 2022 (ROME).
     """
     bench, question = before.bench, before.bench.question

@@ -1,6 +1,6 @@
 """The causal experiment: top neurons are noised, silenced or doubled while the model captions.
 
-METRICS, Causal effect; the noise is that of Pan et al. (2024), section 4.4, the matched random neurons are ours.
+The noise is that of Pan et al. (2024), section 4.4, the matched random neurons are ours.
 """
 
 from __future__ import annotations

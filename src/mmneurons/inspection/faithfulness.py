@@ -1,4 +1,4 @@
-"""The finders experiment compares what each finder says of a neuron with what its silence does (METRICS, Finders)."""
+"""The finders experiment compares what each finder says of a neuron with what its silence does."""
 
 from __future__ import annotations
 
