@@ -10,6 +10,7 @@ import ast
 import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
+from difflib import get_close_matches
 from functools import cache
 from itertools import pairwise
 from textwrap import dedent
@@ -306,6 +307,11 @@ def settled(kind: type[Kind], settings: Kind | None, options: Mapping[str, Any])
         SettingError: a value has no meaning.
         TypeError: there is no such option.
     """
+    known = [one.name for one in fields(kind)]
+    if unknown := [name for name in options if name not in known]:
+        near = get_close_matches(unknown[0], known, 1)
+        hint = f" Did you mean '{near[0]}'?" if near else ""
+        raise TypeError(f"There is no option '{unknown[0]}'.{hint} There are: {', '.join(known)}.")
     return replace(settings, **options) if settings is not None else kind(**options)
 
 

@@ -19,6 +19,19 @@ def working(console: Console, what: str) -> Iterator[None]:
 
 
 @contextmanager
+def stages(console: Console, what: str) -> Iterator[Progress]:
+    """Show a spinner with what is being done, of work of unknown length; lines where nobody watches."""
+    with console.status(what) as status:
+
+        def tell(stage: str, done: float, total: int) -> None:
+            status.update(stage)
+            if not console.is_terminal:
+                console.print(stage)
+
+        yield tell
+
+
+@contextmanager
 def bar(console: Console, total: int) -> Iterator[Progress]:
     """Show a bar with an estimate where someone watches and there is more than one thing to do; else show nothing."""
     if total <= 1 or not console.is_terminal:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mmneurons.cli.bars import bar, bars, working
+from mmneurons.cli.bars import bar, bars, stages, working
 from mmneurons.cli.options import (
     Load,
     Reading,
@@ -114,10 +114,10 @@ def edit(
     else:
         tell_no_reference()
     # 3. The edit, saved at once; then what it did, and how it stands on other images.
-    with err.status("editing") as status:
+    with stages(err, "editing") as progress:
         patch = make_patch(
             vlm, [item.image() for item in shown], source=source, target=target, reference=held_back,
-            settings=settings, progress=lambda stage, done, total: status.update(stage),
+            settings=settings, progress=progress,
         )  # fmt: skip
     save(patch, path)
     tell_patched(vlm)
@@ -129,8 +129,10 @@ def edit(
     if silent:
         out.print(f"  {silent} of the {len(shown)} images are not used: the model does not say {source} of them")
     if search["looked_at"] and "strength" in search:
-        likeliest = f"of the {search['looked_at']} likeliest to"
-        out.print(f"  {search['changed']} of {len(kept)} answers that are to stay changed, {likeliest}")
+        out.print(
+            f"  of the {len(kept)} answers that are to stay, the {search['looked_at']} likeliest to change were tried: "
+            f"{search['changed']} changed"
+        )
     elif search["looked_at"]:
         out.print(f"  of the {search['looked_at']} steps that were to stay, {search['changed']} changed")
     if search.get("flipped"):

@@ -235,6 +235,8 @@ class _Bench:
         # 1. The scores of the images whose results are not there yet; the same picture of two names is one.
         missing = list({key: item for item in items if (key := self._key(item)) not in store.found}.values())
         done = len(items) - len(missing)
+        if done:
+            self.progress("specificity, kept from before", done, len(items))
         for start in range(0, len(missing), self.settings.batch_size):
             batch = missing[start : start + self.settings.batch_size]
             for item, mine in self._noun_scores(batch):
@@ -317,6 +319,8 @@ class _Bench:
                 self.left_out[item.name] = reason(error)
         # 2. In the order of the images, whichever were there before: intervals depend on it.
         done = sum(mine in store.found for mine in keys.values())
+        if done:
+            self.progress(f"{name}, kept from before", done, len(keys))
         found: dict[str, Any] = {}
         for item in (item for item in items if item.name in keys):
             mine = keys[item.name]

@@ -37,7 +37,8 @@ def show_neuron(card: NeuronCard, console: Console) -> None:
 
 def show_word(found: WordNeurons, console: Console) -> None:
     """Print the neurons whose columns point to a word, as a table."""
-    console.print(Text(printable(found.word), style="bold green").append(f"  token {printable(found.token)!r}"))
+    first = "" if found.token.strip().lower() == found.word.strip().lower() else ", the first of several"
+    console.print(Text(printable(found.word), style="bold green").append(f"  token {printable(found.token)!r}{first}"))
     console.print(f"  words and ranks: {found.says}, {READINGS[found.says]}", style="dim", soft_wrap=True)
     table = Table(box=None, padding=(0, 1), show_edge=False)
     table.add_column("neuron", no_wrap=True)

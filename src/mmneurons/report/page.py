@@ -251,9 +251,11 @@ def _counted(cards: Sequence[_Card]) -> str:
 def _parts(noun: NounFinding) -> list[tuple[str, str, float, Bar]]:
     """List the parts of a noun's logit, with bars on one scale."""
     parts = noun.parts
+    # Parts are of the logit that the model gave: no baseline is taken off them, whatever the scores below are.
+    plain = "" if all(neuron.baseline is None for neuron in noun.neurons) else ", without baseline"
     rows = [
         ("whole", "all FFN neurons", parts.ffn),
-        ("within", f"of which the {len(noun.neurons)} below", parts.top),
+        ("within", f"of which the {len(noun.neurons)} below{plain}", parts.top),
         ("whole", "attention", parts.attention),
         *([("whole", "side paths", parts.other)] if parts.other else []),  # most models have none
         ("whole", "embedding, last token", parts.embedding),

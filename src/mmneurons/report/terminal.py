@@ -88,7 +88,9 @@ def _heading(noun: NounFinding, finding: Finding) -> Text:
     if finding.baseline != "zero":
         heading.append(f"  baseline {finding.baseline}: {BASELINES[finding.baseline]}", style="dim")
     heading.append(f"\n  p {noun.probability:.3f}; logit {noun.logit:.2f}: ")
-    heading.append(f"FFN {parts.ffn:+.2f} (top {len(noun.neurons)} {parts.top:+.2f}), ")
+    # Parts are of the logit that the model gave: no baseline is taken off them, whatever the scores below are.
+    plain = "" if finding.baseline == "zero" else " without baseline"
+    heading.append(f"FFN {parts.ffn:+.2f} (top {len(noun.neurons)}{plain} {parts.top:+.2f}), ")
     heading.append(f"attention {parts.attention:+.2f}, ")
     if parts.other:
         heading.append(f"side paths {parts.other:+.2f}, ")
@@ -102,10 +104,13 @@ def _table(noun: NounFinding, finding: Finding) -> Table:
     lost = any(finding.lost_without_image is not None for finding in noun.neurons)
     table = Table(box=None, padding=(0, 1), show_edge=False)
     says = "says" if finding.says == "standardised" else f"says, {finding.says}"
+    # Of a word that is certain anyway, shares of log p are small: fixed decimals would print zeros.
+    largest = max((abs(found.score) for found in noun.neurons), default=0.0)
+    digits = ".3f" if largest >= 0.01 or not largest else ".1e"
     rows = [
         [
             str(found.neuron),
-            f"{found.score:+.3f}",
+            f"{found.score:+{digits}}",
             f"{found.activation:+.2f}",
             *(["-" if found.baseline is None else f"{found.baseline:+.2f}"] if over else []),
             *(["-" if found.lost_without_image is None else f"{found.lost_without_image:.0%}"] if lost else []),
