@@ -131,7 +131,8 @@ def edit(
     if search["looked_at"] and "strength" in search:
         out.print(
             f"  of the {len(kept)} answers that are to stay, the {search['looked_at']} likeliest to change were tried: "
-            f"{search['changed']} changed"
+            f"{search['changed']} changed",
+            soft_wrap=True,
         )
     elif search["looked_at"]:
         out.print(f"  of the {search['looked_at']} steps that were to stay, {search['changed']} changed")
