@@ -406,6 +406,7 @@ def make_fp8_experts(tmp_path) -> Form:
     module = hf.of("integrations.finegrained_fp8", "FP8Experts")(config, block_size=(32, 64))
     with torch.no_grad():
         module.gate_up_proj.zero_()
+        module.gate_up_proj_scale_inv.fill_(1)  # else whatever the memory held, NaN now and then
         module.down_proj.copy_(torch.randn(EXPERTS, HIDDEN, NEURONS))
         module.down_proj_scale_inv.copy_(torch.rand(EXPERTS, 2, 3) + 0.5)
     scale = module.down_proj_scale_inv.detach().repeat_interleave(32, 1).repeat_interleave(64, 2)
