@@ -20,7 +20,6 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cache
 from itertools import product
 from pathlib import Path
 
@@ -45,7 +44,7 @@ from mmneurons.settings import SAYS, FindSettings, Score
 from mmneurons.vlm import weights
 from mmneurons.vlm.asking import ask
 from mmneurons.vlm.vlm import VLM
-from mmneurons.words import english
+from mmneurons.words import same_stem
 
 TOP = 10
 """Neurons of each noun."""
@@ -53,26 +52,9 @@ COUNTS = (10, 20)
 """Words of each neuron."""
 SCORES: tuple[Score, ...] = ("logit", "logprob")
 BASELINES = ("zero", "blank", "reference")
-LEAST = 3
-"""Letters that a word has at least: shorter tokens begin too many words."""
 DRAWS = 3
 """Random sets for deletion."""
 HALF = 0.5
-singular = cache(english.singular)
-
-
-def same_stem(noun: str, token: str, said: str) -> bool:
-    """Whether a token says a noun: the token that was said, the same word in another number, or the same beginning.
-
-    The same beginning: four letters at least, and all but two letters of the shorter word ("swim", "swimming").
-    """
-    word = token.strip().lower()
-    if len(word) < LEAST or not word.isalpha():
-        return False
-    if word == said.strip().lower() or singular(word) == singular(noun):
-        return True
-    shared = next((i for i, (a, b) in enumerate(zip(word, noun, strict=False)) if a != b), min(len(word), len(noun)))
-    return shared >= max(4, min(len(word), len(noun)) - 2)
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,7 @@ from mmneurons.words import (
     Word,
     find_nouns,
     find_words,
+    same_stem,
     says,
     singular,
     tagger_for,
@@ -603,3 +604,12 @@ def test_singular_of_a_phrase_is_that_of_its_last_word():
 def test_any_text_can_be_tagged(text: str):
     for start, stop, lemma in HantaTagger().nouns(text):
         assert singular(text[start:stop]) == lemma
+
+
+def test_what_counts_as_the_same_stem():
+    for noun, token in [("dog", " Dogs"), ("boat", " boats"), ("elephant", " eleph"), ("swim", "swimming")]:
+        assert same_stem(noun, token, "x")
+    assert same_stem("dolphin", " dol", " dol")
+    assert not same_stem("dolphin", " dol", " d")
+    for noun, token in [("car", " card"), ("dog", " do"), ("cat", "cat1"), ("boat", " boa"), ("pear", " peak")]:
+        assert not same_stem(noun, token, "x")

@@ -6,6 +6,7 @@ that it was written with.
 """
 
 from mmneurons.words.english import inflected as inflected
+from mmneurons.words.english import same_stem as same_stem
 from mmneurons.words.english import singular as singular
 from mmneurons.words.nouns import HantaTagger as HantaTagger
 from mmneurons.words.nouns import Noun as Noun

@@ -5,6 +5,9 @@ from __future__ import annotations
 import re
 import unicodedata
 
+SHORTEST = 3
+"""Letters that a token has at least to say a noun."""
+
 
 def singular(noun: str) -> str:
     """Return the singular of an English noun or compound, in lower case; any other word comes back in lower case.
@@ -90,3 +93,23 @@ _ENDINGS = tuple(
         (r"(\w{3})s", r"\1"),
     )
 )
+
+
+def same_stem(noun: str, token: str, said: str) -> bool:
+    """Whether a token says a noun: the token that was said, the same word in another number, or the same beginning.
+
+    The same beginning: four letters at least, and all but two letters of the shorter word ("swim", "swimming"). Tokens
+    of fewer than three letters begin too many words, and never count.
+
+    Args:
+        noun: The noun, singular or plural.
+        token: What a neuron says, as text.
+        said: The token by which the noun was said, as text.
+    """
+    word = token.strip().lower()
+    if len(word) < SHORTEST or not word.isalpha():
+        return False
+    if word == said.strip().lower() or singular(word) == singular(noun):
+        return True
+    shared = next((i for i, (a, b) in enumerate(zip(word, noun, strict=False)) if a != b), min(len(word), len(noun)))
+    return shared >= max(SHORTEST + 1, min(len(word), len(noun)) - 2)
