@@ -1,11 +1,12 @@
 # make demo: set up and show the main job. make test: the tests. Both work twice in a row, and offline after the first time.
 # make test-matrix: what depends on transformers, under its lowest, a middle and its newest version.
+# make site: the documentation, in site/; a link that leads nowhere is an error.
 # make test-portable: the tests that compute, on a processor's plainest kernels and one thread: none rests on rounding.
 
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-matrix test-portable check clean
+.PHONY: demo test test-matrix test-portable check site clean
 
 # A file of tests to a process, one thread each: tests are many small computations, which threads do not speed up.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile
@@ -48,6 +49,9 @@ check: .venv/installed
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 
+site: .venv/installed
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'mmneurons needs Python 3.11 or newer: make PYTHON=python3.12')"
 	$(PYTHON) -m venv .venv
@@ -56,4 +60,4 @@ check: .venv/installed
 	@touch $@
 
 clean:
-	rm -rf .venv .venv-matrix demo
+	rm -rf .venv .venv-matrix demo site

@@ -27,7 +27,10 @@ from mmneurons.neurons import Neuron
 
 ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "src" / "mmneurons"
-DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+DOCUMENTS = [
+    *(ROOT / f"{name}.md" for name in ("README", "CONTRIBUTING", "SECURITY")),
+    *sorted((ROOT / "docs").rglob("*.md")),
+]
 METHOD, FORMAT = ROOT / "docs" / "reference" / "method.md", ROOT / "docs" / "reference" / "format.md"
 JSON_TYPES = {
     "text": str,
@@ -143,7 +146,7 @@ def test_links_lead_somewhere(path):
 
 @each_document
 def test_files_that_are_named_exist(path):
-    folders = "|".join(["src", "docs", "tests", "benchmarks", "training", *packages()])
+    folders = "|".join(["src", "docs", "tests", "benchmarks", "research", "training", *packages()])
     for name in re.findall(rf"`((?:{folders})/[\w./-]+)(?::[\w.]+)?`", prose(read(path))):
         ours = [ROOT / name, SOURCE / name]
         assert any(place.exists() for place in ours) or is_theirs(path, name), f"{name}: there is no such file"
@@ -207,6 +210,14 @@ def test_commands_and_options_exist(path):
         for one in [] if name.startswith("-") else name.split("|"):
             assert one in commands, said
         assert set(re.findall(r"(?<!\S)--[a-z][a-z-]*", said)) <= known | {"--help", "--no-maps"}, said
+
+
+def test_the_page_of_the_python_names_has_every_one():
+    page = read(ROOT / "docs" / "reference" / "api.md")
+    listed = set(re.findall(r"^::: ([\w.]+)$", page, re.MULTILINE))
+    homes = {f"{module}.{name}" for module, name in mmn._HOMES.values()}
+    assert homes - listed == {"mmneurons.pocket"}
+    assert listed - homes == set()
 
 
 # The form of the file
