@@ -1,7 +1,7 @@
 """Are there multi-modal neurons in a language model that never saw a picture? docs/measurements/language-neurons.md.
 
-    python research/language_neurons.py OUT --pictures pictures.csv            # collects, judges, prints the tables
-    python research/language_neurons.py OUT --table                            # the tables of what is there
+    python -m research.language_neurons OUT --pictures pictures.csv            # collects, judges, prints the tables
+    python -m research.language_neurons OUT --table                            # the tables of what is there
 
 The photo model's language model was trained on text alone, and stays frozen while a projector learns to show it
 photographs. For each noun of `language_neurons.csv`, photographs of one split of the list are captioned. Where the

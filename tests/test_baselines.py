@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from float64 import in_float64
+from kits.float64 import in_float64
 from torch import nn
 
 import mmneurons as mmn

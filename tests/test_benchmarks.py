@@ -10,7 +10,9 @@ from pathlib import Path
 
 import pytest
 
-FOLDER = Path(__file__).parents[1] / "benchmarks"
+from benchmarks.quality import results
+
+ROOT = Path(__file__).parents[1]
 COST = """nouns scored|`generate`, seconds|`find`, seconds|**`find` / `generate`**|- recording, % of `generate`
 - words, % of `generate`|- scoring, % of `generate`|- describing, % of `generate`|- picture, % of `generate`
 - versions, % of `generate`|- rest, % of `generate`|`find` with maps / without|`find` with a blank image / without
@@ -28,17 +30,18 @@ ROWS = re.split(r"[|\n]", COST) + re.split(r"[|\n]", RIVALS) + GROWTH
 CPU_ROWS = [*ROWS, "peak memory, `find` / `generate`", "- integrated gradients: most missed of a block's share, %"]
 
 
-def run(script: str, *options: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(FOLDER / script), *options]
-    return subprocess.run(command, capture_output=True, text=True, timeout=600, env={**os.environ, **environment})
+def run(module: str, *options: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", module, *options]
+    environment = {**os.environ, **environment}
+    return subprocess.run(command, capture_output=True, text=True, timeout=600, cwd=ROOT, env=environment)
 
 
-def filled(page: Path, script: str, *options: str) -> dict[str, list[str]]:
+def filled(page: Path, module: str, *options: str) -> dict[str, list[str]]:
     """What a quick run writes between its markers, row by row; all else on the page is as it was."""
-    begin, end = f"<!-- begin: benchmarks/{script} -->", f"<!-- end: benchmarks/{script} -->"
-    other = "<!-- begin: benchmarks/other.py -->\nkept\n<!-- end: benchmarks/other.py -->"
+    begin, end = f"<!-- begin: {module} -->", f"<!-- end: {module} -->"
+    other = "<!-- begin: benchmarks.cost.other -->\nkept\n<!-- end: benchmarks.cost.other -->"
     page.write_text(f"Before.\n{begin}\nold\n{end}\nAfter.\n{other}\n", encoding="utf-8")
-    done = run(script, "--quick", *options, "--out", str(page))
+    done = run(module, "--quick", *options, "--out", str(page))
     assert done.returncode == 0, done.stderr
     text = page.read_text(encoding="utf-8")
     assert text.startswith(f"Before.\n{begin}\n")
@@ -62,7 +65,7 @@ def check_rows(table: dict[str, list[str]], rows: list[str], n_cases: int) -> No
 
 @pytest.mark.slow
 def test_the_quick_benchmark_fills_every_row_between_the_markers(tmp_path):
-    table = filled(tmp_path / "page.md", "find.py", "--bfloat16")
+    table = filled(tmp_path / "page.md", "benchmarks.cost.find", "--bfloat16")
     check_rows(table, CPU_ROWS, n_cases=10)
     assert table["`find` and `generate`"][-1] == "random Qwen2.5-VL bfloat16, batch 8"
     assert table["Rivals, one image"] == ["pocket float32", "random LLaVA float32"]
@@ -70,23 +73,23 @@ def test_the_quick_benchmark_fills_every_row_between_the_markers(tmp_path):
 
 @pytest.mark.slow
 def test_the_gpu_benchmark_fills_every_row_at_toy_sizes_on_the_cpu(tmp_path):
-    table = filled(tmp_path / "page.md", "gpu.py")
+    table = filled(tmp_path / "page.md", "benchmarks.cost.gpu")
     check_rows(table, ROWS, n_cases=2)
 
 
 @pytest.mark.slow
 def test_the_gpu_benchmark_says_that_there_is_no_gpu(tmp_path):
     page = tmp_path / "page.md"
-    done = run("gpu.py", "--out", str(page), CUDA_VISIBLE_DEVICES="")
+    done = run("benchmarks.cost.gpu", "--out", str(page), CUDA_VISIBLE_DEVICES="")
     assert done.returncode == 2
     assert "measures on a CUDA GPU, and torch finds none here" in done.stderr
-    assert "benchmarks/gpu.py --quick" in done.stderr
+    assert "python -m benchmarks.cost.gpu --quick" in done.stderr
     assert not page.exists()
 
 
 @pytest.mark.slow
 def test_the_quick_comparison_of_finders_fills_both_tables(tmp_path):
-    table = filled(tmp_path / "page.md", "finders.py")
+    table = filled(tmp_path / "page.md", "benchmarks.cost.finders")
     finders = ["logit", "logprob", "paper", "activation", "random", "true effect"]
     rivals = ["gradient x activation", "integrated gradients"]
     rivals += [f"{rival}, cheapest" for rival in rivals]
@@ -109,19 +112,15 @@ def test_the_quick_comparison_of_finders_fills_both_tables(tmp_path):
         assert re.match(r"-?\d", whole)
 
 
-RESULTS = """import results, sys
-results.PAGE, results.DATA = map(results.Path, sys.argv[1:3])
-del sys.argv[1:3]
-results.main()"""
-
-
-def lay_out(page: Path, data: Path, *folder: str) -> str:
-    command = [sys.executable, "-c", RESULTS, str(page), str(data), *folder]
-    subprocess.run(command, check=True, env={**os.environ, "PYTHONPATH": str(FOLDER)})
+def lay_out(monkeypatch: pytest.MonkeyPatch, page: Path, data: Path, *folder: str) -> str:
+    monkeypatch.setattr(results, "PAGE", page)
+    monkeypatch.setattr(results, "DATA", data)
+    monkeypatch.setattr(sys, "argv", ["results", *folder])
+    results.main()
     return page.read_text(encoding="utf-8")
 
 
-def test_results_are_laid_out_between_their_markers_and_kept_as_csv(tmp_path):
+def test_results_are_laid_out_between_their_markers_and_kept_as_csv(tmp_path, monkeypatch):
     (tmp_path / "regions.csv").write_text(
         "measure,neurons,k,mean,low,high,n\npatch AUROC,top,10,0.5,0.25,0.75,4\nIoU at equal area,top,1,,,,\n"
         "unused,top,1,0.5,,,\nnot measured,,,3.0,,,\n"
@@ -136,7 +135,7 @@ def test_results_are_laid_out_between_their_markers_and_kept_as_csv(tmp_path):
         "before\n<!-- regions -->\nold\n<!-- end -->\nbetween\n<!-- edits-by-score -->\nold\n<!-- end -->\n"
         "<!-- causal -->\nkept\n<!-- end -->\nafter\n"
     )
-    made = lay_out(page, tmp_path / "kept", str(tmp_path))
+    made = lay_out(monkeypatch, page, tmp_path / "kept", str(tmp_path))
     assert (tmp_path / "kept" / "regions.csv").read_text() == (tmp_path / "regions.csv").read_text()
     assert (tmp_path / "kept" / "edits-by-score.csv").read_text() == (
         'way,figure,mean,median,worst\n"logit,last,50",n,4,,\n"logit,last,50",locality,0.995,1.000,0.978\n'
@@ -154,16 +153,16 @@ def test_results_are_laid_out_between_their_markers_and_kept_as_csv(tmp_path):
     )
 
 
-def test_the_page_of_results_is_what_its_csv_files_say(tmp_path):
-    docs = FOLDER.parent / "docs" / "measurements"
+def test_the_page_of_results_is_what_its_csv_files_say(tmp_path, monkeypatch):
+    docs = ROOT / "docs" / "measurements"
     page = tmp_path / "results.md"
     page.write_text((docs / "results.md").read_text(encoding="utf-8"), encoding="utf-8")
-    assert lay_out(page, docs / "results") == (docs / "results.md").read_text(encoding="utf-8")
+    assert lay_out(monkeypatch, page, docs / "results") == (docs / "results.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.slow
 def test_everything_followed_is_the_gradient():
-    done = run("following.py", "--limit", "1", "--timed", "1", "--rounds", "1")
+    done = run("research.following", "--limit", "1", "--timed", "1", "--rounds", "1")
     assert done.returncode == 0, done.stderr  # it asserts that itself
     apart = re.findall(r"against autograd, (\w+): at most (\S+) of the largest", done.stdout)
     assert {name for name, _ in apart} == {"logprob", "logit"}
@@ -178,11 +177,11 @@ def test_everything_followed_is_the_gradient():
 def test_readings_are_judged_and_a_stopped_run_goes_on(tmp_path):
     file = tmp_path / "reading.csv"
     for n in ("1", "2"):
-        done = run("reading.py", str(file), "--n", n, "--n-reference", "4", "--similar-every", "1")
+        done = run("benchmarks.quality.reading", str(file), "--n", n, "--n-reference", "4", "--similar-every", "1")
         assert done.returncode == 0, done.stderr
     assert len({line.split(",")[0] for line in file.read_text().splitlines()[1:]}) == 2
     assert "1 of 2," not in done.stdout  # it was judged before
-    again = run("reading.py", str(file), "--table")
+    again = run("benchmarks.quality.reading", str(file), "--table")
     rows = [line.strip("| ").split(" | ") for line in again.stdout.splitlines() if line.startswith("| log")]
     assert len(rows) == 12 + 12 + 5 + 6
     assert all(re.match(r"-?\d", cell) for row in rows for cell in row[3:])

@@ -6,7 +6,7 @@ import contextlib
 import sys
 
 import pytest
-from bounds import bounded
+from kits.bounds import bounded
 
 from mmneurons.errors import ImageError
 

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from kits.zoo import FAMILIES, randomise
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from zoo import FAMILIES, randomise
 
 import mmneurons as mmn
 from mmneurons import pocket

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import psutil
 import pytest
-from commands import call, run
+from kits.commands import call, run
 from PIL import Image
 
 import mmneurons as mmn

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from commands import call
+from kits.commands import call
 from PIL import Image
 
 import mmneurons as mmn

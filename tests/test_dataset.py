@@ -5,9 +5,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from bounds import bounded
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from kits.bounds import bounded
 from PIL import Image
 
 from mmneurons import pocket

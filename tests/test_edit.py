@@ -13,11 +13,11 @@ from typing import Any
 import pytest
 import torch
 import transformers as hf
-from float64 import in_float64
 from hypothesis import given
 from hypothesis import strategies as st
+from kits.float64 import in_float64
+from kits.zoo import randomise
 from torch import Tensor, nn
-from zoo import randomise
 
 import mmneurons as mmn
 from mmneurons import pocket

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from commands import call
+from kits.commands import call
 from PIL import Image
 
 import mmneurons as mmn

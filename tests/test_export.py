@@ -10,13 +10,12 @@ import sys
 from pathlib import Path
 
 import accelerate
-import processor_zoo
 import pytest
 import torch
-import zoo
 from bitsandbytes.nn.modules import Linear8bitLt
 from filelock import FileLock
-from library import hf
+from kits import processor_zoo, zoo
+from kits.library import hf
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForImageTextToText, AutoProcessor
 

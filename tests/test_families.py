@@ -18,12 +18,12 @@ from typing import Any
 
 import pytest
 import torch
-import zoo
-from library import lacking
+from kits import zoo
+from kits.library import lacking
+from kits.zoo import FAMILIES, Family, Row, quiet_vision, randomise
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.utils import logging
-from zoo import FAMILIES, Family, Row, quiet_vision, randomise
 
 import mmneurons as mmn
 from mmneurons.attribution.ablation import Replay, replays

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from float64 import in_float64, slope
+from kits.float64 import in_float64, slope
 
 from mmneurons import pocket
 from mmneurons.editing import gradient

@@ -3,7 +3,7 @@ the pixels behind each token, are tested in tests/test_families.py."""
 
 import pytest
 import torch
-from zoo import FAMILIES
+from kits.zoo import FAMILIES
 
 from mmneurons.vlm.grid import PatchGrid, find_grids
 

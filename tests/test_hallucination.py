@@ -11,10 +11,10 @@ import hypothesis
 import numpy as np
 import pytest
 import torch
-from bounds import bounded
-from commands import call
-from float64 import in_float64, slope
 from hypothesis import strategies as st
+from kits.bounds import bounded
+from kits.commands import call
+from kits.float64 import in_float64, slope
 from safetensors.torch import save as to_bytes
 
 import mmneurons as mmn

@@ -14,9 +14,9 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from bounds import bounded
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from kits.bounds import bounded
 from PIL import Image, ImageFile, TiffImagePlugin
 
 from mmneurons.data import images

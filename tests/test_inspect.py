@@ -9,8 +9,8 @@ import jaxtyping
 import numpy as np
 import pytest
 import torch
-from commands import call
-from library import hf
+from kits.commands import call
+from kits.library import hf
 from PIL import Image
 
 import mmneurons as mmn
@@ -355,7 +355,7 @@ def test_bertscore_by_hand():
 
 
 def test_clipscore_is_that_of_a_clip_on_disk(tmp_path):
-    from processor_zoo import byte_level
+    from kits.processor_zoo import byte_level
     from transformers import CLIPConfig, CLIPModel, CLIPProcessor
 
     tokenizer = byte_level({})

@@ -5,7 +5,7 @@ import shutil
 import pytest
 import torch
 from conftest import make_random_vlm
-from library import hf, lacking
+from kits.library import hf, lacking
 from PIL import Image
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM

@@ -4,8 +4,8 @@ import json
 
 import pytest
 import torch
-from zoo import FAMILIES
-from zoo.base import randomise
+from kits.zoo import FAMILIES
+from kits.zoo.base import randomise
 
 import mmneurons as mmn
 from mmneurons.errors import SettingError, WordError

@@ -9,10 +9,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-import weight_forms
-from bounds import bounded
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from kits import weight_forms
+from kits.bounds import bounded
 
 import mmneurons as mmn
 from mmneurons.editing.evaluate_edits import cases

@@ -2,11 +2,11 @@ import json
 import sys
 from importlib.util import find_spec
 
-import processor_zoo
 import pytest
 import torch
-from library import hf, lacking
-from processor_zoo import FAMILIES, QWEN, Family, byte_level, picture, processor
+from kits import processor_zoo
+from kits.library import hf, lacking
+from kits.processor_zoo import FAMILIES, QWEN, Family, byte_level, picture, processor
 from transformers import AutoProcessor, LlavaProcessor
 
 from mmneurons.errors import ModelError

@@ -3,8 +3,8 @@ import inspect
 import pytest
 import torch
 import transformers
-from library import hf
-from processor_zoo import FAMILIES, byte_level, metaspace_bpe, picture, processor, template, unigram, word_piece
+from kits.library import hf
+from kits.processor_zoo import FAMILIES, byte_level, metaspace_bpe, picture, processor, template, unigram, word_piece
 from transformers import BatchFeature
 
 from mmneurons.errors import ModelError, SettingError, WordError

@@ -8,12 +8,12 @@ from typing import Any, cast
 
 import pytest
 import torch
+from kits.zoo import FAMILIES
+from kits.zoo.base import randomise
 from peft import LoraConfig, get_peft_model
 from test_forms import PLACES, load_quantised
 from test_show import toy
 from torch import Tensor
-from zoo import FAMILIES
-from zoo.base import randomise
 
 import mmneurons as mmn
 from mmneurons import pocket

@@ -6,9 +6,9 @@ import subprocess
 import sys
 
 import pytest
-from bounds import bounded
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from kits.bounds import bounded
 from rich.console import Console
 
 import mmneurons as mmn

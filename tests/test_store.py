@@ -8,9 +8,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from bounds import bounded
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from kits.bounds import bounded
 from PIL import Image
 
 from mmneurons.data.content import image_hash, key_of, truth_hash

@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import accelerate
+import kits.weight_forms as forms
 import pytest
 import torch
-import weight_forms as forms
 from bitsandbytes.nn.modules import Linear4bit, Linear8bitLt
+from kits.weight_forms import EXPERTS, HIDDEN, NEURONS, Form, linear, lora
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, distributed, nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -26,7 +27,6 @@ from transformers import (
 from transformers.models.llama4.modeling_llama4 import Llama4TextExperts
 from transformers.models.qwen3_vl_moe.modeling_qwen3_vl_moe import Qwen3VLMoeTextExperts
 from transformers.pytorch_utils import Conv1D
-from weight_forms import EXPERTS, HIDDEN, NEURONS, Form, linear, lora
 
 from mmneurons.errors import ModelError
 from mmneurons.vlm import weights

@@ -1,0 +1,1 @@
+"""What the package costs, and how good it is: run as modules from the root of the repository."""

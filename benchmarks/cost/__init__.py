@@ -1,0 +1,1 @@
+"""Time and memory: `find`, its rivals, every finder, edits, many photographs."""

@@ -1,0 +1,1 @@
+"""How good it is: edits, hallucination, readings and inspections of the pocket model, judged."""
