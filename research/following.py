@@ -24,7 +24,7 @@ from benchmarks.cost.rivals import Said
 from benchmarks.cost.timing import say
 from mmneurons.attribution.ablation import Replay, replays
 from mmneurons.data.dataset import read_items
-from mmneurons.finding.finder import targets_of
+from mmneurons.finding.batch import targets_of
 from mmneurons.finding.scoring import unembed_rows
 from mmneurons.maths.ranking import top_k
 from mmneurons.maths.readout import jacobian_direction

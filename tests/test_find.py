@@ -9,7 +9,7 @@ import torch
 import mmneurons as mmn
 from mmneurons.data.images import open_image
 from mmneurons.errors import SettingError, WordError
-from mmneurons.finding import finder
+from mmneurons.finding import batch
 from mmneurons.vlm.doctor import additivity, additivity_error
 from mmneurons.vlm.hooks.recording import record
 from mmneurons.vlm.traces import Trace, pick_trace
@@ -341,12 +341,12 @@ def test_a_word_said_of_one_image_only_is_noted_on_the_other(vlm, images):
 
 def test_a_noun_left_out_does_not_shift_the_others(vlm, images, monkeypatch):
     whole = mmn.find(vlm, images, batch_size=4)
-    real = finder.find_nouns
+    real = batch.find_nouns
 
     def without_the_first(*args, **options) -> list[Word]:
         return real(*args, **options)[1:]
 
-    monkeypatch.setattr(finder, "find_nouns", without_the_first)
+    monkeypatch.setattr(batch, "find_nouns", without_the_first)
     for before, after in zip(whole, mmn.find(vlm, images, batch_size=4), strict=True):
         assert [noun.step for noun in after.nouns] == [noun.step for noun in before.nouns[1:]]
         for one, other in zip(after.nouns, before.nouns[1:], strict=True):
@@ -359,13 +359,13 @@ def test_a_noun_left_out_does_not_shift_the_others(vlm, images, monkeypatch):
 
 
 def test_the_paper_scores_the_first_occurrence_only(vlm, images, monkeypatch):
-    real = finder.find_nouns
-    monkeypatch.setattr(finder, "find_nouns", lambda *a, **o: [w for w in real(*a, **o) for _ in range(2)])
+    real = batch.find_nouns
+    monkeypatch.setattr(batch, "find_nouns", lambda *a, **o: [w for w in real(*a, **o) for _ in range(2)])
     assert len(mmn.find(vlm, images[0], score="paper").nouns) * 2 == len(mmn.find(vlm, images[0]).nouns)
 
 
 def test_a_caption_without_nouns_says_so(vlm, images, monkeypatch):
-    monkeypatch.setattr(finder, "find_nouns", lambda *_, **__: [])
+    monkeypatch.setattr(batch, "find_nouns", lambda *_, **__: [])
     found = mmn.find(vlm, images[0], maps=True, blank=True)
     assert found.nouns == ()
     assert any("no noun" in note for note in found.notes)

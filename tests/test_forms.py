@@ -102,11 +102,11 @@ def test_given_the_same_activations_scores_are_those_of_the_dequantised_copy(pac
     inputs = vlm.encode([mmn.pocket.scene(3, nouns=["dog"]).image], answer_prefix="An image of")
     with record(vlm.anatomy) as recording:
         answers = vlm.generate(inputs, 8)
-    from mmneurons.finding import finder
+    from mmneurons.finding import batch
     from mmneurons.settings import FindSettings
 
     choices = FindSettings()
-    targets = finder.targets_of(vlm, answers, 0, choices)
+    targets = batch.targets_of(vlm, answers, 0, choices)
     assert targets
     ours = score_targets(vlm, recording, answers, targets, choices)
     copied = score_targets(plain, replace(recording, anatomy=plain.anatomy), answers, targets, choices)

@@ -3,7 +3,7 @@ import pytest
 
 import mmneurons as mmn
 from mmneurons.data.dataset import Item
-from mmneurons.finding.finder import targets_of
+from mmneurons.finding.batch import targets_of
 from mmneurons.finding.maps import region_maps
 from mmneurons.finding.scoring import score_targets
 from mmneurons.inspection.sensitivity import sensitivity

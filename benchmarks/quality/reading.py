@@ -33,7 +33,7 @@ from mmneurons.attribution.controls import column_norms, loudness, matched
 from mmneurons.data.dataset import Item, read_items
 from mmneurons.editing.reference import Reference
 from mmneurons.finding.baseline import baseline_of
-from mmneurons.finding.finder import targets_of
+from mmneurons.finding.batch import targets_of
 from mmneurons.finding.reading import Reader, columns_of, reader_for, yardstick_of
 from mmneurons.finding.rereading import blank_like, rescored, trace_again
 from mmneurons.finding.scoring import Scored, Target, score_targets

@@ -22,7 +22,7 @@ from torch import Tensor
 from mmneurons.attribution.ablation import Replay, replays
 from mmneurons.data.pictures import Picture
 from mmneurons.errors import SettingError
-from mmneurons.finding.finder import targets_of
+from mmneurons.finding.batch import targets_of
 from mmneurons.finding.scoring import score_targets
 from mmneurons.settings import SCORES, FindSettings, Question
 from mmneurons.vlm.asking import ask

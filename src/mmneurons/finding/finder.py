@@ -6,35 +6,25 @@ again. Maps, and a blank image to compare with, cost one more forward pass each,
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, replace
-from functools import partial
 from typing import Any, Unpack, overload
 
 from mmneurons.data.images import OpenedImage
 from mmneurons.data.pictures import Picture, Pictures, as_list
 from mmneurons.errors import SettingError, WordError
-from mmneurons.finding.baseline import baseline_of
+from mmneurons.finding.batch import baseline_name, missing, name_of, score_batch
 from mmneurons.finding.maps import with_maps
-from mmneurons.finding.rereading import blank_like, trace_again, with_blank
-from mmneurons.finding.result import BaselineName, Finding, NounFinding
-from mmneurons.finding.scoring import Target, describe, score_targets
+from mmneurons.finding.rereading import with_blank
+from mmneurons.finding.result import Finding, NounFinding
+from mmneurons.finding.scoring import describe
 from mmneurons.progress import Progress
-from mmneurons.settings import Baseline, FindOptions, FindSettings, MeanActivations, Question, settled
+from mmneurons.settings import FindOptions, FindSettings, MeanActivations, Question, settled
 from mmneurons.vlm import provenance
-from mmneurons.vlm.asking import answer, batches_of, tokens_of_answer
-from mmneurons.vlm.doctor import tolerance
+from mmneurons.vlm.asking import batches_of
 from mmneurons.vlm.grid import find_grids, model_view
-from mmneurons.vlm.hooks.recording import record
 from mmneurons.vlm.locking import by_one_thread
-from mmneurons.vlm.prompts import token_of
-from mmneurons.vlm.vlm import VLM, Answers, Inputs
-from mmneurons.words import Word, find_nouns, find_words, says, tagger_for
-
-NO_TAGGER = (
-    "No noun tagger for the language of this answer: ask for its words (--word, words=[...]) or give a tagger "
-    "(--tagger, tagger=SpacyTagger(...))."
-)
+from mmneurons.vlm.vlm import VLM, Inputs
 
 
 @overload
@@ -120,8 +110,8 @@ def find(
             if progress is not None:
                 progress("prompts", len(findings), len(prompts))
     _check_found(findings, choices, given=caption is not None)
-    made_by = _provenance(vlm, choices, given=caption is not None)
-    findings = [replace(finding, provenance=made_by) for finding in findings]
+    made = made_by(vlm, choices, given=caption is not None)
+    findings = [replace(finding, provenance=made) for finding in findings]
     return findings if inputs is not None or isinstance(images, list | tuple) else findings[0]
 
 
@@ -150,137 +140,44 @@ def _find_batch(
     vlm: VLM, inputs: Inputs, rows: list[list[OpenedImage]], captions: list[str] | None, choices: FindSettings
 ) -> list[Finding]:
     """The whole way for one batch, top to bottom."""
-    given = None if captions is None else [tokens_of_answer(vlm, inputs, text) for text in captions]
-    # 1. Answer once, and record what the neurons did where each token was chosen.
-    recorder = partial(record, gates=choices.score == "paper")
-    answers, recording = answer(vlm, inputs, choices, given=given, recorder=recorder)
-    # 2. The words of the answers that are to be explained.
-    targets = [t for row in range(len(rows)) for t in targets_of(vlm, answers, row, choices)]
-    nouns: list[NounFinding] = []
-    notes = [*vlm.loading.notes] if vlm.loading else []
-    notes += [] if given is None else ["The model was given this answer to read; it did not choose it."]
-    n_images = len(rows[0])
-    if targets:
-        # 3. The same words read without the picture, if asked for: one more pass.
-        grey = None
-        if n_images and (choices.blank or choices.baseline == "blank"):
-            blank = [[blank_like(opened.image) for opened in row] for row in rows]
-            inputs_of_blank = vlm.encode(blank, choices.prompt, choices.prefix)
-            grey = trace_again(vlm, inputs_of_blank, answers, targets, choices)
-        # 4. What every neuron gave to each of them, and the highest described.
-        baseline = baseline_of(vlm, targets, choices, grey)
-        scored = score_targets(vlm, recording, answers, targets, choices, baseline)
-        nouns = describe(vlm, scored)
-        notes += _doubt(vlm, nouns)
+    # 1. Answers, the words of them that are explained, and what every neuron gave to each.
+    batch = score_batch(vlm, inputs, rows, captions, choices)
+    n_images, nouns = len(rows[0]), list[NounFinding]()
+    notes = batch.notes()
+    if batch.scored is not None:
+        # 2. The highest of them described.
+        nouns = describe(vlm, batch.scored)
         if choices.maps:
-            # 5. Where the neurons look: one more prefill, if asked for.
+            # 3. Where the neurons look: one more prefill, if asked for.
             grids = find_grids(vlm.model, inputs, n_images or _n_pictures(inputs))
             if isinstance(grids, str):
                 notes.append(f"No map is drawn: {grids}.")
             else:
-                nouns = with_maps(vlm, inputs, grids, scored, nouns)
-        if choices.blank and grey is not None:
-            nouns = with_blank(vlm, grey, scored, nouns)
+                nouns = with_maps(vlm, inputs, grids, batch.scored, nouns)
+        if choices.blank and batch.grey is not None:
+            nouns = with_blank(vlm, batch.grey, batch.scored, nouns)
     return [
         Finding(
-            # A file name may hold bytes that JSON cannot.
-            images=tuple(o.name.encode("utf-8", "replace").decode() for o in opened),
+            images=tuple(map(name_of, opened)),
             prompt=choices.prompt,
             answer_prefix=choices.prefix,
-            caption=answers.texts[row],
-            token_ids=answers.token_ids[row],
+            caption=batch.answers.texts[row],
+            token_ids=batch.answers.token_ids[row],
             score=choices.score,
             against=choices.against,
             says=choices.says,
-            baseline=_name_of(choices.baseline),
-            nouns=(mine := tuple(n for n, t in zip(nouns, targets, strict=True) if t.row == row)),
-            notes=(*(note for o in opened for note in vlm.notes(o)), *notes, *_silence(answers, row, mine, choices)),
+            baseline=baseline_name(choices.baseline),
+            nouns=tuple(n for n, t in zip(nouns, batch.targets, strict=True) if t.row == row),
+            notes=batch.notes_of(row, notes),
             views=tuple(model_view(vlm.processor, inputs, row * n_images + i) for i in range(len(opened))),
         )
         for row, opened in enumerate(rows)
     ]
 
 
-def targets_of(vlm: VLM, answers: Answers, row: int, choices: FindSettings) -> list[Target]:
-    """Which tokens of one caption are scored: the first of each noun, or of each word asked for.
-
-    Raises:
-        SettingError: if a word asked for begins with the same token as the one it is to be compared with.
-    """
-    caption, ids = answers.texts[row], answers.token_ids[row]
-
-    def decode(part: Sequence[int]) -> str:
-        return vlm.tokenizer.decode(part, skip_special_tokens=True)
-
-    if choices.token_ids is not None:
-        words = [_word_of(vlm, ids, step, decode) for step, token in enumerate(ids) if token in choices.token_ids]
-    elif choices.words is None:
-        words = find_nouns(caption, ids, decode, answer_prefix=choices.prefix, tagger=choices.tagger)
-    else:
-        words = find_words([w for w in choices.words if says(caption, w)], caption, ids, decode)
-    targets = [Target(row, word, word.steps[0], ids[word.steps[0]]) for word in words]
-    if choices.against is not None:
-        other = token_of(vlm.tokenizer, choices.against)
-        if (choices.words or choices.token_ids) and any(target.token_id == other for target in targets):
-            raise SettingError(
-                f"'{choices.against}' begins with the same token as a word to score: nothing to compare.",
-                fix="Compare with a word that begins differently.",
-            )
-        targets = [target for target in targets if target.token_id != other]
-    if choices.score == "paper":  # as the released code: a word's first occurrence only
-        first = {target.word.text: target for target in reversed(targets)}
-        targets = [target for target in targets if first[target.word.text] is target]
-    return targets
-
-
-def _word_of(vlm: VLM, ids: Sequence[int], step: int, decode: Callable[[Sequence[int]], str]) -> Word:
-    """One generated token as a word of the answer; one that is no text (end-of-text) stands at no place in it."""
-    before = decode(ids[:step]).lstrip()
-    added = decode(ids[: step + 1]).lstrip()[len(before) :]
-    text = added.strip()
-    if not text:
-        text = vlm.token_text(ids[step])
-        return Word(text, text.lower(), 0, 0, (step,))
-    start = len(before) + len(added) - len(added.lstrip())
-    return Word(text, text.lower(), start, start + len(text), (step,))
-
-
-def _doubt(vlm: VLM, nouns: Sequence[NounFinding]) -> list[str]:
-    """Whether what was recorded adds up to the logits that this model gave; it does where the anatomy is right."""
-    largest = max(abs(noun.logit) for noun in nouns)
-    error = max(abs(noun.parts.total - noun.logit) for noun in nouns) / largest
-    if error <= tolerance(vlm):
-        return []
-    return [f"Approximate: what was recorded misses the model's logits by {error:.1%}. See mmneurons doctor."]
-
-
-def _silence(answers: Answers, row: int, nouns: Sequence[NounFinding], choices: FindSettings) -> list[str]:
-    """What to say where something has no answer."""
-    if choices.words is None and choices.token_ids is None:
-        if nouns:
-            return []
-        if choices.tagger is None and tagger_for(answers.texts[row]) is None:
-            return [NO_TAGGER]
-        return ["There is no noun in this answer."]
-    return [
-        f"{_shown(word)} is not in this answer."
-        for word in _missing(answers.texts[row], answers.token_ids[row], choices)
-    ]
-
-
-def _missing(text: str, token_ids: Sequence[int], choices: FindSettings) -> list[str | int]:
-    """The words and tokens asked for that an answer does not have."""
-    words = [word for word in choices.words or () if not says(text, word)]
-    return words + [token for token in choices.token_ids or () if token not in token_ids]
-
-
-def _shown(word: str | int) -> str:
-    return f"'{word}'" if isinstance(word, str) else f"token {word}"
-
-
 def _check_found(findings: list[Finding], choices: FindSettings, *, given: bool) -> None:
-    missing = (set(_missing(finding.caption, finding.token_ids, choices)) for finding in findings)
-    everywhere = set.intersection(*missing) if findings else set()
+    absent = (set(missing(finding.caption, finding.token_ids, choices)) for finding in findings)
+    everywhere = set.intersection(*absent) if findings else set()
     if everywhere:
         answers = "\n".join(f"  {finding.answer_prefix} {finding.caption}" for finding in findings[:5])
         said = "The answer" if given else "The model said"
@@ -329,11 +226,7 @@ def _n_pictures(inputs: Inputs) -> int:
     return int("pixel_values" in inputs)
 
 
-def _name_of(baseline: Baseline | MeanActivations) -> BaselineName:
-    return "reference" if isinstance(baseline, MeanActivations) else baseline
-
-
-def _provenance(vlm: VLM, choices: FindSettings, *, given: bool) -> dict[str, Any]:
+def made_by(vlm: VLM, choices: FindSettings, *, given: bool) -> dict[str, Any]:
     """What made these findings. Decoding is greedy: there is no seed."""
     baseline = choices.baseline
     settings = asdict(replace(choices, tagger=None, baseline="zero")) | {

@@ -14,7 +14,7 @@ from PIL import Image
 
 from mmneurons.attribution.controls import DRAWS, Matched, column_norms, loudness, matched
 from mmneurons.data.dataset import Item
-from mmneurons.finding.finder import targets_of
+from mmneurons.finding.batch import targets_of
 from mmneurons.finding.maps import region_maps, with_maps
 from mmneurons.finding.rereading import Reread, blank_like, reread
 from mmneurons.finding.result import NounFinding

@@ -14,7 +14,7 @@ from jaxtyping import Float
 
 from mmneurons.data.dataset import Item
 from mmneurons.errors import SettingError
-from mmneurons.finding.finder import targets_of
+from mmneurons.finding.batch import targets_of
 from mmneurons.finding.scoring import Scored, score_targets
 from mmneurons.inspection.rows import IMAGES, IN_BLOCK, OWN_SHARE, SHARED, SpecificityRow
 from mmneurons.maths.statistics import Estimate, estimate, over_pairs
