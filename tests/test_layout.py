@@ -15,7 +15,7 @@ SOURCE = Path(__file__).parents[1] / "src" / "mmneurons"
 PACKAGE = SOURCE.name
 LAYERS: Sequence[str] = """
     errors progress files neurons words settings pocket photo maths data vlm finding attribution metrics inspection
-    patches editing baselines report cli
+    patches editing baselines sweeping atlas report cli
 """.split()
 """A module imports from its own layer and from those before it."""
 SHOWN = {("mmneurons.finding.result", "mmneurons.report.page"), ("mmneurons.patches.patch", "mmneurons.report.patch")}
@@ -29,6 +29,9 @@ WITHOUT_TORCH = [
     "data.dataset",
     "data.store",
     "data.content",
+    "data.listing",
+    "data.run",
+    "data.run_writer",
     "words",
     "finding.result",
     "report",

@@ -283,7 +283,7 @@ def test_the_cache_is_where_the_platform_keeps_such_things(monkeypatch, tmp_path
     monkeypatch.delenv(cache.CACHE, raising=False)
     monkeypatch.setattr(sys, "platform", platform)
     monkeypatch.setenv(variable, str(tmp_path))
-    assert cache.cache() == tmp_path / "mmneurons"
+    assert cache.cache_folder() == tmp_path / "mmneurons"
 
 
 # Packages.

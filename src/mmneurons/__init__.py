@@ -22,6 +22,7 @@ if TYPE_CHECKING:  # each public name once: a type checker reads these lines, an
     from mmneurons.baselines.baseline import baseline as baseline
     from mmneurons.data.dataset import Item as Item
     from mmneurons.data.dataset import read_items as read_items
+    from mmneurons.data.run import Run as Run
     from mmneurons.editing.dehallucinate import chair_change as chair_change
     from mmneurons.editing.dehallucinate import dehallucinate as dehallucinate
     from mmneurons.editing.edit import edit as edit
@@ -59,6 +60,8 @@ if TYPE_CHECKING:  # each public name once: a type checker reads these lines, an
     from mmneurons.settings import FindSettings as FindSettings
     from mmneurons.settings import InspectSettings as InspectSettings
     from mmneurons.settings import Question as Question
+    from mmneurons.settings import SweepSettings as SweepSettings
+    from mmneurons.sweeping.sweep import sweep as sweep
     from mmneurons.vlm.doctor import doctor as doctor
     from mmneurons.vlm.hooks.interventions import Intervention as Intervention
     from mmneurons.vlm.hooks.interventions import intervene as intervene

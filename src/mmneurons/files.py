@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import secrets
 import stat
+import sys
 from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
@@ -21,6 +23,8 @@ DEEPEST = 200
 """How many levels deep free-form JSON may be nested."""
 LARGEST = 2**28
 """The most bytes that a text file may have: a hundred times what any command here writes."""
+CACHE = "MMNEURONS_CACHE"
+"""The environment variable that names another place for what is kept between runs."""
 PACKAGE = Path(__file__).resolve().parent
 """The folder of the installed package; nothing is ever written in it."""
 
@@ -125,6 +129,31 @@ def write_whole(path: str | os.PathLike[str], content: bytes) -> None:
             _replace(Path(os.path.realpath(path)), content)
     except OSError as error:
         raise _unwritable(path, error.strerror or str(error)) from error
+
+
+def stamp_of(path: str | os.PathLike[str]) -> str:
+    """Return a short text that changes when a file is written or replaced, without reading it; "" where there is none.
+
+    It holds size and times, so that a file that was only copied changes it, too.
+    """
+    try:
+        facts = Path(path).stat()
+    except (OSError, ValueError):
+        return ""
+    return hashlib.sha256(f"{facts.st_size} {facts.st_mtime_ns} {facts.st_ctime_ns}".encode()).hexdigest()[:8]
+
+
+def cache_folder() -> Path:
+    """Return the folder that holds what is made once: `MMNEURONS_CACHE`, or where the platform keeps such things."""
+    if os.environ.get(CACHE):
+        return Path(os.environ[CACHE]).expanduser()
+    if sys.platform == "darwin":
+        base = Path.home() / "Library" / "Caches"
+    elif sys.platform == "win32":
+        base = Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local")
+    else:
+        base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return base / "mmneurons"
 
 
 def check_writable(path: str | os.PathLike[str]) -> None:

@@ -181,6 +181,26 @@ class FindSettings(Question):
 
 
 @dataclass(frozen=True)
+class SweepSettings(FindSettings):
+    """Which neurons a `sweep` keeps for each noun, and how the images are divided."""
+
+    top: int = setting(100, at_least=1)
+    """How many neurons are kept for each noun."""
+    given: bool = False
+    """Score the captions that the images come with, where they have one, instead of what the model says."""
+    shard_size: int = setting(256, at_least=1)
+    """How many images are kept at once: a sweep that is stopped goes on after the last whole shard."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.maps or self.blank or isinstance(self.baseline, MeanActivations):
+            raise SettingError(
+                "A sweep keeps neither maps nor comparisons with a blank image, and knows no Reference.",
+                fix="Ask `find` about the images that matter; baseline='blank' compares in a sweep, too.",
+            )
+
+
+@dataclass(frozen=True)
 class EditSettings(Question):
     """How `edit` makes a patch."""
 
@@ -265,6 +285,13 @@ class FindOptions(QuestionOptions, total=False):
     maps: bool
     blank: bool
     tagger: Tagger | None
+
+
+class SweepOptions(FindOptions, total=False):
+    """Keyword arguments of `sweep`: the fields of `SweepSettings`."""
+
+    given: bool
+    shard_size: int
 
 
 class EditOptions(QuestionOptions, total=False):

@@ -15,7 +15,8 @@ import sys
 import mmneurons.cli.find
 import mmneurons.cli.inspect
 import mmneurons.cli.edit
-import mmneurons.cli.dehallucinate  # noqa: F401
+import mmneurons.cli.dehallucinate
+import mmneurons.cli.sweep  # noqa: F401
 
 # isort: on
 from mmneurons.cli.options import Stopped, err

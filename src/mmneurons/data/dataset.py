@@ -11,6 +11,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Protocol, runtime_checkable
 
 import msgspec
 import numpy as np
@@ -19,7 +20,7 @@ from PIL import Image
 
 from mmneurons import pocket
 from mmneurons.data.coco import Instances, Outline, outlines
-from mmneurons.data.images import SUFFIXES, check_image, open_image
+from mmneurons.data.images import SUFFIXES, OpenedImage, check_image, open_bytes, open_image
 from mmneurons.data.masks import read_mask
 from mmneurons.errors import ImageError, SettingError
 from mmneurons.files import read_text
@@ -34,20 +35,40 @@ _SHOWN = 3
 """How many of the files that are left out are named."""
 
 
+@runtime_checkable
+class Packed(Protocol):
+    """What holds the bytes of an image file that lies in no folder, such as a member of an archive."""
+
+    @property
+    def stamp(self) -> str:
+        """Changes whenever the bytes may have changed."""
+        ...
+
+    def read(self) -> bytes:
+        """Read the bytes of the file.
+
+        Raises:
+            ImageError: they cannot be read.
+        """
+        ...
+
+
 @dataclass(frozen=True, eq=False)
 class Item:
     """One image of an experiment; it is opened when it is asked for, so that thousands need no memory."""
 
     name: str
     """A path as given, or the place in an evaluation set: `find-500/17`."""
-    source: Path | Image.Image
-    """The file of the image, or the image itself."""
+    source: Path | Image.Image | Packed
+    """The file of the image, what holds its bytes, or the image itself."""
     objects: tuple[str, ...] | None = None
     """The objects that are truly shown; None where that is not known."""
     mask_sources: tuple[MaskSource | None, ...] = field(default=(), repr=False)
     """For each object its mask, not yet read, or None if that is not known; empty where no masks are known."""
     caption: str | None = None
     """An answer that the model is given to read; None: the model answers by itself."""
+    captions: tuple[str, ...] = ()
+    """What people say is in the image, where that is known."""
 
     def image(self) -> Image.Image:
         """Open the image, in mode RGB.
@@ -55,7 +76,16 @@ class Item:
         Raises:
             ImageError: the image cannot be read.
         """
-        return open_image(self.source).image
+        return self.opened().image
+
+    def opened(self) -> OpenedImage:
+        """Open the image, with notes on how it was read.
+
+        Raises:
+            ImageError: the image cannot be read.
+        """
+        source = self.source
+        return open_bytes(source.read(), self.name) if isinstance(source, Packed) else open_image(source)
 
     def masks(self) -> dict[str, Bool[np.ndarray, "height width"]]:
         """Read the mask of each object, at the size of the image; objects without a known mask are left out.
@@ -91,7 +121,11 @@ def _drawn(source: MaskSource) -> Bool[np.ndarray, "height width"]:
 
 
 def read_items(
-    source: str | os.PathLike[str], masks: str | os.PathLike[str] | None = None, *, tell: Tell = lambda note: None
+    source: str | os.PathLike[str],
+    masks: str | os.PathLike[str] | None = None,
+    *,
+    tell: Tell = lambda note: None,
+    checked: bool = True,
 ) -> list[Item]:
     """Collect the images of an experiment, in order of name or as the manifest has them, and check each file's header.
 
@@ -103,6 +137,7 @@ def read_items(
         masks: For a folder of images: a folder with a mask `STEM.NOUN.png` for each object of the image `STEM.*`, or
             `STEM.NOUN.1.png` ... for several of a kind. See `read_mask` for what may stand in them.
         tell: Called with what was left out: files of a folder that are no images, masks without an image.
+        checked: Whether headers are read; if not, a damaged file stays in the list, and shows when it is opened.
 
     Raises:
         ImageError: there is no image, or a manifest names a file that is none.
@@ -119,9 +154,9 @@ def read_items(
     if text.startswith(POCKET):
         return _pocket_items(text.removeprefix(POCKET))
     if is_folder:
-        return _folder_items(path, None if masks is None else Path(os.path.expanduser(masks)), tell)
+        return _folder_items(path, None if masks is None else Path(os.path.expanduser(masks)), tell, checked=checked)
     if path.suffix.lower() == ".json":
-        return _listed_items(path, tell)
+        return _listed_items(path, tell, checked=checked)
     check_image(path)
     return [Item(text, path)]
 
@@ -143,7 +178,7 @@ def _pocket_items(name: str) -> list[Item]:
     return [Item(f"{name}/{i}", scene.image, scene.objects, tuple(scene.masks)) for i, scene in enumerate(scenes)]
 
 
-def _folder_items(folder: Path, masks: Path | None, tell: Tell) -> list[Item]:
+def _folder_items(folder: Path, masks: Path | None, tell: Tell, *, checked: bool) -> list[Item]:
     """Take the images of a folder, with their masks where a folder of masks is given."""
     # 1. Masks that lie among the images. Where it is not said that they do, a file counts as one only if it is named
     # after an image and reads as a mask: `park.dog.png` beside `park.png` could be a photograph, too.
@@ -162,7 +197,8 @@ def _folder_items(folder: Path, masks: Path | None, tell: Tell) -> list[Item]:
     for file in files:
         if file not in own_masks:
             try:
-                check_image(file)
+                if checked:
+                    check_image(file)
                 images.append(file)
             except ImageError as error:
                 first = first or error
@@ -269,7 +305,7 @@ class _Entry(msgspec.Struct, forbid_unknown_fields=True):
 _EXAMPLE = '[{"image": "park.png", "objects": ["dog"], "masks": ["park.dog.png"]}]'
 
 
-def _listed_items(path: Path, tell: Tell) -> list[Item]:
+def _listed_items(path: Path, tell: Tell, *, checked: bool) -> list[Item]:
     """Take the images of a JSON file: a list is a manifest, an object must be COCO's instances."""
     if not _is_there(path):
         raise ImageError(f"There is no file or folder {path}.")
@@ -278,16 +314,19 @@ def _listed_items(path: Path, tell: Tell) -> list[Item]:
     except (msgspec.MsgspecError, RecursionError) as error:
         raise SettingError(f"{path} is no manifest, and none of COCO's.", seen=str(error), fix=_EXAMPLE) from error
     if isinstance(listed, Instances):
-        return _coco_items(path, listed, tell)
+        return _coco_items(path, listed, tell, checked=checked)
     if not listed:
         raise SettingError(f"{path} names no image.", fix=_EXAMPLE)
-    return [_manifest_item(path, f"entry {i} of {len(listed)} in {path}", one) for i, one in enumerate(listed, 1)]
+    return [
+        _manifest_item(path, f"entry {i} of {len(listed)} in {path}", one, checked=checked)
+        for i, one in enumerate(listed, 1)
+    ]
 
 
-def _manifest_item(path: Path, place: str, entry: _Entry) -> Item:
+def _manifest_item(path: Path, place: str, entry: _Entry, *, checked: bool) -> Item:
     """Take one image of a manifest; `place` is what error messages call its entry."""
     image, *drawn = (path.parent / os.path.expanduser(one) for one in (entry.image, *(entry.masks or [])))
-    for file in (image, *drawn):
+    for file in (image, *drawn) if checked else ():
         try:
             check_image(file)
         except ImageError as error:
@@ -296,14 +335,22 @@ def _manifest_item(path: Path, place: str, entry: _Entry) -> Item:
     return Item(entry.image, image, objects, tuple(drawn), entry.caption)
 
 
-def _coco_items(path: Path, coco: Instances, tell: Tell) -> list[Item]:
+def coco_roots(path: Path) -> list[Path]:
+    """List where the images of a COCO file may lie: beside it, or as COCO packs them, `annotations/` and `X/`."""
+    split = path.stem.removeprefix("instances_").removeprefix("captions_")
+    beside = [path.parent / name for name in (".", "images", split)]
+    return beside + [path.parent.parent / name for name in (split, f"images/{split}", "images", ".")]
+
+
+def first_file(roots: Sequence[Path], name: str) -> Path | None:
+    """Return the file of this name in the first of the folders that has it."""
+    return next((root / name for root in roots if _is_there(root / name)), None)
+
+
+def _coco_items(path: Path, coco: Instances, tell: Tell, *, checked: bool) -> list[Item]:
     """Take the images of COCO instances that are there: a part of the set is enough."""
-    # 1. Where the images may lie: beside the file, or as COCO packs them, `annotations/instances_X.json` and `X/`.
-    split = path.stem.removeprefix("instances_")
-    roots = [
-        *(path.parent / name for name in (".", "images", split)),
-        *(path.parent.parent / name for name in (split, f"images/{split}", "images", ".")),
-    ]
+    # 1. Where the images may lie.
+    roots = coco_roots(path)
     # 2. Annotations by their image: the file lists them in any order.
     names = {one.id: one.name for one in coco.categories}
     shown = defaultdict(list)
@@ -311,9 +358,10 @@ def _coco_items(path: Path, coco: Instances, tell: Tell) -> list[Item]:
         shown[one.image_id].append(one)
     items = []
     for picture in coco.images:
-        file = next((root / picture.file_name for root in roots if _is_there(root / picture.file_name)), None)
+        file = first_file(roots, picture.file_name)
         if file is not None:
-            check_image(file)
+            if checked:
+                check_image(file)
             there = outlines(shown[picture.id], names, picture)
             items.append(Item(str(file), file, tuple(there), tuple(there.values())))
     # 3. Of a few missing images the user is told; if all are missing, the place is wrong.
@@ -321,7 +369,7 @@ def _coco_items(path: Path, coco: Instances, tell: Tell) -> list[Item]:
         raise ImageError(
             f"None of the {len(coco.images)} images of {path} is there.",
             seen=f"Looked in {', '.join(str(root) for root in roots)}.",
-            fix=f"Put them beside it: {path.parent / split}",
+            fix=f"Put them beside it: {path.parent / 'images'}",
         )
     if n_missing := len(coco.images) - len(items):
         tell(f"{path}: {n_missing} of its {len(coco.images)} images are not there")

@@ -6,14 +6,12 @@ start Ghostscript. Pixel values are taken as stored: a colour profile is neither
 
 from __future__ import annotations
 
-import difflib
 import io
 import os
 import re
 import shlex
 import threading
 import warnings
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,6 +22,7 @@ from typing import IO
 import numpy as np
 from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
 
+from mmneurons.data.image_errors import AGAIN, GIVE, kind_of, no_file, quoted, too_large
 from mmneurons.errors import ImageError
 
 MAX_PIXELS = 60_000_000
@@ -46,17 +45,6 @@ _PLAIN_MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "I", "F")  # of which 
 _STRIP = 2**20
 """How many pixels are converted at once where a conversion needs several copies."""
 _FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000")
-_GIVE = "Give a PNG, JPEG, WebP, GIF, BMP, TIFF, PPM, AVIF or JPEG 2000 file."
-_AGAIN = "Copy, download or export the file again."
-_KINDS = (  # how a file that is no image begins, what it is, what to do
-    (rb"\x89PNG|\xff\xd8\xff|GIF8|RIFF....WEBP|BM|II\*\0|MM\0\*", "the start of an image, damaged or cut off", _AGAIN),
-    (rb"....ftyp(hei|hev|mif1)", "a HEIC photograph", "Export it as JPEG and give that."),
-    (rb"%PDF|%!PS|\s*<(\?xml|svg)", "a document or drawing, not pixels", "Export it as PNG and give that."),
-    (rb"\s*<(!doctype html|html)", "a web page", "Download the image itself, not the page that shows it."),
-    (rb"version https://git-lfs", "a Git LFS pointer, not the file itself", "Fetch the file: git lfs pull"),
-    (rb"\x93NUMPY", "a NumPy array", "Give the array: open_image(numpy.load(PATH, allow_pickle=False))"),
-    (rb"PK\x03\x04|\x1f\x8b", "an archive", "Unpack it and give the image inside."),
-)
 _EXIF_ORIENTATION, _TIFF_PHOTOMETRIC = 0x0112, 262
 _LOCK = threading.Lock()
 
@@ -90,10 +78,7 @@ def open_image(source: str | os.PathLike[str] | Image.Image | np.ndarray) -> Ope
     if isinstance(source, (str, os.PathLike)):
         name = os.fsdecode(source)
         with _opened(name) as image:
-            if getattr(image, "is_animated", False):  # not n_frames: counting reads the whole file
-                held = "several pictures in one file" if image.format in ("TIFF", "MPO") else "animated"
-                notes.append(f"{held}: the first is used")
-            picture = _rgb(image, name, notes)
+            picture = _of_file(image, name, notes)
     elif isinstance(source, Image.Image):
         name = "<PIL image>"
         with _pillow(name):
@@ -108,6 +93,30 @@ def open_image(source: str | os.PathLike[str] | Image.Image | np.ndarray) -> Ope
             seen=f"Got an object of type {type(source).__module__}.{type(source).__qualname__}.",
             fix="Give a path, a PIL image, or a NumPy array of uint8, height x width x 3.",
         )
+    return _upright(picture, name, notes)
+
+
+def open_bytes(content: bytes, name: str) -> OpenedImage:
+    """Read one image as RGB from the bytes of its file, as `open_image` reads the file itself.
+
+    Raises:
+        ImageError: as `open_image`; `name` is what the message calls it.
+    """
+    notes: list[str] = []
+    with _pillow(name), _header(_Memory(content), name) as image:
+        picture = _of_file(image, name, notes)
+    return _upright(picture, name, notes)
+
+
+def _of_file(image: Image.Image, name: str, notes: list[str]) -> Image.Image:
+    """Decode an image file whose header was read; of several pictures in it the first."""
+    if getattr(image, "is_animated", False):  # not n_frames: counting reads the whole file
+        held = "several pictures in one file" if image.format in ("TIFF", "MPO") else "animated"
+        notes.append(f"{held}: the first is used")
+    return _rgb(image, name, notes)
+
+
+def _upright(picture: Image.Image, name: str, notes: list[str]) -> OpenedImage:
     ImageOps.exif_transpose(picture, in_place=True)  # `_rgb` has left the orientation in the EXIF data, alone
     return OpenedImage(picture, name, tuple(notes))
 
@@ -133,7 +142,7 @@ def open_stored(path: str | os.PathLike[str]) -> Image.Image:
     name = os.fsdecode(path)
     with _opened(name) as image:
         if getattr(image, "is_animated", False):
-            raise ImageError(f"{_quoted(name)} holds several pictures.", fix="Save the one that is meant by itself.")
+            raise ImageError(f"{quoted(name)} holds several pictures.", fix="Save the one that is meant by itself.")
         _load(image, name)
         stored = image if image.mode in _PLAIN_MODES or image.mode.startswith("I;16") else image.convert("RGB")
         return ImageOps.exif_transpose(stored)
@@ -179,11 +188,11 @@ def _pillow(name: str) -> Iterator[None]:
         except ImageError:
             raise
         except Image.DecompressionBombError as error:
-            raise _too_large(name, str(error)) from error
+            raise too_large(name, str(error), MAX_PIXELS) from error
         except Exception as error:  # a hostile file raises almost anything: struct.error, SyntaxError, MemoryError
-            what = f"{_quoted(name)} cannot be decoded: it is damaged, incomplete or closed."
+            what = f"{quoted(name)} cannot be decoded: it is damaged, incomplete or closed."
             seen = f"The decoder says: {str(error) or type(error).__name__}"
-            raise ImageError(what, seen=seen, fix=_AGAIN) from error
+            raise ImageError(what, seen=seen, fix=AGAIN) from error
         finally:
             ImageFile.LOAD_TRUNCATED_IMAGES = pads_truncated
 
@@ -193,78 +202,60 @@ def _opened(name: str) -> Iterator[Image.Image]:
     """Open an image file, read its header and check it, for the time of a `with`; the file is closed in any case."""
     if re.match(r"[a-z][a-z0-9+.-]+:/|data:", name, re.IGNORECASE):
         fix = "Download it, then give the path of the file: curl -L -o image.jpg URL"
-        raise ImageError(f"{_quoted(name)} is an address, not a file.", seen="Nothing is fetched here.", fix=fix)
+        raise ImageError(f"{quoted(name)} is an address, not a file.", seen="Nothing is fetched here.", fix=fix)
     path = Path(os.path.expanduser(name))  # Path.expanduser raises on an unknown ~user
     try:
         if not path.is_file():
-            raise _no_file(name, path)
+            raise no_file(name, path, SUFFIXES)
         with _File(path.open("rb", 0)) as file, _pillow(name), _header(file, name) as image:
             try:
                 yield image
             finally:
                 image.close()  # its pixels, too: the copy that is turned upright is the third otherwise
     except PermissionError as error:
-        what = f"{_quoted(name)} may not be read by this user."
+        what = f"{quoted(name)} may not be read by this user."
         raise ImageError(what, seen=str(error), fix=f"chmod u+r {shlex.quote(str(path))}") from error
     except (OSError, ValueError) as error:  # a name too long, a null byte in it, a failing disk
-        raise ImageError(f"{_quoted(name)} cannot be opened.", seen=_quoted(str(error)), fix=_GIVE) from error
+        raise ImageError(f"{quoted(name)} cannot be opened.", seen=quoted(str(error)), fix=GIVE) from error
 
 
 class _File(io.BufferedReader):
     """A file that makes room for what it has left, not for what a decoder asks: a chunk may claim to have gigabytes."""
 
+    @property
+    def n_bytes(self) -> int:
+        return os.fstat(self.fileno()).st_size
+
     def read(self, size: int | None = -1, /) -> bytes:
-        left = os.fstat(self.fileno()).st_size - self.tell()
+        left = self.n_bytes - self.tell()
         return super().read(size if size is None or size < left else max(left, 0))
 
 
-def _no_file(name: str, path: Path) -> ImageError:
-    if not name.strip():
-        return ImageError("The path of the image is empty.", fix=_GIVE)
-    if path.is_dir():
-        found = Counter(file.suffix for file in path.iterdir() if file.suffix.lower() in SUFFIXES).most_common()
-        seen = f"Images in it: {', '.join(f'{count} {suffix}' for suffix, count in found) or 'none'}."
-        fix = f"Give its files: mmneurons find {shlex.quote(str(path))}/*{found[0][0]}" if found else _GIVE
-        return ImageError(f"{_quoted(name)} is a folder, not an image.", seen=seen, fix=fix)
-    if path.exists():
-        return ImageError(f"{_quoted(name)} is a device, pipe or socket, not a file.", fix=_GIVE)
-    if not path.parent.is_dir():
-        seen = f"There is no folder {_quoted(str(path.parent))} either."
-        return ImageError(f"There is no file {_quoted(name)}.", seen=seen, fix="Correct the path.")
-    names = {file.stem.lower(): file.name for file in path.parent.iterdir()}  # all pictures end alike
-    near = [names[match] for match in difflib.get_close_matches(path.stem.lower(), names)]
-    seen = f"Names like it in that folder: {', '.join(map(repr, near)) or 'none'}."
-    fix = f"Give {str(path.with_name(near[0]))!r}" if near else "Correct the path."
-    return ImageError(f"There is no file {_quoted(name)}.", seen=seen, fix=fix)
+class _Memory(io.BytesIO):
+    """The bytes of a file that was read already."""
+
+    @property
+    def n_bytes(self) -> int:
+        return self.getbuffer().nbytes
 
 
-def _header(file: IO[bytes], name: str) -> Image.Image:
+def _header(file: _File | _Memory, name: str) -> Image.Image:
     """Read the header of an image; refuse what is empty, too large, or of a format that is not taken."""
-    n_bytes = os.fstat(file.fileno()).st_size
+    n_bytes = file.n_bytes
     head = file.read(512)
     if not head:
-        raise ImageError(f"{_quoted(name)} is empty.", seen="It has 0 bytes.", fix=_AGAIN)
+        raise ImageError(f"{quoted(name)} is empty.", seen="It has 0 bytes.", fix=AGAIN)
     if n_bytes > (_MAX_PLAIN if re.match(rb"P[123]\s", head) else MAX_BYTES):
-        raise _too_large(name, f"It has {n_bytes:,} bytes.")
+        raise too_large(name, f"It has {n_bytes:,} bytes.", MAX_PIXELS)
     Image.init()
     try:
         image = Image.open(file, formats=[known for known in _FORMATS if known in Image.OPEN])
     except UnidentifiedImageError as error:
-        seen, fix = _kind(head)
-        what = f"{_quoted(name)} cannot be read as an image."
+        seen, fix = kind_of(head)
+        what = f"{quoted(name)} cannot be read as an image."
         raise ImageError(what, seen=f"It looks like {seen}.", fix=fix) from error
     _check_size(name, *image.size, MAX_PIXELS // (2 if {image.format, image.mode} & {*_COSTLY} else 1))
     return image
-
-
-def _kind(head: bytes) -> tuple[str, str]:
-    """Tell from its first bytes what a file is that is no image, and what to do about it."""
-    for pattern, kind, fix in _KINDS:
-        if re.match(pattern, head, re.DOTALL | re.IGNORECASE):
-            return kind, fix
-    text = head.decode("utf-8", errors="replace")[:40].strip()
-    is_text = all(letter.isprintable() or letter.isspace() for letter in text) and "\ufffd" not in text
-    return f"text: {text!r}" if is_text else f"data that begins {head[:8].hex(' ')}", _GIVE
 
 
 def _load(image: Image.Image, name: str) -> None:
@@ -277,7 +268,7 @@ def _load(image: Image.Image, name: str) -> None:
         file.seek(place)
         if n_scans * image.width * image.height > _MAX_SCANS * MAX_PIXELS:
             seen = f"A JPEG of {image.width} x {image.height} pixels in {n_scans} scans; each costs as much as all."
-            raise ImageError(f"{_quoted(name)} would take too long to decode.", seen=seen, fix="Save it again as PNG.")
+            raise ImageError(f"{quoted(name)} would take too long to decode.", seen=seen, fix="Save it again as PNG.")
     image.load()
 
 
@@ -338,7 +329,7 @@ def _from_16_bit(image: Image.Image, name: str, notes: list[str]) -> Image.Image
     low, high = values.min(), values.max()
     if low < 0 or high > 65535:
         seen = f"32-bit values from {low} to {high}; up to 65535 they are read as 16-bit grey."
-        raise ImageError(f"{_quoted(name)} has no known white.", seen=seen, fix="Save it as 8 or 16 bits per channel.")
+        raise ImageError(f"{quoted(name)} has no known white.", seen=seen, fix="Save it as 8 or 16 bits per channel.")
     notes.append(f"16-bit grey, values {low} to {high}: divided by 257")
     opaque = values != image.info.get("transparency", -1)  # one grey can stand for "transparent"
     grey = np.empty(values.shape, np.uint8)
@@ -373,7 +364,7 @@ def _bytes_from_floats(values: np.ndarray, name: str) -> np.ndarray:
         in_bytes = low >= 0 and high <= 255
         fix = "Scale them first: array / 255" if in_bytes else "Undo the normalisation, then array.clip(0, 1)"
         seen = f"Values from {low:.4g} to {high:.4g}."
-        raise ImageError(f"{_quoted(name)} holds floats outside 0..1.", seen=seen, fix=fix)
+        raise ImageError(f"{quoted(name)} holds floats outside 0..1.", seen=seen, fix=fix)
     made = np.empty(values.shape, np.uint8)
     for rows in _strips(*values.shape[:2]):
         made[rows] = np.round(values[rows] * 255)
@@ -382,15 +373,6 @@ def _bytes_from_floats(values: np.ndarray, name: str) -> np.ndarray:
 
 def _check_size(name: str, width: int, height: int, most: int | None = None) -> None:
     if width * height == 0:
-        raise ImageError(f"{_quoted(name)} has no pixels.", seen=f"It is {width} x {height} pixels.", fix=_AGAIN)
+        raise ImageError(f"{quoted(name)} has no pixels.", seen=f"It is {width} x {height} pixels.", fix=AGAIN)
     if width * height > (most or MAX_PIXELS):
-        raise _too_large(name, f"It is {width} x {height} pixels.", most)
-
-
-def _too_large(name: str, seen: str, most: int | None = None) -> ImageError:
-    fix = f"Shrink it to at most {most or MAX_PIXELS:,} pixels, for example: magick IMAGE -resize 2048x2048 small.png"
-    return ImageError(f"{_quoted(name)} is too large.", seen=seen, fix=fix)
-
-
-def _quoted(name: str) -> str:
-    return repr(name if len(name) <= 200 else f"{name[:197]}...")
+        raise too_large(name, f"It is {width} x {height} pixels.", most or MAX_PIXELS)

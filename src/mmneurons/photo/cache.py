@@ -8,7 +8,6 @@ import json
 import logging
 import os
 import shutil
-import sys
 import tempfile
 from collections.abc import Callable
 from importlib import metadata, resources
@@ -17,10 +16,9 @@ from pathlib import Path
 from filelock import FileLock
 
 from mmneurons.errors import ModelError
+from mmneurons.files import CACHE, cache_folder
 from mmneurons.photo.packages import INSTALL, PARTS, check_installed
 
-CACHE = "MMNEURONS_CACHE"
-"""The environment variable that names another place."""
 LAYOUT = 1
 """Counted up when the same parts are put together in another way."""
 SEAL = "files.json"
@@ -48,7 +46,7 @@ def kept(make: Callable[[Path], object]) -> Path:
     Raises:
         ModelError: as `folder`.
     """
-    place = cache() / f"photo-{_version()}"
+    place = cache_folder() / f"photo-{_version()}"
     try:
         if is_whole(place):
             return place
@@ -92,19 +90,6 @@ def _seal(made: Path) -> None:
     sizes = {path.name: path.stat().st_size for path in made.iterdir()}
     (made / SEAL).write_text(json.dumps(sizes), encoding="utf-8")
     made.chmod(0o755)
-
-
-def cache() -> Path:
-    """The folder that holds what is made once: `MMNEURONS_CACHE`, or where the platform keeps such things."""
-    if os.environ.get(CACHE):
-        return Path(os.environ[CACHE]).expanduser()
-    if sys.platform == "darwin":
-        base = Path.home() / "Library" / "Caches"
-    elif sys.platform == "win32":
-        base = Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local")
-    else:
-        base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return base / "mmneurons"
 
 
 def projector() -> Path:

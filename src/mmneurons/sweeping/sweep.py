@@ -1,0 +1,248 @@
+"""A data set through `find`, into a run on disk that goes on where it was stopped."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal, Unpack
+
+import msgspec
+
+from mmneurons.data.dataset import Item, Tell
+from mmneurons.data.listing import list_items
+from mmneurons.data.run import FACTS, SCHEMA, Run, RunFacts, ShardFacts, names_hash, pyarrow
+from mmneurons.data.run_writer import write_failures, write_manifest
+from mmneurons.data.store import LOCK, one_writer
+from mmneurons.errors import SettingError
+from mmneurons.files import check_folder, write_whole
+from mmneurons.finding.finder import made_by
+from mmneurons.progress import Progress, untold
+from mmneurons.settings import SweepOptions, SweepSettings, settled
+from mmneurons.sweeping.reading import content_hash, stamp_of_item
+from mmneurons.sweeping.shards import make_shards
+from mmneurons.sweeping.words import make_words
+from mmneurons.vlm.vlm import VLM
+
+Engine = Literal["local", "ray"]
+WORKERS = 2
+"""How many threads read images where nobody says."""
+NEW = 'Name another folder: sweep(..., out="RUN2")    CLI: --out RUN2'
+
+
+def sweep(
+    vlm: VLM | Callable[[], VLM],
+    source: str | os.PathLike[str] | Sequence[Item],
+    out: str | os.PathLike[str],
+    settings: SweepSettings | None = None,
+    *,
+    limit: int | None = None,
+    shuffle_seed: int | None = None,
+    workers: int = WORKERS,
+    tell: Tell = lambda note: None,
+    progress: Progress = untold,
+    **options: Unpack[SweepOptions],
+) -> Run:
+    """Put a data set through `find` and keep what is found in a folder, the run, shard by shard.
+
+    A sweep that was stopped or killed goes on after its last whole shard when it is called again, with the results of
+    one that was not: shards and batches are fixed parts of the list of images. An image that cannot be read is
+    recorded in `failures.jsonl` and left out; if its file is mended, its shard is made anew. Where memory is too small
+    for a batch, its halves run, and the shard says so.
+
+    Args:
+        vlm: The model, or a function that loads it, which is called when it is known that there is something to do.
+        source: The data set: what `read_items` takes, a pattern, a table, an archive; see docs/guide/sweep.md.
+        out: The folder of the run, new or of the same sweep.
+        settings: What is asked and kept; None: the defaults.
+        limit: At most so many images.
+        shuffle_seed: Take the images in an order drawn with this seed; with a limit, a sample.
+        workers: How many threads read images ahead of the model.
+        tell: Called with notes: what of the source was left out.
+        progress: Told how many images are done.
+        **options: Fields of `SweepSettings`, such as `top=50`, over those of `settings`.
+
+    Returns:
+        The run.
+
+    Raises:
+        SettingError: the folder holds a run of another model, other settings or other images, or another process writes
+            there; a disk is full; or pyarrow is not installed.
+        ImageError: there is no image in the source.
+        ModelError: memory is too small for a single image, or the model refuses all images.
+    """
+    choices = settled(SweepSettings, settings, options)
+    choices = replace(choices, answer_prefix=choices.prefix)
+    folder = Path(out)
+    pyarrow()  # a missing package is told before anything is worked out
+    check_folder(folder)
+    if isinstance(source, str | os.PathLike):
+        named, items = os.fspath(source), list_items(source, limit=limit, shuffle_seed=shuffle_seed, tell=tell)
+    else:
+        named, items = f"{len(source)} items", source
+    plan = Plan(folder, items, choices, named)
+    with one_writer(folder, folder / LOCK):
+        # What forbids to go on is told before a model is loaded, as far as it can be.
+        if (folder / FACTS).exists():
+            plan.check_list(Run(folder))
+        model = vlm if isinstance(vlm, VLM) else vlm()
+        run, todo = plan.begun(made_by(model, choices, given=choices.given))
+        make_missing(model, run, items, todo, choices, workers=workers, progress=progress)
+    return Run(folder)
+
+
+def make_missing(
+    vlm: VLM,
+    run: Run,
+    items: Sequence[Item],
+    todo: Sequence[int],
+    choices: SweepSettings,
+    *,
+    workers: int,
+    progress: Progress,
+) -> None:
+    """Make the shards that are missing, then what belongs to the whole run."""
+    n_images = sum(len(run.slice_of(shard)) for shard in todo)
+    n_done = 0
+    if n_images < run.facts.n_images:
+        progress("kept from before", run.facts.n_images - n_images, run.facts.n_images)
+
+    def told(n_more: int) -> None:
+        nonlocal n_done
+        n_done += n_more
+        progress("images", n_done, n_images)
+
+    make_shards(vlm, run, items, todo, choices, workers=workers, told=told)
+    finish(vlm, run, choices, is_new=bool(todo), progress=progress)
+
+
+def finish(vlm: VLM, run: Run, choices: SweepSettings, *, is_new: bool, progress: Progress) -> None:
+    """Write what belongs to the whole run: failures, and what the neurons say."""
+    run = Run(run.folder)
+    write_failures(run)
+    if is_new or not run.is_complete:
+        make_words(vlm, run, choices, progress)
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """What is to be swept, and what of it a folder holds already."""
+
+    folder: Path
+    items: Sequence[Item]
+    choices: SweepSettings
+    source: str
+
+    def begun(self, maker: Mapping[str, Any]) -> tuple[Run, list[int]]:
+        """Begin a run in an empty folder, or open the one that is there; return it with the shards that are missing.
+
+        Args:
+            maker: Model, packages and settings.
+
+        Raises:
+            SettingError: the run there was made by something else, or of other images.
+        """
+        facts = RunFacts(
+            schema=SCHEMA,
+            made_by=msgspec.json.decode(msgspec.json.encode(dict(maker))),
+            source=self.source,
+            n_images=len(self.items),
+            shard_size=self.choices.shard_size,
+            names_sha256=self._names_hash(),
+        )
+        path = self.folder / FACTS
+        if not path.exists():
+            self._check_empty()
+            names = [item.name.encode("utf-8", "replace").decode() for item in self.items]
+            write_manifest(self.folder, names)
+            write_whole(path, msgspec.json.format(msgspec.json.encode(facts)) + b"\n")
+        run = Run(self.folder)
+        self._check_made_by(run.facts, facts)
+        done = {shard: run.shard(shard, to_the_end=True) for shard in range(run.n_shards)}
+        there = {shard: kept for shard, kept in done.items() if kept is not None}
+        again = self._changed(run, there)
+        return run, [shard for shard in range(run.n_shards) if shard not in there or shard in again]
+
+    def check_list(self, run: Run) -> None:
+        """Refuse a run of other images.
+
+        Raises:
+            SettingError: so it is; the message names the first image that differs.
+        """
+        if run.facts.names_sha256 == self._names_hash():
+            return
+        before, now = _names(run), [item.name for item in self.items]
+        gone, new = sorted({*before} - {*now}), sorted({*now} - {*before})
+        first = next((f"first: {name}" for name in (*gone, *new)), "they are the same, in another order")
+        raise SettingError(
+            f"{self.folder} holds a run of other images.",
+            seen=f"{len(gone)} of its images are not in the list now, and {len(new)} are new; {first}",
+            fix=NEW,
+        )
+
+    def _names_hash(self) -> str:
+        return names_hash(item.name for item in self.items)
+
+    def _check_empty(self) -> None:
+        """Refuse a folder with other things in it: a run is not mixed with them."""
+        others = sorted(path.name for path in self.folder.iterdir() if not path.name.startswith("."))
+        if [name for name in others if name != "manifest.parquet"]:
+            raise SettingError(f"{self.folder} holds other files, but no run.", seen=", ".join(others[:5]), fix=NEW)
+
+    def _check_made_by(self, there: RunFacts, asked: RunFacts) -> None:
+        """Refuse a run that was made by something else, naming each difference."""
+        before, now = (_flat({"made_by": f.made_by, "shard_size": f.shard_size}) for f in (there, asked))
+        names = [name for name in sorted({*before, *now}) if before.get(name) != now.get(name)]
+        if names:
+            raise SettingError(
+                f"{self.folder} holds a run that was made otherwise.",
+                seen="\n".join(
+                    f"{name.removeprefix('made_by.')}: {before.get(name)!r} there, {now.get(name)!r} asked for"
+                    for name in names
+                ),
+                fix=NEW,
+            )
+        self.check_list(Run(self.folder))
+
+    def _changed(self, run: Run, there: Mapping[int, ShardFacts]) -> set[int]:
+        """Return the shards in which a failed image has changed.
+
+        Raises:
+            SettingError: an image has changed whose results are there.
+        """
+        again = set[int]()
+        for shard, kept in there.items():
+            failed = {failure.position for failure in kept.failures}
+            places = [i for i in run.slice_of(shard) if stamp_of_item(self.items[i]) != kept.stamps[i - kept.first]]
+            if not places:
+                continue
+            known = None
+            for i in places:
+                if i in failed:
+                    again.add(shard)
+                    continue
+                if known is None:
+                    table = pyarrow().parquet.read_table(
+                        run.path_of(shard, "images.parquet"), columns=["position", "content"]
+                    )
+                    known = dict(zip(*(table[name].to_pylist() for name in ("position", "content")), strict=True))
+                if known.get(i) != content_hash(self.items[i]):
+                    raise SettingError(
+                        f"The image {self.items[i].name} has changed since {self.folder} was begun.",
+                        seen="Its results are those of another picture.",
+                        fix=NEW,
+                    )
+        return again
+
+
+def _names(run: Run) -> list[str]:
+    return pyarrow().parquet.ParquetFile(run.folder / "manifest.parquet").read()["name"].to_pylist()
+
+
+def _flat(document: Any, place: str = "") -> dict[str, Any]:
+    """Flatten nested dicts: {"a": {"b": 1}} -> {"a.b": 1}."""
+    if not isinstance(document, dict):
+        return {place: document}
+    parts = (_flat(value, f"{place}.{name}" if place else str(name)) for name, value in document.items())
+    return {name: value for part in parts for name, value in part.items()}
