@@ -33,7 +33,7 @@ import mmneurons as mmn
 from mmneurons.attribution.ablation import Replay, replays
 from mmneurons.attribution.controls import column_norms, loudness, matched
 from mmneurons.data.images import open_image
-from mmneurons.finding.finder import targets_of
+from mmneurons.finding.batch import targets_of
 from mmneurons.finding.reading import columns_of, reader_for
 from mmneurons.finding.rereading import blank_like, rescored, trace_again
 from mmneurons.finding.scoring import Scored, Target, score_targets

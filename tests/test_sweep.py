@@ -5,16 +5,18 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 import signal
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from commands import call
+from kits.commands import call
 from PIL import Image
-from zoo import FAMILIES, Row, randomise
+from kits.zoo import FAMILIES, Row, randomise
 
 import mmneurons as mmn
 from mmneurons import pocket
@@ -30,7 +32,7 @@ from mmneurons.settings import FindSettings
 from mmneurons.sweeping import asking, reading
 
 pytest.importorskip("pyarrow")
-HOW = {"shard_size": 3, "batch_size": 2, "top": 7, "max_new_tokens": 12}
+HOW: dict[str, Any] = {"shard_size": 3, "batch_size": 2, "top": 7, "max_new_tokens": 12}
 N_IMAGES = 8
 
 
@@ -297,7 +299,7 @@ def test_too_little_memory_halves_the_batch_and_says_so(vlm, images, tmp_path, m
         return real(model, inputs, rows, captions, choices)
 
     monkeypatch.setattr(asking, "score_batch", small)
-    how = HOW | {"shard_size": 8, "batch_size": 4}
+    how: dict[str, Any] = HOW | {"shard_size": 8, "batch_size": 4}
     run = mmn.sweep(vlm, images, tmp_path / "run", **how)
     assert run.done[0].smaller_batches == ("0-3", "5-7")
     assert [row["position"] for row in run.images().to_pylist()] == [0, 1, 2, 3, 5, 6, 7]
@@ -371,3 +373,25 @@ def test_the_same_from_the_command_line(images, tmp_path, monkeypatch, capsys):
     assert f"{tmp_path / 'run'}: 4 images, " in out
     assert "1 of 5 images could not be used:" in err
     assert "cannot be read as an image" in err
+
+
+def documented(heading: str) -> dict[str, str]:
+    """Columns and types that the page of formats lists under a heading; "or null" is left out."""
+    page = (Path(__file__).parents[1] / "docs" / "reference" / "format.md").read_text(encoding="utf-8")
+    section = page.partition(f"\n## {heading}\n")[2].partition("\n## ")[0]
+    return {name: kind.removesuffix(" or null") for name, kind in re.findall(r"^\| `(\w+)` \| (.+?) \|", section, re.M)}
+
+
+def test_tables_have_the_columns_and_types_of_the_format(whole):
+    def kinds(table) -> dict[str, str]:
+        texts = {field.name: str(field.type).replace("element: ", "") for field in table.schema}
+        return {name: text.replace("bool", "boolean") for name, text in texts.items()}
+
+    assert kinds(whole.images()) == documented("Images of a run")
+    assert kinds(whole.words()) == documented("Words of a run")
+    narrow = {"int64": "int32", "double": "float"}
+    rows = {name: narrow.get(kind, kind) for name, kind in documented("As a flat table").items()}
+    for name in ("neuron", "tokens", "suppressed"):
+        del rows[name]
+    assert list(kinds(whole.neurons())) == ["position", *rows]
+    assert kinds(whole.neurons()) == {"position": "int64", **rows}

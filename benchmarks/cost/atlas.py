@@ -1,9 +1,9 @@
 """What the atlas costs: making the index of synthetic runs of 1e5, 1e6 and 1e7 rows, and each of its questions.
 
-    python benchmarks/cost/atlas.py              ten minutes on two cores, no download, no model
-    python benchmarks/cost/atlas.py --rows 1e5   small: shows that it runs
+    python -m benchmarks.cost.atlas              ten minutes on two cores, no download, no model
+    python -m benchmarks.cost.atlas --rows 1e5   small: shows that it runs
 
-Every size runs in a process of its own, whose peak memory is told. Writes its table between the markers of
+Every size runs in a process of its own, whose peak memory is told. Its table is in
 docs/measurements/benchmarks.md.
 """
 
@@ -93,10 +93,11 @@ def measure(folder: Path) -> dict[str, float]:
     found["peak of making it, MB"] = peak()
     atlas = Atlas(folder)
     best = atlas.word("noun3", 1)["neuron"][0].as_py()
+    rare = atlas.concepts()["lemma"][-1].as_py()
     atlas.close()
     questions: dict[str, Callable[[Atlas], object]] = {
         "word": lambda atlas: atlas.word("noun3"),
-        "word, a rare one": lambda atlas: atlas.word(f"noun{LEMMAS // 3}"),
+        "word, a rare one": lambda atlas: atlas.word(rare),
         "neuron": lambda atlas: atlas.neuron(best),
         "image": lambda atlas: atlas.image(7),
         "concepts": lambda atlas: atlas.concepts(50),
@@ -144,7 +145,7 @@ def main() -> None:
             rows = sum(facts.neurons.rows for facts in run.done.values())
             n_bytes = sum(facts.neurons.bytes + facts.images.bytes for facts in run.done.values())
             environment = os.environ | {CACHE: str(Path(place) / "cache")}
-            command = [sys.executable, __file__, "--measure", str(run.folder)]
+            command = [sys.executable, "-m", "benchmarks.cost.atlas", "--measure", str(run.folder)]
             done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
             if done.returncode:
                 raise RuntimeError(done.stderr)

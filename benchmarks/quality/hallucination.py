@@ -67,7 +67,7 @@ def made(vlm: VLM, name: str, folder: Path, shown: list[Item], vocabulary: Vocab
 
         patch = dehallucinate(
             vlm,
-            [item.source for item in shown],
+            [item.image() for item in shown],
             [item.objects or () for item in shown],
             vocabulary=vocabulary,
             reference=reference_for(vlm),
@@ -130,8 +130,8 @@ def report(vlm: VLM, name: str, patch: Patch, others: list[Item], vocabulary: Vo
     objects = [item.objects or () for item in others]
     groups = {f"{JUDGED_ON}/{i}": group for i, group in enumerate(pocket.evaluation_set(JUDGED_ON).groups)}
     new = [item for item in others if groups[item.name] != TAUGHT_STYLE]
-    without = chair_change(vlm, patch, [item.source for item in new], [item.objects or () for item in new], vocabulary)
-    judged = chair_change(vlm, patch, [item.source for item in others], objects, vocabulary)
+    without = chair_change(vlm, patch, [item.image() for item in new], [item.objects or () for item in new], vocabulary)
+    judged = chair_change(vlm, patch, [item.image() for item in others], objects, vocabulary)
     for title, found in ((f"{name} without {TAUGHT_STYLE}", without), (name, judged)):
         for state in ("before", "after", "rival"):
             print(line(f"{title}: {state}", getattr(found, state), found.before), flush=True)

@@ -18,6 +18,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:  # each public name once: a type checker reads these lines, and so does `_homes`
     __version__: str
     from mmneurons import pocket as pocket
+    from mmneurons.atlas.atlas import Atlas as Atlas
+    from mmneurons.atlas.atlas import ImagePage as ImagePage
+    from mmneurons.atlas.atlas import NeuronPage as NeuronPage
     from mmneurons.attribution.finders import finder_scores as finder_scores
     from mmneurons.baselines.baseline import baseline as baseline
     from mmneurons.data.dataset import Item as Item
@@ -61,6 +64,7 @@ if TYPE_CHECKING:  # each public name once: a type checker reads these lines, an
     from mmneurons.settings import InspectSettings as InspectSettings
     from mmneurons.settings import Question as Question
     from mmneurons.settings import SweepSettings as SweepSettings
+    from mmneurons.sweeping.by_ray import Actors as Actors
     from mmneurons.sweeping.sweep import sweep as sweep
     from mmneurons.vlm.doctor import doctor as doctor
     from mmneurons.vlm.hooks.interventions import Intervention as Intervention

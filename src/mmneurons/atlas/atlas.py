@@ -91,7 +91,7 @@ class Atlas:
         self.runs = [run if isinstance(run, Run) else Run(run) for run in given]
         self.names = _names([run.folder.resolve().name for run in self.runs])
         """The name of each run in the column `run`."""
-        config = {"memory_limit": MEMORY, "temp_directory": "", "python_enable_replacements": "false"}
+        config: dict[str, Any] = {"memory_limit": MEMORY, "temp_directory": "", "python_enable_replacements": "false"}
         self._connection = duckdb.connect(config=config)
         for i, run in enumerate(self.runs):
             place = str(index_of(run, progress)).replace("'", "''")
@@ -128,7 +128,8 @@ class Atlas:
             SettingError: the query cannot be run, or reaches for a file or an extension.
         """
         try:
-            return self._connection.execute(query, list(parameters)).to_arrow_table()
+            answer = self._connection.sql(query, params=list(parameters))
+            return pyarrow().table({}) if answer is None else answer.to_arrow_table()
         except duckdb.Error as error:
             raise SettingError("DuckDB refuses this query.", seen=str(error)[:600]) from error
 
@@ -273,7 +274,7 @@ class Atlas:
 
     def _answer(self, query: str, parameters: Sequence[Any]) -> pa.Table:
         """Answer one of our own queries; the column `run` is left out where there is only one."""
-        table = self._connection.execute(query, list(parameters)).to_arrow_table()
+        table = self._connection.sql(query, params=list(parameters)).to_arrow_table()
         return table if len(self.runs) > 1 else table.drop_columns(["run"])
 
     def _one(self, query: str, parameters: Sequence[Any]) -> list[Any]:

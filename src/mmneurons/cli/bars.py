@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console
+from rich.text import Text
 
 from mmneurons.progress import Progress, untold
 
@@ -42,13 +43,23 @@ def bar(console: Console, total: int) -> Iterator[Progress]:
 
 
 @contextmanager
-def bars(console: Console, unit: str) -> Iterator[Progress]:
+def bars(console: Console, unit: str, *, rate: bool = False) -> Iterator[Progress]:
     """Show a bar with an estimate for each stage, counted in `unit`; print plain lines where nobody watches.
+
+    Args:
+        console: Where.
+        unit: What is counted.
+        rate: Whether it is told how many are done in a second.
 
     Yields:
         The callback for the progress; a stage is begun by its first report.
     """
-    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.progress import BarColumn, Progress, Task, TextColumn, TimeRemainingColumn
+
+    class Rate(TextColumn):
+        def render(self, task: Task) -> Text:
+            # Of a stage, over its last half minute: rich's own estimate.
+            return Text("" if not task.speed else f"{task.speed:.1f}/s")
 
     columns = (
         TextColumn("{task.description}"),
@@ -56,9 +67,8 @@ def bars(console: Console, unit: str) -> Iterator[Progress]:
         TextColumn(f"{{task.completed:.{1 if unit else 0}f}}/{{task.total}} {unit}"),
     )
     # Bars vanish when they are done, unless they count something that is worth keeping in sight.
-    with Progress(
-        *columns, TimeRemainingColumn(), console=console, disable=not console.is_terminal, transient=not unit
-    ) as shown:
+    last = [Rate(""), TimeRemainingColumn()] if rate else [TimeRemainingColumn()]
+    with Progress(*columns, *last, console=console, disable=not console.is_terminal, transient=not unit) as shown:
         tasks: dict[str, Any] = {}
         told: dict[str, int] = {}
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -37,6 +37,16 @@ def sweep(
         typer.Option(min=0, help="Take the images in an order drawn with this seed; --limit then samples."),
     ] = None,
     workers: Annotated[int, typer.Option(min=1, help="How many threads read images ahead of the model.")] = 2,
+    engine: Annotated[
+        Literal["local", "ray"],
+        typer.Option(help="Where it runs: in this process (local), or on the machines of a Ray cluster (ray)."),
+    ] = "local",
+    actors: Annotated[int, typer.Option(min=1, help="With ray: how many processes hold the model, at most.")] = 1,
+    actor_gpus: Annotated[
+        float | None,
+        typer.Option(min=0, help="With ray: the share of a GPU that each takes. Default: one, if there are any."),
+    ] = None,
+    actor_cpus: Annotated[float, typer.Option(min=0.1, help="With ray: the CPUs that each takes.")] = 1.0,
 ) -> None:
     """Put a whole data set through find.
 
@@ -44,12 +54,13 @@ def sweep(
     that was stopped, or killed, goes on when the same command is given again.
     """
     check_results_folder(out_folder, source)
+    from mmneurons.sweeping.by_ray import Actors
     from mmneurons.sweeping.sweep import sweep as sweep_all
 
     def tell(note: str) -> None:
         err.print(note, style="yellow", soft_wrap=True)
 
-    with bars(err, "images") as progress, goes_on():
+    with bars(err, "", rate=True) as progress, goes_on():
         run = sweep_all(
             load,
             source,
@@ -58,6 +69,8 @@ def sweep(
             limit=limit,
             shuffle_seed=shuffle_seed,
             workers=workers,
+            engine=engine,
+            actors=Actors(actors, actor_gpus, actor_cpus),
             tell=tell,
             progress=progress,
         )

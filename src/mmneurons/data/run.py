@@ -256,3 +256,18 @@ def names_hash(names: Iterator[str]) -> str:
     for name in names:
         digest.update(json.dumps(name).encode("ascii") + b"\n")
     return digest.hexdigest()
+
+
+def differences(there: Mapping[str, Any], asked: Mapping[str, Any]) -> str:
+    """Return what differs between what made a run and what is asked for, a line each; "" where nothing does."""
+    before, now = _flat(dict(there)), _flat(msgspec.json.decode(msgspec.json.encode(dict(asked))))
+    names = [name for name in sorted({*before, *now}) if before.get(name) != now.get(name)]
+    return "\n".join(f"{name}: {before.get(name)!r} there, {now.get(name)!r} asked for" for name in names)
+
+
+def _flat(document: Any, place: str = "") -> dict[str, Any]:
+    """Flatten nested dicts: {"a": {"b": 1}} -> {"a.b": 1}."""
+    if not isinstance(document, dict):
+        return {place: document}
+    parts = (_flat(value, f"{place}.{name}" if place else str(name)) for name, value in document.items())
+    return {name: value for part in parts for name, value in part.items()}

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import hashlib
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from PIL import Image
 
@@ -20,6 +20,14 @@ from mmneurons.files import read_file, stamp_of
 
 AHEAD = 3
 """How many batches are read before the model asks for them; all that is held of a data set at once."""
+
+
+class Items(Protocol):
+    """Images by their place in the list of a data set: all of them, or those of some shards."""
+
+    def __getitem__(self, position: int, /) -> Item:
+        """Return the image at a place."""
+        ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,8 +65,8 @@ def portions(slices: Iterable[tuple[int, range]], batch_size: int) -> Iterator[P
 
 
 def read_ahead(
-    items: Sequence[Item], plan: Iterable[Portion], image_processor: Any, workers: int
-) -> Iterator[tuple[Portion, list[ReadImage]]]:
+    items: Items, plan: Iterable[Portion], image_processor: Any, workers: int
+) -> Generator[tuple[Portion, list[ReadImage]]]:
     """Read the images of each portion, in order, while whoever asks works on those before.
 
     Args:

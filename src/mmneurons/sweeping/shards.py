@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
-from mmneurons.data.dataset import Item
 from mmneurons.data.run import Failure, Run
 from mmneurons.data.run_writer import ImageRow, NounColumns, image_table, neuron_table, write_shard
 from mmneurons.finding.batch import baseline_name
@@ -13,7 +12,7 @@ from mmneurons.finding.numbers import top_numbers
 from mmneurons.finding.reading import texts
 from mmneurons.settings import SweepSettings
 from mmneurons.sweeping.asking import Asked, Asker
-from mmneurons.sweeping.reading import ReadImage, portions, read_ahead
+from mmneurons.sweeping.reading import Items, ReadImage, portions, read_ahead
 from mmneurons.vlm.vlm import VLM
 
 Told = Callable[[int], None]
@@ -35,7 +34,7 @@ class _Shard:
 def make_shards(
     vlm: VLM,
     run: Run,
-    items: Sequence[Item],
+    items: Items,
     shards: Iterable[int],
     settings: SweepSettings,
     *,

@@ -12,14 +12,15 @@ import msgspec
 
 from mmneurons.data.dataset import Item, Tell
 from mmneurons.data.listing import list_items
-from mmneurons.data.run import FACTS, SCHEMA, Run, RunFacts, ShardFacts, names_hash, pyarrow
+from mmneurons.data.run import FACTS, SCHEMA, Run, RunFacts, ShardFacts, differences, names_hash, pyarrow
 from mmneurons.data.run_writer import write_failures, write_manifest
 from mmneurons.data.store import LOCK, one_writer
 from mmneurons.errors import SettingError
 from mmneurons.files import check_folder, write_whole
-from mmneurons.finding.finder import made_by
 from mmneurons.progress import Progress, untold
 from mmneurons.settings import SweepOptions, SweepSettings, settled
+from mmneurons.sweeping import by_ray
+from mmneurons.sweeping.by_ray import Actors
 from mmneurons.sweeping.reading import content_hash, stamp_of_item
 from mmneurons.sweeping.shards import make_shards
 from mmneurons.sweeping.words import make_words
@@ -40,6 +41,8 @@ def sweep(
     limit: int | None = None,
     shuffle_seed: int | None = None,
     workers: int = WORKERS,
+    engine: Engine = "local",
+    actors: Actors | None = None,
     tell: Tell = lambda note: None,
     progress: Progress = untold,
     **options: Unpack[SweepOptions],
@@ -59,6 +62,9 @@ def sweep(
         limit: At most so many images.
         shuffle_seed: Take the images in an order drawn with this seed; with a limit, a sample.
         workers: How many threads read images ahead of the model.
+        engine: "local", in this process; or "ray", by Ray Data on as many machines as it knows, which share the disk
+            of `out` and the images. Then `vlm` is a function that loads the model, and is sent to them.
+        actors: How many processes hold the model, and what each takes (ray only).
         tell: Called with notes: what of the source was left out.
         progress: Told how many images are done.
         **options: Fields of `SweepSettings`, such as `top=50`, over those of `settings`.
@@ -86,23 +92,37 @@ def sweep(
         # What forbids to go on is told before a model is loaded, as far as it can be.
         if (folder / FACTS).exists():
             plan.check_list(Run(folder))
-        model = vlm if isinstance(vlm, VLM) else vlm()
-        run, todo = plan.begun(made_by(model, choices, given=choices.given))
-        make_missing(model, run, items, todo, choices, workers=workers, progress=progress)
+        if engine == "local":
+            model = vlm if isinstance(vlm, VLM) else vlm()
+            run, todo = plan.begun(by_ray.described(model, choices))
+            told = _kept(run, todo, progress)
+            make_shards(model, run, items, todo, choices, workers=workers, told=told)
+            finish(model, run, choices, is_new=bool(todo), progress=progress)
+        else:
+            if isinstance(vlm, VLM):
+                raise SettingError(
+                    "A model in memory cannot be sent to other machines.", fix="sweep(lambda: mmn.load(...), ...)"
+                )
+            _by_ray(vlm, plan, actors or Actors(), workers, progress)
     return Run(folder)
 
 
-def make_missing(
-    vlm: VLM,
-    run: Run,
-    items: Sequence[Item],
-    todo: Sequence[int],
-    choices: SweepSettings,
-    *,
-    workers: int,
-    progress: Progress,
-) -> None:
-    """Make the shards that are missing, then what belongs to the whole run."""
+def _by_ray(load: Callable[[], VLM], plan: Plan, actors: Actors, workers: int, progress: Progress) -> None:
+    """Sweep by Ray: what a model makes, and what its neurons say, is asked of the cluster, too."""
+    folder, choices = plan.folder, plan.choices
+    run, todo = plan.begun(by_ray.ask_cluster(actors, by_ray.described, load, choices))
+    _kept(run, todo, progress)
+    by_ray.make_shards_by_ray(load, folder, plan.items, todo, choices, actors, workers=workers, progress=progress)
+    if todo or not Run(folder).is_complete:
+        by_ray.ask_cluster(actors, _finish_there, load, str(folder.resolve()), choices)
+
+
+def _finish_there(vlm: VLM, folder: str, choices: SweepSettings) -> None:
+    finish(vlm, Run(folder), choices, is_new=True, progress=untold)
+
+
+def _kept(run: Run, todo: Sequence[int], progress: Progress) -> Callable[[int], None]:
+    """Tell what is there from before; return the callback that tells how many more images are done."""
     n_images = sum(len(run.slice_of(shard)) for shard in todo)
     n_done = 0
     if n_images < run.facts.n_images:
@@ -113,8 +133,7 @@ def make_missing(
         n_done += n_more
         progress("images", n_done, n_images)
 
-    make_shards(vlm, run, items, todo, choices, workers=workers, told=told)
-    finish(vlm, run, choices, is_new=bool(todo), progress=progress)
+    return told
 
 
 def finish(vlm: VLM, run: Run, choices: SweepSettings, *, is_new: bool, progress: Progress) -> None:
@@ -192,17 +211,9 @@ class Plan:
 
     def _check_made_by(self, there: RunFacts, asked: RunFacts) -> None:
         """Refuse a run that was made by something else, naming each difference."""
-        before, now = (_flat({"made_by": f.made_by, "shard_size": f.shard_size}) for f in (there, asked))
-        names = [name for name in sorted({*before, *now}) if before.get(name) != now.get(name)]
-        if names:
-            raise SettingError(
-                f"{self.folder} holds a run that was made otherwise.",
-                seen="\n".join(
-                    f"{name.removeprefix('made_by.')}: {before.get(name)!r} there, {now.get(name)!r} asked for"
-                    for name in names
-                ),
-                fix=NEW,
-            )
+        before, now = ({**one.made_by, "shard_size": one.shard_size} for one in (there, asked))
+        if found := differences(before, now):
+            raise SettingError(f"{self.folder} holds a run that was made otherwise.", seen=found, fix=NEW)
         self.check_list(Run(self.folder))
 
     def _changed(self, run: Run, there: Mapping[int, ShardFacts]) -> set[int]:
@@ -238,11 +249,3 @@ class Plan:
 
 def _names(run: Run) -> list[str]:
     return pyarrow().parquet.ParquetFile(run.folder / "manifest.parquet").read()["name"].to_pylist()
-
-
-def _flat(document: Any, place: str = "") -> dict[str, Any]:
-    """Flatten nested dicts: {"a": {"b": 1}} -> {"a.b": 1}."""
-    if not isinstance(document, dict):
-        return {place: document}
-    parts = (_flat(value, f"{place}.{name}" if place else str(name)) for name, value in document.items())
-    return {name: value for part in parts for name, value in part.items()}

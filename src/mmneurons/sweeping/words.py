@@ -32,7 +32,7 @@ def make_words(vlm: VLM, run: Run, settings: SweepSettings, progress: Progress =
     with vlm.alone(), torch.inference_mode():
         for said in _said(vlm, found, settings):
             rows += said
-            progress("what the neurons say", len(rows), len(found))
+            progress("neurons read", len(rows), len(found))
     write_words(run, rows)
 
 
