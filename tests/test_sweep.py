@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 import torch
 from kits.commands import call
-from PIL import Image
 from kits.zoo import FAMILIES, Row, randomise
+from PIL import Image
 
 import mmneurons as mmn
 from mmneurons import pocket
