@@ -9,10 +9,16 @@ from pathlib import Path
 import features
 import numpy as np
 import torch
-from imagined import Imagined
+from imagined import COMMON, Imagined
 from jaxtyping import Float, Int
 from pictures import Picture
+from plan import Plan
 from torch import Tensor
+
+from mmneurons.photo.tower import pooled
+
+FAVOUR = 3.0
+"""How much more often common nouns are imagined than others, and those of photographs."""
 
 
 @dataclass(frozen=True)
@@ -23,18 +29,9 @@ class Batch:
     places: Int[Tensor, "rows tokens"]
     """Where in the grid each is, row by row."""
     nouns: list[list[str]]
-    """What a caption of each names, in order."""
-
-
-@dataclass(frozen=True)
-class Shares:
-    """How much of a batch is what."""
-
-    imagined: float = 0.4
-    """Of the pictures, those moved to a class of the tower's own classifier; 0 for what photographs show alone."""
-    collages: float = 0.15
-    joined: float = 0.15
-    """Two grids cut and joined."""
+    """What a caption of each names, in order: one or two."""
+    second: Float[Tensor, "rows tokens"]
+    """How much of each feature is of the second noun, 0 to 1."""
 
 
 class Batches:
@@ -43,14 +40,12 @@ class Batches:
     Args:
         work: Where the cache is.
         pictures: What it was made of.
-        side: Of the grid of image tokens; the cache is pooled to it.
-        window: Over which each feature is averaged.
-        shares: How much of a batch is what.
+        plan: Grid, window, and how much of a batch is what.
     """
 
-    def __init__(self, work: Path, pictures: list[Picture], side: int, window: int, shares: Shares) -> None:
-        self.side, self.shares, self.pictures = side, shares, pictures
-        self.features, self.means, self.views = features.load(work, side, window)
+    def __init__(self, work: Path, pictures: list[Picture], plan: Plan) -> None:
+        self.side, self.plan, self.pictures = plan.side, plan, pictures
+        self.features, self.means, self.views = features.load(work, plan.side, plan.window)
         learned = [i for i, v in enumerate(self.views) if pictures[v.pictures[0]].split == "train"]
         self.collages = [i for i in learned if self.views[i].kind == "collage"]
         self.single: dict[str, list[int]] = {}
@@ -59,11 +54,17 @@ class Batches:
                 self.single.setdefault(self.nouns_of(i)[0], []).append(i)
         self.nouns = sorted(self.single)
         """Of which there are pictures."""
-        self.imagined = Imagined(self.nouns) if shares.imagined else None
-        self.known = sorted({*self.nouns, *(self.imagined.nouns if self.imagined else ())})
+        self.imagined = Imagined()
+        self.known = sorted({*self.nouns, *self.imagined.nouns})
         """All that is to be named."""
         self.hard = dict.fromkeys(self.known, 1.0)
         """How often each comes beside its usual share."""
+        self.favour = dict.fromkeys((*self.nouns, *COMMON), FAVOUR)
+        right = torch.tensor([0.0] * 4 + [0.5] + [1.0] * 4).expand(9, 9)
+        self.behind = [
+            pooled(half[None, None].contiguous(), plan.side, plan.window).flatten() for half in (right, right.T)
+        ]
+        """Of collages side by side and upright: how much of each feature is of the second picture."""
 
     def nouns_of(self, view: int) -> list[str]:
         """What a caption of a view names, in order."""
@@ -73,29 +74,29 @@ class Batches:
         """Features of some views at some places."""
         return torch.from_numpy(np.asarray(self.features[rows, places], np.float32))
 
-    def draw(self, rng: random.Random, n: int, kept: int, *, alone: bool = False) -> Batch:
+    def sample(self) -> Float[Tensor, "tokens channels"]:
+        """Features to take means and deviations from."""
+        return self.draw(random.Random(f"{self.plan.seed} scale"), 256, 9).tokens.flatten(0, 1)
+
+    def draw(self, rng: random.Random, n: int, kept: int) -> Batch:
         """One batch.
 
         Args:
             rng: Draws.
             n: How many.
             kept: Image tokens of each, drawn anew.
-            alone: Whether each shows one noun.
         """
-        side, n_all = self.side, self.side**2
+        side, plan = self.side, self.plan
         # 1. Which views, and what they show: rare nouns and hard ones more often than by number.
         often = [len(self.single[noun]) ** 0.5 * self.hard[noun] for noun in self.nouns]
         rows = [rng.choice(self.single[noun]) for noun in rng.choices(self.nouns, often, k=n)]
-        if self.collages and not alone:
-            rows = [rng.choice(self.collages) if rng.random() < self.shares.collages else row for row in rows]
+        rows = [rng.choice(self.collages) if self.collages and rng.random() < plan.collages else row for row in rows]
         named = [self.nouns_of(row) for row in rows]
-        new = [len(nouns) == 1 and rng.random() < self.shares.imagined for nouns in named]
-        partner = list(range(n))
-        if not alone:
-            single = [i for i in range(n) if len(named[i]) == 1]
-            partner = [rng.choice(single) if i in single and rng.random() < self.shares.joined else i for i in range(n)]
+        single = [i for i in range(n) if len(named[i]) == 1]
+        new = [i for i in single if rng.random() < plan.imagined]
+        partner = [rng.choice(single) if i in single and rng.random() < plan.joined else i for i in range(n)]
         # 2. Which tokens, and where they are taken from: mirrored, left is right; joined, half is another's.
-        places = np.array([sorted(rng.sample(range(n_all), min(kept, n_all))) for _ in rows])
+        places = np.array([sorted(rng.sample(range(side**2), min(kept, side**2))) for _ in rows])
         owner = np.repeat(np.arange(n)[:, None], places.shape[1], 1)
         for i, j in enumerate(partner):
             if i != j:
@@ -104,18 +105,24 @@ class Batches:
         mirrored = np.array([rng.random() < 0.5 for _ in rows])[owner]
         source = np.where(mirrored, places // side * side + side - 1 - places % side, places)
         tokens = self.read(np.array(rows)[owner], source)
-        for i, row in enumerate(rows):
-            if mirrored[i, 0] and len(named[i]) == 2 and not self.views[row].upright:
-                named[i] = named[i][::-1]
         # 3. Some are moved to nouns of which there is no picture.
-        if self.imagined is not None and any(new):
-            for i, noun in zip(np.flatnonzero(new), self.imagined.draw(sum(new), rng, self.hard), strict=True):
-                named[i] = [noun]
-                mine = torch.from_numpy(owner == i)
-                grid = torch.from_numpy(places)[mine][None]
-                if grid.numel():
-                    tokens[mine] = self.imagined.moved(
-                        tokens[mine][None], self.means[rows[i]][None], grid, side, [noun], rng
-                    )[0]
+        often_imagined = {noun: self.hard[noun] * self.favour.get(noun, 1.0) for noun in self.imagined.nouns}
+        for i, noun in zip(new, self.imagined.draw(len(new), rng, often_imagined), strict=True):
+            named[i], mine = [noun], torch.from_numpy(owner == i)
+            where = torch.from_numpy(places)[mine][None]
+            if where.numel():
+                moved = self.imagined.moved(tokens[mine][None], self.means[rows[i]][None], where, side, [noun], rng)
+                tokens[mine] = moved[0]
+        # 4. What is said of each, and where in it the second is.
+        second = torch.from_numpy(owner != np.arange(n)[:, None]).float()
+        for i, row in enumerate(rows):
+            if len(named[i]) == 2:
+                upright = self.views[row].upright
+                named[i] = named[i][::-1] if mirrored[i, 0] and not upright else named[i]
+                second[i] = self.behind[upright][torch.from_numpy(places[i])]
         joined = [named[i] if i == j else [*named[i], *named[j]] for i, j in enumerate(partner)]
-        return Batch(tokens, torch.from_numpy(places), joined)
+        for i, j in enumerate(partner):
+            if i != j and second[i].mean() in (0, 1):  # of few tokens, all may be on one side
+                joined[i] = named[i] if second[i, 0] == 0 else named[j]
+                second[i] = 0
+        return Batch(tokens, torch.from_numpy(places), joined, second)

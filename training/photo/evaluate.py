@@ -15,6 +15,7 @@ import argparse
 import csv
 import json
 import random
+import tempfile
 import time
 from collections import Counter, defaultdict
 from collections.abc import Sequence
@@ -25,11 +26,14 @@ import torch
 from imagined import CLASSES, Imagined
 from pictures import Picture, centred, collage, opened, read_pictures
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from synonyms import names
 
 import mmneurons as mmn
 from mmneurons.metrics.chair import Vocabulary, coco_synonyms
+from mmneurons.photo.cache import projector
+from mmneurons.photo.convert import write
 from mmneurons.settings import Question
 from mmneurons.vlm.asking import texts_of
 from mmneurons.vlm.vlm import VLM
@@ -150,20 +154,28 @@ def judged_coco(vlm: VLM, folder: Path, limit: int) -> dict[str, Any]:
     }
 
 
-def with_projector(vlm: VLM, given: str) -> None:
-    """Put another projector in: a file, or `random`, drawn as wide as the trained one."""
-    part: Any = vlm.model.get_submodule("model.multi_modal_projector")
+def loaded(given: str | None, place: Path) -> VLM:
+    """The photo model, or with another projector.
+
+    Args:
+        given: A file; `random` for one that is drawn as wide as the one that is shipped; None for that.
+        place: A folder to put the model together in.
+    """
+    if given is None:
+        return mmn.load("photo", device="cpu")
+    trained = Path(given)
     if given == "random":
-        torch.manual_seed(0)
-        tensors = {
-            "linear_1.weight": torch.randn_like(part.linear_1.weight) * part.linear_1.weight.std(),
-            "linear_1.bias": part.linear_1.bias.detach(),
+        trained, generator = place / "random.safetensors", torch.Generator().manual_seed(0)
+        tensors = load_file(projector())
+        drawn = {
+            name: torch.randn(tensor.shape, generator=generator) * tensor.float().std()
+            for name, tensor in tensors.items()
+            if name.endswith("weight")
         }
-    else:
-        tensors = {name: tensor.float() for name, tensor in load_file(given).items()}
-    with torch.no_grad():
-        for name, tensor in tensors.items():
-            part.get_parameter(name).copy_(tensor)
+        with safe_open(projector(), "pt") as file:
+            save_file(tensors | drawn, trained, file.metadata())
+    write(place / "model", trained)
+    return mmn.load(str(place / "model"), device="cpu")
 
 
 def main() -> None:
@@ -175,9 +187,8 @@ def main() -> None:
     parser.add_argument("--projector", help="a file, or `random`")
     parser.add_argument("--limit", type=int, default=10**9, help="pictures of each set, at most")
     options = parser.parse_args()
-    vlm, pictures = mmn.load("photo", device="cpu"), read_pictures(options.pictures)
-    if options.projector:
-        with_projector(vlm, options.projector)
+    place = tempfile.TemporaryDirectory()
+    vlm, pictures = loaded(options.projector, Path(place.name)), read_pictures(options.pictures)
     trained = {picture.noun for picture in pictures if picture.split == "train"}
     many = Counter(picture.noun for picture in pictures if picture.split == "train")
     words = Vocabulary([{picture.noun for picture in pictures}.union(*class_names())])

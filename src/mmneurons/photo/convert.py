@@ -30,19 +30,19 @@ TEMPLATE = """{% for message in messages %}<|im_start|>{{ message['role'] }}
 """`CHAT`, as transformers writes it."""
 
 
-def write(folder: Path) -> None:
+def write(folder: Path, trained: Path | None = None) -> None:
     """Put the model together from its packages and write it, in half precision, with its processor.
 
     Args:
         folder: Filled.
+        trained: Another projector than the one that is shipped.
 
     Raises:
         ModelError: a package is missing, or holds another file.
     """
     model, tokenizer = language()
-    whole = assembled(
-        model, tower(**grid(projector())), load_file(projector()), tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
-    )
+    trained = trained or projector()
+    whole = assembled(model, tower(**grid(trained)), load_file(trained), tokenizer.convert_tokens_to_ids(IMAGE_TOKEN))
     whole.half().save_pretrained(folder)
     processor(tokenizer, whole.config.vision_config).save_pretrained(folder)
 
