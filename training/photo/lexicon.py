@@ -30,7 +30,7 @@ from torch import Tensor, nn
 TURN_RATE, OWN_RATE = 5e-4, 3e-3
 """Learning rates: of what all nouns share, and of each noun's own."""
 ROWS, TOKENS = 16, 6
-"""Of a batch: grids, and image tokens that are read of each: fewer than there are, since each costs as much as a word."""
+"""Of a batch: grids, and image tokens that are read of each; fewer than there are, since each costs as a word does."""
 TWO = 0.4
 """Share of the batches whose grids show two nouns, so that captions of a batch are about as long."""
 EVERY = 20

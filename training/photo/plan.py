@@ -19,9 +19,9 @@ class Plan:
     """Steps that teach the units to tell nouns apart, without the language model."""
     fit: int = 0
     """Steps that put image tokens at the lexicon's, without the language model."""
-    steps: int = 600
+    steps: int = 200
     """Steps through the language model."""
-    full: int = 40
+    full: int = 20
     """Of these, the last ones that read all image tokens."""
     kept: int = 6
     """Image tokens that the others read, drawn anew for each picture."""

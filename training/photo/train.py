@@ -127,7 +127,8 @@ def main() -> None:
     given.out.mkdir(parents=True, exist_ok=True)
     reader, batches = Reader(given.work), Batches(given.work, read_pictures(given.pictures), plan)
     projector = fitted(reader, batches, given.work, given.out)
-    noted(given.out, {"fitted": judged(reader, projector, batches), "plan": asdict(plan)})
+    if not (given.out / "checkpoint.pt").exists():
+        noted(given.out, {"fitted": judged(reader, projector, batches), "plan": asdict(plan)})
     train(reader, batches, projector.requires_grad_(True), given.out, given.minutes)
     noted(given.out, {"trained": judged(reader, projector.requires_grad_(False), batches)})
 

@@ -29,7 +29,7 @@ ROWS, RATE, DECAY = 64, 2e-3, 0.5
 GAIN = 4.0
 """A unit's strength is GELU(u) / GAIN: 1 where u is GAIN, about 0 below 0, with a dip that is of no note."""
 PLACES, NEAR = 0.5, 3.0
-"""Weights beside the cross-entropy of the whole picture: of each place's, and of strengths' squared distance from 1 and 0."""
+"""Weights beside the cross-entropy of the whole picture: of each place's, and of strengths' squared error."""
 
 
 class Units(nn.Module):
