@@ -325,8 +325,13 @@ def test_the_extra_names_what_pip_may_install():
 def test_the_projector_that_is_shipped_fits():
     tensors = load_file(cache.projector())
     assert {tensor.dtype for tensor in tensors.values()} == {torch.float16}
-    assert tensors["linear_1.weight"].shape == (576, 1280)
-    assert tensors["linear_1.bias"].shape == (576,)
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    assert shapes == {
+        "linear_1.weight": (576, 1280),
+        "linear_1.bias": (576,),
+        "linear_2.weight": (576, 576),
+        "linear_2.bias": (576,),
+    }
     assert all(bool(tensor.isfinite().all()) for tensor in tensors.values())
     assert convert.grid(cache.projector())["side"] in (3, 5, 9)
     assert cache.projector().stat().st_size < 2.5e6

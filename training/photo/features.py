@@ -93,7 +93,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--pictures", type=Path, required=True)
     parser.add_argument("--work", type=Path, default=WORK)
-    parser.add_argument("--parts", type=int, default=1)
+    parser.add_argument("--parts", type=int, default=2)
     parser.add_argument("--collages", type=int, default=4000)
     parser.add_argument("--judged", type=int, default=200)
     options = parser.parse_args()

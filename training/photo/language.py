@@ -42,6 +42,8 @@ class Reader:
         side: int,
         named: Sequence[Sequence[str]],
         rng: random.Random,
+        *,
+        whole: bool = False,
     ) -> Float[Tensor, "rows"]:
         """Negative log-probability, in nats, of the caption of each picture.
 
@@ -51,10 +53,11 @@ class Reader:
             side: Of the grid.
             named: What is to be said of each picture.
             rng: Draws the question.
+            whole: Whether it is the usual one, never cut short.
         """
         # 1. The same question for all, and for each its answer.
         rows, n_kept = image.shape[:2]
-        before, after, begin = self._question(rng)
+        before, after, begin = self._question(rng, whole)
         ends = [self.tokenizer.eos_token_id]
         answers = [self.ids(f"{begin} {caption(nouns)}" if begin else f" {caption(nouns)}") + ends for nouns in named]
         length = max(map(len, answers))
@@ -73,12 +76,12 @@ class Reader:
         each = F.cross_entropy(logits, wanted[counts], reduction="none")
         return torch.zeros(rows, length).masked_scatter(counts, each).sum(1)
 
-    def _question(self, rng: random.Random) -> tuple[list[int], list[int], str]:
+    def _question(self, rng: random.Random, whole: bool) -> tuple[list[int], list[int], str]:
         """Tokens before and behind the image, and words that the answer begins with by itself."""
-        prompt, prefix, begin = ASKED[0] if rng.random() < USUAL else rng.choice(ASKED[1:])
+        prompt, prefix, begin = ASKED[0] if whole or rng.random() < USUAL else rng.choice(ASKED[1:])
         before, after = CHAT.split("{image}")
         after = after.format(prompt=prompt) + prefix
-        if prompt == PROMPT and rng.random() < SHORT:
+        if prompt == PROMPT and not whole and rng.random() < SHORT:
             before, after = before.partition("user")[0], f"\n{prefix}"
         return self.ids(before), self.ids(after), begin
 

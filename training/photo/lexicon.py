@@ -1,6 +1,6 @@
 """What an image token should be for each noun, learned without pictures through the frozen language model.
 
-    python training/photo/lexicon.py --pictures pictures.csv --steps 1500
+    python training/photo/lexicon.py --pictures pictures.csv
 
 The word's own embedding is not enough: of it the model tells stories, and of nouns of several tokens it says something
 else. An image token is `base + sum over nouns of strength * column`; a grid of them is drawn as pictures will make it:
@@ -157,7 +157,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pictures", type=Path, required=True, help="whose nouns are learned")
     parser.add_argument("--work", type=Path, default=WORK)
-    parser.add_argument("--steps", type=int, default=1500)
+    parser.add_argument("--steps", type=int, default=420)
     options = parser.parse_args()
     photographed = {picture.noun for picture in read_pictures(options.pictures) if picture.split == "train"}
     nouns = sorted(photographed.union(Imagined().nouns))

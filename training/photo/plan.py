@@ -19,10 +19,10 @@ class Plan:
     """Steps that teach the units to tell nouns apart, without the language model."""
     fit: int = 0
     """Steps that put image tokens at the lexicon's, without the language model."""
-    steps: int = 200
+    steps: int = 180
     """Steps through the language model."""
-    full: int = 20
-    """Of these, the last ones that read all image tokens."""
+    full: int = 60
+    """Of these, the last ones that read all image tokens and the whole question, of half as many pictures."""
     kept: int = 6
     """Image tokens that the others read, drawn anew for each picture."""
     batch: int = 16

@@ -8,7 +8,7 @@ It needs what features.py and lexicon.py made, and makes in `--out`
    tokens (fit.py); the language model is not asked;
 2. `projector.safetensors`: gradients through the language model, which reads image tokens and question and is to answer
    with the nouns. Its weights and those of the tower stay as they are. Most steps read some of the image tokens, at
-   their true positions, which costs less; the last ones read all of them.
+   their true positions, and no question, which costs less; the last ones read all of both.
 
 What a step sees is a function of its number, so that a run that was stopped continues as if it had not been. Every 20
 steps a checkpoint and a line in `log.jsonl`.
@@ -96,8 +96,9 @@ def one_step(
 ) -> float:
     """Learn from one batch, and note which nouns are hard; the loss, in nats a caption."""
     plan, rng = batches.plan, random.Random(f"{batches.plan.seed} {step}")
-    batch = batches.draw(rng, plan.batch, plan.side**2 if step >= plan.steps - plan.full else plan.kept)
-    losses = reader.losses(projector(batch.tokens), batch.places, plan.side, batch.nouns, rng)
+    whole = step >= plan.steps - plan.full
+    batch = batches.draw(rng, plan.batch // 2, plan.side**2) if whole else batches.draw(rng, plan.batch, plan.kept)
+    losses = reader.losses(projector(batch.tokens), batch.places, plan.side, batch.nouns, rng, whole=whole)
     optimizer.zero_grad()
     losses.mean().backward()
     nn.utils.clip_grad_norm_(projector.parameters(), 5.0)

@@ -238,11 +238,14 @@ def word(
 
 @app.command()
 def samples() -> None:
-    """List the sample images of this package."""
+    """List the sample images of this package, and photographs that scikit-image brings."""
     from mmneurons import pocket
+    from mmneurons.photo.samples import PHOTOGRAPHS, PREFIX
 
     for sample in pocket.samples():
         out.print(f"{sample.path}  {sample.caption}", soft_wrap=True)
+    for one in PHOTOGRAPHS:
+        out.print(f"{PREFIX}{one.name}  {one.shows}; {one.licence}", soft_wrap=True)
 
 
 @app.command()

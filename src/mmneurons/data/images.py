@@ -24,6 +24,7 @@ from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
 
 from mmneurons.data.image_errors import AGAIN, GIVE, kind_of, no_file, quoted, too_large
 from mmneurons.errors import ImageError
+from mmneurons.photo.samples import located
 
 MAX_PIXELS = 60_000_000
 """The most pixels of a picture; more are refused from the header, before decoding (0.5 GB in memory, with a copy)."""
@@ -68,7 +69,8 @@ def open_image(source: str | os.PathLike[str] | Image.Image | np.ndarray) -> Ope
     first is taken. `source` stays as it was; of a PIL image, the frame it stands at is used.
 
     Args:
-        source: A path, a PIL image, or an array: height x width, x 3 (RGB) or x 4 (RGBA), uint8 or floats in 0..1.
+        source: A path, a name such as `photo:coffee` (`mmneurons samples` lists them), a PIL image, or an array: height
+            x width, x 3 (RGB) or x 4 (RGBA), uint8 or floats in 0..1.
 
     Raises:
         ImageError: anything else was given, or Pillow cannot decode the picture to its last row.
@@ -203,7 +205,7 @@ def _opened(name: str) -> Iterator[Image.Image]:
     if re.match(r"[a-z][a-z0-9+.-]+:/|data:", name, re.IGNORECASE):
         fix = "Download it, then give the path of the file: curl -L -o image.jpg URL"
         raise ImageError(f"{quoted(name)} is an address, not a file.", seen="Nothing is fetched here.", fix=fix)
-    path = Path(os.path.expanduser(name))  # Path.expanduser raises on an unknown ~user
+    path = located(name)
     try:
         if not path.is_file():
             raise no_file(name, path, SUFFIXES)
