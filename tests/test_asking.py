@@ -14,7 +14,7 @@ from mmneurons.data import pictures
 from mmneurons.errors import ImageError, ModelError, SettingError, WordError
 from mmneurons.settings import Question
 from mmneurons.vlm.asking import ask
-from mmneurons.vlm.prompts import continued
+from mmneurons.vlm.tokens import continued
 
 
 def test_spaces_around_the_prefix_change_nothing(vlm, sample_paths):

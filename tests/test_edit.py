@@ -36,8 +36,9 @@ from mmneurons.patches.ledger import ledger_of
 from mmneurons.patches.patch import Patch, PatchPart
 from mmneurons.settings import ANSWER_PREFIX, PROMPT, Question
 from mmneurons.vlm.columns import HASH_BYTES, Columns, column_hashes
-from mmneurons.vlm.prompts import WORDINGS, tokens_of
+from mmneurons.vlm.prompts import WORDINGS
 from mmneurons.vlm.provenance import weights_hash
+from mmneurons.vlm.tokens import tokens_of
 from mmneurons.vlm.vlm import VLM
 from mmneurons.words import says
 

@@ -53,8 +53,8 @@ from mmneurons.settings import ANSWER_PREFIX, PROMPT, Question
 from mmneurons.vlm.columns import Columns
 from mmneurons.vlm.context import evaluating, frozen
 from mmneurons.vlm.hooks.deltas import Deltas
-from mmneurons.vlm.prompts import tokens_of
 from mmneurons.vlm.teacher_forcing import Batch, Given, Reader
+from mmneurons.vlm.tokens import tokens_of
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,5 @@
 import inspect
+from datetime import date
 
 import pytest
 import torch
@@ -10,7 +11,9 @@ from transformers import BatchFeature
 from mmneurons.errors import ModelError, SettingError, WordError
 from mmneurons.settings import ANSWER_PREFIX, PROMPT
 from mmneurons.vlm.processors import ImageAndTokenizer
-from mmneurons.vlm.prompts import encode_prompt, prompt_text, token_of
+from mmneurons.vlm.prompts import encode_prompt, prompt_text
+from mmneurons.vlm.template import DATED, LEFT_OUT, prompt_notes
+from mmneurons.vlm.tokens import text_of, token_of, tokens_of
 
 # Of processors of transformers 5.23 that give a tensor to numpy 2.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
@@ -140,6 +143,69 @@ def test_the_template_of_a_tokenizer_is_used_and_thinking_is_off():
     found = Plain(byte_level({}))
     found.tokenizer.chat_template = template("<image>") + "{% if enable_thinking is not false %}<think>{% endif %}"
     assert prompt_text(found, "a dog", "") == "USER: <image>\na dog ASSISTANT:"
+
+
+@pytest.mark.parametrize("model_type", [family.model_type for family in FAMILIES if family.chat])
+def test_the_template_of_every_family_is_used(model_type):
+    # SmolVLM's processor asks its video part for settings while it renders: without torchvision it has none.
+    assert prompt_text(processor(model_type), "a dog", PREFIX).startswith("USER: ")
+    assert prompt_notes(processor(model_type), "a dog", 1) == []
+
+
+def test_a_template_that_cannot_be_used_is_told():
+    found = Plain(byte_level({}), "{{ raise_exception('Not for you.') }}")
+    assert prompt_text(found, "a dog", PREFIX) == f"a dog {PREFIX}"
+    assert prompt_notes(found, "a dog", 1) == [LEFT_OUT]
+    assert prompt_notes(Plain(byte_level({})), "a dog", 1) == []
+
+
+def test_of_several_templates_the_default_is_used():
+    found = Plain(byte_level({}))
+    found.chat_template = {"tool_use": "tools", "default": template("<image>")}  # pyright: ignore[reportAttributeAccessIssue]
+    assert prompt_text(found, "a dog", "") == "USER: <image>\na dog ASSISTANT:"
+
+
+@pytest.mark.parametrize(
+    ("opens", "closes"), [("<think>\n", "<think>\n\n</think>"), ("[THINK]", "[THINK]\n\n[/THINK]")]
+)
+def test_a_place_for_thoughts_is_closed_before_the_answer_begins(opens, closes):
+    found = Plain(byte_level({}), "{{ messages[0]['content'][-1]['text'] }}\n" + opens)
+    assert prompt_text(found, "a dog", PREFIX, 0) == f"a dog\n{closes}\n\n{PREFIX}"
+    plain = Plain(byte_level({}), "{{ messages[0]['content'][-1]['text'] }}\n" + opens + "None.</think>")
+    assert prompt_text(plain, "a dog", "", 0).endswith("None.</think>")
+
+
+def test_behind_a_token_of_its_own_a_byte_level_answer_begins_without_a_space():
+    # As models of Tekken and Granite are trained: [/INST]An, and not [/INST] An.
+    chat = "{{ messages[0]['content'][-1]['text'] }}[/INST]"
+    for tokenizer, end in ((byte_level({"end": "[/INST]"}), "[/INST]An image"), (byte_level({}), "[/INST] An image")):
+        assert prompt_text(Plain(tokenizer, chat), "a dog", "An image", 0) == f"a dog{end}"
+    assert prompt_text(Plain(metaspace_bpe(), chat), "a dog", "An image", 0) == "a dog[/INST] An image"
+
+
+DATED_TEMPLATE = (
+    "{% if strftime_now is defined %}{{ strftime_now('%d %b %Y') }}: {% endif %}{{ messages[0]['content'] }}"
+)
+
+
+def test_the_date_of_a_template_can_be_chosen_and_is_told():
+    found = Plain(byte_level({}), DATED_TEMPLATE)
+    day = date(2024, 7, 26)
+    assert prompt_text(found, "a dog", "", 0, day=day) == "26 Jul 2024: a dog"
+    batch = encode_prompt(found, [[]], "a dog", day=day)
+    assert "26 Jul 2024" in found.tokenizer.decode(batch["input_ids"][0])
+    assert prompt_text(found, "a dog", "", 0).startswith(date.today().strftime("%d %b %Y"))
+    assert prompt_notes(found, "a dog", 0) == [DATED]
+    assert prompt_notes(found, "a dog", 0, day) == []
+    # A date that is written into other prompts only is not told.
+    assert prompt_notes(Plain(byte_level({}), "{% if tools %}" + DATED_TEMPLATE + "{% endif %}a dog"), "a dog", 0) == []
+
+
+def test_a_date_that_cannot_be_chosen_is_refused():
+    found = Plain(byte_level({}), "{% set form = '%Y' %}{{ strftime_now(form) }} {{ messages[0]['content'] }}")
+    with pytest.raises(SettingError, match="cannot be chosen"):
+        prompt_text(found, "a dog", "", 0, day=date(2024, 7, 26))
+    assert prompt_notes(found, "a dog", 0) == [DATED]
 
 
 def test_a_template_that_writes_the_first_token_itself():
@@ -297,13 +363,52 @@ def test_the_first_token_of_a_word_is_that_of_a_sentence(kind, piece):
     assert token_of(tokenizer, " cat ") == token
 
 
-@pytest.mark.parametrize(
-    ("kind", "word"),
-    [("word-piece", ""), ("word-piece", " "), ("word-piece", "zebra"), ("byte-level", "zebra"), ("unigram", "dog")],
-)
-def test_a_word_without_a_token_of_its_own(kind, word):
+@pytest.mark.parametrize("word", ["", " ", "zebra"])
+def test_a_word_without_a_token_of_its_own(word):
     with pytest.raises(WordError, match="no token of its own to begin with"):
-        token_of(TOKENIZERS[kind], word)
+        token_of(TOKENIZERS["word-piece"], word)
+
+
+def test_the_space_before_a_word_is_not_its_first_token():
+    tokenizer = TOKENIZERS["byte-level"]
+    ids = tokens_of(tokenizer, "zebra")
+    assert tokenizer.convert_ids_to_tokens(ids)[:2] == ["Ġ", "z"]
+    assert token_of(tokenizer, "zebra") == ids[1]
+
+
+CHINESE = byte_level({}, sentences=["一只棕色的狗在草地上", "狗和猫", "the 狗 of the house"] * 9 + ["a dog"] * 5)
+
+
+def test_a_word_of_a_script_without_spaces_is_written_without_one():
+    assert CHINESE.decode(tokens_of(CHINESE, "狗")) == "狗"
+    assert token_of(CHINESE, "狗") == CHINESE("狗", add_special_tokens=False).input_ids[0]
+    assert CHINESE.decode(tokens_of(CHINESE, "dog")) == " dog"
+
+
+@pytest.mark.parametrize(
+    "tokenizer", [TOKENIZERS["byte-level"], metaspace_bpe(byte_fallback=True)], ids=["byte", "spm"]
+)
+def test_a_first_token_that_is_part_of_a_character_tells_no_word(tokenizer):
+    assert tokenizer.decode(tokens_of(tokenizer, "狗")).strip() == "狗"
+    with pytest.raises(WordError, match="no token of its own to begin with"):
+        token_of(tokenizer, "狗")
+
+
+@pytest.mark.parametrize("kind", ["byte-level", "metaspace"])
+def test_a_word_takes_the_space_of_the_one_whose_place_it_takes(kind):
+    tokenizer = TOKENIZERS[kind]
+    spaced = tokenizer("a dog", add_special_tokens=False).input_ids[-1]
+    bare = next(i for i in tokenizer('"dog"', add_special_tokens=False).input_ids if "d" in tokenizer.decode([i]))
+    behind = [tokenizer.convert_ids_to_tokens(tokens_of(tokenizer, "cat", like=like)) for like in (spaced, bare)]
+    assert [pieces[0][0] in "Ġ▁" for pieces in behind] == [True, False]
+    assert ["".join(pieces).strip("Ġ▁") for pieces in behind] == ["cat", "cat"]
+
+
+@pytest.mark.parametrize("kind", ["byte-level", "metaspace", "unigram"])
+def test_no_two_tokens_are_shown_alike(kind):
+    tokenizer = TOKENIZERS[kind]
+    texts = [text_of(tokenizer, i) for i in range(len(tokenizer))]
+    assert len({*texts}) == len(texts)
 
 
 def test_a_token_that_joins_two_words_is_not_taken_for_the_second():

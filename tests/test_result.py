@@ -122,7 +122,7 @@ def test_the_same_run_gives_the_same_bytes(vlm, sample_paths):
 
 def test_the_form_that_the_issue_fixes(vlm, sample_paths):
     document = json.loads(result.to_json(mmn.find(vlm, sample_paths[:1])))
-    assert document["schema"] == 3
+    assert document["schema"] == 4
     assert document["provenance"]["model"]["id"] == "pocket"
     found = document["findings"][0]
     assert {"images", "prompt", "answer_prefix", "caption", "token_ids", "choices", "nouns"} <= found.keys()
@@ -177,7 +177,7 @@ def test_saved_whole_or_not_at_all(tmp_path, vlm, sample_paths, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "text", ["", "{", "[]", '{"schema": 1}', '{"schema": 2}', '{"schema": 3, "provenance": {}, "findings": [{}]}', "3"]
+    "text", ["", "{", "[]", '{"schema": 1}', '{"schema": 3}', '{"schema": 4, "provenance": {}, "findings": [{}]}', "3"]
 )
 def test_a_damaged_file_is_refused(text):
     with pytest.raises(FormatError):
@@ -237,10 +237,10 @@ def test_what_has_another_type_is_refused(vlm, sample_paths, change):
 def test_what_json_allows_and_findings_do_not_is_refused():
     for told in ('"score": NaN', '"layer": -3', '"index": 1.5'):
         with pytest.raises(FormatError):
-            result.from_json('{"schema": 3, "provenance": {}, "findings": [{' + told + "}]}")
+            result.from_json('{"schema": 4, "provenance": {}, "findings": [{' + told + "}]}")
     for facts in ("[" * 10**5 + "]" * 10**5, "9" * 400, "[" * 300 + "]" * 300):
         with pytest.raises(FormatError):
-            result.from_json('{"schema": 3, "findings": [], "provenance": {"a": ' + facts + "}}")
+            result.from_json('{"schema": 4, "findings": [], "provenance": {"a": ' + facts + "}}")
 
 
 def test_a_missing_file_of_findings_is_told(tmp_path):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -57,7 +57,9 @@ def template(image: str, bos: str = "") -> str:
     )
 
 
-def byte_level(special: Mapping[str, str], *, begin: bool = True, pad: bool = True) -> PreTrainedTokenizerFast:
+def byte_level(
+    special: Mapping[str, str], *, begin: bool = True, pad: bool = True, sentences: Sequence[str] = SENTENCES
+) -> PreTrainedTokenizerFast:
     """Byte-level BPE, as of GPT-2, Llama 3 and Qwen; `special` are tokens by name ("image_token": "<image>")."""
     model = Tokenizer(models.BPE())
     model.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -65,7 +67,7 @@ def byte_level(special: Mapping[str, str], *, begin: bool = True, pad: bool = Tr
     first = ["<pad>", "<s>", "</s>", *special.values()]
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(vocab_size=420, special_tokens=first, show_progress=False, initial_alphabet=alphabet)
-    model.train_from_iterator(SENTENCES, trainer)
+    model.train_from_iterator(sentences, trainer)
     if begin:
         model.post_processor = processors.TemplateProcessing(
             single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", 1)]
@@ -91,13 +93,18 @@ def unigram(special: Mapping[str, str] | None = None, *, end: bool = True) -> Pr
     return _wrapped(model, special, eos_token="</s>", pad_token="<pad>", unk_token="<unk>")
 
 
-def metaspace_bpe() -> PreTrainedTokenizerFast:
-    """SentencePiece's BPE, as of Llama 2: the space belongs to the word that follows it."""
-    model = Tokenizer(models.BPE(unk_token="<unk>", fuse_unk=True))
+def metaspace_bpe(*, byte_fallback: bool = False) -> PreTrainedTokenizerFast:
+    """SentencePiece's BPE, as of Llama 2: a space belongs to the word behind it; unknown characters in bytes."""
+    model = Tokenizer(models.BPE(unk_token="<unk>", fuse_unk=True, byte_fallback=byte_fallback))
     model.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
     model.decoder = decoders.Metaspace(prepend_scheme="first")
-    first = ["<unk>", "<s>", "</s>"]
-    model.train_from_iterator(SENTENCES, trainers.BpeTrainer(vocab_size=200, special_tokens=first, show_progress=False))
+    if byte_fallback:
+        joined = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+        model.decoder = decoders.Sequence(joined)
+    first = ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256) if byte_fallback)]
+    model.train_from_iterator(
+        SENTENCES, trainers.BpeTrainer(vocab_size=200 + len(first), special_tokens=first, show_progress=False)
+    )
     return _wrapped(model, {}, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
 
 

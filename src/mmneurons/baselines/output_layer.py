@@ -16,7 +16,7 @@ from mmneurons.editing.strength import find_strength
 from mmneurons.errors import SettingError
 from mmneurons.vlm.context import hooked
 from mmneurons.vlm.locking import restored
-from mmneurons.vlm.prompts import tokens_of
+from mmneurons.vlm.tokens import tokens_of
 from mmneurons.vlm.vlm import VLM
 from mmneurons.words import inflected
 
@@ -99,7 +99,7 @@ def _pairs(task: Task) -> tuple[tuple[int, int], ...]:
     for one in task.requests:
         for answer, word in one.found:
             said = one.answers.token_ids[answer][word.steps[0]]
-            found.add((said, tokens_of(tokenizer, inflected(task.target, word.text))[0]))
+            found.add((said, tokens_of(tokenizer, inflected(task.target, word.text), like=said)[0]))
     pairs = tuple(sorted(pair for pair in found if pair[0] != pair[1]))
     if not pairs:
         raise SettingError(f"'{task.source}' and '{task.target}' begin with the same token.")

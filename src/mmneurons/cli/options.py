@@ -102,6 +102,9 @@ def _load(
     processor: Annotated[
         str | None, typer.Option(help="Hub id or folder of the processor, if it is not with the model.")
     ] = None,
+    date: Annotated[
+        str | None, typer.Option(help="Day that a chat template with today's date in it takes for today: YYYY-MM-DD.")
+    ] = None,
     patch: Annotated[
         list[Path] | None, typer.Option(metavar="FILE", help="A patch to put on the model first; repeatable.")
     ] = None,
@@ -133,6 +136,7 @@ def _load(
             revision=revision,
             trust_remote_code=trust_remote_code,
             decoder=decoder,
+            date=date,
             **options,
         )
     # In the order given: a patch can have been made with the ones before it on the model.

@@ -17,8 +17,8 @@ from mmneurons.editing.answers import Answered, answers
 from mmneurons.editing.losses import abstention, divergence, log_p
 from mmneurons.metrics.chair import Vocabulary
 from mmneurons.settings import Question
-from mmneurons.vlm.prompts import tokens_of
 from mmneurons.vlm.teacher_forcing import Batch, Given, Reader
+from mmneurons.vlm.tokens import tokens_of
 from mmneurons.vlm.vlm import VLM
 from mmneurons.words import Word, inflected, words_at
 
@@ -105,7 +105,7 @@ def _lesson(
         read = steps[-1] + 1
         # What may be said here: any object that is there and was not named yet, in this word's form, or the word.
         said = list(ids[steps[0] : read])
-        ways = {noun: tokens_of(vlm.tokenizer, inflected(noun, one.word.text)) for noun in left}
+        ways = {noun: tokens_of(vlm.tokenizer, inflected(noun, one.word.text), like=said[0]) for noun in left}
         if one.noun in ways:
             ways[one.noun] = said
         turn[len(new)] = (say, *(tokens[0] for tokens in ways.values()))

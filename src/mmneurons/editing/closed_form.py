@@ -124,7 +124,7 @@ def solve(
             raise SettingError("None of these columns is active where SOURCE is said.", fix="Choose other neurons.")
         # 2. Coefficients: as little as will do, or as little as will do elsewhere.
         others = [*kept, *(other.steps for other in goals if other is not goal)]
-        if ridge is None:
+        if ridge is None or not any(len(steps) for steps in others):  # or there is nothing else to spare
             coefficients = smallest(wanted)
         else:
             shared = torch.cat([features(steps, row, columns, along) for steps in others])

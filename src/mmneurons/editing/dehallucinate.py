@@ -47,8 +47,8 @@ from mmneurons.vlm import provenance
 from mmneurons.vlm.columns import Columns, lowest_block
 from mmneurons.vlm.context import evaluating, frozen
 from mmneurons.vlm.locking import by_one_thread
-from mmneurons.vlm.prompts import tokens_of
 from mmneurons.vlm.teacher_forcing import Batch, Reader
+from mmneurons.vlm.tokens import tokens_of
 from mmneurons.vlm.vlm import VLM
 
 RATE = 0.15

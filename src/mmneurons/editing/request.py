@@ -14,8 +14,8 @@ from mmneurons.editing.answers import TracedAnswers, TracedSteps, join, occurren
 from mmneurons.errors import SettingError, WordError
 from mmneurons.settings import Question
 from mmneurons.vlm.asking import texts_of
-from mmneurons.vlm.prompts import tokens_of
 from mmneurons.vlm.teacher_forcing import Given
+from mmneurons.vlm.tokens import tokens_of
 from mmneurons.vlm.vlm import VLM
 from mmneurons.words import Word, inflected, singular, turned
 
@@ -120,7 +120,7 @@ def rewritten(
     # Between the words the answer is copied as it is.
     for word in words:
         new += ids[read : word.steps[0]]
-        wanted = tokens_of(vlm.tokenizer, inflected(target, word.text))
+        wanted = tokens_of(vlm.tokenizer, inflected(target, word.text), like=ids[word.steps[0]])
         written.append((len(new), wanted))
         new += wanted
         read = word.steps[-1] + 1
@@ -168,7 +168,9 @@ def token_goals(vlm: VLM, requests: Sequence[EditRequest], target: str | None) -
     for one in requests:
         for answer, word in one.found:
             ids = one.answers.token_ids[answer]
-            wanted = [None] if target is None else tokens_of(vlm.tokenizer, inflected(target, word.text))
+            said, wanted = ids[word.steps[0]], [None]
+            if target is not None:
+                wanted = tokens_of(vlm.tokenizer, inflected(target, word.text), like=said)
             # The first token gives way where SOURCE begins ...
             row = one.answers.steps.at(torch.tensor([one.answers.row(answer, word.steps[0])]))
             steps.setdefault((int(row.token_ids), wanted[0]), []).append(row)

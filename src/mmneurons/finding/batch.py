@@ -19,7 +19,7 @@ from mmneurons.settings import Baseline, FindSettings, MeanActivations
 from mmneurons.vlm.asking import answer, tokens_of_answer
 from mmneurons.vlm.doctor import tolerance
 from mmneurons.vlm.hooks.recording import record
-from mmneurons.vlm.prompts import token_of
+from mmneurons.vlm.tokens import token_of
 from mmneurons.vlm.traces import Trace
 from mmneurons.vlm.vlm import VLM, Answers, Inputs
 from mmneurons.words import Word, find_nouns, find_words, says, tagger_for
@@ -120,13 +120,13 @@ def targets_of(vlm: VLM, answers: Answers, row: int, choices: FindSettings) -> l
         words = find_words([w for w in choices.words if says(caption, w)], caption, ids, decode)
     targets = [Target(row, word, word.steps[0], ids[word.steps[0]]) for word in words]
     if choices.against is not None:
-        other = token_of(vlm.tokenizer, choices.against)
-        if (choices.words or choices.token_ids) and any(target.token_id == other for target in targets):
+        others = {t.token_id: token_of(vlm.tokenizer, choices.against, like=t.token_id) for t in targets}
+        if (choices.words or choices.token_ids) and any(token == other for token, other in others.items()):
             raise SettingError(
                 f"'{choices.against}' begins with the same token as a word to score: nothing to compare.",
                 fix="Compare with a word that begins differently.",
             )
-        targets = [target for target in targets if target.token_id != other]
+        targets = [target for target in targets if target.token_id != others[target.token_id]]
     if choices.score == "paper":  # as the released code: a word's first occurrence only
         first = {target.word.text: target for target in reversed(targets)}
         targets = [target for target in targets if first[target.word.text] is target]

@@ -21,9 +21,10 @@ from mmneurons.finding.scoring import describe
 from mmneurons.progress import Progress
 from mmneurons.settings import FindOptions, FindSettings, MeanActivations, Question, settled
 from mmneurons.vlm import provenance
-from mmneurons.vlm.asking import batches_of
-from mmneurons.vlm.grid import find_grids, model_view
+from mmneurons.vlm.asking import batches_of, rendered_prompts
+from mmneurons.vlm.grid import find_grids, model_views
 from mmneurons.vlm.locking import by_one_thread
+from mmneurons.vlm.template import prompt_notes
 from mmneurons.vlm.vlm import VLM, Inputs
 
 
@@ -144,12 +145,16 @@ def _find_batch(
     batch = score_batch(vlm, inputs, rows, captions, choices)
     n_images, nouns = len(rows[0]), list[NounFinding]()
     notes = batch.notes()
+    rendered = rendered_prompts(vlm, inputs)
+    if n_images and vlm.processor is not None:
+        notes += prompt_notes(vlm.processor, choices.prompt, n_images, vlm.day)
+    grids = find_grids(vlm.model, inputs, n_images or _n_pictures(inputs))
+    views = model_views(vlm.model, vlm.processor, inputs, grids, [len(row) for row in rows])
     if batch.scored is not None:
         # 2. The highest of them described.
         nouns = describe(vlm, batch.scored)
         if choices.maps:
             # 3. Where the neurons look: one more prefill, if asked for.
-            grids = find_grids(vlm.model, inputs, n_images or _n_pictures(inputs))
             if isinstance(grids, str):
                 notes.append(f"No map is drawn: {grids}.")
             else:
@@ -161,6 +166,7 @@ def _find_batch(
             images=tuple(map(name_of, opened)),
             prompt=choices.prompt,
             answer_prefix=choices.prefix,
+            rendered_prompt=rendered[row],
             caption=batch.answers.texts[row],
             token_ids=batch.answers.token_ids[row],
             score=choices.score,
@@ -169,7 +175,7 @@ def _find_batch(
             baseline=baseline_name(choices.baseline),
             nouns=tuple(n for n, t in zip(nouns, batch.targets, strict=True) if t.row == row),
             notes=batch.notes_of(row, notes),
-            views=tuple(model_view(vlm.processor, inputs, row * n_images + i) for i in range(len(opened))),
+            views=views[row],
         )
         for row, opened in enumerate(rows)
     ]

@@ -20,7 +20,7 @@ from mmneurons.vlm import weights
 from mmneurons.vlm.anatomy.parts import Anatomy, Ffn
 from mmneurons.vlm.anatomy.paths import in_stream
 from mmneurons.vlm.locking import by_one_thread
-from mmneurons.vlm.prompts import token_of
+from mmneurons.vlm.tokens import token_of
 from mmneurons.vlm.vlm import VLM
 
 CANDIDATES = 400

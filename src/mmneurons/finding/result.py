@@ -24,7 +24,7 @@ from mmneurons.finding.rows import Row, rows_of
 from mmneurons.neurons import Neuron
 from mmneurons.settings import Says, Score
 
-SCHEMA = 3
+SCHEMA = 4
 """Number of the JSON form; a reader refuses any other."""
 LARGEST = 2**30
 """Bytes of a file: maps of a thousand images take a quarter of it."""
@@ -138,6 +138,8 @@ class Finding:
     nouns: tuple[NounFinding, ...]
     notes: tuple[str, ...] = ()
     """What a reader should be told: how the image was read, that there is no patch grid, that nothing was found."""
+    rendered_prompt: str = ""
+    """The prompt as the model read it: the chat template's marks, one token for a picture, and the prefix."""
     says: Says = "standardised"
     """How the tokens of its neurons were read."""
     baseline: BaselineName = "zero"
@@ -239,6 +241,7 @@ def _finding_to_dict(finding: Finding) -> dict[str, Any]:
         "images": finding.images,
         "prompt": finding.prompt,
         "answer_prefix": finding.answer_prefix,
+        "rendered_prompt": finding.rendered_prompt,
         "caption": finding.caption,
         "token_ids": finding.token_ids,
         "choices": {
@@ -348,6 +351,7 @@ class _Finding(msgspec.Struct, forbid_unknown_fields=True):
     images: tuple[str, ...]
     prompt: str
     answer_prefix: str
+    rendered_prompt: str
     caption: str
     token_ids: tuple[Count, ...]
     choices: _Choices
@@ -366,7 +370,7 @@ class _Schema(msgspec.Struct):
 
 
 class _Document(msgspec.Struct, forbid_unknown_fields=True):
-    schema: Literal[3]
+    schema: Literal[4]
     provenance: dict[str, Any]
     findings: tuple[_Finding, ...]
 

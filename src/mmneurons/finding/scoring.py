@@ -18,7 +18,7 @@ from mmneurons.settings import FindSettings
 from mmneurons.vlm.anatomy.parts import Anatomy
 from mmneurons.vlm.anatomy.paths import Directions, frozen_rows
 from mmneurons.vlm.hooks.recording import Recording
-from mmneurons.vlm.prompts import token_of
+from mmneurons.vlm.tokens import token_of
 from mmneurons.vlm.traces import Trace, Written, pick_trace, written
 from mmneurons.vlm.vlm import VLM, Answers
 from mmneurons.words import Word
@@ -191,7 +191,8 @@ def read_out(
     anatomy = vlm.anatomy
     rule, norm = anatomy.logit_rule, anatomy.norm.to(rows.device)
     if choices.against is not None:
-        rows = rows - unembed_rows(anatomy, [token_of(vlm.tokenizer, choices.against)], rows)
+        others = [token_of(vlm.tokenizer, choices.against, like=token) for token in token_ids]
+        rows = rows - unembed_rows(anatomy, others, rows)
     if choices.score == "paper":
         return Directions(anatomy, rows, trace.norms)
     if choices.score == "logit":

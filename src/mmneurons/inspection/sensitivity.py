@@ -38,7 +38,7 @@ from mmneurons.inspection.rows import (
 from mmneurons.metrics.regions import RegionMatch, match, mean_match
 from mmneurons.settings import FindSettings, Question, Score
 from mmneurons.vlm.asking import ask
-from mmneurons.vlm.grid import Grids, find_grids, model_view
+from mmneurons.vlm.grid import Grids, find_grids, model_views
 from mmneurons.vlm.hooks.interventions import shuffled
 from mmneurons.vlm.hooks.recording import record
 from mmneurons.vlm.locking import by_one_thread
@@ -248,7 +248,8 @@ def as_seen(
     """Resize and crop a mask as the model's processor does with its image; leave it where that cannot be told."""
     # Through the processor as a black and white picture: so that it is cropped exactly as the image is.
     picture = Image.fromarray(np.repeat(mask[..., None], 3, axis=-1).astype(np.uint8) * 255)
-    view = model_view(vlm.processor, vlm.encode([[picture]], question.prompt, question.prefix), 0)
+    inputs = vlm.encode([[picture]], question.prompt, question.prefix)
+    [[view]] = model_views(vlm.model, vlm.processor, inputs, find_grids(vlm.model, inputs, 1), [1])
     return mask if view is None else np.asarray(view)[..., 0] > 127
 
 

@@ -11,13 +11,16 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from mmneurons.data.images import OpenedImage
 from mmneurons.data.pictures import opened_batches
 from mmneurons.errors import SettingError
 from mmneurons.settings import Question
 from mmneurons.vlm.anatomy.parts import Anatomy
+from mmneurons.vlm.context import placeholder_ids
 from mmneurons.vlm.hooks.recording import Keep, Recording, last_position
-from mmneurons.vlm.prompts import continued
+from mmneurons.vlm.tokens import continued
 
 if TYPE_CHECKING:
     from mmneurons.vlm.vlm import VLM, Answers, Inputs
@@ -159,6 +162,30 @@ def answer(
         else:
             vlm.read(inputs, answers)
     return answers, recording
+
+
+def rendered_prompts(vlm: VLM, inputs: Inputs) -> tuple[str, ...]:
+    """Return each encoded prompt as the model reads it: special tokens too, one for a picture, padding left out.
+
+    For an encoder-decoder, the encoder's words come first, then those that the answer begins with, on a line of their
+    own. Empty texts for a model without a tokenizer.
+    """
+    names = [name for name in ("input_ids", "decoder_input_ids") if name in inputs]
+    if vlm.processor is None or not names:
+        return ("",) * max(len(value) for value in inputs.values())
+    parts = []
+    for name in names:
+        ids = inputs[name]
+        mask = inputs.get("attention_mask") if name == "input_ids" else None
+        kept = torch.ones_like(ids) if mask is None or mask.shape != ids.shape else mask
+        parts.append([row[here.bool()].tolist() for row, here in zip(ids, kept, strict=True)])
+    # A picture has as many tokens as patches: of neighbours, one is shown.
+    pictures = {*placeholder_ids(vlm.model.config)}
+    rows = []
+    for row in zip(*parts, strict=True):
+        shown = [[i for k, i in enumerate(part) if i not in pictures or part[k - 1 : k] != [i]] for part in row]
+        rows.append("\n".join(vlm.tokenizer.decode(part) for part in shown))
+    return tuple(rows)
 
 
 def tokens_of_answer(vlm: VLM, inputs: Inputs, text: str) -> list[int]:

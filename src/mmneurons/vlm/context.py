@@ -12,6 +12,16 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from mmneurons.vlm.locking import restored
 
+_SET_ASIDE = frozenset(
+    """
+    do_sample temperature top_k top_p min_p typical_p num_beams num_beam_groups length_penalty early_stopping
+    repetition_penalty encoder_repetition_penalty no_repeat_ngram_size encoder_no_repeat_ngram_size diversity_penalty
+    penalty_alpha bad_words_ids suppress_tokens begin_suppress_tokens forced_eos_token_id min_length min_new_tokens
+    max_length max_new_tokens guidance_scale cache_implementation
+    """.split()
+)
+"""Settings of a checkpoint that would change what it answers, and that greedy decoding by our settings leaves out."""
+
 
 @restored
 def evaluating(model: nn.Module) -> Iterator[None]:
@@ -97,6 +107,17 @@ def stop_ids(model: PreTrainedModel, tokenizer: Any) -> set[int]:
     if eos is None:
         eos = getattr(tokenizer, "eos_token_id", None)
     return set() if eos is None else {eos} if isinstance(eos, int) else set(eos)
+
+
+def set_aside(model: PreTrainedModel) -> dict[str, Any]:
+    """Return which of a checkpoint's own settings of generation are not used here, as a fact about the model, or none.
+
+    Tokens that begin, end and fill up an answer are used.
+    """
+    config = model.generation_config
+    own = {} if config is None else config.to_diff_dict()
+    told = {name: value for name, value in own.items() if name in _SET_ASIDE and value is not None}
+    return {"generation_set_aside": told} if told else {}
 
 
 def placeholder_ids(config: Any) -> tuple[int, ...]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -42,6 +42,10 @@ Grids = list[tuple[PatchGrid, ...]]
 """The grids of the pictures in each row of a batch."""
 
 
+Views = list[tuple[Image.Image | None, ...]]
+"""The pictures of each row of a batch as the model saw them; None where that cannot be told."""
+
+
 def find_grids(model: PreTrainedModel, inputs: Mapping[str, Any], n_images: int) -> Grids | str:
     """Find the patch grids of a batch with `n_images` pictures a row, or say why there are none.
 
@@ -64,7 +68,7 @@ def find_grids(model: PreTrainedModel, inputs: Mapping[str, Any], n_images: int)
     if ids is None or image_token is None:
         return _prefix(model, inputs, n_images)
     # 2. Each row by itself: its image tokens, and where the inputs say nothing of shapes, the runs in which they stand.
-    shapes = _shapes(inputs)
+    shapes = _shapes(model, inputs)
     made: Grids = []
     for row, marked in enumerate(ids == image_token):
         places = torch.nonzero(marked).squeeze(1)
@@ -80,16 +84,70 @@ def find_grids(model: PreTrainedModel, inputs: Mapping[str, Any], n_images: int)
     return made
 
 
-def model_view(processor: Any, inputs: Mapping[str, Any], i: int) -> Image.Image | None:
-    """Return picture i of a batch as the model saw it, resized and cropped, or None if its pixels are packed."""
-    pixels = inputs.get("pixel_values")
+def model_views(
+    model: PreTrainedModel, processor: Any, inputs: Mapping[str, Any], grids: Grids | str, counts: Sequence[int]
+) -> Views:
+    """Return the pictures of a batch as the model saw them, resized and cropped: what lies under their patch grids.
+
+    Args:
+        model: The model.
+        processor: Its processor, which knows how pixels were normalised; or None.
+        inputs: The batch.
+        grids: What `find_grids` gave for it.
+        counts: Number of pictures in each row.
+
+    Returns:
+        For each row its pictures: what lies under their grids. None where that is not in one block of pixels: packed
+        pixels, or the whole picture next to its tiles, squashed. A grid then covers the picture as it was given.
+    """
+    unknown: Views = [(None,) * count for count in counts]
     image_processor = getattr(processor, "image_processor", None)
     mean, std = getattr(image_processor, "image_mean", None), getattr(image_processor, "image_std", None)
-    if pixels is None or pixels.ndim != 4 or pixels.shape[1] != 3 or i >= len(pixels) or mean is None or std is None:
-        return None
-    # The processor's normalisation is undone: the result has channels last, and 0 to 1 before the rounding to bytes.
-    values = pixels[i].float().permute(1, 2, 0).cpu().numpy() * np.array(std) + np.array(mean)
-    return Image.fromarray((values * 255).clip(0, 255).round().astype(np.uint8))
+    pixels = inputs.get("pixel_values")
+    if not isinstance(pixels, Tensor) or mean is None or std is None:
+        return unknown
+    sizes = inputs.get("image_sizes") if pixels.ndim == 4 else None
+    if pixels.ndim == 5 and pixels.shape[1] == 1:  # pictures that could have had tiles, but have none
+        pixels = pixels[:, 0]
+    if pixels.ndim != 4 or pixels.shape[1] != 3:
+        return unknown
+    # The processor's normalisation is undone: the result has channels last, and 0 to 1 before the rounding.
+    plain = (pixels.float().permute(0, 2, 3, 1).cpu().numpy() * np.array(std) + np.array(mean)) * 255
+    views = [Image.fromarray(values.clip(0, 255).round().astype(np.uint8)) for values in plain]
+    if isinstance(sizes, Tensor) and len(sizes) == len(views):  # what a batch is padded with is no part of a picture
+        views = [view.crop((0, 0, width, height)) for view, (height, width) in zip(views, sizes.tolist(), strict=True)]
+    blocks = _blocks(model, inputs, grids, len(views), counts)
+    return [tuple(None if block is None else views[block] for block in row) for row in blocks]
+
+
+def _blocks(
+    model: PreTrainedModel, inputs: Mapping[str, Any], grids: Grids | str, n_blocks: int, counts: Sequence[int]
+) -> list[tuple[int | None, ...]]:
+    """Return the number of the block of pixels that each picture's grid belongs to; None where it cannot be told.
+
+    Blocks, of pictures or of tiles, have as many tokens each, and stand in the order of their tokens.
+    """
+    if sum(counts) == n_blocks:  # a block for each picture, whatever their sizes
+        numbers = iter(range(n_blocks))
+        return [tuple(next(numbers) for _ in range(count)) for count in counts]
+    image_token = getattr(model.config, "image_token_id", None)
+    ids = inputs.get("input_ids")
+    if isinstance(grids, str) or ids is None or image_token is None:
+        return [(None,) * count for count in counts]
+    # The number of a row's first image token among all of the batch, then of each grid's first token in its row.
+    marked = (ids == image_token).cpu()
+    each, rest = divmod(int(marked.sum()), n_blocks)
+    found: list[tuple[int | None, ...]] = []
+    before = 0
+    for row, mine in zip(grids, marked, strict=True):
+        places = [before + int(mine[: int(grid.positions[0])].sum()) for grid in row]
+        fits = [
+            rest == 0 and place % each == 0 and len(grid.positions) == each
+            for place, grid in zip(places, row, strict=True)
+        ]
+        found.append(tuple(place // each if fit else None for place, fit in zip(places, fits, strict=True)))
+        before += int(mine.sum())
+    return found
 
 
 def _resampler(model: PreTrainedModel) -> str | None:
@@ -112,7 +170,7 @@ def _prefix(model: PreTrainedModel, inputs: Mapping[str, Any], n_images: int) ->
     return [(PatchGrid(positions, side, side),)] * len(inputs["pixel_values"])
 
 
-def _shapes(inputs: Mapping[str, Any]) -> list[tuple[int, int]] | None:
+def _shapes(model: PreTrainedModel, inputs: Mapping[str, Any]) -> list[tuple[int, int]] | None:
     """Return (height, width) of each picture in patches, where the inputs say them."""
     for name in _SHAPES:
         if name in inputs:
@@ -120,6 +178,11 @@ def _shapes(inputs: Mapping[str, Any]) -> list[tuple[int, int]] | None:
     if _PLACES in inputs:
         ends = inputs[_PLACES].amax(1) + 1
         return [(h, w) for w, h in ends.tolist()]
+    # Pictures of any size, padded to the largest of the batch (Pixtral); of tiles, sizes are those before the cutting.
+    pixels, sizes = inputs.get("pixel_values"), inputs.get("image_sizes")
+    patch = getattr(getattr(model.config, "vision_config", None), "patch_size", None)
+    if isinstance(pixels, Tensor) and pixels.ndim == 4 and isinstance(sizes, Tensor) and isinstance(patch, int):
+        return [(h // patch, w // patch) for h, w in sizes.tolist()]
     return None
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import os
 from typing import Any
 
@@ -13,7 +14,7 @@ from transformers import PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
 from mmneurons import photo, pocket
-from mmneurons.errors import ModelError
+from mmneurons.errors import ModelError, SettingError
 from mmneurons.photo import tower  # noqa: F401 - transformers is told of it: a photo model can be exported and moved
 from mmneurons.vlm import provenance
 from mmneurons.vlm.anatomy.find import find_anatomy
@@ -41,6 +42,7 @@ def load(
     revision: str | None = None,
     trust_remote_code: bool = False,
     decoder: str | None = None,
+    date: str | datetime.date | None = None,
     **options: Any,
 ) -> VLM:
     """Load a model and find its neurons.
@@ -58,14 +60,17 @@ def load(
         revision: Passed to transformers.
         trust_remote_code: Passed to transformers; off, so that no code of a hub runs unasked.
         decoder: Path of the language model in the model, if it cannot be told.
+        date: The day that chat templates which write today's date take for today, as YYYY-MM-DD; None for the real one.
 
     Raises:
         ModelError: if there is no such model, it has no weights, is no vision-language model, or its parts cannot be
             told.
+        SettingError: if `date` is none.
     """
+    day = _day(date)
     # A model object is used as it is: none of the steps below is about it.
     if isinstance(model, nn.Module):
-        return _adopt(_unwrapped(model), processor, decoder, trust_remote_code=trust_remote_code)
+        return _adopt(_unwrapped(model), processor, decoder, day, trust_remote_code=trust_remote_code)
     if model is not None and not isinstance(model, str | os.PathLike):
         raise _not_a_model(model)
     # 1. What to load and where to: a dtype or device that does not exist is refused before anything is read.
@@ -97,6 +102,7 @@ def load(
             is_pocket=is_pocket,
             weights_hash=provenance.weights_hash(loaded) if quantised else None,
             loading=loading,
+            day=day,
         )
         # 4. Weights that the checkpoint lacked do not matter if no answer needs them: the model is run to find out.
         made_up = loading.made_up and running(vlm, loading.made_up, Image.open(pocket.samples()[0].path))
@@ -157,7 +163,9 @@ def _check_calls(model: PreTrainedModel) -> None:
             )
 
 
-def _adopt(model: nn.Module, processor: Any, decoder: str | None, *, trust_remote_code: bool) -> VLM:
+def _adopt(
+    model: nn.Module, processor: Any, decoder: str | None, day: datetime.date | None, *, trust_remote_code: bool
+) -> VLM:
     """Make a VLM of a model object, which is used as it is."""
     wrapped = getattr(model, "get_base_model", None)  # a PEFT model; its adapters stay inside the model
     if wrapped is not None and hasattr(model, "peft_config"):
@@ -176,7 +184,8 @@ def _adopt(model: nn.Module, processor: Any, decoder: str | None, *, trust_remot
         kind = model.config.model_type
         processor = load_processor(os.fspath(processor), model_type=kind, trust_remote_code=trust_remote_code)
     name = getattr(model.config, "_name_or_path", "") or type(model).__name__
-    return VLM(model, processor, find_anatomy(model, decoder), name, getattr(model.config, "_commit_hash", None))
+    revision = getattr(model.config, "_commit_hash", None)
+    return VLM(model, processor, find_anatomy(model, decoder), name, revision, day=day)
 
 
 def _not_a_model(given: Any) -> ModelError:
@@ -195,6 +204,18 @@ def _check_kind(config: Any) -> None:
             f"A model of type '{config.model_type}' is not a vision-language model that transformers knows.",
             fix="Give a model for image-text-to-text, such as llava-hf/llava-1.5-7b-hf.",
         )
+
+
+def _day(date: str | datetime.date | None) -> datetime.date | None:
+    """Return the day that a text names."""
+    if date is None or isinstance(date, datetime.date):
+        return date
+    try:
+        return datetime.date.fromisoformat(date)
+    except (TypeError, ValueError) as error:
+        raise SettingError(
+            "This is no date.", seen=f"date={date!r}", fix="Write it as YYYY-MM-DD: 2025-01-31"
+        ) from error
 
 
 def _dtype(dtype: str | torch.dtype | None) -> torch.dtype | str:

@@ -2,29 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from datetime import date
+from functools import partial
 from textwrap import shorten
 from typing import Any
 
 import torch
-from jinja2 import TemplateError
 from PIL import Image
 from torch import Tensor
 from transformers import BatchFeature
 
-from mmneurons.errors import ModelError, SettingError, WordError
+from mmneurons.errors import ModelError, SettingError
 from mmneurons.vlm.locking import restored
 from mmneurons.vlm.processors import ImageAndTokenizer
-from mmneurons.vlm.tokens import TokenIds
+from mmneurons.vlm.template import REFUSALS, joined, rendered_turn
+from mmneurons.vlm.tokens import ids_of
 
 WORDINGS = ("What is in the image?", "Write a short caption.", "What do you see?")
 """Other ways to ask for a caption."""
-REFUSALS = (ValueError, TypeError, AttributeError, IndexError, KeyError, AssertionError, NotImplementedError)
-"""Errors that processors raise at a text or a layout of pictures that is not theirs."""
 
 
 def prompt_text(
-    processor: Any, prompt: str, answer_prefix: str = "", n_images: int = 1, *, image_token: str = ""
+    processor: Any,
+    prompt: str,
+    answer_prefix: str = "",
+    n_images: int = 1,
+    *,
+    image_token: str = "",
+    day: date | None = None,
 ) -> str:
     """Write the text of one prompt, by the chat template of processor or tokenizer, or as it is without one.
 
@@ -35,25 +41,15 @@ def prompt_text(
         n_images: Number of pictures in front of the prompt; 0 for words alone.
         image_token: Text that stands for a picture, where no template and no processor would write it: it is put
             before the prompt once for each picture, on a line of its own.
+        day: The day that the template takes for today; None for the real one.
 
     Returns:
         The text, not yet expanded to one token per patch.
     """
-    answer_prefix = answer_prefix.strip(" ")
-    asked = f"{image_token}\n" * n_images + prompt if image_token else prompt
-    template = getattr(processor, "chat_template", None)
-    template = template or getattr(getattr(processor, "tokenizer", None), "chat_template", None)
-    if template:
-        # A template that can take pictures gets a list of parts. One for words alone drops the prompt, prints the list,
-        # or fails: it then gets the words, with the tokens of the pictures in them.
-        content = [{"type": "image"}] * n_images + [{"type": "text", "text": prompt}]
-        text = _rendered(processor, template, content)
-        if text is None or prompt.strip() not in text or "{'type':" in text or text.count(image_token) < n_images:
-            text = _rendered(processor, template, asked) or asked
-    else:
-        text = asked
-    joint = "" if not text or text[-1].isspace() or not answer_prefix else " "
-    return f"{text}{joint}{answer_prefix}"
+    text = rendered_turn(processor, prompt, n_images, image_token=image_token, day=day)
+    if text is None:
+        text = f"{image_token}\n" * n_images + prompt if image_token else prompt
+    return joined(processor, text, answer_prefix)
 
 
 def encode_prompt(
@@ -67,6 +63,7 @@ def encode_prompt(
     decoder_start: int | Sequence[int] | None = None,
     keep_end: bool = False,
     names: Collection[str] | None = None,
+    day: date | None = None,
 ) -> BatchFeature:
     """Encode a batch as model inputs: in each row the same prompt, and pictures of its own.
 
@@ -83,6 +80,7 @@ def encode_prompt(
         decoder_start: For encoder-decoder models, the token or tokens that a decoder's text begins with.
         keep_end: Whether an end-of-text token that the tokenizer writes stays; BLIP takes it away itself.
         names: Arguments that the model's `forward` takes; anything else is left out. None keeps all that was made.
+        day: The day that the chat template takes for today; None for the real one.
 
     Returns:
         Tensors, on the CPU, in the processor's dtype. `input_ids` ends with the answer prefix; or, with
@@ -99,79 +97,23 @@ def encode_prompt(
     in_text = answer_prefix if decoder_start is None else ""
     # Decoder-only: the prefix stands at the end of the prompt. Some processors end a prompt with a token or text of
     # their own behind it; then it is encoded without the prefix, whose tokens are appended.
+    written = partial(prompt_text, processor, prompt, day=day)
     with _padded(processor.tokenizer, padding_side):
-        batch = _encode(processor, images, prompt, in_text, image_token_id, padding_side)
+        batch = _encode(processor, images, written, in_text, image_token_id, padding_side)
         if decoder_start is None and not keep_end and "input_ids" in batch:
             _open_end(batch, processor.tokenizer)
             if in_text and not _ends_with(batch, processor.tokenizer, in_text):
-                batch = _encode(processor, images, prompt, "", image_token_id, padding_side)
-                _append(batch, _ids(processor.tokenizer, in_text), image_token_id)
+                batch = _encode(processor, images, written, "", image_token_id, padding_side)
+                _append(batch, ids_of(processor.tokenizer, in_text), image_token_id)
     # Encoder-decoder: the prefix is the beginning of the decoder's own sequence.
     if decoder_start is not None:
         start = [decoder_start] if isinstance(decoder_start, int) else list(decoder_start)
-        begun = torch.tensor(start + _ids(processor.tokenizer, answer_prefix))
+        begun = torch.tensor(start + ids_of(processor.tokenizer, answer_prefix))
         batch["decoder_input_ids"] = begun.repeat(len(images), 1)
     if names is not None:
         for name in set(batch) - {*names, "decoder_input_ids"}:
             del batch[name]
     return batch
-
-
-def continued(tokenizer: Any, written: Sequence[int], text: str) -> list[int]:
-    """Return the tokens of a text behind others, as a model would go on: after a space, unless it begins a line.
-
-    Args:
-        tokenizer: The model's tokenizer.
-        written: The last tokens before the text.
-        text: What follows; spaces around it do not matter.
-    """
-    # Tokens depend on what stands before them: the text is tokenised together with the end of what is written, from the
-    # last special token on, and the tokens behind that end are its own.
-    special = {*tokenizer.all_special_ids}
-    begin = next((i for i in range(len(written), 0, -1) if written[i - 1] in special), 0)
-    before = tokenizer.decode(list(written[begin:]))  # only what was written as text
-    text = text.strip().encode("utf-8", "replace").decode("utf-8")  # from a terminal come bytes that are no text
-    joint = "" if not before or before[-1].isspace() else " "
-    alone, both = _ids(tokenizer, before), _ids(tokenizer, f"{before}{joint}{text}")
-    if both[: len(alone)] == alone:
-        return both[len(alone) :]
-    return _ids(tokenizer, f"{joint}{text}")  # its first letters share a token with what stands before
-
-
-def token_of(tokenizer: Any, word: str) -> int:
-    """Return the first token of a word inside a sentence, with which a model would begin to write it.
-
-    Raises:
-        WordError: see `tokens_of`.
-    """
-    return tokens_of(tokenizer, word)[0]
-
-
-def tokens_of(tokenizer: Any, word: str) -> list[int]:
-    """Return the tokens of a word inside a sentence, as a model would write it.
-
-    Raises:
-        WordError: if the word is empty or unknown, or its first token is no more than the space before it.
-    """
-    if isinstance(tokenizer, TokenIds):
-        return [tokenizer.token_of(word)]
-    word = word.encode("utf-8", "replace").decode("utf-8")  # from a terminal come bytes that are no text
-    rest: list[int] = []
-    # A word alone and behind another often has different tokens. Some tokenizers join the two: then the next
-    # word in front is tried.
-    for before in ("a", "the", "of", ","):
-        alone, both = _ids(tokenizer, before), _ids(tokenizer, f"{before} {word.strip()}")
-        if both[: len(alone)] == alone:
-            rest = both[len(alone) :]
-            break
-    unknown = getattr(tokenizer, "unk_token_id", None)
-    if not rest or unknown in rest or not tokenizer.decode(rest[:1]).strip():
-        raise WordError(
-            f"'{word}' has no token of its own to begin with.",
-            seen=f"The tokenizer writes it as {tokenizer.convert_ids_to_tokens(rest)}.",
-            fix="Choose another word.",
-        )
-    return rest
 
 
 def _check_words(processor: Any, words: str, image_token_id: int | None) -> None:
@@ -187,35 +129,25 @@ def _check_words(processor: Any, words: str, image_token_id: int | None) -> None
         )
 
 
-def _rendered(processor: Any, template: Any, content: Any) -> str | None:
-    """Render one turn of a user by the chat template, open for the answer; None if the template cannot write it."""
-    owner = processor if getattr(processor, "chat_template", None) else processor.tokenizer
-    # A model that thinks first would write its thoughts where the answer is expected.
-    options = {"enable_thinking": False} if "enable_thinking" in str(template) else {}
-    try:
-        return owner.apply_chat_template(
-            [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False, **options
-        )
-    except (*REFUSALS, RuntimeError, TemplateError):  # the last two come from the template engine
-        return None
-
-
 def _encode(
     processor: Any,
     images: Sequence[Sequence[Image.Image]],
-    prompt: str,
+    written: Callable[..., str],
     answer_prefix: str,
     image_token_id: int | None,
     padding_side: str,
 ) -> BatchFeature:
-    """Encode the first form of the prompt that the processor takes and in which the pictures have image tokens."""
+    """Encode the first form of a prompt that the processor takes and in which the pictures have image tokens.
+
+    `written` is `prompt_text` of this prompt, which lacks the answer prefix and the number of pictures.
+    """
     n_images = len(images[0])
     token = str(_of_either(processor, "image_token") or "")
     image_id = image_token_id if image_token_id is not None else _of_either(processor, "image_token_id")
     # The forms: as the template or the processor writes it, then with the token of each picture in the text.
-    texts = [prompt_text(processor, prompt, answer_prefix, n_images)]
+    texts = [written(answer_prefix, n_images)]
     if token and n_images:
-        texts.append(prompt_text(processor, prompt, answer_prefix, n_images, image_token=token))
+        texts.append(written(answer_prefix, n_images, image_token=token))
     taken: list[BatchFeature] = []
     refused: list[Exception] = []
     for text in dict.fromkeys(texts):
@@ -223,7 +155,7 @@ def _encode(
             batch = _called(processor, images, text, padding_side)
             # The same text for one picture as for several: the pictures are not in it, and the processor may use the
             # first one only. More image tokens for all than for one show that it does not.
-            if n_images > 1 and text == prompt_text(processor, prompt, answer_prefix, 1):
+            if n_images > 1 and text == written(answer_prefix, 1):
                 one = _n_patches(_called(processor, [images[0][:1]], text, padding_side), image_id)
                 if _n_patches(batch, image_id) <= one or image_id is None:
                     refused.append(ValueError("It takes one picture for a prompt."))
@@ -326,7 +258,7 @@ def _open_end(batch: BatchFeature, tokenizer: Any) -> None:
 def _ends_with(batch: BatchFeature, tokenizer: Any, words: str) -> bool:
     """Whether the first row ends with these words."""
     # Compared as text: behind other words their tokens can differ. Two tokens more are read, as their number can, too.
-    ids = _ids(tokenizer, words)
+    ids = ids_of(tokenizer, words)
     written = tokenizer.decode(batch["input_ids"][0, -len(ids) - 2 :].tolist())
     return _squashed(written).endswith(_squashed(tokenizer.decode(ids)))
 
@@ -359,11 +291,6 @@ def _of_either(processor: Any, name: str) -> Any:
     """Return an attribute of the processor or, if it has none, of its tokenizer."""
     found = getattr(processor, name, None)
     return found if found is not None else getattr(processor.tokenizer, name, None)
-
-
-def _ids(tokenizer: Any, text: str) -> list[int]:
-    """Return the tokens of a text without any that mark its beginning or end."""
-    return tokenizer(text, add_special_tokens=False).input_ids
 
 
 def _squashed(text: str) -> str:

@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
+from datetime import date
 from functools import cached_property, partial
 from typing import Any, cast, overload
 
@@ -26,12 +27,12 @@ from mmneurons.vlm.anatomy.find import find_anatomy
 from mmneurons.vlm.anatomy.parts import Anatomy, check_finite
 from mmneurons.vlm.asking import texts_of
 from mmneurons.vlm.checkpoint import Loading
-from mmneurons.vlm.context import evaluating, greedy, hooked, input_device, placeholder_ids, stop_ids
+from mmneurons.vlm.context import evaluating, greedy, hooked, input_device, placeholder_ids, set_aside, stop_ids
 from mmneurons.vlm.failures import told
 from mmneurons.vlm.families import Family, family_of
 from mmneurons.vlm.locking import alone
 from mmneurons.vlm.prompts import encode_prompt
-from mmneurons.vlm.tokens import TokenIds, pieces
+from mmneurons.vlm.tokens import TokenIds, pieces, text_of
 
 Inputs = Mapping[str, Any]
 """Inputs of the model, tensors by name."""
@@ -72,6 +73,8 @@ class VLM:
     """Hash taken when the model was loaded, if running it changes how its weights are stored (4-bit on CPUs)."""
     loading: Loading | None = None
     """How the weights and their checkpoint fit together; None for a model that came loaded."""
+    day: date | None = None
+    """The day that chat templates take for today; None for the real one."""
     _age: int = field(default=0, init=False, repr=False)
     _facts: dict[str, Any] | None = field(default=None, init=False, repr=False)
     _token_texts: dict[int, str] = field(default_factory=dict, init=False, repr=False)
@@ -133,9 +136,9 @@ class VLM:
             if self._facts is None:
                 weights = self.weights_hash or weights_hash(self.model)
                 known = provenance.model_facts(self.model, self.model_id, self.revision, weights, self.anatomy.dtype)
-                self._facts = known | {"w_out_class": ", ".join(kinds)}
-            applied = patches(self.model)
-            return {**self._facts, "patches": list(applied)} if applied else self._facts
+                self._facts = known | {"w_out_class": ", ".join(kinds)} | set_aside(self.model)
+            applied = {"patches": list(found)} if (found := patches(self.model)) else {}
+            return {**self._facts, **({"date": self.day.isoformat()} if self.day else {}), **applied}
 
     def _notice(self) -> None:
         """Find the anatomy anew, and forget what was known of the weights, if something else has changed them."""
@@ -148,10 +151,7 @@ class VLM:
     def token_text(self, token_id: int) -> str:
         """Return one token as text, leading space kept; part of a character is given as the vocabulary writes it."""
         if token_id not in self._token_texts:
-            text = self.tokenizer.decode([token_id])
-            if not text or "\ufffd" in text:
-                text = self.tokenizer.convert_ids_to_tokens(token_id) or f"<{token_id}>"
-            self._token_texts[token_id] = text
+            self._token_texts[token_id] = text_of(self.tokenizer, token_id)
         return self._token_texts[token_id]
 
     @overload
@@ -223,6 +223,7 @@ class VLM:
                 padding_side="right" if self.is_encoder_decoder else "left",
                 decoder_start=self._decoder_start() if self.is_encoder_decoder else None,
                 names=inspect.signature(self.model.forward).parameters,
+                day=self.day,
             )
         return self.placed(batch)
 

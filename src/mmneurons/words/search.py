@@ -31,6 +31,7 @@ _ELISION = regex.compile(
     regex.IGNORECASE,
 )
 _IS_HANGUL = regex.compile(_HANGUL)
+_BEGINS_UNSPACED = regex.compile(rf"{_UNSPACED}|{_KATAKANA}")
 # Korean particles and the copula stand at the end of a noun's last word.
 _PARTICLES = regex.compile(
     "들?(?:이|가|은|는|을|를|의|께서|과|와|이?랑|하고|도|만|까지|부터|보다|처럼|마다|이?나"
@@ -71,6 +72,11 @@ def find_words(wanted: str | Sequence[str], caption: str, token_ids: Sequence[in
 def says(caption: str, phrase: str) -> bool:
     """Tell whether a caption says a word or phrase, by the rules of `find_words`."""
     return bool(_phrase(phrase).places(caption))
+
+
+def is_unspaced(word: str) -> bool:
+    """Tell whether a word begins in a script that puts no spaces between words."""
+    return _BEGINS_UNSPACED.match(word) is not None
 
 
 def turned(caption: str, source: str, target: str | None) -> bool:
