@@ -149,6 +149,14 @@ def test_a_weights_file_cut_short_is_named_so(folder, size):
         mmn.load(folder)
 
 
+@pytest.mark.parametrize("kind", ["folder", "file", "hub"])
+def test_gguf_is_refused_by_name(tmp_path, kind):
+    (tmp_path / "llava-v1.5-7b.Q4_K_M.gguf").write_bytes(b"GGUF")
+    sources = {"folder": tmp_path, "file": tmp_path / "llava-v1.5-7b.Q4_K_M.gguf", "hub": "nobody/llava-7b-GGUF"}
+    with pytest.raises(ModelError, match=r"(?s)holds GGUF files.*such as llava-hf/llava-1\.5-7b-hf"):
+        mmn.load(sources[kind])
+
+
 def test_pickled_weights_are_refused_with_the_line_that_converts_them(folder):
     torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
     (folder / "model.safetensors").unlink()

@@ -161,6 +161,7 @@ def test_under_a_map_lies_its_own_picture_whole_and_without_padding(name, option
 def test_several_pictures_of_onevision_are_padded_to_squares_and_so_are_their_views():
     [views] = views_of("llava_onevision", [[lit(0, SHAPES[0]), lit(1, SHAPES[1])]])
     assert [view is not None and view.size for view in views] == [(28, 28), (28, 28)]
+    assert views[1] is not None
     x, y, _ = told(views[1])  # 60 x 150: what is 0.75 of its width is 0.6 of the square's
     assert (x, y) == pytest.approx((0.6, 0.25), abs=0.06)
 

@@ -157,6 +157,18 @@ def test_packages_are_named_whatever_the_error(monkeypatch, error, package):
         load_processor("some/model", model_type="llava")
 
 
+def test_a_tokenizer_of_sentencepiece_is_not_told_as_tiktokens(tmp_path, monkeypatch):
+    def refuse(*_, **__):  # as transformers does where sentencepiece is missing, whatever the file is
+        raise ImportError("`tiktoken` is required to read a `tiktoken` file. Install it with `pip install tiktoken`.")
+
+    monkeypatch.setattr(AutoProcessor, "from_pretrained", refuse)
+    monkeypatch.setattr(processors, "is_installed", lambda package: False)
+    for content, package in ((b"\n\x0e\n\x05<unk>", "sentencepiece protobuf"), (b"IQ== 0\n", "tiktoken")):
+        (tmp_path / "tokenizer.model").write_bytes(content)
+        with pytest.raises(ModelError, match=f"pip install {package}$"):
+            load_processor(str(tmp_path), model_type="llava")
+
+
 def test_a_torchvision_that_cannot_be_imported(tmp_path, monkeypatch):
     (tmp_path / "torchvision").mkdir()
     (tmp_path / "torchvision" / "__init__.py").write_text("raise RuntimeError('operator torchvision::nms')")

@@ -171,6 +171,13 @@ def made_up_weights(source: str, model: PreTrainedModel, loading: Loading, names
 def refusal(source: str, error: Exception, options: Mapping[str, Any]) -> ModelError:
     """Return the error for a user whose model cannot be loaded; `error` came from transformers or the model's code."""
     seen, text = first_line(error), str(error)
+    if _is_gguf(source):
+        return ModelError(
+            f"'{source}' holds GGUF files, which are for llama.cpp: vision-language models are not loaded from them.",
+            seen=seen,
+            fix="Give the checkpoint that they were made from, in transformers' own layout, such as "
+            f"{_converted('llava')}; smaller in memory with --bits 4 (quantization_config=...).",
+        )
     # From the surest sign to the vaguest. First the causes that the error itself names.
     package = missing_package(error)
     if package is not None:
@@ -229,6 +236,14 @@ def refusal(source: str, error: Exception, options: Mapping[str, Any]) -> ModelE
         what = f"transformers cannot build the model that the config.json of '{source}' describes."
         fix = "Mend the entry of which it speaks, or take the config.json of the model that this one was made from."
     return ModelError(what, seen=seen, fix=fix)
+
+
+def _is_gguf(source: str) -> bool:
+    """Whether a source is a GGUF file, or has such files and no others; of a hub id its name tells."""
+    path = Path(source)
+    if path.is_dir():
+        return any(path.glob("*.gguf")) and not any(path.glob("*.safetensors"))
+    return path.suffix.lower() == ".gguf" or (not path.exists() and "gguf" in path.name.lower())
 
 
 def _from_pretrained(source: str, options: Mapping[str, Any]) -> tuple[PreTrainedModel, dict[str, Any]]:

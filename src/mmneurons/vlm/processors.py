@@ -14,11 +14,13 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib import metadata
 from importlib.util import find_spec
+from pathlib import Path
 from textwrap import shorten
 from typing import Any
 
 import torch
 import transformers  # its names are looked up where they are used: with a broken torchvision, looking them up fails
+from transformers.utils.hub import cached_file
 
 from mmneurons.errors import ModelError
 
@@ -113,6 +115,9 @@ def refusal(source: str, error: Exception) -> ModelError:
     # A broken torchvision hides itself behind many errors, and is told before whatever else this one says.
     check_torchvision()
     package = missing_package(error)
+    # transformers takes a tokenizer that it cannot read for one of tiktoken.
+    if package == "tiktoken" and _has_sentencepiece(source) and not is_installed("sentencepiece"):
+        package = "sentencepiece protobuf"
     if package == "torchvision":
         return ModelError(
             f"The processor of '{source}' needs torchvision, which is not installed.",
@@ -122,7 +127,7 @@ def refusal(source: str, error: Exception) -> ModelError:
         )
     if package:
         return ModelError(
-            f"The processor of '{source}' needs the package {package}, which is not installed.",
+            f"The processor of '{source}' needs {_packages(package)}.",
             seen=_said(error),
             fix=f"pip install {package}",
         )
@@ -265,6 +270,22 @@ def missing_package(error: BaseException) -> str | None:
         if (found := re.search(pattern, text)) and not is_installed(found[1]):
             return found[1].lower()
     return None
+
+
+def _has_sentencepiece(source: str) -> bool:
+    """Whether a checkpoint's tokenizer.model is of SentencePiece: its files begin with the tag of their first field."""
+    try:
+        found = cached_file(source, "tokenizer.model", local_files_only=True)
+    except OSError:
+        return False
+    return found is not None and Path(found).read_bytes()[:1] == b"\n"
+
+
+def _packages(names: str) -> str:
+    """Write which packages are missing."""
+    if " " not in names:
+        return f"the package {names}, which is not installed"
+    return f"the packages {names.replace(' ', ' and ')}, which are not installed"
 
 
 def is_installed(package: str) -> bool:
