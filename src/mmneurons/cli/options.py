@@ -102,6 +102,9 @@ def _load(
     processor: Annotated[
         str | None, typer.Option(help="Hub id or folder of the processor, if it is not with the model.")
     ] = None,
+    vision_tower: Annotated[
+        str | None, typer.Option(help="Hub id or folder of the vision tower of a LLaVA in its authors' layout.")
+    ] = None,
     date: Annotated[
         str | None, typer.Option(help="Day that a chat template with today's date in it takes for today: YYYY-MM-DD.")
     ] = None,
@@ -137,6 +140,7 @@ def _load(
             trust_remote_code=trust_remote_code,
             decoder=decoder,
             date=date,
+            vision_tower=vision_tower,
             **options,
         )
     # In the order given: a patch can have been made with the ones before it on the model.

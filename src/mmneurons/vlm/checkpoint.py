@@ -25,6 +25,7 @@ from mmneurons.errors import MmneuronsError, ModelError
 from mmneurons.vlm.age import editing
 from mmneurons.vlm.anatomy.parts import NotFiniteError
 from mmneurons.vlm.failures import first_line, is_out_of_memory
+from mmneurons.vlm.llava import is_published, read_published
 from mmneurons.vlm.processors import is_installed, missing_package
 
 if TYPE_CHECKING:
@@ -59,12 +60,15 @@ class Loading:
         return (f"Not read: {_counted(self.unexpected)} of the checkpoint, for which the model has no place.",)
 
 
-def read_checkpoint(source: str, options: Mapping[str, Any]) -> tuple[PreTrainedModel, Loading]:
+def read_checkpoint(
+    source: str, options: Mapping[str, Any], vision_tower: str | None = None
+) -> tuple[PreTrainedModel, Loading]:
     """Load a model from safetensors, in evaluation mode; nothing is unpickled.
 
     Args:
         source: A hub id or a folder; of an adapter (PEFT), its base model is loaded and the adapter put on.
         options: Options of transformers' `from_pretrained`.
+        vision_tower: Where the vision tower of a LLaVA in its authors' layout lies, if not where its config says.
 
     Returns:
         The model, and how its weights and the checkpoint fit together.
@@ -77,7 +81,11 @@ def read_checkpoint(source: str, options: Mapping[str, Any]) -> tuple[PreTrained
         # `asked` is the name that is being loaded, for the error: an adapter's base model can fail in the adapter's
         # place.
         adapter = _adapter(source, options)
-        if adapter is None:
+        published = {} if adapter else config_or_nothing(source, options)
+        if is_published(published):
+            model, said = read_published(source, published, options, vision_tower)
+            reports = [said]
+        elif adapter is None:
             model, said = _from_pretrained(source, options)
             reports = [said]
         elif not is_installed("peft"):
@@ -205,7 +213,7 @@ def refusal(source: str, error: Exception, options: Mapping[str, Any]) -> ModelE
             f"AutoModelForImageTextToText as M; M.from_pretrained({source!r}).save_pretrained('converted')\"",
         )
     # Then those that the checkpoint's config shows: code of its own, or a type that this transformers does not know.
-    config = _config_or_nothing(source, options)
+    config = config_or_nothing(source, options)
     kind = str(config.get("model_type") or "")
     if "auto_map" in config and kind not in CONFIG_MAPPING:
         return _own_code(source, kind, seen, trusted=bool(options.get("trust_remote_code")))
@@ -345,7 +353,7 @@ def _config(source: str, options: Mapping[str, Any]) -> dict[str, Any]:
     return transformers.PretrainedConfig.get_config_dict(source, revision=options.get("revision"))[0]
 
 
-def _config_or_nothing(source: str, options: Mapping[str, Any]) -> dict[str, Any]:
+def config_or_nothing(source: str, options: Mapping[str, Any]) -> dict[str, Any]:
     """Return a model's config.json as it is stored, or nothing if it cannot be read."""
     try:
         config = _config(source, options)

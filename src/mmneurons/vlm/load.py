@@ -18,9 +18,10 @@ from mmneurons.errors import ModelError, SettingError
 from mmneurons.photo import tower  # noqa: F401 - transformers is told of it: a photo model can be exported and moved
 from mmneurons.vlm import provenance
 from mmneurons.vlm.anatomy.find import find_anatomy
-from mmneurons.vlm.checkpoint import made_up_weights, original, read_checkpoint, refusal, running
+from mmneurons.vlm.checkpoint import config_or_nothing, made_up_weights, original, read_checkpoint, refusal, running
 from mmneurons.vlm.failures import first_line, is_out_of_memory
 from mmneurons.vlm.families import check_version
+from mmneurons.vlm.llava import is_published, published_processor
 from mmneurons.vlm.processors import load_processor
 from mmneurons.vlm.vlm import VLM
 
@@ -43,6 +44,7 @@ def load(
     trust_remote_code: bool = False,
     decoder: str | None = None,
     date: str | datetime.date | None = None,
+    vision_tower: str | None = None,
     **options: Any,
 ) -> VLM:
     """Load a model and find its neurons.
@@ -60,6 +62,8 @@ def load(
         revision: Passed to transformers.
         trust_remote_code: Passed to transformers; off, so that no code of a hub runs unasked.
         decoder: Path of the language model in the model, if it cannot be told.
+        vision_tower: Hub id or folder of the vision tower of a LLaVA in its authors' layout, if not the one that its
+            config names.
         date: The day that chat templates which write today's date take for today, as YYYY-MM-DD; None for the real one.
 
     Raises:
@@ -83,7 +87,7 @@ def load(
     _check_device(device if device_map is None else device_map)
     source = str(photo.folder()) if is_photo else str(pocket.folder()) if is_pocket else os.fspath(model or POCKET)
     # 2. The weights, and which of them the checkpoint did not have.
-    loaded, loading = read_checkpoint(source, options)
+    loaded, loading = read_checkpoint(source, options, vision_tower)
     check_version(loaded.config)
     quantised = bool(getattr(loaded, "is_quantized", False))
     if device_map is None and not quantised:
@@ -95,7 +99,7 @@ def load(
         # 3. The processor, and the model's parts.
         vlm = VLM(
             model=loaded,
-            processor=_processor(source, loaded.config.model_type, options, processor),
+            processor=_processor(source, loaded.config.model_type, options, processor, vision_tower),
             analysed=find_anatomy(loaded, decoder),
             model_id=POCKET if is_pocket else PHOTO if is_photo else source,
             revision=getattr(loaded.config, "_commit_hash", None) or revision,
@@ -115,13 +119,17 @@ def load(
     return vlm
 
 
-def _processor(source: str, model_type: str, options: dict[str, Any], given: Any) -> Any:
+def _processor(
+    source: str, model_type: str, options: dict[str, Any], given: Any, vision_tower: str | None = None
+) -> Any:
     """Return the processor given; else the one beside the weights, or beside those of a fine-tuned model's origin."""
     if isinstance(given, str | os.PathLike):
         return load_processor(os.fspath(given), model_type=model_type, trust_remote_code=options["trust_remote_code"])
     if given is not None:
         return given
     revision, trusted = options["revision"], options["trust_remote_code"]
+    if is_published(config := config_or_nothing(source, options)):
+        return published_processor(source, config, revision, vision_tower)
     try:
         return load_processor(source, model_type=model_type, revision=revision, trust_remote_code=trusted)
     except ModelError:
