@@ -17,9 +17,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from library import hf
+from kits.library import hf
+from kits.processor_zoo import byte_level, metaspace_bpe
 from PIL import Image
-from processor_zoo import byte_level, metaspace_bpe
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast

@@ -33,7 +33,7 @@ PLACES = {
     "words": (finder, "find_nouns"),
     "scoring": (finder, "score_targets"),
     "describing": (finder, "describe"),
-    "picture": (finder, "model_view"),
+    "picture": (finder, "model_views"),
     "versions": (provenance, "versions"),
 }
 """The parts of `find`, each a function it calls."""
