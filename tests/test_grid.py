@@ -1,6 +1,7 @@
 """Image tokens told apart by hand-made rows of token ids: tiles, rows, several pictures. Grids of whole families, with
 the pixels behind each token, are tested in tests/test_families.py."""
 
+import copy
 from types import SimpleNamespace
 
 import numpy as np
@@ -105,7 +106,7 @@ def told(view: Image.Image) -> tuple[float, float, int]:
 
 def views_of(name: str, rows: list[list[Image.Image]], **options) -> list[tuple[Image.Image | None, ...]]:
     """What lies under the maps of a batch, by the family's own processor."""
-    found, model = processor(name), MODELS[name].build()
+    found, model = copy.deepcopy(processor(name)), MODELS[name].build()  # all tests share the processor itself
     for option, value in options.items():
         setattr(found.image_processor, option, value)
     # The model is asked for nothing but its config, and whether anything stands between its tower and its language.
