@@ -1,7 +1,6 @@
 """Image tokens told apart by hand-made rows of token ids: tiles, rows, several pictures. Grids of whole families, with
 the pixels behind each token, are tested in tests/test_families.py."""
 
-import copy
 from types import SimpleNamespace
 
 import numpy as np
@@ -106,7 +105,8 @@ def told(view: Image.Image) -> tuple[float, float, int]:
 
 def views_of(name: str, rows: list[list[Image.Image]], **options) -> list[tuple[Image.Image | None, ...]]:
     """What lies under the maps of a batch, by the family's own processor."""
-    found, model = copy.deepcopy(processor(name)), MODELS[name].build()  # all tests share the processor itself
+    found, model = processor(name), MODELS[name].build()
+    before = {option: getattr(found.image_processor, option) for option in options}
     for option, value in options.items():
         setattr(found.image_processor, option, value)
     # The model is asked for nothing but its config, and whether anything stands between its tower and its language.
@@ -118,6 +118,8 @@ def views_of(name: str, rows: list[list[Image.Image]], **options) -> list[tuple[
     elif hasattr(vision, "image_size"):
         vision.image_size, vision.patch_size = ([28, 28], [7, 7]) if name == "internvl" else (28, 7)
     inputs = encode_prompt(found, rows, "a dog", image_token_id=image_token_id)
+    for option, value in before.items():  # all tests share the processor
+        setattr(found.image_processor, option, value)
     grids = find_grids(model, inputs, len(rows[0]))
     assert not isinstance(grids, str), grids
     return model_views(model, found, inputs, grids, [len(row) for row in rows])
