@@ -175,7 +175,7 @@ def loaded(given: str | None, place: Path) -> VLM:
         with safe_open(projector(), "pt") as file:
             save_file(tensors | drawn, trained, file.metadata())
     write(place / "model", trained)
-    return mmn.load(str(place / "model"), device="cpu")
+    return mmn.load(str(place / "model"), device="cpu", dtype="float32")
 
 
 def main() -> None:
