@@ -10,7 +10,7 @@ import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors.torch import load_file
@@ -195,7 +195,8 @@ def _config(source: str, config: Mapping[str, Any], vision: Any, image_token_id:
     """Make transformers' config of a published one."""
     left_out = ("mm_", "image_", "model_type", "architectures", "torch_dtype", "dtype", "tune_mm", "freeze_mm")
     text = {name: value for name, value in config.items() if not name.startswith(left_out)}
-    text_config = CONFIG_MAPPING[KINDS[config["model_type"]]](**text | {"vocab_size": n_words})
+    kind: Any = CONFIG_MAPPING[KINDS[config["model_type"]]]
+    text_config = kind(**text | {"vocab_size": n_words})
     made = LlavaConfig(
         vision_config=vision,
         text_config=text_config,
@@ -210,7 +211,7 @@ def _config(source: str, config: Mapping[str, Any], vision: Any, image_token_id:
     return made
 
 
-def _strategy(config: Mapping[str, Any]) -> str:
+def _strategy(config: Mapping[str, Any]) -> Literal["default", "full"]:
     """Return whether the class token is kept among a picture's tokens."""
     return "full" if config.get("mm_vision_select_feature") == "cls_patch" else "default"
 
