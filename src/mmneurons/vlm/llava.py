@@ -130,7 +130,8 @@ def read_published(
     made = _config(source, config, _vision_config(tower, revision=None), image_token_id, n_words)
     given = {**options, "dtype": _dtype(options.get("dtype"), config)}
     given = {name: value for name, value in given.items() if name not in ("revision", "trust_remote_code")}
-    model, report = LlavaForConditionalGeneration.from_pretrained(
+    reader: Any = LlavaForConditionalGeneration  # with its report it returns a pair
+    model, report = reader.from_pretrained(
         None, config=made, state_dict=state, output_loading_info=True, ignore_mismatched_sizes=True, **given
     )
     # A tower that was not trained along is not in the checkpoint: it is the one that the config names.
