@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -72,13 +71,10 @@ def judged(reader: Reader, projector: Projector, batches: Batches, shown: int = 
     return found
 
 
-def sets(batches: Batches) -> dict[str, Sequence[int]]:
+def sets(batches: Batches) -> dict[str, list[int]]:
     """The views that are judged, by set."""
-    pictures, views, made = (
-        batches.pictures,
-        batches.views,
-        {"val": [], "imagenette": [], "imagenet": [], "collages": []},
-    )
+    pictures, views = batches.pictures, batches.views
+    made: dict[str, list[int]] = {"val": [], "imagenette": [], "imagenet": [], "collages": []}
     many = Counter(picture.noun for picture in pictures if picture.split == "train")
     for i, view in enumerate(views):
         picture = pictures[view.pictures[0]]

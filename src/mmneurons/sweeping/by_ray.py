@@ -144,8 +144,8 @@ def _ray() -> Any:
     """Import Ray Data, and start Ray where nobody has: here, or the cluster that RAY_ADDRESS names."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is reported to anybody
     try:
-        import ray
-        import ray.data
+        import ray  # pyright: ignore[reportMissingImports]  # an extra
+        import ray.data  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise SettingError("The engine ray needs the package ray, which is not installed.", fix=RAY_EXTRA) from error
     if not ray.is_initialized():
