@@ -18,8 +18,12 @@ LAYERS: Sequence[str] = """
     patches editing baselines sweeping atlas report cli
 """.split()
 """A module imports from its own layer and from those before it."""
-SHOWN = {("mmneurons.finding.result", "mmneurons.report.page"), ("mmneurons.patches.patch", "mmneurons.report.patch")}
-"""The only arrows down the list: a notebook asks an object itself how it looks, and the report knows."""
+SHOWN = {
+    ("mmneurons.finding.result", "mmneurons.report.page"),
+    ("mmneurons.patches.patch", "mmneurons.report.patch"),
+    ("mmneurons.patches.hub", "mmneurons.report.model_card"),
+}
+"""The only arrows down the list: a notebook, or the Hub, asks an object itself how it looks, and the report knows."""
 WITHOUT_TORCH = [
     "errors",
     "files",

@@ -37,6 +37,10 @@ class FormatError(MmneuronsError):
     """A saved file cannot be read by this version."""
 
 
+class HubError(MmneuronsError):
+    """The Hugging Face Hub cannot be reached, or refuses."""
+
+
 class SettingError(MmneuronsError):
     """A setting, or a pair of settings, has no meaning."""
 

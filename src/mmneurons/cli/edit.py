@@ -1,4 +1,4 @@
-"""The commands `edit`, `evaluate-edit`, `patch show` and `export`."""
+"""The commands `edit`, `evaluate-edit`, `patch show`, `patch push` and `export`."""
 
 from __future__ import annotations
 
@@ -43,7 +43,10 @@ if TYPE_CHECKING:
     from mmneurons.patches.patch import Patch
     from mmneurons.vlm.vlm import VLM
 
-patches = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Look into patch files.")
+OR_HUB = "or hub:USER/NAME for one on the Hub, hub:USER/NAME@REVISION for a certain one"
+Patches = Annotated[list[str], typer.Argument(metavar="PATCH...", help=f"Files that mmneurons edit wrote, {OR_HUB}.")]
+
+patches = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Look into patches, and share them.")
 app.add_typer(patches, name="patch")
 
 HeldOut = Annotated[list[str] | None, typer.Option("--held-out", help="Other images that show SOURCE, to judge on.")]
@@ -147,7 +150,7 @@ def edit(
 @loads_model
 def evaluate_edit(
     load: Load,
-    files: Annotated[list[Path], typer.Argument(metavar="PATCH...", help="Files that mmneurons edit wrote.")],
+    files: Patches,
     folder: Annotated[Path, typer.Option("--out", metavar="DIR", help="The folder in which results are kept.")],
     images: Annotated[list[str] | None, typer.Option(help="The images that the edits were made with.")] = None,
     held_out: HeldOut = None,
@@ -165,7 +168,7 @@ def evaluate_edit(
     from mmneurons.editing.evaluate_edits import cases
     from mmneurons.patches.patch import Patch
 
-    asked = cases({str(path): Patch.load(path) for path in files})
+    asked = cases({path: Patch.load(path) for path in files})
     shown, beyond, others = map(readable_items, (images, held_out, unrelated))
     lines = lines_of(texts)
     vlm = load()
@@ -177,7 +180,7 @@ def evaluate_edit(
 @loads_model
 def show(
     load: Load,
-    path: Annotated[Path, typer.Argument(metavar="PATCH", help="A file that mmneurons edit wrote.")],
+    path: Annotated[str, typer.Argument(metavar="PATCH", help=f"A file that mmneurons edit wrote, {OR_HUB}.")],
     words: Annotated[
         bool, typer.Option(help="Load the model, and show what each column says before and after.")
     ] = True,
@@ -198,11 +201,44 @@ def show(
     out.print(patch_text(describe_patch(patch, load() if words else None, says=says), n), soft_wrap=True)
 
 
+@patches.command("push")
+def push(
+    path: Annotated[Path, typer.Argument(metavar="FILE", help="A file that mmneurons edit wrote.")],
+    repository: Annotated[str, typer.Argument(metavar="USER/NAME", help="A repository of yours on the Hub.")],
+    private: Annotated[bool, typer.Option("--private", help="Make the repository private.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+) -> None:
+    """Upload a patch to the Hugging Face Hub.
+
+    Shows all that will be uploaded, the file and a card that is written from it, and asks first. Log in before, with
+    hf auth login.
+    """
+    from huggingface_hub import constants
+
+    from mmneurons.patches.hub import files_of
+    from mmneurons.patches.patch import Patch
+
+    patch = Patch.load(path)
+    files = files_of(patch, repository)
+    # All of it is shown before anything is sent, and the same function makes what is sent.
+    where = f"{constants.ENDPOINT}/{repository}"
+    out.print(f"{where}{', private' if private else ''}; files of these names there are replaced:", soft_wrap=True)
+    for name, content in files.items():
+        out.print(f"  {name}  {len(content):,} bytes")
+    out.print("\n" + files["README.md"].decode(), soft_wrap=True)
+    if not yes and not typer.confirm("Upload this?"):
+        err.print("nothing was uploaded")
+        raise typer.Exit(1)
+    with working(err, "uploading"):
+        place = patch.push_to_hub(repository, private=private)
+    out.print(f"uploaded: {place}", soft_wrap=True)
+
+
 @app.command()
 @functools.partial(loads_model, without={"patch"})  # the patches that are named are those that are written
 def export(
     load: Load,
-    files: Annotated[list[Path], typer.Argument(metavar="PATCH...", help="Files that mmneurons edit wrote.")],
+    files: Patches,
     folder: Annotated[Path, typer.Option("--out", metavar="DIR", help="A new folder for the checkpoint.")],
 ) -> None:
     """Write a model with patches in it.

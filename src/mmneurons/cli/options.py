@@ -109,7 +109,8 @@ def _load(
         str | None, typer.Option(help="Day that a chat template with today's date in it takes for today: YYYY-MM-DD.")
     ] = None,
     patch: Annotated[
-        list[Path] | None, typer.Option(metavar="FILE", help="A patch to put on the model first; repeatable.")
+        list[str] | None,
+        typer.Option(metavar="FILE", help="A patch to put on the model first, or hub:USER/NAME; repeatable."),
     ] = None,
 ) -> VLM:
     """Load the model that the options name, and put patches on it; its parameters are options of most commands."""
@@ -160,7 +161,7 @@ class Load:
         return _load(**self._options)
 
     @property
-    def files(self) -> list[Path]:
+    def files(self) -> list[str]:
         """The files that are read besides the model: the patches."""
         return list(self._options.get("patch") or ())
 

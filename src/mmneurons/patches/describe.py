@@ -206,6 +206,9 @@ def facts_of(made_by: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     settings = _mapping(made_by.get("settings"))
     if "method" in settings:
         yield "method", str(settings["method"])
+    hub = _mapping(made_by.get("hub"))
+    if hub:
+        yield "read from", f"hub:{hub.get('id')}@{hub.get('revision')}"
 
 
 def _mapping(value: Any) -> Mapping[str, Any]:

@@ -43,7 +43,11 @@ _NAME = re.compile(rf"L{_NUMBER}(?:\.e{_NUMBER})?\.({'|'.join(DTYPES)})")
 
 def write(patch: Patch, path: str | os.PathLike[str]) -> None:
     """Write a patch to a file; the same patch gives the same bytes."""
-    path = Path(path)
+    write_whole(path, content_of(patch))
+
+
+def content_of(patch: Patch) -> bytes:
+    """Return what a patch's file holds; the same patch gives the same bytes."""
     tensors: dict[str, Tensor] = {} if patch.directions is None else {"directions": patch.directions.clone()}
     for part in patch.parts:
         place = f"L{part.layer}" if part.expert is None else f"L{part.layer}.e{part.expert}"
@@ -55,8 +59,7 @@ def write(patch: Patch, path: str | os.PathLike[str]) -> None:
     # bytes.
     facts = {"schema": SCHEMA, "hidden": patch.hidden, "hash": patch.hash, "provenance": patch.provenance}
     header = {"mmneurons_patch": json.dumps(facts, ensure_ascii=False, sort_keys=True, allow_nan=False)}
-    content = to_bytes(tensors, metadata=header)
-    write_whole(path, content)
+    return to_bytes(tensors, metadata=header)
 
 
 def read(path: str | os.PathLike[str]) -> Patch:

@@ -29,6 +29,9 @@ from mmneurons.vlm.columns import HASH_BYTES
 from mmneurons.vlm.locking import restored
 from mmneurons.vlm.vlm import VLM
 
+HUB = "hub:"
+"""What a path begins with that is no file's but a repository's on the Hugging Face Hub."""
+
 
 @runtime_checkable
 class Edit(Protocol):
@@ -123,11 +126,20 @@ class Patch:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Patch:
-        """Read a patch from a file that `save` wrote.
+        """Read a patch from a file that `save` wrote, or from the Hugging Face Hub.
+
+        Args:
+            path: A file; or `hub:user/name`, or `hub:user/name@REVISION` with a branch, a tag or a commit, for what
+                `push_to_hub` uploaded. Then `provenance["hub"]` says which commit was read.
 
         Raises:
             FormatError: no such file, no patch, one of another schema, damaged or unsound.
+            HubError: the Hub cannot be reached or refuses, or there is no patch.
         """
+        if isinstance(path, str) and path.startswith(HUB):
+            from mmneurons.patches import hub
+
+            return hub.pull(path)
         from mmneurons.patches import file
 
         return file.read(path)
@@ -141,6 +153,28 @@ class Patch:
         from mmneurons.patches import file
 
         file.write(self, path)
+
+    def push_to_hub(
+        self, repository: str, *, private: bool = False, metrics: Mapping[str, object] | None = None
+    ) -> str:
+        """Upload the patch to the Hugging Face Hub, with a card that is written from its provenance, in one commit.
+
+        Nothing else uploads anything. You must have logged in: `hf auth login`, or the variable `HF_TOKEN`.
+
+        Args:
+            repository: `user/name`, made if it is not there; it must hold nothing but a patch.
+            private: Make it private; refused where it is there and public.
+            metrics: Figures that the card states, by name, such as `{"efficacy": 0.98}`.
+
+        Returns:
+            `hub:user/name@COMMIT`, with which `load` reads exactly what was uploaded.
+
+        Raises:
+            HubError: the Hub cannot be reached or refuses, or the repository holds something else.
+        """
+        from mmneurons.patches import hub
+
+        return hub.push(self, repository, private=private, metrics=metrics)
 
     def __repr__(self) -> str:
         blocks = sorted({part.layer for part in self.parts})
