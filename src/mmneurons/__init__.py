@@ -72,6 +72,7 @@ if TYPE_CHECKING:  # each public name once: a type checker reads these lines, an
     from mmneurons.vlm.hooks.recording import record as record
     from mmneurons.vlm.load import load as load
     from mmneurons.vlm.vlm import VLM as VLM
+    from mmneurons.web.launch import app as app
 
 
 def _homes() -> dict[str, tuple[str, str]]:

@@ -17,7 +17,8 @@ import mmneurons.cli.inspect
 import mmneurons.cli.edit
 import mmneurons.cli.dehallucinate
 import mmneurons.cli.sweep
-import mmneurons.cli.atlas  # noqa: F401
+import mmneurons.cli.atlas
+import mmneurons.cli.web  # noqa: F401
 
 # isort: on
 from mmneurons.cli.options import Stopped, err

@@ -160,6 +160,10 @@ class Load:
         """Load the model; every call loads it anew."""
         return _load(**self._options)
 
+    def of(self, model: str | None) -> VLM:
+        """Load one of several models with the same options, for a command that names its models itself."""
+        return _load(**{**self._options, "model": model})
+
     @property
     def files(self) -> list[str]:
         """The files that are read besides the model: the patches."""

@@ -123,7 +123,7 @@ def explain_neuron(
     anatomy = vlm.anatomy
     ffn = anatomy.find(neuron)
     if ffn is None:
-        raise _no_such(anatomy, neuron)
+        raise no_such_neuron(anatomy, neuron)
     place = (anatomy.ffns.index(ffn), neuron.index + (neuron.expert or 0) * ffn.n_neurons)
     device = anatomy.norm.weight.device
     column = columns_of(anatomy, [place], device)
@@ -212,7 +212,8 @@ def _columns(ffn: Ffn) -> Iterator[tuple[int, Float[Tensor, "hidden chunk"]]]:
             yield expert * ffn.n_neurons + part.start, columns
 
 
-def _no_such(anatomy: Anatomy, neuron: Neuron) -> SettingError:
+def no_such_neuron(anatomy: Anatomy, neuron: Neuron) -> SettingError:
+    """Return the error for a neuron that the model does not have, with those that it has in that block."""
     lines = []
     for ffn in anatomy.ffns:
         if ffn.layer == neuron.layer:

@@ -9,9 +9,11 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from mmneurons.finding.lookup import no_such_neuron
 from mmneurons.finding.rereading import keep_positions
 from mmneurons.finding.result import Grid, NounFinding
 from mmneurons.finding.scoring import REGION_SIZES, Scored
+from mmneurons.neurons import Neuron
 from mmneurons.vlm.grid import Grids, PatchGrid
 from mmneurons.vlm.hooks.recording import record
 from mmneurons.vlm.vlm import VLM, Inputs
@@ -50,6 +52,24 @@ def region_maps(
             sets, asked, _maps(vlm, inputs, grids, scored, asked), scored.targets, strict=True
         )
     ]
+
+
+def neuron_maps(vlm: VLM, inputs: Inputs, grids: Grids, neuron: Neuron) -> list[tuple[Grid, ...]]:
+    """Return the activations of one neuron at the image tokens, as they are: for each row one map a picture.
+
+    Raises:
+        SettingError: the model has no such neuron.
+    """
+    ffn = vlm.anatomy.find(neuron)
+    if ffn is None:
+        raise no_such_neuron(vlm.anatomy, neuron)
+    place = vlm.anatomy.ffns.index(ffn)
+    wanted: list[Int[Tensor, "_"]] = [torch.tensor([], dtype=torch.long) for _ in vlm.anatomy.ffns]
+    wanted[place] = torch.tensor([neuron.index + (neuron.expert or 0) * ffn.n_neurons])
+    with record(vlm.anatomy, keep_positions(_all_positions(grids)), neurons=wanted, writes=False) as seen:
+        vlm.read(inputs)
+    fired = seen.activations(place)[..., 0].float().cpu()
+    return [_as_grids(row, mine) for row, mine in zip(fired, grids, strict=True)]
 
 
 def _maps(

@@ -112,6 +112,11 @@ function number(value) {
   return value.toPrecision(3).replace("-", "−");
 }
 
+/** In a frame, the page around it is told how high this one is, and what is chosen. */
+function tell(message) {
+  if (parent !== window) parent.postMessage({ mmneurons: message }, "*");
+}
+
 /** Everything that can be chosen for one prompt. */
 function setUp(article) {
   const all = (selector) => [...article.querySelectorAll(selector)];
@@ -134,6 +139,14 @@ function setUp(article) {
     const same = kOf(id).find((input) => input.value === k);
     if (same) same.checked = true;
     refresh();
+    tellChoice();
+  }
+
+  function tellChoice() {
+    tell({
+      word: panels.find((panel) => panel.id === noun).dataset.word,
+      neuron: pinned?.querySelector(".name").textContent ?? "",
+    });
   }
 
   function refresh() {
@@ -196,6 +209,7 @@ function setUp(article) {
     row.querySelector(".pin").addEventListener("click", () => {
       passing = pinned = pinned === row ? null : row;
       refresh();
+      tellChoice();
     });
   });
   choose(noun);
@@ -212,4 +226,5 @@ function setUp(article) {
 
 root.classList.add("js");
 document.querySelectorAll("article").forEach(setUp);
+new ResizeObserver(() => tell({ height: document.body.offsetHeight })).observe(document.body);
 root.dataset.ready = "true";

@@ -1,0 +1,181 @@
+"""The app in a browser: real clicks on a real server, started as a user starts it.
+
+Skipped without Gradio, Playwright or a browser, unless MMNEURONS_REQUIRE_APP says that they must be there.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from mmneurons import pocket
+
+WAIT = 240_000
+"""Milliseconds; no speed is asserted."""
+BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+THERE = all(map(importlib.util.find_spec, ("gradio", "playwright"))) and BROWSER is not None
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        not THERE and not os.environ.get("MMNEURONS_REQUIRE_APP"), reason="no Gradio, no Playwright or no browser"
+    ),
+    # What Gradio's and Playwright's own code warns of is not ours.
+    pytest.mark.filterwarnings("default"),
+]
+
+
+@pytest.fixture(scope="module")
+def address() -> Iterator[str]:
+    """A server of the pocket model, in a process of its own."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "mmneurons.cli", "app", "--device", "cpu", "--port", str(port)],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
+    url = f"http://127.0.0.1:{port}/"
+    try:
+        for _ in range(600):
+            assert process.poll() is None, process.communicate()[0].decode()
+            try:
+                urllib.request.urlopen(url).close()
+                break
+            except urllib.error.URLError:
+                time.sleep(0.2)
+        yield url
+    finally:
+        process.terminate()
+        process.wait(60)
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    from playwright.sync_api import sync_playwright  # pyright: ignore[reportMissingImports]
+
+    with sync_playwright() as playwright:
+        started = playwright.chromium.launch(executable_path=BROWSER, args=["--no-sandbox"])
+        yield started
+        started.close()
+
+
+def opened(browser: Any, url: str, **options: Any) -> Any:
+    """A page of a visitor of its own, which notes the hosts that it asks and what goes wrong in it."""
+    page = browser.new_context(**options).new_page()
+    page.set_default_timeout(WAIT)
+    page.hosts, page.faults = set(), []
+    page.on("request", lambda request: page.hosts.add(request.url.split("/")[2] if "//" in request.url else "data"))
+    page.on("pageerror", lambda error: page.faults.append(str(error)))
+    page.goto(url)
+    page.get_by_role("button", name="Find the neurons").wait_for()
+    return page
+
+
+def give(page: Any, path: str | Path) -> Any:
+    """Upload a picture; return the card."""
+    page.locator("input[type=file]").first.set_input_files(str(path))
+    card = page.frame_locator("#card iframe")
+    card.locator(".caption").wait_for()
+    return card
+
+
+@pytest.fixture(scope="module")
+def sample() -> Path:
+    return pocket.samples()[0].path
+
+
+def test_click_a_word_edit_it_and_undo_while_another_visitor_sees_nothing_of_it(browser, address, sample):
+    page, other = opened(browser, address), opened(browser, address)
+    card = give(page, sample)
+    noun = card.locator(".caption button.noun").last
+    word = noun.inner_text()
+    noun.click()
+    card.locator(".panel:not([hidden]) .pin").first.click()
+    page.get_by_role("tab", name="Edit").click()
+    assert page.get_by_label("Word that is to go").input_value() == word
+    page.get_by_label("Word that is to come").fill("cat")
+    page.get_by_role("button", name="Edit", exact=True).click()
+    page.get_by_text("Locality").wait_for()
+    assert "cat" in page.locator("#outcome dd").nth(1).inner_text()
+    # The patch is on for this visitor, and for no other.
+    page.get_by_role("tab", name="Find").click()
+    page.get_by_role("button", name="Find the neurons").click()
+    card.locator(".caption", has_text="cat").wait_for()
+    assert word in give(other, sample).locator(".caption").inner_text()
+    # Undone, the caption is the first one.
+    page.get_by_role("tab", name="Edit").click()
+    page.get_by_role("button", name="Undo the last").click()
+    page.get_by_role("checkbox", name="cat").wait_for(state="detached")
+    page.get_by_role("tab", name="Find").click()
+    page.get_by_role("button", name="Find the neurons").click()
+    card.locator(".caption", has_text=word).wait_for()
+    # The neuron that was kept on the card has a page, with an address, and a slider.
+    page.get_by_role("tab", name="Neuron").click()
+    page.get_by_role("button", name="Show the neuron").click()
+    page.locator("#neuron-page h2").wait_for()
+    assert "?neuron=L" in page.url
+    assert (page.hosts | other.hosts) - {"data"} == {address.split("/")[2]}
+    assert page.faults == other.faults == []
+
+
+def test_an_address_opens_a_neuron_and_no_page_is_wider_than_a_phone(browser, address):
+    page = opened(browser, f"{address}?neuron=L1.u17", viewport={"width": 390, "height": 800}, color_scheme="dark")
+    assert page.locator("#neuron-page h2").inner_text() == "L1.u17"
+    for tab in ("Find", "Neuron", "Edit"):
+        page.get_by_role("tab", name=tab).click()
+        assert page.evaluate("document.documentElement.scrollWidth") <= 390
+
+
+def test_by_the_keyboard_alone(browser, address, sample):
+    page = opened(browser, address)
+    give(page, sample)
+
+    def tab_to(name: str) -> None:
+        for _ in range(80):
+            page.keyboard.press("Tab")
+            said = page.evaluate(
+                "() => { let a = document.activeElement; return a.tagName === 'IFRAME' ? 'IFRAME' : a.textContent }"
+            )
+            if said.strip() == name:
+                return
+        raise AssertionError(f"{name} is not reached by Tab")
+
+    tab_to("IFRAME")
+    card = page.frame_locator("#card iframe")
+    page.keyboard.press("ArrowRight")
+    page.wait_for_timeout(500)
+    pressed = card.locator(".caption button[aria-pressed=true]")
+    assert pressed.count() == 1
+    assert pressed.inner_text() == card.locator(".caption button.noun").nth(1).inner_text()
+
+
+def test_hostile_files_and_texts_are_messages_and_run_nothing(browser, address, tmp_path, sample):
+    page = opened(browser, address)
+    bad = tmp_path / "<img src=x onerror=document.title=1>.png"
+    Image.new("1", (20_000, 20_000)).save(bad)
+    page.locator("input[type=file]").first.set_input_files(str(bad))
+    page.locator("#find-notice .mm-notice", has_text="too large").wait_for()
+    give(page, sample)
+    page.get_by_role("tab", name="Neuron").click()
+    page.get_by_label("Neuron", exact=True).fill("<img src=x onerror=document.title=1>")
+    page.get_by_role("button", name="Show the neuron").click()
+    notice = page.locator("#neuron-notice .mm-notice")
+    notice.wait_for()
+    assert "onerror" in notice.inner_text()
+    assert "Traceback" not in page.content()
+    assert page.title() == "mmneurons"
