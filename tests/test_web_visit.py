@@ -28,7 +28,7 @@ from mmneurons.web.visit import Asked, Server, saved_patches, stack_of, switch
 
 @pytest.fixture(scope="module")
 def server(vlm) -> Server:
-    return Server({"pocket": vlm}, {"pocket": Pool(vlm, scenes()[:32], scenes_of)})
+    return Server({"pocket": vlm}, {"pocket": Pool(vlm, scenes()[:10], lambda word: scenes_of(word)[:6])})
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +64,7 @@ def test_two_visitors_with_different_patches_at_once(server, vlm, picture, edite
     said: dict[str, set[str]] = {"plain": set(), "mine": set()}
 
     def ask(name: str, session: Session) -> None:
-        for _ in range(8):
+        for _ in range(4):
             said[name].add(server.find(session, None, Asked(picture)).caption)
 
     threads = [threading.Thread(target=ask, args=pair) for pair in (("plain", other), ("mine", edited))]
@@ -192,9 +192,9 @@ def test_many_requests_leave_no_tensor_behind(server, picture):
         gc.collect()
         return sum(isinstance(one, torch.Tensor) for one in gc.get_objects())
 
-    for _ in range(10):
+    for _ in range(3):
         server.find(session, None, Asked(picture))
     before = tensors()
-    for _ in range(100):
+    for _ in range(30):
         server.find(session, None, Asked(picture))
     assert tensors() == before
