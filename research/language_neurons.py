@@ -243,7 +243,8 @@ def collect(observer: Observer, out: Path, shown: Sequence[Photograph], progress
             seen = observer.photograph(photograph.noun, photograph.path)
             path.touch() if seen is None else keep(path, seen)
             progress("photographs", number + 1, len(shown))
-    texts = [(noun, i, text) for noun, two in sentences().items() for i, text in enumerate(two)]
+    nouns = {photograph.noun for photograph in shown}
+    texts = [(noun, i, text) for noun, two in sentences().items() if noun in nouns for i, text in enumerate(two)]
     for number, (noun, i, text) in enumerate(texts):
         path = out / "sentences" / f"{noun}.{i}.npz"
         if not path.exists():
@@ -455,6 +456,7 @@ def main() -> None:
     parser.add_argument("--pictures", type=Path, help="CSV with the columns file, noun and split")
     parser.add_argument("--folder", type=Path, help="where its files lie; default: pictures/ beside it")
     parser.add_argument("--split", nargs="+", default=["val"])
+    parser.add_argument("--nouns", type=int, default=10**9, help="so many of the list's nouns, the first")
     parser.add_argument("--most", type=int, default=6, help="photographs of each noun")
     parser.add_argument("--model", default="photo")
     parser.add_argument("--score", default="logprob", choices=["logit", "logprob"])
@@ -465,7 +467,7 @@ def main() -> None:
     if not asked.table:
         observer = Observer(vlm, norms, FindSettings(top=TOP, score=asked.score))
         folder = asked.folder or asked.pictures.parent / "pictures"
-        shown = photographs(asked.pictures, folder, asked.split, list(sentences()), asked.most)
+        shown = photographs(asked.pictures, folder, asked.split, [*sentences()][: asked.nouns], asked.most)
         collect(observer, asked.out, shown, printed)
         paths = {photograph.path.name: photograph.path for photograph in shown}
         silence(observer, asked.out, nouns_of(kept(asked.out / "photographs")), paths, printed)

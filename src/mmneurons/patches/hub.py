@@ -28,7 +28,10 @@ BESIDE = {".gitattributes", CARD, "LICENSE"}
 """Names of files that a repository without a patch may have, to become one with a patch."""
 _REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 _COMMIT = re.compile(r"[0-9a-f]{40}")
-_UNREACHABLE = (*errors.HfHubHTTPError.__bases__, OSError)
+_UNREACHABLE: tuple[type[Exception], ...] = (
+    *(base for base in errors.HfHubHTTPError.__bases__ if issubclass(base, Exception)),
+    OSError,
+)
 """What a request raises that gets no answer: the base of the HTTP library's errors, whichever one it is."""
 
 

@@ -16,7 +16,7 @@ from mmneurons.finding.result import Grid
 from mmneurons.neurons import Neuron
 from mmneurons.settings import Question
 from mmneurons.vlm.asking import ask, texts_of
-from mmneurons.vlm.grid import find_grids, model_view
+from mmneurons.vlm.grid import find_grids, model_views
 from mmneurons.vlm.hooks.interventions import Intervention, intervene, parts_of
 from mmneurons.vlm.hooks.recording import record
 from mmneurons.vlm.vlm import VLM
@@ -49,7 +49,7 @@ def excitement(vlm: VLM, neuron: Neuron, pictures: Sequence[tuple[str, Image.Ima
         if isinstance(grids, str):
             continue
         (grid,) = neuron_maps(vlm, inputs, grids, neuron)[0]
-        view = model_view(vlm.processor, inputs, 0) or image
+        view = model_views(vlm.model, vlm.processor, inputs, grids, [1])[0][0] or image
         peak = max((value for row in grid for value in row), key=abs)
         found.append(Excited(name, view, grid, peak))
     return sorted(found, key=lambda one: -abs(one.peak))[:MOST]
