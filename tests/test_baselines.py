@@ -235,7 +235,7 @@ def test_captions_are_rewritten_and_all_else_is_kept(model, task):
 
 
 def test_a_word_of_several_tokens_is_wanted_token_by_token(model, monkeypatch):
-    monkeypatch.setattr(request, "tokens_of", lambda tokenizer, word: [7, 8, 9])
+    monkeypatch.setattr(request, "tokens_of", lambda tokenizer, word, like: [7, 8, 9])
     words = [Word("dog", "dog", 0, 3, (1, 2)), Word("dog", "dog", 4, 7, (4,))]
     ids, written = request.rewritten(model, [50, 51, 52, 53, 54, 55], words, "cat")
     assert ids == [50, 7, 8, 9, 53, 7, 8, 9, 55]

@@ -91,7 +91,8 @@ def test_without_an_image_a_sample_is_used_and_said(capsys, monkeypatch):
 def test_samples_are_listed_with_their_truth(capsys, monkeypatch):
     code, out, _ = call(capsys, monkeypatch, "samples")
     assert code == 0
-    assert len(out.splitlines()) == len(pocket.samples()) >= 24
+    own = [line for line in out.splitlines() if not line.startswith("photo:")]  # where scikit-image is installed
+    assert len(own) == len(pocket.samples()) >= 24
     assert all(sample.caption in out for sample in pocket.samples())
 
 

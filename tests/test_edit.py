@@ -674,7 +674,7 @@ def test_no_strength_is_told(vlm, monkeypatch):
         ({"source": ""}, WordError, "says '' of none"),
         ({"target": "dog"}, SettingError, "the same word"),
         ({"target": "Dogs"}, SettingError, "the same word"),
-        ({"target": "猫"}, WordError, "no token of its own"),
+        ({"target": "猫"}, SettingError, "No strength makes"),
         ({"target": ""}, WordError, "no token of its own"),
         ({"images": []}, SettingError, "no image"),
         ({"neurons": [Neuron(0, 99_999)]}, SettingError, r"no neuron L0\.u99999"),

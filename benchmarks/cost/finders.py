@@ -23,7 +23,7 @@ import torch
 from mmneurons.attribution import finders
 from mmneurons.attribution.ablation import Replay
 from mmneurons.attribution.finders import FINDERS, Finder, FinderScores
-from mmneurons.finding import finder
+from mmneurons.finding import batch
 from mmneurons.settings import Question, Score
 
 from . import gradients
@@ -49,7 +49,7 @@ OWN = {
     "scores": (finders, "score_targets"),
     "other finders": (finders, "_scores"),
     "true effect": (Replay, "effects"),
-    "find": (finder, "score_targets"),
+    "find": (batch, "score_targets"),
     "gradient, cheapest": (gradients, "_gradient_times_activation"),
     "integrated, cheapest": (gradients, "_scaled"),
 }

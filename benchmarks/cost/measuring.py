@@ -13,7 +13,7 @@ from PIL import Image
 
 import mmneurons as mmn
 from mmneurons.editing.edit import edit
-from mmneurons.finding import finder
+from mmneurons.finding import batch, finder
 from mmneurons.finding.scoring import describe, score_targets
 from mmneurons.settings import EditSettings, Method
 from mmneurons.vlm import provenance
@@ -30,8 +30,8 @@ NOUNS = (1, 3, 10, 30, 100)
 PLACES = {
     "processor": (mmn.VLM, "encode"),
     "generation": (mmn.VLM, "generate"),
-    "words": (finder, "find_nouns"),
-    "scoring": (finder, "score_targets"),
+    "words": (batch, "find_nouns"),
+    "scoring": (batch, "score_targets"),
     "describing": (finder, "describe"),
     "picture": (finder, "model_views"),
     "versions": (provenance, "versions"),

@@ -85,4 +85,5 @@ def sweep(
     n_bytes = sum(facts.images.bytes + facts.neurons.bytes for facts in run.done.values())
     n_rows = sum(facts.neurons.rows for facts in run.done.values())
     n_images = sum(facts.images.rows for facts in run.done.values())
-    out.print(f"{run.folder}: {n_images} images, {n_rows:,} rows, {n_bytes / max(n_images, 1) / 1000:.1f} kB an image")
+    size = n_bytes / max(n_images, 1) / 1000
+    out.print(f"{run.folder}: {n_images} images, {n_rows:,} rows, {size:.1f} kB an image", soft_wrap=True)

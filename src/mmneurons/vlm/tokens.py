@@ -126,6 +126,8 @@ def tokens_of(tokenizer: Any, word: str, *, like: int | None = None) -> list[int
     """
     if isinstance(tokenizer, TokenIds):
         return [tokenizer.token_of(word)]
+    if any("\ud800" <= sign <= "\udfff" for sign in word):  # bytes that are no text, as a terminal hands them on
+        raise _untold(tokenizer, _as_text(word), [])
     word = _as_text(word)
     spaced = not is_unspaced(word) if like is None else _has_space(tokenizer, like)
     rest = _behind(tokenizer, word, spaced=spaced)

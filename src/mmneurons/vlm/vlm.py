@@ -137,8 +137,10 @@ class VLM:
                 weights = self.weights_hash or weights_hash(self.model)
                 known = provenance.model_facts(self.model, self.model_id, self.revision, weights, self.anatomy.dtype)
                 self._facts = known | {"w_out_class": ", ".join(kinds)} | set_aside(self.model)
-            applied = {"patches": list(found)} if (found := patches(self.model)) else {}
-            return {**self._facts, **({"date": self.day.isoformat()} if self.day else {}), **applied}
+            now: dict[str, Any] = {"date": self.day.isoformat()} if self.day else {}
+            if found := patches(self.model):
+                now["patches"] = list(found)
+            return self._facts | now if now else self._facts
 
     def _notice(self) -> None:
         """Find the anatomy anew, and forget what was known of the weights, if something else has changed them."""
