@@ -137,9 +137,8 @@ class VLM:
                 weights = self.weights_hash or weights_hash(self.model)
                 known = provenance.model_facts(self.model, self.model_id, self.revision, weights, self.anatomy.dtype)
                 self._facts = known | {"w_out_class": ", ".join(kinds)} | set_aside(self.model)
-            now: dict[str, Any] = {"date": self.day.isoformat()} if self.day else {}
-            if found := patches(self.model):
-                now["patches"] = list(found)
+            now = {"date": self.day.isoformat()} if self.day else {}
+            now |= {"patches": list(found)} if (found := patches(self.model)) else {}
             return self._facts | now if now else self._facts
 
     def _notice(self) -> None:
