@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from functools import wraps
 from types import CodeType, FrameType, TracebackType
-from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar, runtime_checkable
+from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar, no_type_check, runtime_checkable
 from weakref import WeakKeyDictionary
 
 from torch import nn
@@ -27,11 +27,13 @@ LOOK = 0.05
 """Seconds between two looks for a waiting signal while another thread has the model."""
 
 
+@no_type_check
 class _Signals:
     """A holder of the signals that Python handles, which wait while a model is between two states.
 
     Their handlers are replaced, not masked: a mask holds for one thread only. Python runs handlers in the main thread
-    alone, at some instructions; none of them lies between two assignments, which is what the code here rests on.
+    alone, at some instructions; none of them lies between two assignments, which is what the code here rests on. So
+    these classes ask not to be wrapped by what checks types at run time: a wrapper is more instructions.
     """
 
     def __init__(self) -> None:
@@ -56,32 +58,41 @@ class _Signals:
             self.usual[number](number, frame)
 
     def hold(self) -> None:
-        """Let signals wait from here on."""
-        for number in _NUMBERS:
-            usual = signal.getsignal(number)
-            # Looked up each time: the user can have set another handler since. One that is not callable (ignored,
-            # default, set outside Python) does not run Python code and needs no holding back.
-            if callable(usual) and usual != self.come:
-                self.usual[number] = usual
-                signal.signal(number, self.come)
+        """Let signals wait from here on; one that comes before its handler is replaced raises, and nothing is held."""
         self.open += 1
         self.busy += 1
+        try:
+            for number in _NUMBERS:
+                usual = signal.getsignal(number)
+                # Looked up each time: the user can have set another handler since. One that is not callable (ignored,
+                # default, set outside Python) does not run Python code and needs no holding back.
+                if callable(usual) and usual != self.come:
+                    self.usual[number] = usual
+                    signal.signal(number, self.come)
+        except BaseException:
+            self.leave()
+            raise
 
     def leave(self) -> None:
-        """Leave a `with`: deliver the signals that wait, and put the usual handlers back after the last one."""
-        self.open -= 1
-        self.busy -= 1
-        if self.busy:
-            return
+        """Leave a `with`: put the usual handlers back after the last one, and deliver the signals that wait."""
         try:
-            self.deliver()
-        finally:
-            # Only where this one still is the handler: one that was set in the meantime stays.
+            self.open -= 1
             if not self.open:
-                for number, usual in self.usual.items():
-                    if signal.getsignal(number) == self.come:
-                        signal.signal(number, usual)
-                self.usual.clear()
+                self.put_back()
+        finally:
+            self.busy -= 1
+            if not self.busy:
+                self.deliver()
+
+    def put_back(self) -> None:
+        """Put the usual handlers back where this one still is the handler: one that was set in the meantime stays."""
+        try:
+            for number, usual in list(self.usual.items()):
+                if signal.getsignal(number) == self.come:
+                    signal.signal(number, usual)
+        except BaseException:  # the handler of a signal that is back already; the others are not yet
+            self.put_back()
+            raise
 
     def deliver(self) -> None:
         """Handle the signals that wait, which may raise, at a point where nothing is half done."""
@@ -99,6 +110,7 @@ def _is_main() -> bool:
     return threading.current_thread() is threading.main_thread()
 
 
+@no_type_check
 class uninterrupted:  # noqa: N801 - read as a word: with uninterrupted():
     """Let signals wait for the end of the `with`."""
 
@@ -112,6 +124,7 @@ class uninterrupted:  # noqa: N801 - read as a word: with uninterrupted():
             _SIGNALS.leave()
 
 
+@no_type_check
 class _Restored(AbstractContextManager[T]):
     """A context manager that no signal can leave half entered or half left; inside it signals come at once."""
 
