@@ -1,12 +1,13 @@
 # make demo: set up and show the main job. make test: the tests. Both work twice in a row, and offline after the first time.
 # make test-matrix: what depends on transformers, under its lowest, a middle and its newest version.
 # make site: the documentation, in site/; a link that leads nowhere is an error.
+# make test-app: the web app's tests, with Gradio and a driver of Debian's Chromium.
 # make test-portable: the tests that compute, on a processor's plainest kernels and one thread: none rests on rounding.
 
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-matrix test-portable check site clean
+.PHONY: demo test test-app test-matrix test-portable check site clean
 
 # A file of tests to a process, one thread each: tests are many small computations, which threads do not speed up.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile
@@ -38,11 +39,26 @@ test-with-%: .venv-matrix/%/installed
 # Everything but transformers, and what it pins, is read from .venv.
 .PRECIOUS: .venv-matrix/%/installed
 .venv-matrix/%/installed: .venv/installed
-	$(BIN)/python -m venv --clear .venv-matrix/$*
-	$(BIN)/python -c "import sysconfig; print('import site; site.addsitedir(%r)' % sysconfig.get_path('purelib'))" \
-	  >"$$(.venv-matrix/$*/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/base.pth"
+	$(call venv-above,.venv-matrix/$*)
 	.venv-matrix/$*/bin/python -m pip install --quiet --disable-pip-version-check transformers==$*
 	@touch $@
+
+# One process: its tests start a server and a browser each.
+test-app: .venv-app/installed
+	MMNEURONS_REQUIRE_APP=1 OMP_NUM_THREADS=1 .venv-app/bin/python -m pytest -m "" tests/test_web_page.py tests/test_web_visit.py
+
+# Apart from .venv, since Gradio asks for an older Pillow than the images of the tests; it works with ours.
+.venv-app/installed: .venv/installed .ci/app.txt
+	$(call venv-above,.venv-app)
+	.venv-app/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r .ci/app.txt
+	@touch $@
+
+# An environment that reads from .venv what it does not have itself.
+define venv-above
+$(BIN)/python -m venv --clear $(1)
+$(BIN)/python -c "import sysconfig; print('import site; site.addsitedir(%r)' % sysconfig.get_path('purelib'))" \
+  >"$$($(1)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/base.pth"
+endef
 
 check: .venv/installed
 	$(BIN)/ruff check .
@@ -60,4 +76,4 @@ site: .venv/installed
 	@touch $@
 
 clean:
-	rm -rf .venv .venv-matrix demo site
+	rm -rf .venv .venv-app .venv-matrix demo site

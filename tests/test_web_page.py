@@ -138,7 +138,7 @@ def test_an_address_opens_a_neuron_and_no_page_is_wider_than_a_phone(browser, ad
     assert page.locator("#neuron-page h2").inner_text() == "L1.u17"
     for tab in ("Find", "Neuron", "Edit"):
         page.get_by_role("tab", name=tab).click()
-        assert page.evaluate("document.documentElement.scrollWidth") <= 390
+        page.wait_for_function("document.documentElement.scrollWidth <= 390")  # once what is loading is there
 
 
 def test_by_the_keyboard_alone(browser, address, sample):
@@ -157,11 +157,12 @@ def test_by_the_keyboard_alone(browser, address, sample):
 
     tab_to("IFRAME")
     card = page.frame_locator("#card iframe")
+    nouns = card.locator(".caption button.noun").all_inner_texts()
+    begun = card.locator(".caption button.noun:focus").inner_text()  # the frame can have been reached a Tab ago
     page.keyboard.press("ArrowRight")
-    page.wait_for_timeout(500)
-    pressed = card.locator(".caption button[aria-pressed=true]")
-    assert pressed.count() == 1
-    assert pressed.inner_text() == card.locator(".caption button.noun").nth(1).inner_text()
+    after = nouns[(nouns.index(begun) + 1) % len(nouns)]
+    card.locator(".caption button[aria-pressed=true]:focus", has_text=after).wait_for()
+    assert card.locator(".caption button[aria-pressed=true]").count() == 1
 
 
 def test_hostile_files_and_texts_are_messages_and_run_nothing(browser, address, tmp_path, sample):

@@ -184,7 +184,7 @@ def test_every_page_has_a_session_of_its_own():
 
 
 @pytest.mark.slow
-@pytest.mark.skipif("MMNEURONS_REQUIRE_APP" not in os.environ, reason="takes a minute; not yet seen to pass")
+@pytest.mark.skipif("MMNEURONS_REQUIRE_APP" not in os.environ, reason="takes a minute")
 def test_many_requests_leave_no_tensor_behind(server, picture):
     import gc
 

@@ -51,6 +51,8 @@ Json = Annotated[
 ]
 Images = Annotated[list[str] | None, typer.Argument(metavar="IMAGE...", help="Image files. Default: a sample image.")]
 Reading = Annotated[Says, typer.Option("--says", help=descriptions(FindSettings)["says"])]
+SHOWN = "pear-elephant"
+"""The sample that is shown where no image is given: the words of nearly all of its neurons can be read."""
 GOES_ON = "the same command goes on from here"
 """What is said to who stops a command whose results are kept as they come."""
 
@@ -276,7 +278,7 @@ def images_or_sample(images: list[str] | None) -> list[str]:
         return list(images)
     from mmneurons import pocket
 
-    sample = pocket.samples()[0]
+    sample = next(one for one in pocket.samples() if one.name == SHOWN)
     err.print(f"no image given: this is the sample {sample.name}, see mmneurons samples", style="dim")
     return [str(sample.path)]
 
