@@ -2,12 +2,13 @@
 # make test-matrix: what depends on transformers, under its lowest, a middle and its newest version.
 # make site: the documentation, in site/; a link that leads nowhere is an error.
 # make test-app: the web app's tests, with Gradio and a driver of Debian's Chromium.
+# make test-notebooks: the notebooks of docs/notebooks, executed. Their outputs are made by .ci/notebooks.py --write.
 # make test-portable: the tests that compute, on a processor's plainest kernels and one thread: none rests on rounding.
 
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-app test-matrix test-portable check site clean
+.PHONY: demo test test-app test-notebooks test-matrix test-portable check site clean
 
 # A file of tests to a process, one thread each: tests are many small computations, which threads do not speed up.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile
@@ -53,6 +54,15 @@ test-app: .venv-app/installed
 	.venv-app/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r .ci/app.txt
 	@touch $@
 
+# The kernel is the python that is found first.
+test-notebooks: .venv-notebooks/installed
+	PATH="$(CURDIR)/.venv-notebooks/bin:$$PATH" OMP_NUM_THREADS=1 .venv-notebooks/bin/python .ci/notebooks.py
+
+.venv-notebooks/installed: .venv/installed .ci/notebooks.txt
+	$(call venv-above,.venv-notebooks)
+	.venv-notebooks/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r .ci/notebooks.txt
+	@touch $@
+
 # An environment that reads from .venv what it does not have itself.
 define venv-above
 $(BIN)/python -m venv --clear $(1)
@@ -76,4 +86,4 @@ site: .venv/installed
 	@touch $@
 
 clean:
-	rm -rf .venv .venv-app .venv-matrix demo site
+	rm -rf .venv .venv-app .venv-notebooks .venv-matrix demo site

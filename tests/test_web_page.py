@@ -21,6 +21,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
+import mmneurons as mmn
 from mmneurons import pocket
 
 WAIT = 240_000
@@ -38,13 +39,14 @@ pytestmark = [
 
 
 @pytest.fixture(scope="module")
-def address() -> Iterator[str]:
-    """A server of the pocket model, in a process of its own."""
+def address(vlm, tmp_path_factory) -> Iterator[str]:
+    """A server of the pocket model and of a run, in a process of its own."""
+    run = mmn.sweep(vlm, pocket.samples()[0].path, tmp_path_factory.mktemp("swept") / "run", top=3).folder
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     process = subprocess.Popen(
-        [sys.executable, "-m", "mmneurons.cli", "app", "--device", "cpu", "--port", str(port)],
+        [sys.executable, "-m", "mmneurons.cli", "app", "--device", "cpu", "--port", str(port), "--run", str(run)],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -82,7 +84,7 @@ def opened(browser: Any, url: str, **options: Any) -> Any:
     page.on("request", lambda request: page.hosts.add(request.url.split("/")[2] if "//" in request.url else "data"))
     page.on("pageerror", lambda error: page.faults.append(str(error)))
     page.goto(url)
-    page.get_by_role("button", name="Find the neurons").wait_for()
+    page.get_by_role("tab", name="Find").wait_for()  # another tab can be the one that is open
     return page
 
 
@@ -136,9 +138,23 @@ def test_click_a_word_edit_it_and_undo_while_another_visitor_sees_nothing_of_it(
 def test_an_address_opens_a_neuron_and_no_page_is_wider_than_a_phone(browser, address):
     page = opened(browser, f"{address}?neuron=L1.u17", viewport={"width": 390, "height": 800}, color_scheme="dark")
     assert page.locator("#neuron-page h2").inner_text() == "L1.u17"
-    for tab in ("Find", "Neuron", "Edit"):
+    for tab in ("Find", "Neuron", "Edit", "Atlas"):
         page.get_by_role("tab", name=tab).click()
         page.wait_for_function("document.documentElement.scrollWidth <= 390")  # once what is loading is there
+
+
+def test_a_word_of_the_atlas_leads_to_its_neurons(browser, address):
+    page = opened(browser, address)
+    page.get_by_role("tab", name="Atlas").click()
+    noun = page.locator("#atlas-page td").first.inner_text()
+    page.get_by_label("Word", exact=True).fill(noun)
+    page.get_by_role("button", name="Show its neurons").click()
+    page.locator("#atlas-page h3", has_text=f"Neurons of “{noun}”").wait_for()
+    first = page.locator("#atlas-page a").first
+    name = first.inner_text()
+    first.click()
+    page.locator("#neuron-page h2", has_text=name).wait_for()
+    page.locator("#neuron-page h3", has_text="In the data set it gives most to").wait_for()
 
 
 def test_by_the_keyboard_alone(browser, address, sample):

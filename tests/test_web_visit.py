@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import os
+import shutil
 import threading
+from pathlib import Path
 
 import pytest
 import torch
@@ -19,7 +22,8 @@ from mmneurons.patches.ledger import ledger_of
 from mmneurons.settings import Question
 from mmneurons.vlm.age import weights_hash
 from mmneurons.vlm.hooks.interventions import intervene
-from mmneurons.web.launch import scenes, scenes_of
+from mmneurons.web.atlas import Runs
+from mmneurons.web.launch import scenes, scenes_of, serving
 from mmneurons.web.limits import Limits, StoppedError
 from mmneurons.web.neuron import MOST, scaled_captions, stand_in
 from mmneurons.web.pool import Pool
@@ -170,6 +174,36 @@ def test_a_neuron_page_names_the_neuron_and_the_strongest_picture_first(server, 
         server.neuron(session, None, "L99.u0")
     with pytest.raises(SettingError):
         server.neuron(session, None, "<script>")
+
+
+@pytest.fixture(scope="module")
+def run(vlm, sample_paths, tmp_path_factory) -> Path:
+    pytest.importorskip("pyarrow")
+    folder = tmp_path_factory.mktemp("swept")
+    for path in sample_paths[:3]:
+        shutil.copy(path, folder)
+    return mmn.sweep(vlm, folder, folder.parent / "run", top=3).folder
+
+
+def test_a_run_is_a_table_of_nouns_of_neurons_and_on_their_pages(server, vlm, run):
+    with_run = dataclasses.replace(server, runs=Runs([run]))
+    atlas = mmn.Atlas(run)
+    noun = atlas.concepts()["lemma"][0].as_py()
+    assert f">{noun}<" in with_run.word("")
+    best = atlas.word(noun)["neuron"][0].as_py()
+    assert f'href="?neuron={best}"' in with_run.word(noun)
+    assert "Gave most on" in with_run.neuron(Session(), None, best)
+    silent = next(f"L1.u{i}" for i in range(1000) if f"L1.u{i}" not in atlas.sql("FROM neurons")["neuron"].to_pylist())
+    assert "Gave most on" not in with_run.neuron(Session(), None, silent)
+    with pytest.raises(SettingError, match="No image says 'nothing'"):
+        with_run.word("nothing")
+    with pytest.raises(SettingError, match="has no run"):
+        server.word(noun)
+
+
+def test_a_run_of_another_model_is_refused(random_vlm, run):
+    with pytest.raises(SettingError, match="of another model"):
+        serving(random_vlm, (), Limits(), [run])
 
 
 def test_no_model_is_loaded_for_a_visitor(server):

@@ -11,6 +11,7 @@ import typer
 
 from mmneurons.cli.options import Load, app, err, loads_model, out
 from mmneurons.cli.sources import SOURCES, fitting_items, readable_items
+from mmneurons.data.run import Run
 from mmneurons.errors import SettingError
 
 if TYPE_CHECKING:
@@ -31,6 +32,10 @@ def web_app(
     images: Annotated[
         list[str] | None,
         typer.Option(help=f"Pictures that edits are made and judged with beside a visitor's own. {SOURCES}"),
+    ] = None,
+    run: Annotated[
+        list[str] | None,
+        typer.Option(metavar="RUN", help="A folder that sweep made with the same model: its atlas; repeatable."),
     ] = None,
     host: Annotated[str, typer.Option(help="Where to listen; any but this machine needs --auth.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=1, max=65535, help="The port to listen on.")] = 7860,
@@ -66,6 +71,8 @@ def web_app(
             fix=f"{PASSWORD}=... mmneurons app --host {host} --auth NAME",
         )
     secret = _secret(auth)
+    for folder in run or ():
+        Run(folder)
     pictures = readable_items(images) or []
     # 2. The models, once and for all: none is loaded for a visitor.
     models: dict[str, VLM] = {name or "pocket": load.of(name) for name in model or [None]}
@@ -75,7 +82,16 @@ def web_app(
     if host not in LOOPBACK:
         err.print(f"warning: this listens on {host}: others can use your models, over a line that is not encrypted")
     out.print(f"open http://{'127.0.0.1' if host == '0.0.0.0' else host}:{port} (Ctrl-C stops)", soft_wrap=True)
-    open_app(models, images=pictures, host=host, port=port, auth=secret, limits=Limits(seconds=seconds), block=True)
+    open_app(
+        models,
+        images=pictures,
+        run=run or (),
+        host=host,
+        port=port,
+        auth=secret,
+        limits=Limits(seconds=seconds),
+        block=True,
+    )
 
 
 def _secret(name: str | None) -> tuple[str, str] | None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import posixpath
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -92,19 +92,12 @@ class Site:
         return self._page(name, MEAN, sections)
 
     def _section(self, title: str, table: pa.Table, up: str) -> Section:
-        return Section(title, table.column_names, [self._row(row, up) for row in table.to_pylist()])
+        def link(column: str, value: str) -> str | None:
+            if column in ("neuron", "best"):
+                return f"{up}neurons/{value}.html"
+            return f"{up}words/{self.words[value]}" if column == "lemma" and value in self.words else None
 
-    def _row(self, row: Mapping[str, Any], up: str) -> list[Cell]:
-        cells = []
-        for column, value in row.items():
-            link = None
-            if column in ("neuron", "best") and _is_neuron(value):
-                link = f"{up}neurons/{value}.html"
-            elif column == "lemma" and value in self.words:
-                link = f"{up}words/{self.words[value]}"
-            is_number = isinstance(value, int | float) and not isinstance(value, bool)
-            cells.append(Cell(_shown(value), link, is_number))
-        return cells
+        return section(title, table, link)
 
     def _page(self, title: str, note: str, sections: list[Section], *, home: str = f"{UP}index.html") -> str:
         made_by = {name: run.facts.made_by for name, run in zip(self._atlas.names, self._atlas.runs, strict=True)}
@@ -147,6 +140,23 @@ def write_site(atlas: Atlas, folder: str | os.PathLike[str], *, limit: int = 20,
         progress("neurons", i, len(neurons))
     _write(folder / "index.html", site.index())
     return 1 + len(site.words) + len(neurons)
+
+
+def section(title: str, table: pa.Table, link: Callable[[str, str], str | None]) -> Section:
+    """Make what a page shows of a table.
+
+    Args:
+        title: Its heading.
+        table: The table.
+        link: Where a text leads, given its column; None: nowhere. It is asked of true names of neurons, and of nouns.
+    """
+
+    def cell(column: str, value: Any) -> Cell:
+        leads = column == "lemma" or (column in ("neuron", "best") and _is_neuron(value))
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        return Cell(_shown(value), link(column, str(value)) if leads else None, is_number)
+
+    return Section(title, table.column_names, [[cell(*one) for one in row.items()] for row in table.to_pylist()])
 
 
 def _write(path: Path, page: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Awaitable, Callable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from PIL import Image
@@ -14,6 +15,7 @@ from mmneurons.errors import SettingError
 from mmneurons.pocket.scenes import nouns, scene
 from mmneurons.pocket.sets import make_edit_scenes
 from mmneurons.vlm.vlm import VLM
+from mmneurons.web.atlas import Runs
 from mmneurons.web.limits import Limits
 from mmneurons.web.pool import STRIP, Pool
 from mmneurons.web.visit import Server
@@ -59,6 +61,7 @@ def app(
     vlm: VLM | Mapping[str, VLM],
     *,
     images: Sequence[Any] = (),
+    run: str | Path | Sequence[str | Path] = (),
     host: str = "127.0.0.1",
     port: int | None = None,
     auth: tuple[str, str] | None = None,
@@ -73,6 +76,7 @@ def app(
         vlm: The model, or several by the names that visitors choose from.
         images: Pictures of the server, such as `read_items(...)` gives, that edits are made and judged with beside the
             visitor's own. Default: scenes, for the pocket model; none, for another.
+        run: The folder of a run of the same model, or several: their atlas is a tab, and on the pages of neurons.
         host: Where the server listens. Any other host than this machine lets others use the models.
         port: Its port; None: the first that is free from 7860 on.
         auth: The name and password that visitors are asked for; None: none.
@@ -83,7 +87,8 @@ def app(
         The running app; its `close()` stops the server.
 
     Raises:
-        SettingError: Gradio is not installed, no model was given, or the port is taken.
+        FormatError: a folder holds no run, or a damaged one.
+        SettingError: Gradio is not installed, no model was given, a run is of another, or the port is taken.
     """
     check_gradio()
     from starlette.middleware import Middleware  # pyright: ignore[reportMissingImports]
@@ -91,7 +96,7 @@ def app(
     from mmneurons.web.page import make_page, theme
     from mmneurons.web.views import style
 
-    server = serving(vlm, images, limits or Limits())
+    server = serving(vlm, images, limits or Limits(), [run] if isinstance(run, str | Path) else run)
     page = make_page(server)
     page.queue(max_size=32, default_concurrency_limit=2)
     try:
@@ -136,11 +141,14 @@ def check_gradio() -> None:
     del gradio
 
 
-def serving(vlm: VLM | Mapping[str, VLM], images: Sequence[Any], limits: Limits) -> Server:
-    """Make the server of some models and pictures.
+def serving(
+    vlm: VLM | Mapping[str, VLM], images: Sequence[Any], limits: Limits, folders: Sequence[str | Path] = ()
+) -> Server:
+    """Make the server of some models, pictures and folders of runs.
 
     Raises:
-        SettingError: no model was given.
+        FormatError: a folder holds no run, or a damaged one.
+        SettingError: no model was given, or a run is of none of them.
     """
     models = {vlm.model_id: vlm} if isinstance(vlm, VLM) else dict(vlm)
     if not models:
@@ -149,7 +157,12 @@ def serving(vlm: VLM | Mapping[str, VLM], images: Sequence[Any], limits: Limits)
         name: Pool(one, scenes(), scenes_of) if one.is_pocket and not images else Pool(one, images)
         for name, one in models.items()
     }
-    return Server(models, pools, limits)
+    runs = Runs(folders) if folders else None
+    if runs is not None and not any(runs.are_of(one) for one in models.values()):
+        raise SettingError(
+            "This run is of another model.", seen=f"The app has {', '.join(models)}.", fix="--model, as in the sweep"
+        )
+    return Server(models, pools, limits, runs)
 
 
 @dataclass(frozen=True)

@@ -110,6 +110,9 @@ def make_page(server: Server) -> gr.Blocks:
                 _neuron_tab(server, session, model, neuron_chosen, page, tabs)
             with gr.Tab("Edit", id="edit"):
                 _edit_tab(server, session, model, word)
+            if server.runs is not None:
+                with gr.Tab("Atlas", id="atlas"):
+                    _atlas_tab(server)
         card.select(_chosen, None, [word, neuron_chosen], queue=False, api_visibility="private", show_progress="hidden")
     return page
 
@@ -199,6 +202,19 @@ def _neuron_tab(
     page.load(opened, neuron, [neuron, tabs], js=ADDRESS, api_visibility="private", queue=False).then(
         told(lambda one, name, of: server.neuron(one, name, of) if of else "", 1), api_visibility="private", **options
     )
+
+
+def _atlas_tab(server: Server) -> None:
+    """Build the tab Atlas: a word, and the neurons that say it in the server's runs."""
+    with gr.Row(equal_height=True):
+        word = gr.Textbox(label="Word", placeholder="dog; none: all that were said", scale=3)
+        show = gr.Button("Show its neurons", variant="primary", scale=1)
+    notice = gr.HTML(elem_id="atlas-notice")
+    found = gr.HTML(server.word(""), elem_id="atlas-page")
+    for event, name in ((show.click, "word"), (word.submit, None)):
+        event(
+            told(server.word, 1), word, [found, notice], api_name=name, api_visibility="public" if name else "private"
+        )
 
 
 def _edit_tab(server: Server, session: gr.State, model: gr.Dropdown, word: gr.Textbox) -> None:

@@ -15,6 +15,7 @@ from mmneurons.finding.lookup import NeuronCard
 from mmneurons.finding.result import Finding
 from mmneurons.neurons import Neuron
 from mmneurons.report import pictures
+from mmneurons.report.atlas import Section
 from mmneurons.report.page import asset, environment, framed
 from mmneurons.web.editing import Outcome, Said
 from mmneurons.web.neuron import Excited
@@ -84,6 +85,11 @@ def neuron_page(found: NeuronCard, fired: Sequence[Excited]) -> str:
     )
     shown = [{"uri": uri, "name": one.name, "peak": one.peak} for one, uri in zip(fired, heats, strict=True)]
     return f"{_macros().neuron(found)}{_macros().excited(shown)}"
+
+
+def tables(note: str, sections: Sequence[Section]) -> str:
+    """Write tables of a run, with a note above them."""
+    return str(_macros().tables(note, sections))
 
 
 def scaled(image: Image.Image, scale: float, usual: str, neurons: Sequence[Neuron], captions: Sequence[str]) -> str:

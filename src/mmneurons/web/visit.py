@@ -20,6 +20,7 @@ from mmneurons.progress import Progress, untold
 from mmneurons.settings import PROMPT, FindSettings, Score
 from mmneurons.vlm.vlm import VLM
 from mmneurons.web import views
+from mmneurons.web.atlas import Runs
 from mmneurons.web.editing import Outcome, checked_words, make_edit
 from mmneurons.web.limits import Limits, check_text, open_upload
 from mmneurons.web.neuron import excitement, scaled_captions, stand_in
@@ -46,6 +47,8 @@ class Server:
     models: Mapping[str, VLM]
     pools: Mapping[str, Pool]
     limits: Limits = field(default_factory=Limits)
+    runs: Runs | None = None
+    """What sweeps of one of the models found."""
 
     def model(self, name: str | None) -> tuple[str, VLM]:
         """Return one of the models; the first where none is named.
@@ -94,7 +97,18 @@ class Server:
             seen += [(label, image) for label, image in samples if image.tobytes() not in mine]
         session.stop.clear()
         with patched(vlm, session.active(name), self.limits, session.stop):
-            return views.neuron_page(explain_neuron(vlm, one), excitement(vlm, one, seen))
+            page = views.neuron_page(explain_neuron(vlm, one), excitement(vlm, one, seen))
+        return page + (self.runs.neuron(str(one)) if self.runs and self.runs.are_of(vlm) else "")
+
+    def word(self, word: str) -> str:
+        """Make the page of a noun in the runs of this server; of no word, the nouns that were said.
+
+        Raises:
+            SettingError: no image says the word, or the server has no run.
+        """
+        if self.runs is None:
+            raise SettingError("This server has no run.", fix="mmneurons app --run RUN")
+        return self.runs.word(check_text(word, self.limits))
 
     def scale(self, session: Session, model: str | None, neuron: str, scale: float) -> str:
         """Let the model answer about the visitor's picture with a neuron, and a random one, scaled.
