@@ -1,4 +1,5 @@
 # make demo: set up and show the main job. make test: the tests. Both work twice in a row, and offline after the first time.
+# make test-slow: the tests that take long, those in a browser, on Ray and of the photo model among them.
 # make test-matrix: what depends on transformers, under its lowest, a middle and its newest version.
 # make site: the documentation, in site/; a link that leads nowhere is an error.
 # make test-app: the web app's tests, with Gradio and a driver of Debian's Chromium.
@@ -8,10 +9,12 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-app test-notebooks test-matrix test-portable check site clean
+.PHONY: demo test test-slow test-app test-notebooks test-matrix test-portable check site clean
 
-# A file of tests to a process, one thread each: tests are many small computations, which threads do not speed up.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile
+# One thread to a process: tests are many small computations, which threads do not speed up. A file of tests to a process,
+# since its tests share what they make; those that take long share little, so each goes to a process that is free.
+PROCESSES := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses logical --maxprocesses 4
+PYTEST := $(PROCESSES) --dist loadfile
 
 NUMERIC := baselines causal edit evaluation families find finders forms gradient hallucination inspect interventions load lookup \
   maths patch regions sensitivity specificity truth weights
@@ -26,6 +29,9 @@ demo: .venv/installed
 
 test: .venv/installed
 	$(PYTEST)
+
+test-slow: .venv/installed
+	$(PROCESSES) --dist load --maxschedchunk 1 -m slow
 
 test-portable: .venv/installed
 	ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 MKL_CBWR=COMPATIBLE \
