@@ -96,6 +96,8 @@ def run(path: Path, folder: Path) -> int:
 @each_document
 def test_python_blocks_run(path, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("mmneurons.editing.dehallucinate.ROWS", 8)  # answers read at each step, fewer than for figures
+    monkeypatch.setattr("mmneurons.editing.dehallucinate.REFERENCES", 4)
     run(path, tmp_path)
 
 
