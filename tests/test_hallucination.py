@@ -646,7 +646,8 @@ def test_from_a_manifest_to_a_patch_its_figures_and_a_page(capsys, monkeypatch, 
         scene.image.save(tmp_path / f"{i}.png")
         entries.append({"image": f"{i}.png", "objects": list(scene.objects)})
     Path("list.json").write_text(json.dumps(entries))
-    arguments = ("dehallucinate", "--images", "list.json", "--top", 50, "--steps", 12, "--batch-size", 4, "--reference", "0.png")
+    few = ("--top", 50, "--steps", 12, "--batch-size", 4)
+    arguments = ("dehallucinate", "--images", "list.json", "--reference", "0.png", *few)
     code, out, err = call(
         capsys, monkeypatch, *arguments, "--out", "p.safetensors", "--json", "figures.json", "--report", "page.html"
     )
