@@ -10,15 +10,16 @@ from kits.float64 import in_float64
 from torch import nn
 
 import mmneurons as mmn
-from mmneurons import pocket
+from mmneurons import methods, pocket
 from mmneurons.baselines import finetune, lora
 from mmneurons.baselines import task as teaching
-from mmneurons.baselines.baseline import NAMES, Name, Rival, baseline
+from mmneurons.baselines.baseline import NAMES, Change, Name, baseline
 from mmneurons.baselines.matched import matched_neurons
 from mmneurons.baselines.memit import spread
 from mmneurons.baselines.output_layer import HeadChange
 from mmneurons.baselines.rome import carried
 from mmneurons.baselines.task import Schedule, Task
+from mmneurons.editing import edit as own
 from mmneurons.editing import request
 from mmneurons.editing.answers import occurrences, trace_answers
 from mmneurons.editing.closed_form import select_columns
@@ -80,11 +81,11 @@ def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
 
 
 @pytest.fixture(scope="module")
-def rivals(model: VLM, reference: Reference) -> dict[str, Rival]:
+def rivals(model: VLM, reference: Reference) -> dict[str, Change]:
     """Made when first asked for."""
 
     class Made(dict):
-        def __missing__(self, name: Name) -> Rival:
+        def __missing__(self, name: Name) -> Change:
             options: Any = {"source": "dog", "target": "cat", "reference": reference, "settings": SETTINGS}
             with pytest.MonkeyPatch.context() as patch:  # coarser than what is measured, to be quick
                 patch.setattr(teaching, "REFERENCES", 4)
@@ -135,8 +136,9 @@ def test_an_exception_inside_takes_the_edit_back(model, rivals, name):
 @pytest.mark.parametrize("name", NAMES)
 def test_provenance_says_what_it_took(rivals, name):
     said = rivals[name].provenance
-    assert (said["baseline"], said["source"], said["target"]) == (name, "dog", "cat")
+    assert (said["settings"]["method"], said["source"], said["target"]) == (name, "dog", "cat")
     assert said["seconds"] > 0
+    assert 0 < max(said["said_source"]) <= len(IMAGES)
     assert said["settings"]["batch_size"] == 20
     assert (said["steps"] > 0) == (name in ("finetune", "lora", "rome", "memit"))
     changed = {"finetune": 1, "rome": 1, "memit": 3, "lora": 5, "head_rows": 0, "logit_bias": 0}
@@ -179,7 +181,7 @@ def test_memit_is_rome_where_the_reference_weighs_nothing_and_nothing_where_it_w
 
 def test_rome_moves_the_block_from_the_key_to_what_was_learned(model, rivals, task):
     """In the model: at the mean key its block writes what was found by gradient, and that is TARGET."""
-    patch = rivals["rome"].change
+    patch = rivals["rome"]
     assert isinstance(patch, Patch)
     assert patch.directions is not None
     (part,) = patch.parts
@@ -209,7 +211,7 @@ def test_random_columns_are_others_of_the_same_block_and_as_loud(model, task):
 
 def test_random_takes_other_columns_than_edit(model, rivals, task):
     chosen = select_columns(model, token_goals(model, task.requests, "cat"), SETTINGS.top, SETTINGS.blocks)
-    assert not set(rivals["random"].change.neurons) & set(chosen.neurons)
+    assert not set(rivals["random"].neurons) & set(chosen.neurons)
 
 
 def test_captions_are_rewritten_and_all_else_is_kept(model, task):
@@ -247,9 +249,8 @@ def test_learning_without_a_reference_and_what_is_learned_does_not_depend_on_the
     made = []
     with in_float64(model) as double:  # Adam's first steps are of one size: no gradient's sign may be rounding
         for size in (8, 4):
-            settings = EditSettings(batch_size=size)
-            rival = baseline(double, "finetune", IMAGES, source="dog", target="cat", settings=settings, block=3)
-            made.append(rival.change)
+            settings = EditSettings(batch_size=size, block=3)
+            made.append(baseline(double, "finetune", IMAGES, source="dog", target="cat", settings=settings))
     assert made[0].parts[0].layer == 3
     a, b = (change.parts[0].deltas for change in made)
     assert float(a.abs().max()) > 1e-3
@@ -258,7 +259,7 @@ def test_learning_without_a_reference_and_what_is_learned_does_not_depend_on_the
 
 @pytest.mark.usefixtures("unchanged")
 def test_lora_inside_is_seen_by_hooks_of_the_anatomy_and_its_weights_are_loaded(model, rivals):
-    adapter = rivals["lora"].change
+    adapter = rivals["lora"]
     inside = model.anatomy.ffns[-1].module
     inputs = model.encode([IMAGES[0]])
     with torch.no_grad():
@@ -306,7 +307,7 @@ def test_heads_change_two_logits_only():
 
 @pytest.mark.usefixtures("unchanged")
 def test_mistakes_are_refused_in_words(model, monkeypatch):
-    def make(name: Any = "rome", source: str = "dog", target: str = "cat", **options: Any) -> Rival:
+    def make(name: Any = "rome", source: str = "dog", target: str = "cat", **options: Any) -> Change:
         return baseline(model, name, IMAGES[:1], source=source, target=target, **options)
 
     with pytest.raises(SettingError, match="no baseline 'grace'"):
@@ -317,7 +318,7 @@ def test_mistakes_are_refused_in_words(model, monkeypatch):
         make(source="umbrella")
     for name in ("finetune", "rome", "memit"):
         with pytest.raises(SettingError, match="5 blocks"):
-            make(name, block=5)
+            make(name, settings=EditSettings(block=5))
     monkeypatch.setattr(model.model, "peft_config", {}, raising=False)
     with pytest.raises(ModelError, match="has adapters already"):
         make("lora")
@@ -340,3 +341,25 @@ def test_lora_is_learned_in_float32_whatever_the_models_dtype():
                 parameter.normal_()
         assert bf16_vlm.caption(IMAGES[0]) != before
     assert bf16_vlm.caption(IMAGES[0]) == before
+
+
+def test_edit_reaches_every_method_by_name(model, monkeypatch):
+    asked = []
+    made = Patch(model.anatomy.hidden, (), provenance={})
+
+    def other(vlm, name, images, **options):
+        asked.append((name, len(images), options["settings"].seed, options["settings"].block))
+        return made
+
+    monkeypatch.setattr(methods, "baseline", other)
+    for name in NAMES:
+        assert mmn.edit(model, IMAGES[0], source="dog", target="cat", method=name, seed=3, block=2) is made
+    assert asked == [(name, 1, 3, 2) for name in NAMES]
+    with pytest.raises(SettingError, match="rome replaces a word, and cannot remove"):
+        mmn.edit(model, IMAGES, source="dog", method="rome")
+    with pytest.raises(SettingError, match="lora does not change columns"):
+        mmn.edit(model, IMAGES, source="dog", target="cat", method="lora", neurons=[])  # pyright: ignore[reportCallIssue, reportArgumentType]
+    with pytest.raises(SettingError, match="no method 'grace'"):
+        mmn.edit(model, IMAGES, source="dog", target="cat", method="grace")  # pyright: ignore[reportCallIssue, reportArgumentType]
+    with pytest.raises(SettingError, match="rome is none of selective"):
+        own.edit(model, IMAGES, source="dog", target="cat", method="rome")

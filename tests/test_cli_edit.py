@@ -12,6 +12,7 @@ from PIL import Image
 import mmneurons as mmn
 from mmneurons import pocket
 from mmneurons.cli.sources import lines_of
+from mmneurons.editing.evaluate_edits import cases
 from mmneurons.errors import SettingError
 from mmneurons.patches.patch import Patch
 from mmneurons.words import says
@@ -141,3 +142,18 @@ def test_the_pocket_sets_of_a_plural_are_those_of_its_noun(capsys, monkeypatch, 
     monkeypatch.setattr("mmneurons.cli.edit.or_pocket", none)
     assert call(capsys, monkeypatch, "edit", "--from", "dogs", "--to", "cat")[0] == 2
     assert asked == ["edit/dog"]
+
+
+@pytest.mark.slow
+def test_a_patch_of_another_method_is_written_and_judged_like_any_other(capsys, monkeypatch, folder):
+    monkeypatch.chdir(folder)
+    words = ("--method", "rome", "--from", "dog", "--to", "cat", "--images", "dog0.png", "--reference", "others")
+    code, out, err = call(capsys, monkeypatch, "edit", *words, "--out", "rome.safetensors")
+    assert code == 0, err
+    assert "dog -> cat: 1024 columns" in out
+    patch = Patch.load("rome.safetensors")
+    assert patch.provenance["settings"]["method"] == "rome"
+    assert cases({"rome": patch})["rome"].target == "cat"
+    code, _, err = call(capsys, monkeypatch, "edit", "--method", "lora", "--from", "dog", "--to", "cat")
+    assert code == 2
+    assert "'lora' is not one of" in err

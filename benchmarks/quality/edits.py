@@ -26,7 +26,7 @@ import torch
 
 import mmneurons as mmn
 from mmneurons import pocket
-from mmneurons.baselines.baseline import NAMES, Name, Rival, baseline
+from mmneurons.baselines.baseline import NAMES, Change, Name, baseline
 from mmneurons.data.dataset import read_items
 from mmneurons.editing.edit import edit
 from mmneurons.editing.evaluate import Before, Bench
@@ -92,7 +92,7 @@ def jobs(vlm: VLM, what: str, folder: Path) -> dict[str, Case]:
 
         return made(folder, f"{method}-{source}-{target}", make)
 
-    def rival(name: Name, pair: pocket.EditPair) -> Rival:
+    def rival(name: Name, pair: pocket.EditPair) -> Change:
         images = images_of(pair.source)
         return baseline(vlm, name, images, source=pair.source, target=pair.target, reference=reference())
 
@@ -251,7 +251,7 @@ def against(folder: Path) -> None:
     sums = {key: judged["generality"]["mean"] + judged["locality"]["mean"] for key, judged in found.items()}
     print(f"| way | {' | '.join(label for _, label in FIGURES)} | gen + loc | `selective` better by |")
     print("| --- " * (len(FIGURES) + 3) + "|")
-    for way in (*METHODS, *NAMES):
+    for way in dict.fromkeys((*METHODS, *NAMES)):
         mine = [found[way, source] for source in sources]
         cells = [f"{statistics.mean(one[field]['mean'] for one in mine if one[field]):.3f}" for field, _ in FIGURES]
         total = statistics.mean(sums[way, source] for source in sources)

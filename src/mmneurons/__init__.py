@@ -22,13 +22,11 @@ if TYPE_CHECKING:  # each public name once: a type checker reads these lines, an
     from mmneurons.atlas.atlas import ImagePage as ImagePage
     from mmneurons.atlas.atlas import NeuronPage as NeuronPage
     from mmneurons.attribution.finders import finder_scores as finder_scores
-    from mmneurons.baselines.baseline import baseline as baseline
     from mmneurons.data.dataset import Item as Item
     from mmneurons.data.dataset import read_items as read_items
     from mmneurons.data.run import Run as Run
     from mmneurons.editing.dehallucinate import chair_change as chair_change
     from mmneurons.editing.dehallucinate import dehallucinate as dehallucinate
-    from mmneurons.editing.edit import edit as edit
     from mmneurons.editing.evaluate import Before as Before
     from mmneurons.editing.evaluate import Bench as Bench
     from mmneurons.editing.evaluate import evaluate as evaluate
@@ -49,6 +47,7 @@ if TYPE_CHECKING:  # each public name once: a type checker reads these lines, an
     from mmneurons.inspection.faithfulness import finder_truth as finder_truth
     from mmneurons.inspection.run import inspect as inspect
     from mmneurons.inspection.sensitivity import sensitivity as sensitivity
+    from mmneurons.methods import edit as edit
     from mmneurons.metrics.chair import Vocabulary as Vocabulary
     from mmneurons.metrics.chair import chair as chair
     from mmneurons.metrics.chair import pope as pope

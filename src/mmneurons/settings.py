@@ -29,13 +29,17 @@ MAX_NEW_TOKENS = 32
 """The most tokens of an answer, unless the user says otherwise."""
 
 Score = Literal["logit", "logprob", "paper"]
-Method = Literal["selective", "closed_form", "optimised"]
+Method = Literal["selective", "closed_form", "optimised", "finetune", "rome", "memit", "random"]
+"""The ways to make a patch: the first three are `edit`'s own, the others what they are compared with."""
+OtherMethod = Literal["lora", "logit_bias", "head_rows"]
+"""The ways to make a change that is no patch: adapters beside the weights, a hook on the head."""
 Says = Literal["standardised", "raw"]
 Baseline = Literal["zero", "blank"]
 SCORES: tuple[Score, ...] = get_args(Score)
 SAYS: tuple[Says, ...] = get_args(Says)
 BASELINES: tuple[Baseline, ...] = get_args(Baseline)
 METHODS: tuple[Method, ...] = get_args(Method)
+OTHER_METHODS: tuple[OtherMethod, ...] = get_args(OtherMethod)
 CHOICES: Mapping[str, tuple[str, ...]] = {"score": SCORES, "says": SAYS, "method": METHODS}
 """The values that a field can take, by the name of the field."""
 Blocks = int | Literal["all"]
@@ -91,7 +95,7 @@ class Question:
         choices = CHOICES.get(name)
         if choices is not None and value not in choices:
             raise SettingError(f"There is no {name} '{value}'.", fix=f"Choose one of: {', '.join(choices)}.")
-        if at_least is None or (name == "blocks" and value == "all"):  # no number, and no bound
+        if at_least is None or (name, value) in (("blocks", "all"), ("block", None)):  # no number, and no bound
             return
         # `not >=` instead of `<`: it refuses NaN, too.
         whole = name not in FRACTIONS
@@ -206,7 +210,9 @@ class EditSettings(Question):
 
     method: Method = "selective"
     """How the change is found: in closed form, sparing what the reference answers rely on (selective), as the smallest
-    change in closed form (closed_form), or by gradient descent (optimised); see docs/guide/edit.md."""
+    change in closed form (closed_form), or by gradient descent (optimised); or as in other work, to compare with: by
+    fine-tuning one block (finetune), ROME (rome), MEMIT (memit), or the closed form on matched random columns
+    (random); see docs/guide/edit.md."""
     top: int = setting(400, at_least=1)
     """How many columns the edit moves: the ones that contribute most to SOURCE."""
     blocks: Blocks = setting(1, at_least=1)
@@ -216,6 +222,11 @@ class EditSettings(Question):
     the smallest change."""
     wordings: tuple[str, ...] = setting((), option="--wording")
     """Another prompt under which the edit is to hold as well; repeatable."""
+    block: int | None = setting(None, at_least=0)
+    """The block that finetune and rome change, and the last that memit changes. Default: the model's last; for rome the
+    last but one, where it does better."""
+    seed: int = setting(0, at_least=0)
+    """Seed of the random columns, of LoRA's first weights and of the order in which reference images are learned."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -294,14 +305,21 @@ class SweepOptions(FindOptions, total=False):
     shard_size: int
 
 
-class EditOptions(QuestionOptions, total=False):
-    """Keyword arguments of `edit`: the fields of `EditSettings`."""
+class EditChoices(QuestionOptions, total=False):
+    """Keyword arguments of `edit`: the fields of `EditSettings` but for the method."""
 
-    method: Method
     top: int
     blocks: Blocks
     ridge: float
     wordings: tuple[str, ...]
+    block: int | None
+    seed: int
+
+
+class EditOptions(EditChoices, total=False):
+    """Keyword arguments of `edit` that makes a patch: the fields of `EditSettings`."""
+
+    method: Method
 
 
 class InspectOptions(QuestionOptions, total=False):

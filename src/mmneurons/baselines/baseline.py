@@ -1,7 +1,6 @@
-"""Rivals of `edit`: other ways to make a model say TARGET where it says SOURCE, all asked and evaluated alike.
+"""Baselines: other ways to make a model say TARGET where it says SOURCE, all asked and evaluated alike.
 
-    rival = baseline(vlm, "rome", images, source="dog", target="cat", reference=reference, settings=None)
-    with rival.applied(vlm): ...
+`mmneurons.methods.edit` reaches them by `method=`.
 
 | name | what changes | source |
 | --- | --- | --- |
@@ -17,9 +16,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Literal, get_args
 
 import torch
 
@@ -40,27 +39,13 @@ from mmneurons.progress import Progress, untold
 from mmneurons.settings import EditSettings
 from mmneurons.vlm import provenance
 from mmneurons.vlm.context import evaluating, frozen
-from mmneurons.vlm.locking import by_one_thread, restored
+from mmneurons.vlm.locking import by_one_thread
 from mmneurons.vlm.vlm import VLM
 
 Name = Literal["finetune", "lora", "rome", "memit", "random", "logit_bias", "head_rows"]
 NAMES: tuple[Name, ...] = get_args(Name)
-
-
-@dataclass(frozen=True, eq=False)
-class Rival:
-    """An edit made another way."""
-
-    name: Name
-    change: Patch | Adapter | HeadChange
-    provenance: Mapping[str, Any] = field(default_factory=dict)
-    """Plain data: settings, `seconds` to make it, `steps` of Adam, `changed` numbers of the model, `stored` numbers."""
-
-    @restored
-    def applied(self, vlm: VLM) -> Iterator[Rival]:
-        """Apply, and take back whatever happens; errors as of `Patch.apply`."""
-        with self.change.applied(vlm):
-            yield self
+Change = Patch | Adapter | HeadChange
+"""What a way of editing makes: each can be `applied(vlm)`, for as long as a `with` lasts, and has its `provenance`."""
 
 
 @by_one_thread
@@ -73,11 +58,9 @@ def baseline(
     target: str,
     reference: Reference | None = None,
     settings: EditSettings | None = None,
-    block: int | None = None,
-    seed: int = 0,
     progress: Progress = untold,
-) -> Rival:
-    """Make the model say `target` where it says `source`, not by `edit`. The model is left as it was.
+) -> Change:
+    """Make the model say `target` where it says `source`, as other work does. The model is left as it was.
 
     Args:
         vlm: The model, from `load`.
@@ -86,11 +69,12 @@ def baseline(
         source: The word that is to go, singular.
         target: The word that is to come, singular.
         reference: What is to stay as it is. Without one, the other words of the same captions.
-        settings: Prompts, answer prefix and batches for all; how columns are chosen and moved for "random" alone.
-        block: Whose `w_out` "finetune" and "rome" change, the last of those that "memit" changes. None: the model's
-            last; for "rome" the last but one, where it does better.
-        seed: Of the random columns, of LoRA's first weights and of the order of reference images.
+        settings: Prompts, answer prefix, batches, block and seed; how columns are chosen and moved for "random" alone.
         progress: Told what is being done.
+
+    Returns:
+        The change. Its `provenance` says what was asked, the `seconds` and the `steps` of Adam that it took, how many
+        numbers of the model are `changed`, and how many are `stored` to say how.
 
     Raises:
         WordError: the model says `source` of none of the images, or a word cannot be written in its tokens.
@@ -109,17 +93,18 @@ def baseline(
     tell("answering about the images")
     # 1. What the model says of the images: the same for all.
     requests = make_requests(vlm, images, settings.questions, source, target)
-    task = Task(vlm, requests, source, target, reference, settings, seed, tell)
+    task = Task(vlm, requests, source, target, reference, settings, settings.seed, tell)
     # 2. The change; the model's own weights take no part in what is learned.
     with torch.inference_mode(False), frozen(vlm.model), evaluating(vlm.model):
-        change, facts = _MAKERS[name](task, block)
+        change, facts = _MAKERS[name](task, settings.block)
     # 3. What made it, and at what cost.
+    recorded = recorded_settings(settings, requests)
+    recorded["settings"] |= {"method": name}
     made_by = {
-        "baseline": name,
         "source": source,
         "target": target,
-        "seed": seed,
-        **recorded_settings(settings, requests),
+        **recorded,
+        "said_source": [len(one.saying) for one in requests],
         **facts,
         "seconds": time.perf_counter() - began,
         **_sizes(vlm, change),
@@ -128,10 +113,10 @@ def baseline(
         "model": dict(vlm.facts),
         "packages": provenance.versions(),
     }
-    return Rival(name, change, made_by)
+    return replace(change, provenance=made_by)
 
 
-def _sizes(vlm: VLM, change: Patch | Adapter | HeadChange) -> dict[str, int]:
+def _sizes(vlm: VLM, change: Change) -> dict[str, int]:
     """`changed`: numbers of the model that are others; `stored`: numbers that say how."""
     if isinstance(change, HeadChange):
         return {"changed": 0, "stored": len(change.pairs) * 2 + (change.bias is not None)}
@@ -145,7 +130,7 @@ def _sizes(vlm: VLM, change: Patch | Adapter | HeadChange) -> dict[str, int]:
     return {"changed": len(change.neurons) * vlm.anatomy.hidden, "stored": stored}
 
 
-_MAKERS: dict[str, Callable[[Task, int | None], tuple[Patch | Adapter | HeadChange, Facts]]] = {
+_MAKERS: dict[str, Callable[[Task, int | None], tuple[Change, Facts]]] = {
     "finetune": finetune,
     "lora": lora,
     "rome": rome,

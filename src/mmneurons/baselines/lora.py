@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +31,8 @@ class Adapter:
     """Paths of the modules."""
     weights: Mapping[str, Tensor]
     """By their names in the model with the adapter, float32, on the CPU."""
+    provenance: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    """What made it, as plain data."""
 
     @restored
     def applied(self, vlm: VLM) -> Iterator[Adapter]:

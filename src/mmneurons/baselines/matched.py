@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 
@@ -30,7 +31,7 @@ def random(task: Task, block: int | None) -> tuple[Patch, Facts]:
         target=task.target,
         reference=task.reference,
         neurons=matched_neurons(task.vlm, goals, chosen, task.seed),
-        settings=task.settings,
+        settings=replace(task.settings, method="selective"),
         progress=lambda stage, done, total: task.tell(stage),
     )
     return patch, {"steps": 0, "search": patch.provenance["search"]}

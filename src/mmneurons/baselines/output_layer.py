@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
 from functools import partial
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -29,6 +30,8 @@ class HeadChange:
     """SOURCE's token and TARGET's, for each form."""
     bias: float | None
     """Taken from the first and added to the second of each pair; None: they change places."""
+    provenance: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    """What made it, as plain data."""
 
     def __rmul__(self, factor: float) -> HeadChange:
         """A bias `factor` times as large."""

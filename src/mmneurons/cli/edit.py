@@ -94,9 +94,9 @@ def edit(
             "--held-out, --unrelated and --limit are for judging the patch.",
             fix="Add --evaluate DIR, or leave them out.",
         )
-    from mmneurons.editing.edit import edit as make_patch
     from mmneurons.editing.evaluate_edits import cases
     from mmneurons.editing.reference import make_reference
+    from mmneurons.methods import edit as make_patch
 
     # Damaged images are found now; those that the model's processor refuses, once the model is there.
     shown, kept = readable_items([*(images or []), *(more or [])]), readable_items(reference)
@@ -124,23 +124,7 @@ def edit(
         )  # fmt: skip
     save(patch, path)
     tell_patched(vlm)
-    search, wanted = patch.provenance["search"], target or "anything else"
-    strength = f", strength {search['strength']:.3g}" if "strength" in search else ""
-    out.print(f"{source} -> {wanted}: {len(patch.neurons)} columns{strength}")
-    out.print(f"  turned {search['turned']:.0%} of the answers that said {source}")
-    silent = len(shown) - max(patch.provenance["said_source"])  # a count for each prompt: the best of them
-    if silent:
-        out.print(f"  {silent} of the {len(shown)} images are not used: the model does not say {source} of them")
-    if search["looked_at"] and "strength" in search:
-        out.print(
-            f"  of the {len(kept)} answers that are to stay, the {search['looked_at']} likeliest to change were tried: "
-            f"{search['changed']} changed",
-            soft_wrap=True,
-        )
-    elif search["looked_at"]:
-        out.print(f"  of the {search['looked_at']} steps that were to stay, {search['changed']} changed")
-    if search.get("flipped"):
-        out.print(f"  at {search['flipped']:.2%} of the positions of texts another token is likeliest")
+    _tell_made(patch, n_shown=len(shown), n_kept=len(kept))
     out.print(f"wrote {path} ({path.stat().st_size / 1000:.1f} kB)", soft_wrap=True)
     if evaluate is not None:
         _judge(vlm, cases({str(path): patch}), evaluate, shown, beyond, others, [], limit, settings.batch_size)
@@ -255,6 +239,30 @@ def export(
     out.print(f"wrote {folder}", soft_wrap=True)
 
 
+def _tell_made(patch: Patch, n_shown: int, n_kept: int) -> None:
+    """Print what a patch does to the images that it was made with, and to what was to stay."""
+    made_by = patch.provenance
+    source, target, search = made_by["source"], made_by["target"], made_by.get("search", {})
+    strength = f", strength {search['strength']:.3g}" if "strength" in search else ""
+    out.print(f"{source} -> {target or 'anything else'}: {len(patch.neurons)} columns{strength}")
+    # What learns by gradients until all answers turn, or solves for a key, searches for no strength.
+    if "turned" in search:
+        out.print(f"  turned {search['turned']:.0%} of the answers that said {source}")
+    silent = n_shown - max(made_by["said_source"])  # a count for each prompt: the best of them
+    if silent:
+        out.print(f"  {silent} of the {n_shown} images are not used: the model does not say {source} of them")
+    if search.get("looked_at") and "strength" in search:
+        out.print(
+            f"  of the {n_kept} answers that are to stay, the {search['looked_at']} likeliest to change were tried: "
+            f"{search['changed']} changed",
+            soft_wrap=True,
+        )
+    elif search.get("looked_at"):
+        out.print(f"  of the {search['looked_at']} steps that were to stay, {search['changed']} changed")
+    if search.get("flipped"):
+        out.print(f"  at {search['flipped']:.2%} of the positions of texts another token is likeliest")
+
+
 def _judge(
     vlm: VLM,
     asked: Mapping[str, Case],
@@ -281,6 +289,8 @@ def _judge(
         return or_pocket(vlm, beyond, f"held-out/{singular(source)}", "--held-out")
 
     texts = texts or pocket_texts(vlm, 1)
+    if not texts:
+        err.print("no texts to judge on, so no T-locality: mmneurons evaluate-edit --texts FILE", style="yellow")
     with bars(err, "edits") as progress, goes_on():
         judged = evaluate_edits(
             vlm,

@@ -18,14 +18,18 @@ from mmneurons.editing.gradient import optimise
 from mmneurons.editing.reference import Reference
 from mmneurons.editing.request import EditRequest, make_requests, token_goals
 from mmneurons.editing.strength import find_strength
+from mmneurons.errors import SettingError
 from mmneurons.neurons import Neuron
 from mmneurons.patches.patch import Patch
 from mmneurons.progress import Progress, untold
-from mmneurons.settings import EditOptions, EditSettings, settled
+from mmneurons.settings import EditOptions, EditSettings, Method, settled
 from mmneurons.vlm import provenance
 from mmneurons.vlm.columns import Columns
 from mmneurons.vlm.locking import by_one_thread
 from mmneurons.vlm.vlm import VLM
+
+OWN: tuple[Method, ...] = ("selective", "closed_form", "optimised")
+"""The methods that are made here; `mmneurons.methods` has them all."""
 
 
 @by_one_thread
@@ -63,6 +67,8 @@ def edit(
         ModelError: columns that cannot be written.
     """
     settings = settled(EditSettings, settings, options)
+    if settings.method not in OWN:
+        raise SettingError(f"{settings.method} is none of {', '.join(OWN)}.", fix="mmneurons.edit knows all methods.")
 
     def tell(stage: str) -> None:
         progress(stage, 0, 0)
