@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
+from inspect import unwrap
 from typing import Any
 
 import pytest
@@ -44,7 +45,9 @@ LEAST = {"random": 0.5, "rome": 0.75}
 @pytest.fixture(scope="module")
 def model() -> VLM:
     """One of its own: should a baseline leave something behind, other test files shall not suffer."""
-    return mmn.load(device="cpu")
+    vlm = mmn.load(device="cpu")
+    vlm.caption(IMAGES[0])  # at the first picture transformers takes hooks away that it set while loading
+    return vlm
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +94,7 @@ def rivals(model: VLM, reference: Reference) -> dict[str, Change]:
                 patch.setattr(teaching, "REFERENCES", 4)
                 patch.setattr(finetune, "FINETUNE", Schedule(rate=1e-2, steps=40, keep=1.0))
                 patch.setattr(lora, "LORA", Schedule(rate=3e-3, steps=40, keep=1.0))
-                self[name] = baseline(model, name, IMAGES, **options)
+                self[name] = mmn.edit(model, IMAGES, method=name, **options)
             return self[name]
 
     return Made()
@@ -363,3 +366,61 @@ def test_edit_reaches_every_method_by_name(model, monkeypatch):
         mmn.edit(model, IMAGES, source="dog", target="cat", method="grace")  # pyright: ignore[reportCallIssue, reportArgumentType]
     with pytest.raises(SettingError, match="rome is none of selective"):
         own.edit(model, IMAGES, source="dog", target="cat", method="rome")
+
+
+def numbers_of(change: Change) -> list[torch.Tensor]:
+    """All that says what a change does."""
+    if isinstance(change, Patch):
+        return list(change._numbers())
+    if isinstance(change, lora.Adapter):
+        return list(change.weights.values())
+    return [torch.tensor(change.pairs), torch.tensor(change.bias or 0.0)]
+
+
+@pytest.mark.usefixtures("unchanged")
+@pytest.mark.parametrize("name", ["finetune", "lora", "random", "head_rows"])
+def test_edit_by_a_method_makes_what_its_function_makes(model, monkeypatch, name):
+    for module, schedule in ((finetune, "FINETUNE"), (lora, "LORA")):
+        monkeypatch.setattr(module, schedule, Schedule(rate=1e-2, steps=2, keep=1.0))
+    options: Any = {"source": "dog", "target": "cat"}
+    by_name = mmn.edit(model, IMAGES[0], method=name, seed=1, top=50, **options)
+    directly = baseline(model, name, IMAGES[:1], settings=EditSettings(seed=1, top=50), **options)
+    assert type(by_name) is type(directly)
+    for one, other in zip(numbers_of(by_name), numbers_of(directly), strict=True):
+        assert torch.equal(one, other)
+    assert {**by_name.provenance, "seconds": 0} == {**directly.provenance, "seconds": 0}
+
+
+@pytest.mark.usefixtures("unchanged")
+def test_the_smallest_change_is_an_edit_by_its_name(model):
+    options: Any = {"source": "dog", "target": "cat", "top": 50}
+    patch = mmn.edit(model, IMAGES[0], method="closed_form", **options)
+    assert patch.hash == own.edit(model, IMAGES[0], method="closed_form", **options).hash
+    usual = model.caption(IMAGES[0])
+    with patch.applied(model):
+        edited = model.caption(IMAGES[0])
+    assert (says(edited, "cat"), says(edited, "dog"), says(usual, "dog")) == (True, False, True)
+    assert model.caption(IMAGES[0]) == usual
+
+
+@pytest.mark.parametrize(
+    ("change", "is_what"),
+    [(lora.Adapter((), {}), "matrices beside its weights"), (HeadChange(((0, 1),), None), "the output of the head")],
+)
+def test_what_is_no_patch_says_so(model, tmp_path, change: Any, is_what):
+    ways = [
+        lambda: change.save(tmp_path / "p.safetensors"),
+        lambda: change.push_to_hub("ana/dog-to-cat"),
+        lambda: change.apply(model),
+        lambda: change.revert(model),
+        lambda: change + change,
+        lambda: Patch(model.anatomy.hidden, ()) + change,
+    ]
+    for way in ways:
+        with pytest.raises(SettingError, match=is_what) as error:
+            way()
+        assert "with change.applied(vlm):" in error.value.fix
+    with pytest.raises(SettingError, match=f"Given a {type(change).__name__}"):
+        # Without the checks of types that the tests add.
+        unwrap(mmn.export)(model, [change], tmp_path / "model")
+    assert list(tmp_path.iterdir()) == []

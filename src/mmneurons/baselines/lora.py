@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mmneurons.baselines.applied_only import AppliedOnly
 from mmneurons.baselines.task import Facts, Schedule, Task, dense_ffn, learn
 from mmneurons.errors import ModelError, SettingError
 from mmneurons.vlm.age import editing
@@ -24,8 +25,10 @@ ADAPTER = "rival"
 
 
 @dataclass(frozen=True, eq=False)
-class Adapter:
+class Adapter(AppliedOnly):
     """LoRA on every `w_out`, learned; attached for as long as it is applied."""
+
+    changes = "the model by LoRA's matrices beside its weights"
 
     names: tuple[str, ...]
     """Paths of the modules."""

@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from mmneurons.baselines.applied_only import AppliedOnly
 from mmneurons.baselines.task import Facts, Task
 from mmneurons.editing.answers import TracedSteps
 from mmneurons.editing.strength import find_strength
@@ -23,8 +24,10 @@ from mmneurons.words import inflected
 
 
 @dataclass(frozen=True, eq=False)
-class HeadChange:
+class HeadChange(AppliedOnly):
     """What is done to the logits of some tokens, by a hook on the head's output; its weights, tied or not, stay."""
+
+    changes = "the output of the head"
 
     pairs: tuple[tuple[int, int], ...]
     """SOURCE's token and TARGET's, for each form."""

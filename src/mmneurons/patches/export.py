@@ -58,11 +58,19 @@ def export(vlm: VLM, patches: Sequence[Patch], folder: str | os.PathLike[str]) -
         the model before, hash and provenance of each patch.
 
     Raises:
-        SettingError: the folder is not empty, is in the folder of the model itself, or cannot be written (disk full).
+        SettingError: something given is no patch; the folder is not empty, is in the folder of the model itself, or
+            cannot be written (disk full).
         ModelError: a patch is of another model; adapters (LoRA) are attached, or weights are quantised.
     """
     folder = Path(folder).expanduser().resolve()
     # Everything that can be refused is refused before gigabytes are written.
+    for patch in patches:
+        if not isinstance(patch, Patch):
+            raise SettingError(
+                "Only patches can be exported.",
+                seen=f"Given a {type(patch).__name__}.",
+                fix="Give a list of patches: export(vlm, [patch], folder). LoRA and changes of the head are none.",
+            )
     if len({patch.hash for patch in patches}) < len(patches):
         raise SettingError("One patch is given twice.", fix="Scale it to change more: 2 * patch")
     _check_folder(vlm, folder)

@@ -252,6 +252,8 @@ class Patch:
         Raises:
             SettingError: they are of models of different width, or expect different columns.
         """
+        if not isinstance(other, Patch):
+            return NotImplemented
         return stack([self, other])
 
     @restored
