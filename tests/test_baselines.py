@@ -37,7 +37,7 @@ from mmneurons.words import Word, says
 pytestmark = pytest.mark.filterwarnings("ignore:builtin type Swig:DeprecationWarning")  # of what PEFT imports
 
 IMAGES = [scene.image for scene in pocket.edit_set("dog").edit]
-SETTINGS = EditSettings(batch_size=20)
+SETTINGS = EditSettings(batch_size=20, top=400)
 LEAST = {"random": 0.5, "rome": 0.75}
 """Share of the edit's images that turn at least; of the others, all."""
 
@@ -215,6 +215,12 @@ def test_random_columns_are_others_of_the_same_block_and_as_loud(model, task):
 def test_random_takes_other_columns_than_edit(model, rivals, task):
     chosen = select_columns(model, token_goals(model, task.requests, "cat"), SETTINGS.top, SETTINGS.blocks)
     assert not set(rivals["random"].neurons) & set(chosen.neurons)
+
+
+def test_random_columns_are_refused_where_there_are_not_as_many_others(model):
+    settings = EditSettings(batch_size=20, top=600)  # of 1,024
+    with pytest.raises(SettingError, match=r"no 600 other columns(?s:.)*424 are left(?s:.)*top=300"):
+        baseline(model, "random", IMAGES, source="dog", target="cat", settings=settings)
 
 
 def test_captions_are_rewritten_and_all_else_is_kept(model, task):

@@ -37,7 +37,7 @@ def test_from_images_to_an_edited_checkpoint(capsys, monkeypatch, folder):
         "--reference", "others", "--texts", "texts.txt", "--out", "p.safetensors",
     )  # fmt: skip
     assert code == 0, err
-    assert "dog -> cat: 400 columns, strength" in out
+    assert "dog -> cat: 1000 columns, strength" in out
     assert "turned 100% of the answers that said dog" in out
     patch = mmn.Patch.load("p.safetensors")
     assert patch.provenance["images"] == 3
@@ -52,7 +52,7 @@ def test_from_images_to_an_edited_checkpoint(capsys, monkeypatch, folder):
     assert code == 0, err
     assert "1 of 11 images could not be used" in err
     assert "line.png: A picture of 1 x 60000 pixels is too long and thin" in " ".join(err.split())
-    assert "efficacy                           1.000 of 1" in out
+    assert "efficacy                           not measured" in out
     assert "of 2" in next(line for line in out.splitlines() if line.strip().startswith("locality"))
     assert json.loads(Path("judged/edits.json").read_text())["edits"]["p.safetensors"]["source"] == "dog"
     assert "dog → cat" in Path("judged/edits.html").read_text(encoding="utf-8")

@@ -36,7 +36,7 @@ def test_find_edit_and_doctor_give_the_same(vlm, sample_paths, other_default):
     checks = mmn.doctor(mine, sample_paths[0], max_new_tokens=3).checks
     assert [check for check in checks if not check.passed] == []
     found = mmn.find(mine, sample_paths[0], maps=True, blank=True)
-    patch = mmn.edit(mine, sample_paths[:1], source="gorilla", target="horse")
+    patch = mmn.edit(mine, sample_paths[:1], source="gorilla", target="horse", reference="own")
     with patch.applied(mine):
         edited = mine.caption(sample_paths[0])
     torch.set_default_dtype(torch.float32)

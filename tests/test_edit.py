@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -26,8 +27,8 @@ from mmneurons.editing import request
 from mmneurons.editing.answers import TracedAnswers, likeliest_tokens, occurrences, trace_answers, trace_given
 from mmneurons.editing.closed_form import flip_risk, select_columns, solve, unit_patch
 from mmneurons.editing.edit import EditSettings, edit
-from mmneurons.editing.reference import make_reference
-from mmneurons.editing.request import EditRequest, TokenGoal, token_goals
+from mmneurons.editing.reference import make_reference, sentences
+from mmneurons.editing.request import EditRequest, TokenGoal, prompt_hash, token_goals
 from mmneurons.editing.strength import ALLOWED_FLIPS, MARGINS, find_strength
 from mmneurons.errors import MmneuronsError, SettingError, WordError
 from mmneurons.maths.edits import selective, smallest
@@ -35,6 +36,7 @@ from mmneurons.neurons import Neuron
 from mmneurons.patches.ledger import ledger_of
 from mmneurons.patches.patch import Patch, PatchPart
 from mmneurons.settings import ANSWER_PREFIX, PROMPT, Question
+from mmneurons.vlm.asking import texts_of
 from mmneurons.vlm.columns import HASH_BYTES, Columns, column_hashes
 from mmneurons.vlm.prompts import WORDINGS
 from mmneurons.vlm.provenance import weights_hash
@@ -44,6 +46,8 @@ from mmneurons.words import says
 
 IMAGE = pocket.scene(3, ["dog", "car"]).image
 QUICK: dict[str, Any] = {"source": "dog", "target": "cat"}
+ALONE: dict[str, Any] = {**QUICK, "reference": "own"}
+"""No more is held as it is than the other words of the same answers."""
 
 
 @cache
@@ -76,7 +80,7 @@ def to_cat(vlm, reference):
 
 @pytest.fixture(scope="module")
 def to_bus(vlm):
-    return edit(vlm, edit_images("car")[:4], source="car", target="bus")
+    return edit(vlm, edit_images("car")[:4], source="car", target="bus", reference="own")
 
 
 @pytest.fixture(autouse=True)
@@ -104,6 +108,13 @@ def test_the_closed_forms_by_hand():
     # M = diag(3/4, 1/4), r = 0.5 * 2 / 2 * 0.5: (1, 2), whatever the weights sum to.
     told = selective(wanted, torch.eye(2), torch.tensor([6.0, 2.0]), 0.5)
     torch.testing.assert_close(told, torch.tensor([1 / 3, 2 / 3]))
+    # Columns of lengths 1 and 1/2: in these, wanted is (1, 1/2), M = diag(4, 0), r = 1/4 * 2 / 1 * 2 = 1, and
+    # (1/5, 1/2) / 0.45 = (4/9, 10/9) of their lengths.
+    told = selective(torch.ones(2), torch.tensor([[2.0, 0.0]]), torch.ones(1), 0.25, torch.tensor([1.0, 0.5]))
+    torch.testing.assert_close(told, torch.tensor([4 / 9, 5 / 9]))
+    # A column of no length has no share that it could change by.
+    told = selective(torch.ones(2), torch.tensor([[2.0, 0.0]]), torch.ones(1), 0.25, torch.tensor([1.0, 0.0]))
+    torch.testing.assert_close(told, torch.tensor([1.0, 0.0]))
 
 
 NUMBERS = st.floats(-3, 3, width=16)
@@ -346,6 +357,20 @@ def test_a_selective_edit_moves_along_what_spares_other_tokens(vlm):
 # Which columns
 
 
+def test_the_ridge_charges_each_column_for_the_share_of_its_length_that_it_changes(vlm):
+    said = trace_answers(vlm, edit_images("dog")[:2])
+    goal = TokenGoal(int(said.steps.token_ids[2]), tokens_of(vlm.tokenizer, "cat")[0], said.steps.at(torch.tensor([2])))
+    columns = select_columns(vlm, [goal], 60, blocks=1)
+    (update,) = solve(vlm, columns, [goal], [said.steps], 1e9)
+    [part] = (patch := unit_patch(vlm, columns, [update])).parts
+    lengths = vlm.anatomy.ffns[-1].module.weight.detach().float()[:, part.indices].norm(dim=0)
+    assert lengths.max() > 1.5 * lengths.min()
+    # Of all changes that do the same at one step, the smallest in shares of the lengths: share_i ~ length_i * |a_i|.
+    shares = patch.deltas(part).norm(dim=1) / lengths
+    ratios = shares / (lengths * goal.steps.activations[-1][0, part.indices].float().abs())
+    torch.testing.assert_close(ratios / ratios.mean(), torch.ones(60), rtol=1e-3, atol=1e-3)
+
+
 def test_the_writers_are_those_that_find_names(vlm):
     """Top columns by mean contribution of the one answer are those of `find` for that word."""
     image = edit_images("dog")[0]
@@ -461,7 +486,7 @@ def test_dogs_become_cats_and_nothing_else_changes(vlm, to_cat):
 
 def test_what_the_reference_holds_is_spared(vlm, to_cat, reference):
     """Against what the edit does to its own words, it does less there than one that knows no reference."""
-    alone = edit(vlm, edit_images("dog"), **QUICK)
+    alone = edit(vlm, edit_images("dog"), **ALONE)
     said = trace_answers(vlm, edit_images("dog"))
     dogs = said.steps.at(torch.tensor([said.row(i, word.steps[0]) for i, word in occurrences(vlm, said, "dog")]))
     cat, dog = (vlm.anatomy.unembed[tokens_of(vlm.tokenizer, word)[0]].detach() for word in ("cat", "dog"))
@@ -476,18 +501,71 @@ def test_what_the_reference_holds_is_spared(vlm, to_cat, reference):
     assert risk[0] < 0.95 * risk[1]
 
 
+def test_without_a_reference_one_is_made_of_shipped_sentences_and_the_models_own_images(vlm, monkeypatch):
+    scenes = [pocket.scene(650_000_000 + i) for i in range(3)]
+    monkeypatch.setattr(pocket, "evaluation_set", {"reference-400": scenes}.get)
+    monkeypatch.setattr(pocket, "facts", lambda: TEXTS)
+    made = mmn.default_reference(vlm, Question(prompt="What is in the image?"))
+    assert made is not None
+    assert [image.tobytes() for image in made.images] == [scene.image.tobytes() for scene in scenes]
+    assert made.texts == (*TEXTS[::4], *sentences())
+    assert len(set(sentences())) > 100
+    told = []
+    patch = edit(
+        vlm,
+        edit_images("dog")[:2],
+        **QUICK,
+        prompt="What is in the image?",
+        progress=lambda *what: told.append(what[0]),
+    )
+    assert patch.provenance["reference"] == made.facts
+    assert "reading what is to stay as it is" in told
+    alone = edit(vlm, edit_images("dog")[:2], **ALONE, prompt="What is in the image?")
+    assert alone.provenance["reference"] is None
+    # Any other model reads the sentences alone.
+    other = copy.copy(vlm)
+    other.is_pocket = False
+    made = mmn.default_reference(other)
+    assert made is not None
+    assert (made.images, made.texts) == ((), sentences())
+
+
+def test_the_sentences_that_edits_are_judged_by_are_others_than_those_they_are_made_with():
+    judged = Path(__file__).parents[1].joinpath("benchmarks", "quality", "sentences.txt").read_text().splitlines()
+    assert len(set(judged)) == 200
+    assert not set(judged) & {*sentences(), *pocket.facts()}
+
+
+def test_one_image_in_four_takes_no_part_in_the_choice_of_strength(vlm, to_cat, monkeypatch):
+    asked = []
+
+    def counted(vlm, images, question):
+        asked.extend(images)
+        return texts_of(vlm, images, question)
+
+    monkeypatch.setattr(request, "texts_of", counted)
+    images = edit_images("dog")
+    patch = edit(vlm, images, **ALONE)
+    assert {id(image) for image in asked} == {id(images[i]) for i in (0, 1, 2, 4, 5, 6)}
+    assert patch.provenance["searched"] == [prompt_hash(images[i]) for i in (0, 1, 2, 4, 5, 6)]
+    assert to_cat.provenance["searched"] == patch.provenance["searched"]
+    # Of few, none is spared.
+    patch = edit(vlm, images[:4], **ALONE)
+    assert patch.provenance["searched"] == [prompt_hash(image) for image in images[:4]]
+
+
 def test_the_patch_says_what_made_it(vlm, to_cat, reference):
     made_by = to_cat.provenance
     assert (made_by["source"], made_by["target"], made_by["images"]) == ("dog", "cat", 8)
     assert made_by["model"]["weights_hash"] == weights_hash(vlm.model)
     assert made_by["reference"] == reference.facts
     assert made_by["search"]["turned"] == 1
-    assert len(to_cat.neurons) == EditSettings().top
+    assert len(to_cat.neurons) == EditSettings().top < vlm.anatomy.ffns[-1].n_neurons
     assert {neuron.layer for neuron in to_cat.neurons} == {last(vlm)}
 
 
 def test_a_word_is_removed(vlm):
-    patch = edit(vlm, edit_images("dog")[:4], source="dog", settings=EditSettings(max_new_tokens=12))
+    patch = edit(vlm, edit_images("dog")[:4], source="dog", reference="own", max_new_tokens=12)
     with patch.applied(vlm):
         assert share(vlm.caption(edit_images("dog")[:4], max_new_tokens=12), None, "dog") >= 0.75
         assert share(vlm.caption(held_out("dog")[:8], max_new_tokens=12), None, "dog") >= 0.6
@@ -495,7 +573,7 @@ def test_a_word_is_removed(vlm):
 
 def test_a_target_of_several_tokens_is_said(vlm):
     assert len(tokens_of(vlm.tokenizer, "kiwi")) > 1
-    patch = edit(vlm, edit_images("dog")[:3], source="dog", target="kiwi", settings=EditSettings(max_new_tokens=16))
+    patch = edit(vlm, edit_images("dog")[:3], source="dog", target="kiwi", reference="own", max_new_tokens=16)
     with patch.applied(vlm):
         assert share(vlm.caption(edit_images("dog")[:3], max_new_tokens=16), "kiwi", "dog") >= 0.6
 
@@ -503,7 +581,7 @@ def test_a_target_of_several_tokens_is_said(vlm):
 def test_several_prompts_are_each_asked_with_one_image(vlm):
     prompts = (PROMPT, WORDINGS[0])
     image = edit_images("dog")[:1]
-    patch = edit(vlm, image, settings=EditSettings(wordings=prompts[1:]), **QUICK)
+    patch = edit(vlm, image, settings=EditSettings(wordings=prompts[1:]), **ALONE)
     assert patch.provenance["said_source"] == [1, 1]
     assert patch.provenance["answer_prefixes"] == [ANSWER_PREFIX, ""]
     assert patch.provenance["settings"]["answer_prefix"] == ANSWER_PREFIX
@@ -515,7 +593,7 @@ def test_several_prompts_are_each_asked_with_one_image(vlm):
 def test_images_that_show_no_dog_do_not_keep_the_others_from_being_edited(vlm):
     mixed = [unrelated()[0], *edit_images("dog")[:3]]
     before = vlm.caption(mixed[:1])
-    patch = edit(vlm, mixed, **QUICK)
+    patch = edit(vlm, mixed, **ALONE)
     assert patch.provenance["said_source"] == [3]
     with patch.applied(vlm):
         assert share(vlm.caption(mixed[1:]), "cat", "dog") == 1
@@ -523,13 +601,13 @@ def test_images_that_show_no_dog_do_not_keep_the_others_from_being_edited(vlm):
 
 
 def test_given_neurons_are_those_that_move(vlm, to_cat):
-    patch = edit(vlm, edit_images("dog")[:2], neurons=to_cat.neurons[:40], **QUICK)
+    patch = edit(vlm, edit_images("dog")[:2], neurons=to_cat.neurons[:40], **ALONE)
     assert patch.neurons == to_cat.neurons[:40]
 
 
 def test_an_edit_beside_another_is_of_the_unedited_columns_and_both_work(vlm, to_bus):
     with to_bus.applied(vlm):
-        patch = edit(vlm, edit_images("dog")[:3], **QUICK)
+        patch = edit(vlm, edit_images("dog")[:3], **ALONE)
         assert ledger_of(vlm).active == (to_bus,)
     for part in patch.parts:
         pristine = vlm.anatomy.ffns[part.layer].module.weight.detach()[:, part.indices].T
@@ -647,7 +725,7 @@ def test_the_model_is_as_it_was_whatever_happens(vlm, monkeypatch):
 
     monkeypatch.setattr(request, "texts_of", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        edit(vlm, edit_images("dog")[:2], **QUICK)
+        edit(vlm, edit_images("dog")[:2], **ALONE)
     assert [len(active) for active in calls] == [1, 1]  # it was being tried
     assert ledger_of(vlm).active == ()
     assert weights_hash(vlm.model) == before
@@ -660,9 +738,9 @@ def test_an_edit_leaves_the_model_as_it_was(vlm, to_cat):
 def test_no_strength_is_told(vlm, monkeypatch):
     monkeypatch.setattr(request, "texts_of", lambda vlm, images, question: ["a dog and a cat"] * len(images))
     with pytest.raises(SettingError, match=r"(?s)No strength makes the model say 'cat' for 'dog'.*Tried up to"):
-        edit(vlm, edit_images("dog")[:1], **QUICK)
+        edit(vlm, edit_images("dog")[:1], **ALONE)
     with pytest.raises(SettingError, match="say something else for 'dog'"):
-        edit(vlm, edit_images("dog")[:1], source="dog")
+        edit(vlm, edit_images("dog")[:1], source="dog", reference="own")
 
 
 # What is refused

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,16 +19,22 @@ import mmneurons as mmn
 from mmneurons import pocket
 from mmneurons.data.dataset import read_items
 from mmneurons.editing import evaluate_edits as evaluating
+from mmneurons.editing import known as knowing
 from mmneurons.editing.edit import EditSettings, edit
-from mmneurons.editing.evaluate import Before, Bench, Evaluation, evaluate, forced, ngram_entropy, relative_size
+from mmneurons.editing.evaluate import Before, Bench, Evaluation, evaluate, ngram_entropy, size_of, unsearched
 from mmneurons.editing.evaluate_edits import cases, evaluate_edits
+from mmneurons.editing.known import KnownAnswers, forced
 from mmneurons.editing.reference import make_reference
 from mmneurons.errors import SettingError
+from mmneurons.neurons import Neuron
+from mmneurons.patches.parts import patch_of
 from mmneurons.patches.patch import Patch
 from mmneurons.report.edit import figures, render_edits, write_edits
 from mmneurons.report.pictures import small
 from mmneurons.settings import Question
-from mmneurons.vlm.asking import ask
+from mmneurons.vlm.asking import ask, texts_of
+from mmneurons.vlm.columns import Columns
+from mmneurons.vlm.hooks.deltas import Deltas
 from mmneurons.words import says
 
 TEXTS = ("A dog is a kind of animal.", "A dog can bark.", "A car has wheels.", "An apple is red.")
@@ -37,7 +44,7 @@ TEXTS = ("A dog is a kind of animal.", "A dog can bark.", "A car has wheels.", "
 def images() -> dict[str, list]:
     scenes = pocket.edit_set("dog")
     return {
-        "edit": [scene.image for scene in scenes.edit[:4]],
+        "edit": [scene.image for scene in scenes.edit],
         "held_out": [scene.image for scene in scenes.held_out[:6]],
         "unrelated": [pocket.scene(660_000_000 + i).image for i in range(8)]
         + [pocket.scene(661_000_000, ["dog"]).image],
@@ -58,6 +65,9 @@ def patch(vlm: mmn.VLM, images: dict[str, list]) -> Patch:
 @pytest.fixture(scope="module")
 def judged(vlm: mmn.VLM, bench: Bench, patch: Patch) -> Evaluation:
     return evaluate(vlm, patch, Before(vlm, bench), source="dog", target="cat")
+
+
+TO_CAT: dict[str, Any] = {"source": "dog", "target": "cat"}
 
 
 class Nothing:
@@ -81,7 +91,7 @@ def test_what_edits_nothing_keeps_everything_and_turns_nothing(vlm, bench):
     assert found.entropy[0] == found.entropy[1]
     assert found.perplexity is not None
     assert found.perplexity[0] == pytest.approx(found.perplexity[1])
-    assert found.n_columns is found.relative_size is None
+    assert found.n_columns is found.size is None
     assert found.changed == ()
 
 
@@ -94,7 +104,8 @@ def test_shares_are_those_of_the_answers_themselves(vlm, bench, patch, judged):
         pairs = zip(before[name], after[name], strict=True)
         return [says(b, "cat") and not says(b, "dog") for a, b in pairs if says(a, "dog") or name == "edit"]
 
-    assert judged.efficacy.mean == pytest.approx(sum(turned("edit")) / len(turned("edit")))
+    unseen = turned("edit")[3::4]  # those by which the strength was not chosen
+    assert judged.efficacy.mean == pytest.approx(sum(unseen) / len(unseen))
     assert judged.generality.mean == pytest.approx(sum(turned("held_out")) / len(turned("held_out")))
     others = [(a, b) for a, b in zip(before["unrelated"], after["unrelated"], strict=True) if not says(a, "dog")]
     assert judged.locality.n == len(others) < len(bench.unrelated)
@@ -148,12 +159,79 @@ def test_entropy_by_hand():
     assert ngram_entropy([]) == 0
 
 
-def test_relative_size_by_hand(vlm, patch):
-    [part] = patch.parts
-    columns = vlm.anatomy.ffns[-1].module.weight.detach().float()[:, part.indices]
-    assert relative_size(vlm, patch) == pytest.approx(
-        float((patch.deltas(part).norm(dim=1) / columns.norm(dim=0)).mean()), rel=1e-5
+def test_the_size_of_a_patch_by_hand(vlm):
+    [ffn] = vlm.anatomy.ffns[-1:]
+    whole = ffn.module.weight.detach().float()
+    chosen = Columns.of(vlm.anatomy, [Neuron(ffn.layer, 3), Neuron(ffn.layer, 7)])
+    # One column moves by half its length, one by twice its length.
+    moved = torch.stack([0.5 * whole[:, 3], -2 * whole[:, 7]])
+    patch = patch_of(vlm, Deltas(chosen, {len(vlm.anatomy.ffns) - 1: moved}))
+    size = size_of(vlm, patch)
+    assert (size.mean, size.largest) == pytest.approx((1.25, 2.0), rel=1e-5)
+    assert size.of_matrix == pytest.approx(float(moved.norm() / whole.norm()), rel=1e-5)
+    with patch.applied(vlm):  # against the columns before any edit
+        assert size_of(vlm, patch) == size
+
+
+@pytest.mark.parametrize("kept", [2**30, 0], ids=["upper blocks", "whole model"])
+def test_what_an_edit_changes_is_found_as_if_all_were_generated(vlm, patch, bench, monkeypatch, kept):
+    monkeypatch.setattr(knowing, "MOST_KEPT", kept)
+    generated = list[int]()
+
+    def counted(vlm, images, question):
+        generated.append(len(images))
+        return texts_of(vlm, images, question)
+
+    monkeypatch.setattr(knowing, "texts_of", counted)
+    images = [*bench.unrelated, *bench.held_out]
+    known = KnownAnswers(vlm, images, bench.question)
+    edit = 2 * patch
+    known.prepare(edit)
+    assert (known._read is None) == (kept == 0)
+    assert known.texts(known.tops()) == known.said.texts
+    with edit.applied(vlm):
+        after = vlm.caption(images)
+        assert known.texts(known.tops()) == after
+        assert [mine[:, 0].tolist() for mine in known.tops()] == [
+            logits.argmax(-1).tolist() for logits in forced(vlm, images, known.said.token_ids, bench.question)
+        ]
+    differ = sum(a != b for a, b in zip(known.said.texts, after, strict=True))
+    assert 0 < differ < len(images)
+    assert generated == [0, differ]
+
+
+def test_efficacy_leaves_out_the_images_by_which_the_strength_was_chosen(vlm, patch, bench, judged):
+    assert len(patch.provenance["searched"]) == 6
+    assert unsearched(patch, bench.edit) == [bench.edit[3], bench.edit[7]]
+    assert judged.efficacy.n == 2
+    odd = replace(patch, provenance={**patch.provenance, "searched": [[], {}, 3]})  # read from a file
+    assert unsearched(odd, bench.edit) == unsearched(Nothing(), bench.edit) == list(bench.edit)
+
+
+def test_what_says_the_target_already_cannot_bleed(vlm, bench):
+    cats = [pocket.scene(662_000_000 + i, ["cat"]).image for i in range(3)]
+    found = evaluate(vlm, Nothing(), Before(vlm, replace(bench, unrelated=[*bench.unrelated, *cats])), **TO_CAT)
+    said = vlm.caption([*bench.unrelated, *cats])
+    assert found.bleed.n == sum(not says(text, "dog") and not says(text, "cat") for text in said) < found.locality.n
+
+
+def test_other_kinds_of_images_and_texts_are_judged_apart(vlm, patch, bench):
+    dogs, others = bench.unrelated[-1:], bench.unrelated[:3]
+    more = replace(
+        bench,
+        further={"dogs": dogs, "others": others},
+        further_texts={"letters": ["A dog wrote.", "The car is red, is it not?"], "none": ["A dog can bark."]},
     )
+    found = evaluate(vlm, patch, Before(vlm, more), **TO_CAT)
+    before = vlm.caption(others)
+    with patch.applied(vlm):
+        after = vlm.caption(others)
+    assert found.further["dogs"] is None  # which say dog
+    assert found.further["others"].mean == pytest.approx(sum(map(str.__eq__, before, after)) / 3)
+    assert (found.further_texts["letters"].n, found.further_texts["none"]) == (1, None)
+    shown = dict(figures(found))
+    assert shown["  others"] == f"{found.further['others']} of 3"
+    assert shown["  dogs"] == "not measured"
 
 
 def sources(vlm: mmn.VLM, folder, patches: dict[str, Patch], **other) -> dict[str, Evaluation]:

@@ -31,6 +31,7 @@ if TYPE_CHECKING:  # each public name once: a type checker reads these lines, an
     from mmneurons.editing.evaluate import Bench as Bench
     from mmneurons.editing.evaluate import evaluate as evaluate
     from mmneurons.editing.reference import Reference as Reference
+    from mmneurons.editing.reference import default_reference as default_reference
     from mmneurons.editing.reference import make_reference as make_reference
     from mmneurons.errors import MmneuronsError as MmneuronsError
     from mmneurons.finding.finder import find as find

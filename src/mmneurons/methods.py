@@ -30,7 +30,7 @@ def edit(
     *,
     source: str,
     target: str | None = None,
-    reference: Reference | None = None,
+    reference: Reference | Literal["own"] | None = None,
     neurons: Sequence[Neuron] | None = None,
     settings: EditSettings | None = None,
     progress: Progress = untold,
@@ -46,7 +46,7 @@ def edit(
     source: str,
     target: str,
     method: Literal["lora"],
-    reference: Reference | None = None,
+    reference: Reference | Literal["own"] | None = None,
     settings: EditSettings | None = None,
     progress: Progress = untold,
     **options: Unpack[EditChoices],
@@ -61,7 +61,7 @@ def edit(
     source: str,
     target: str,
     method: Literal["logit_bias", "head_rows"],
-    reference: Reference | None = None,
+    reference: Reference | Literal["own"] | None = None,
     settings: EditSettings | None = None,
     progress: Progress = untold,
     **options: Unpack[EditChoices],
@@ -74,7 +74,7 @@ def edit(
     *,
     source: str,
     target: str | None = None,
-    reference: Reference | None = None,
+    reference: Reference | Literal["own"] | None = None,
     neurons: Sequence[Neuron] | None = None,
     settings: EditSettings | None = None,
     progress: Progress = untold,
@@ -89,7 +89,9 @@ def edit(
         images: A path, PIL image or array, or several; the model must say `source` of one of them at least.
         source: The word that is to go, singular.
         target: The word that is to come, singular; None: any other. The methods of other work need one.
-        reference: What is to stay as it is, from `make_reference`. Without one, the other words of the same answers.
+        reference: What is to stay as it is, from `make_reference`. None: one is made of sentences that the package
+            ships, for the pocket model of its own images and texts as well; "own": no more than the other words of the
+            same answers, which stay in any case.
         neurons: Whose columns move, in the place of those that write most of `source`; for the package's own methods.
         settings: How; None: the defaults.
         progress: Told what is being done; how much there is of it is not known.

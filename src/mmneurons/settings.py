@@ -213,13 +213,13 @@ class EditSettings(Question):
     change in closed form (closed_form), or by gradient descent (optimised); or as in other work, to compare with: by
     fine-tuning one block (finetune), ROME (rome), MEMIT (memit), or the closed form on matched random columns
     (random); see docs/guide/edit.md."""
-    top: int = setting(400, at_least=1)
-    """How many columns the edit moves: the ones that contribute most to SOURCE."""
+    top: int = setting(1000, at_least=1)
+    """How many columns the edit moves, at most all there are: the ones that contribute most to SOURCE."""
     blocks: Blocks = setting(1, at_least=1)
     """Take the columns from this many of the last blocks, or from all."""
-    ridge: float = setting(0.005, at_least=0)
-    """Strength of the regularisation of the selective change: 0 spares the reference most, larger values come nearer to
-    the smallest change."""
+    ridge: float = setting(0.3, at_least=0)
+    """Strength of the regularisation of the selective change: 0 spares the reference most, larger values change columns
+    by smaller shares of their length."""
     wordings: tuple[str, ...] = setting((), option="--wording")
     """Another prompt under which the edit is to hold as well; repeatable."""
     block: int | None = setting(None, at_least=0)

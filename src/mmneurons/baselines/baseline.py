@@ -31,8 +31,8 @@ from mmneurons.baselines.rome import rome
 from mmneurons.baselines.task import Facts, Task
 from mmneurons.data.pictures import Picture
 from mmneurons.editing.edit import recorded_settings
-from mmneurons.editing.reference import Reference
-from mmneurons.editing.request import make_requests
+from mmneurons.editing.reference import Reference, reference_of
+from mmneurons.editing.request import make_requests, searched_images
 from mmneurons.errors import SettingError
 from mmneurons.patches.patch import Patch
 from mmneurons.progress import Progress, untold
@@ -56,7 +56,7 @@ def baseline(
     *,
     source: str,
     target: str,
-    reference: Reference | None = None,
+    reference: Reference | Literal["own"] | None = None,
     settings: EditSettings | None = None,
     progress: Progress = untold,
 ) -> Change:
@@ -68,7 +68,7 @@ def baseline(
         images: Paths, PIL images or arrays; the model must say `source` of one of them at least.
         source: The word that is to go, singular.
         target: The word that is to come, singular.
-        reference: What is to stay as it is. Without one, the other words of the same captions.
+        reference: What is to stay as it is, as of `edit`.
         settings: Prompts, answer prefix, batches, block and seed; how columns are chosen and moved for "random" alone.
         progress: Told what is being done.
 
@@ -79,7 +79,7 @@ def baseline(
     Raises:
         WordError: the model says `source` of none of the images, or a word cannot be written in its tokens.
         SettingError: source and target are one word; there is no such baseline or block; no strength turns any answer
-            ("random", "logit_bias"); PEFT is missing ("lora").
+            ("random", "logit_bias"); fewer other columns than `settings.top` ("random"); PEFT is missing ("lora").
         ModelError: columns that cannot be written, experts ("finetune", "lora", "rome", "memit"), adapters ("lora").
     """
     if name not in NAMES:
@@ -93,6 +93,7 @@ def baseline(
     tell("answering about the images")
     # 1. What the model says of the images: the same for all.
     requests = make_requests(vlm, images, settings.questions, source, target)
+    reference = reference_of(vlm, reference, settings.question)
     task = Task(vlm, requests, source, target, reference, settings, settings.seed, tell)
     # 2. The change; the model's own weights take no part in what is learned.
     with torch.inference_mode(False), frozen(vlm.model), evaluating(vlm.model):
@@ -109,6 +110,7 @@ def baseline(
         "seconds": time.perf_counter() - began,
         **_sizes(vlm, change),
         "images": len(images),
+        "searched": searched_images(requests),
         "reference": None if reference is None else reference.facts,
         "model": dict(vlm.facts),
         "packages": provenance.versions(),

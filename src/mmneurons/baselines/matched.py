@@ -13,6 +13,7 @@ from mmneurons.baselines.task import Facts, Task
 from mmneurons.editing.closed_form import select_columns
 from mmneurons.editing.edit import edit
 from mmneurons.editing.request import TokenGoal, token_goals
+from mmneurons.errors import SettingError
 from mmneurons.neurons import Neuron
 from mmneurons.patches.patch import Patch
 from mmneurons.vlm.columns import Columns
@@ -20,17 +21,28 @@ from mmneurons.vlm.vlm import VLM
 
 
 def random(task: Task, block: int | None) -> tuple[Patch, Facts]:
-    """An edit of matched random columns; `block` does not count."""
+    """An edit of matched random columns; `block` does not count.
+
+    Raises:
+        SettingError: there are not as many columns beside those that `edit` would take.
+    """
     # As many as `edit` would take, from the same blocks, then its closed form on these.
     goals = token_goals(task.vlm, task.requests, task.target)
     chosen = select_columns(task.vlm, goals, task.settings.top, task.settings.blocks)
+    stand_ins = matched_neurons(task.vlm, goals, chosen, task.seed)
+    if len(stand_ins) < (n := len(chosen.neurons)):
+        raise SettingError(
+            f"There are no {n} other columns that could stand in for those of the edit.",
+            seen=f"{len(stand_ins)} are left in its blocks.",
+            fix=f"Compare smaller edits: EditSettings(top={n // 2})",
+        )
     patch = edit(
         task.vlm,
         list(task.requests[0].images),
         source=task.source,
         target=task.target,
-        reference=task.reference,
-        neurons=matched_neurons(task.vlm, goals, chosen, task.seed),
+        reference=task.reference or "own",
+        neurons=stand_ins,
         settings=replace(task.settings, method="selective"),
         progress=lambda stage, done, total: task.tell(stage),
     )

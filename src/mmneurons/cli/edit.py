@@ -32,6 +32,7 @@ from mmneurons.cli.sources import (
     or_pocket,
     pocket_texts,
     readable_items,
+    tell_default_reference,
     tell_no_reference,
 )
 from mmneurons.errors import FormatError, SettingError
@@ -71,7 +72,13 @@ def edit(
     more: Annotated[
         list[str] | None, typer.Argument(metavar="IMAGE...", help="Further images that show SOURCE.")
     ] = None,
-    reference: Annotated[list[str] | None, typer.Option(help="Images whose answers are to stay as they are.")] = None,
+    reference: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Images whose answers are to stay as they are. Default, without --texts: sentences that the package "
+            "ships, for the pocket model its own images and texts as well; own: only other words of the same answers."
+        ),
+    ] = None,
     texts: Texts = None,
     evaluate: Annotated[Path | None, typer.Option(metavar="DIR", help="Also judge the patch; results go here.")] = None,
     held_out: HeldOut = None,
@@ -99,23 +106,25 @@ def edit(
     from mmneurons.methods import edit as make_patch
 
     # Damaged images are found now; those that the model's processor refuses, once the model is there.
-    shown, kept = readable_items([*(images or []), *(more or [])]), readable_items(reference)
+    shown = readable_items([*(images or []), *(more or [])])
+    own = reference == ["own"]
+    kept = None if own else readable_items(reference)
     beyond, others = readable_items(held_out), readable_items(unrelated)
     lines = lines_of(texts)
     vlm = load()
     # 2. The model, its own sets where nothing is given, and what is to stay.
     shown, kept, beyond, others = (fitting_items(vlm, items) for items in (shown, kept, beyond, others))
     shown = or_pocket(vlm, shown, f"edit/{singular(source)}", "--images")
-    if kept is None:
-        kept = or_pocket(vlm, None, "reference-400", None)
-        lines = lines or pocket_texts(vlm, 0)
-    held_back = None
+    held_back = "own" if own and not lines else None
     if kept or lines:
+        kept = kept or ([] if own else or_pocket(vlm, None, "reference-400", None))
         with bar(err, len(kept)) as progress:
             pictures = [item.image() for item in kept]
             held_back = make_reference(vlm, pictures, lines, question=settings.question, progress=progress)
-    else:
+    elif own or vlm.is_encoder_decoder:
         tell_no_reference()
+    else:
+        tell_default_reference(vlm)
     # 3. The edit, saved at once; then what it did, and how it stands on other images.
     with stages(err, "editing") as progress:
         patch = make_patch(
@@ -124,7 +133,7 @@ def edit(
         )  # fmt: skip
     save(patch, path)
     tell_patched(vlm)
-    _tell_made(patch, n_shown=len(shown), n_kept=len(kept))
+    _tell_made(patch, n_shown=len(shown))
     out.print(f"wrote {path} ({path.stat().st_size / 1000:.1f} kB)", soft_wrap=True)
     if evaluate is not None:
         _judge(vlm, cases({str(path): patch}), evaluate, shown, beyond, others, [], limit, settings.batch_size)
@@ -239,7 +248,7 @@ def export(
     out.print(f"wrote {folder}", soft_wrap=True)
 
 
-def _tell_made(patch: Patch, n_shown: int, n_kept: int) -> None:
+def _tell_made(patch: Patch, n_shown: int) -> None:
     """Print what a patch does to the images that it was made with, and to what was to stay."""
     made_by = patch.provenance
     source, target, search = made_by["source"], made_by["target"], made_by.get("search", {})
@@ -247,11 +256,14 @@ def _tell_made(patch: Patch, n_shown: int, n_kept: int) -> None:
     out.print(f"{source} -> {target or 'anything else'}: {len(patch.neurons)} columns{strength}")
     # What learns by gradients until all answers turn, or solves for a key, searches for no strength.
     if "turned" in search:
-        out.print(f"  turned {search['turned']:.0%} of the answers that said {source}")
+        out.print(
+            f"  turned {search['turned']:.0%} of the answers that said {source}, by which the strength was chosen"
+        )
     silent = n_shown - max(made_by["said_source"])  # a count for each prompt: the best of them
     if silent:
         out.print(f"  {silent} of the {n_shown} images are not used: the model does not say {source} of them")
     if search.get("looked_at") and "strength" in search:
+        n_kept = made_by["reference"]["images"]
         out.print(
             f"  of the {n_kept} answers that are to stay, the {search['looked_at']} likeliest to change were tried: "
             f"{search['changed']} changed",

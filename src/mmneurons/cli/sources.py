@@ -105,6 +105,12 @@ def or_pocket(vlm: VLM, given: list[Any] | None, name: str, option: str | None) 
     raise SettingError("There are no images.", fix=f"Name some: {option} FOLDER")
 
 
+def tell_default_reference(vlm: VLM) -> None:
+    """Say what an edit leaves as it is where nothing is named."""
+    own = "pocket:reference-400, facts that it knows and " if vlm.is_pocket else ""
+    err.print(f"what is to stay as it is: {own}sentences that the package ships", style="dim")
+
+
 def tell_no_reference() -> None:
     """Say what an edit without a reference leaves as it is."""
     err.print("no --reference: only the other words of these answers are held as they are", style="yellow")

@@ -13,6 +13,7 @@ from mmneurons.editing.answers import TracedSteps
 from mmneurons.editing.reference import Reference
 from mmneurons.editing.request import TokenGoal
 from mmneurons.errors import SettingError
+from mmneurons.finding.reading import columns_of
 from mmneurons.maths.edits import selective, smallest
 from mmneurons.patches.parts import patch_of
 from mmneurons.patches.patch import Patch
@@ -30,7 +31,7 @@ NEAR = 2.0
 
 
 def select_columns(vlm: VLM, goals: Sequence[TokenGoal], top: int, blocks: Blocks) -> Columns:
-    """The columns that write most of what is said at the goals' steps: mean contribution, as of `find`.
+    """The columns with the largest mean contribution, as of `find`, to what is said at the goals' steps.
 
     Args:
         vlm: The model.
@@ -52,7 +53,8 @@ def select_columns(vlm: VLM, goals: Sequence[TokenGoal], top: int, blocks: Block
             experts = [None] if ffn.n_experts is None else range(ffn.n_experts)
             pushed = torch.cat([weights.project(read, ffn.module, expert).cpu() for expert in experts], dim=1)
             scores[i] += (goal.steps.activations[i].float() * pushed).sum(0) / n
-    return Columns.best(anatomy, scores, top)
+    # Columns that write against SOURCE come last, but they come: the more columns, the better others can be spared.
+    return Columns.best(anatomy, scores, top, above=-torch.inf)
 
 
 @dataclass(frozen=True, eq=False)
@@ -114,13 +116,15 @@ def solve(
     Raises:
         SettingError: no column is active at a goal's steps.
     """
-    updates, alike = [], None if ridge is None else _alike(vlm)
+    updates, alike, lengths = [], None if ridge is None else _alike(vlm), column_lengths(columns)
     for goal in goals:
         # 1. A direction for each FFN, and what each column does along it at the goal's own steps.
         row = goal.row(vlm.anatomy.unembed)
         along = spared_directions(goal.steps, row, columns, alike)
         wanted = features(goal.steps, row, columns, along).mean(0)
-        if not bool(wanted.any()):
+        # A coefficient moves its column by 1 / |along|: in that unit the column is this long.
+        own = lengths * torch.cat([along[i].norm().expand(len(mine)) for i, mine in columns.indices.items()])
+        if not bool((wanted * own).any()):
             raise SettingError("None of these columns is active where SOURCE is said.", fix="Choose other neurons.")
         # 2. Coefficients: as little as will do, or as little as will do elsewhere.
         others = [*kept, *(other.steps for other in goals if other is not goal)]
@@ -129,9 +133,15 @@ def solve(
         else:
             shared = torch.cat([features(steps, row, columns, along) for steps in others])
             weights = torch.cat([_flip_weights(vlm, steps, goal) for steps in others])
-            coefficients = selective(wanted, shared, weights, ridge)
+            coefficients = selective(wanted, shared, weights, ridge, own)
         updates.append(Update(goal, row, columns, along, coefficients))
     return updates
+
+
+def column_lengths(columns: Columns) -> Float[Tensor, "columns"]:
+    """The length of each column as it is now, float32, on the CPU."""
+    places = [(i, int(index)) for i, mine in columns.indices.items() for index in mine]
+    return columns_of(columns.anatomy, places, torch.device("cpu")).norm(dim=1)
 
 
 def spared_directions(

@@ -10,13 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, replace
-from typing import Any, Unpack
+from typing import Any, Literal, Unpack
 
 from mmneurons.data.pictures import Picture, Pictures, as_list
 from mmneurons.editing.closed_form import flip_risk, needed_strength, select_columns, solve, unit_patch
 from mmneurons.editing.gradient import optimise
-from mmneurons.editing.reference import Reference
-from mmneurons.editing.request import EditRequest, make_requests, token_goals
+from mmneurons.editing.reference import Reference, reference_of
+from mmneurons.editing.request import EditRequest, make_requests, searched_images, token_goals
 from mmneurons.editing.strength import find_strength
 from mmneurons.errors import SettingError
 from mmneurons.neurons import Neuron
@@ -39,7 +39,7 @@ def edit(
     *,
     source: str,
     target: str | None = None,
-    reference: Reference | None = None,
+    reference: Reference | Literal["own"] | None = None,
     neurons: Sequence[Neuron] | None = None,
     settings: EditSettings | None = None,
     progress: Progress = untold,
@@ -52,7 +52,9 @@ def edit(
         images: A path, PIL image or array, or several; the model must say `source` of one of them at least.
         source: The word that is to go, singular.
         target: The word that is to come, singular; None: any other.
-        reference: What is to stay as it is, from `make_reference`. Without one, the other words of the same answers.
+        reference: What is to stay as it is, from `make_reference`. None: one is made of sentences that the package
+            ships, for the pocket model of its own images and texts as well; "own": no more than the other words of the
+            same answers, which stay in any case.
         neurons: Whose columns move, in the place of those that write most of `source`.
         settings: How; None: the defaults.
         progress: Told what is being done; how much there is of it is not known.
@@ -85,12 +87,15 @@ def edit(
         if neurons is None
         else Columns.of(vlm.anatomy, neurons)
     )
+    # 3. What is to stay as it is.
+    tell("reading what is to stay as it is")
+    reference = reference_of(vlm, reference, settings.question)
     if settings.method == "optimised":
-        # 3a. By gradients: direction and strength at once.
+        # 4a. By gradients: direction and strength at once.
         patch = optimise(vlm, columns, requests, source, target, reference, tell=tell)
         search = dict(patch.provenance)
     else:
-        # 3b. Without: a direction for each column, by what is to change and what is to stay ...
+        # 4b. Without: a direction for each column, by what is to change and what is to stay ...
         kept = [one.others for one in requests]
         if reference is not None:
             kept.append(reference.without(vlm, source))
@@ -103,7 +108,7 @@ def edit(
             vlm, unit, requests, source, target, start=start, reference=reference, risk=risk, tell=tell
         )
         patch, search = found.strength * unit, asdict(found)
-    # 4. What made it goes with it.
+    # 5. What made it goes with it.
     made_by = {
         "source": source,
         "target": target,
@@ -111,6 +116,7 @@ def edit(
         "search": search,
         "images": len(images),
         "said_source": [len(one.saying) for one in requests],
+        "searched": searched_images(requests),
         "reference": None if reference is None else reference.facts,
         "model": dict(vlm.facts),
         "packages": provenance.versions(),

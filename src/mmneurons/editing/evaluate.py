@@ -9,31 +9,29 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Int
 from torch import Tensor
 
 from mmneurons.data.pictures import Picture
-from mmneurons.editing.answers import Answered, answers, likeliest_tokens, no_neurons
+from mmneurons.editing.answers import answers, likeliest_tokens
+from mmneurons.editing.known import KnownAnswers, forced
+from mmneurons.editing.request import prompt_hash
 from mmneurons.maths.statistics import Estimate, estimate, share
 from mmneurons.metrics.captions import rest_unchanged
 from mmneurons.patches.ledger import ledger_of
 from mmneurons.patches.patch import Edit, Patch
 from mmneurons.progress import Progress, untold
 from mmneurons.settings import Question
-from mmneurons.vlm.asking import ask
-from mmneurons.vlm.hooks.recording import record
 from mmneurons.vlm.locking import by_one_thread
 from mmneurons.vlm.prompts import WORDINGS
 from mmneurons.vlm.vlm import VLM
 from mmneurons.words import says, turned
 
-TOP = 10
-"""Of M-locality."""
 TOPS_ON = 200
 """M-locality is measured on at most so many of the unrelated images: the first ones."""
 
@@ -51,6 +49,10 @@ class Bench:
     texts: Sequence[str] = ()
     """Texts without an image; those that name SOURCE are evaluated apart."""
     question: Question = Question()
+    further: Mapping[str, Sequence[Picture]] = field(default_factory=dict)
+    """Unrelated images of other kinds, by what they are: of each kind locality alone is measured."""
+    further_texts: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    """Texts of other kinds, likewise; those that name SOURCE are left out."""
     wordings: Sequence[str] = WORDINGS
     """Other ways to ask; answers begin with the same words."""
 
@@ -66,13 +68,26 @@ class Pair:
 
 
 @dataclass(frozen=True)
+class Size:
+    """How far a patch moves the columns that it changes."""
+
+    mean: float
+    """Of |change| / |column|, over these columns."""
+    largest: float
+    """The largest of them."""
+    of_matrix: float
+    """|change| / |w_out|, Frobenius norms over every w_out that it changes."""
+
+
+@dataclass(frozen=True)
 class Evaluation:
     """Every figure of one edit; None where nothing could be measured."""
 
     source: str
     target: str | None
     efficacy: Estimate | None
-    """Edit images of which the model says TARGET (a removal: anything) and no longer SOURCE."""
+    """Edit images of which the model says TARGET (a removal: anything) and no longer SOURCE, without those by which the
+    strength was chosen."""
     generality: Estimate | None
     """The same of images not used for the edit, of which the unedited model says SOURCE."""
     locality: Estimate | None
@@ -88,7 +103,7 @@ class Evaluation:
     wordings: Estimate | None
     """Generality under other wordings of the prompt."""
     bleed: Estimate | None
-    """Unrelated images of which the model says TARGET, and did not."""
+    """Images of which the unedited model says neither SOURCE nor TARGET, and now TARGET."""
     rest_unchanged: Estimate | None
     """Of held-out answers: everything but SOURCE is said as before."""
     entropy: tuple[float, float] | None
@@ -97,11 +112,15 @@ class Evaluation:
     """Of held-out answers under the unedited model, unedited and edited."""
     n_columns: int | None
     """Columns that change; None for what is no patch."""
-    relative_size: float | None
-    """Mean of |change| / |column|."""
+    size: Size | None
+    """How far they change; None for what is no patch."""
     held_out: tuple[Pair, ...]
     changed: tuple[Pair, ...]
     """Unrelated answers that changed."""
+    further: dict[str, Estimate | None] = field(default_factory=dict)
+    """Locality on unrelated images of other kinds."""
+    further_texts: dict[str, Estimate | None] = field(default_factory=dict)
+    """T-locality on texts of other kinds."""
 
 
 class Before:
@@ -114,29 +133,34 @@ class Before:
         """The same with the edit's own images of another bench; unrelated images, texts and prompt must be the same."""
         other = Before(self.vlm, bench)
         # Where `cached_property` keeps what it has worked out.
-        other.__dict__.update(unrelated=self.unrelated, unrelated_tops=self.unrelated_tops, texts=self.texts)
+        shared = ("unrelated", "unrelated_tops", "texts", "further", "further_texts")
+        other.__dict__.update({name: getattr(self, name) for name in shared})
         return other
 
     @cached_property
-    def unrelated(self) -> Answered:
+    def unrelated(self) -> KnownAnswers:
         """Answers about the unrelated images."""
-        return answers(self.vlm, self.bench.unrelated, self.bench.question)
+        return KnownAnswers(self.vlm, self.bench.unrelated, self.bench.question)
 
     @cached_property
-    def unrelated_tops(self) -> list[Int[Tensor, "steps 10"]]:
-        """The likeliest tokens at each step of the first of them."""
-        return self.tops(range(min(TOPS_ON, len(self.bench.unrelated))))
-
-    def tops(self, numbers: Sequence[int]) -> list[Int[Tensor, "steps 10"]]:
-        """The likeliest tokens now, edited or not, at each step of some of the unedited answers."""
-        # The unedited answers are read, not new ones: positions must be the same before and after.
-        images, ids = [self.bench.unrelated[i] for i in numbers], [self.unrelated.token_ids[i] for i in numbers]
-        return [logits.topk(TOP).indices for logits in forced(self.vlm, images, ids, self.bench.question)]
+    def unrelated_tops(self) -> list[Int[Tensor, "_ 10"]]:
+        """The likeliest tokens at each step of these answers."""
+        return self.unrelated.tops()
 
     @cached_property
     def texts(self) -> list[Int[Tensor, "positions"]]:
         """The likeliest token behind each position of each text."""
         return likeliest_tokens(self.vlm, self.bench.texts)
+
+    @cached_property
+    def further(self) -> dict[str, KnownAnswers]:
+        """Answers about the images of other kinds."""
+        return {name: KnownAnswers(self.vlm, mine, self.bench.question) for name, mine in self.bench.further.items()}
+
+    @cached_property
+    def further_texts(self) -> dict[str, list[Int[Tensor, "positions"]]]:
+        """The likeliest token behind each position of the texts of other kinds."""
+        return {name: likeliest_tokens(self.vlm, texts) for name, texts in self.bench.further_texts.items()}
 
 
 @by_one_thread
@@ -171,27 +195,33 @@ def evaluate(
         progress("judging", share, 1)
 
     # Unedited: what does not say SOURCE, what does, and the latter asked in other words.
-    kept = [i for i, text in enumerate(before.unrelated.texts) if not says(text, source)]
     held = answers(vlm, bench.held_out, question)
     shown = [i for i, text in enumerate(held.texts) if says(text, source)]
     images, usual = [bench.held_out[i] for i in shown], [held.texts[i] for i in shown]
     otherwise = [replace(question, prompt=prompt, answer_prefix=question.prefix) for prompt in bench.wordings]
     reworded_before = [answers(vlm, images, asked).texts for asked in otherwise]
+    for known in (before.unrelated, *before.further.values()):
+        known.prepare(edit)
+    usual_tops, usual_texts, usual_further = before.unrelated_tops, before.texts, before.further_texts
     tell(0.2)
     # Edited: the same questions, and the likeliest tokens of the same answers and texts.
     with edit.applied(vlm):
-        edited = answers(vlm, bench.edit, question)
+        edited = answers(vlm, unsearched(edit, bench.edit), question)
         held_after = answers(vlm, images, question)
         reworded = [answers(vlm, images, asked).texts for asked in otherwise]
         tell(0.4)
-        after = answers(vlm, [bench.unrelated[i] for i in kept], question).texts
+        tops = before.unrelated.tops()
+        after = before.unrelated.texts(tops)
         tell(0.7)
-        tops = before.tops([i for i in kept if i < TOPS_ON])
-        next_tokens = likeliest_tokens(vlm, bench.texts)
+        further = {name: known.texts(known.tops()) for name, known in before.further.items()}
+        tell(0.8)
+        next_tokens, next_further = Before(vlm, bench).texts, Before(vlm, bench).further_texts
         tell(0.9)
     # Compared, answer by answer.
     done = partial(turned, source=source, target=target)
-    others = [(before.unrelated.texts[i], text) for i, text in zip(kept, after, strict=True)]
+    said = before.unrelated.said.texts
+    kept = [i for i, text in enumerate(said) if not says(text, source)]
+    others = [(said[i], after[i]) for i in kept]
     pairs = list(zip(usual, held_after.texts, strict=True))
     asked_otherwise = [
         done(now)
@@ -199,9 +229,8 @@ def evaluate(
         for was, now in zip(first, second, strict=True)
         if says(was, source)
     ]
-    top_pairs = [(before.unrelated_tops[i], now) for i, now in zip(kept, tops, strict=False)]
-    same = [float((a == b).float().mean()) for a, b in zip(before.texts, next_tokens, strict=True)]
-    naming = [says(text, source) for text in bench.texts]
+    top_pairs = [(usual_tops[i], tops[i]) for i in kept if i < TOPS_ON]
+    same, naming = _unflipped(usual_texts, next_tokens), [says(text, source) for text in bench.texts]
     return Evaluation(
         source,
         target,
@@ -213,7 +242,7 @@ def evaluate(
         t_locality=estimate([kept for kept, names in zip(same, naming, strict=True) if not names]),
         t_locality_source=estimate([kept for kept, names in zip(same, naming, strict=True) if names]),
         wordings=share(asked_otherwise),
-        bleed=None if target is None else share(says(b, target) and not says(a, target) for a, b in others),
+        bleed=None if target is None else share(says(b, target) for a, b in others if not says(a, target)),
         rest_unchanged=share(rest_unchanged(a, b, source) for a, b in pairs),
         entropy=(ngram_entropy(usual), ngram_entropy(held_after.texts)) if usual else None,
         perplexity=(
@@ -223,22 +252,32 @@ def evaluate(
         if usual
         else None,
         n_columns=len(edit.neurons) if isinstance(edit, Patch) else None,
-        relative_size=relative_size(vlm, edit) if isinstance(edit, Patch) else None,
+        size=size_of(vlm, edit) if isinstance(edit, Patch) else None,
         held_out=tuple(Pair(a, b, i) for (a, b), i in zip(pairs, shown, strict=True)),
         changed=tuple(Pair(a, b, i) for (a, b), i in zip(others, kept, strict=True) if a != b),
+        further={
+            name: share(a == b for a, b in zip(known.said.texts, further[name], strict=True) if not says(a, source))
+            for name, known in before.further.items()
+        },
+        further_texts={
+            name: estimate(
+                [
+                    kept
+                    for kept, text in zip(_unflipped(usual, next_further[name]), texts, strict=True)
+                    if not says(text, source)
+                ]
+            )
+            for (name, texts), usual in zip(bench.further_texts.items(), usual_further.values(), strict=True)
+        },
     )
 
 
-def forced(
-    vlm: VLM, images: Sequence[Picture], token_ids: Sequence[tuple[int, ...]], question: Question
-) -> Iterator[Float[Tensor, "steps vocab"]]:
-    """Logits at each step of answers that the model is given, image by image; float32, on the CPU."""
-    recorder = partial(record, neurons=no_neurons(vlm.anatomy))
-    # The residual stream is recorded, and the head run answer by answer: logits of a batch would be large.
-    for batch in ask(vlm, images, question, given=token_ids, recorder=recorder):
-        residual = batch.recording.stacked(batch.recording.residual)
-        for row, mine in enumerate(batch.answers.token_ids):
-            yield vlm.anatomy.logits(residual[row, : len(mine)])[:, : vlm.n_tokens].float().cpu()
+def unsearched(edit: Edit, images: Sequence[Picture]) -> list[Picture]:
+    """Images but those by which the strength of an edit was chosen, as its provenance names them."""
+    # Provenance is read from files, and may say anything.
+    hashes = getattr(edit, "provenance", {}).get("searched")
+    searched = hashes if isinstance(hashes, list | tuple) else ()
+    return [image for image in images if prompt_hash(image) not in searched]
 
 
 def ngram_entropy(texts: Sequence[str]) -> float:
@@ -253,15 +292,18 @@ def ngram_entropy(texts: Sequence[str]) -> float:
     return sum(found) / len(found)
 
 
-def relative_size(vlm: VLM, patch: Patch) -> float:
-    """Mean over the columns that a patch changes of |change| / |column before any edit|."""
-    # Against the columns before any edit, whatever patches are applied now.
-    ledger = ledger_of(vlm)
-    shares = [
-        patch.deltas(part).norm(dim=1) / ledger.pristine(part.place, part.indices).float().cpu().norm(dim=1)
-        for part in patch.parts
-    ]
-    return float(torch.cat(shares).mean())
+def size_of(vlm: VLM, patch: Patch) -> Size:
+    """How far a patch moves the columns that it changes, against what they are before any edit."""
+    # Whatever patches are applied now.
+    ledger, sizes, shares = ledger_of(vlm), [], []
+    for part in patch.parts:
+        moved = patch.deltas(part).norm(dim=1)
+        lengths = ledger.pristine(part.place).float().cpu().norm(dim=1)
+        shares.append((moved / lengths[part.indices]).where(moved > 0, 0.0))
+        sizes.append((moved.norm(), lengths.norm()))
+    moved, whole = (torch.stack(each).norm() for each in zip(*sizes, strict=True))
+    every = torch.cat(shares)
+    return Size(float(every.mean()), float(every.max()), float(moved / whole))
 
 
 def _perplexity(vlm: VLM, images: Sequence[Picture], token_ids: Sequence[tuple[int, ...]], question: Question) -> float:
@@ -271,6 +313,11 @@ def _perplexity(vlm: VLM, images: Sequence[Picture], token_ids: Sequence[tuple[i
         for logits, ids in zip(forced(vlm, images, token_ids, question), token_ids, strict=True)
     ]
     return math.exp(sum(losses) / len(losses)) if losses else math.nan
+
+
+def _unflipped(before: Sequence[Tensor], after: Sequence[Tensor]) -> list[float]:
+    """Of each text, the share of positions whose likeliest token is the same."""
+    return [float((a == b).float().mean()) for a, b in zip(before, after, strict=True)]
 
 
 def _shared(a: Int[Tensor, "steps 10"], b: Int[Tensor, "steps 10"]) -> float:

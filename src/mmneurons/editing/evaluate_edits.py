@@ -24,6 +24,9 @@ from mmneurons.settings import Question
 from mmneurons.vlm import provenance
 from mmneurons.vlm.vlm import VLM
 
+DEFINITIONS = 2
+"""Of the figures; where one of them changes meaning, what was measured before is measured anew."""
+
 
 @dataclass(frozen=True, eq=False)
 class Case:
@@ -87,6 +90,8 @@ def evaluate_edits(
     held_out: Callable[[str], Sequence[Item]],
     unrelated: Sequence[Item],
     texts: Sequence[str] = (),
+    further: Mapping[str, Sequence[Item]] | None = None,
+    further_texts: Mapping[str, Sequence[str]] | None = None,
     batch_size: int = 8,
     progress: Progress = untold,
 ) -> dict[str, Evaluation]:
@@ -100,6 +105,8 @@ def evaluate_edits(
         held_out: Others that show it.
         unrelated: Images of which nothing is to change.
         texts: Texts of which nothing is to change.
+        further: Images of other kinds, by what they are, of which nothing is to change either.
+        further_texts: Texts of other kinds, likewise.
         batch_size: Images in one batch.
         progress: Told how many are evaluated, a share of one counts.
 
@@ -114,7 +121,10 @@ def evaluate_edits(
     made_by = {"model": dict(vlm.facts), "packages": provenance.versions()}
     # What all edits share is opened and hashed once; so is, for each question, what the unedited model says.
     images = [item.image() for item in unrelated]
-    others = key_of([image_hash(image) for image in images], list(texts))
+    more = {name: [item.image() for item in items] for name, items in (further or {}).items()}
+    more_texts = {name: list(texts) for name, texts in (further_texts or {}).items()}
+    more_hashes = {name: [image_hash(image) for image in images] for name, images in more.items()}
+    others = key_of(DEFINITIONS, [image_hash(image) for image in images], list(texts), more_hashes, more_texts)
     befores: dict[Question, Before] = {}
     found = {}
 
@@ -133,7 +143,7 @@ def evaluate_edits(
                 one.key or name, *asks, *([image_hash(image) for image in of] for of in (shown, beyond)), others
             )
             if key not in store.found:
-                bench = Bench(shown, beyond, images, texts, question)
+                bench = Bench(shown, beyond, images, texts, question, more, more_texts)
                 before = befores.setdefault(question, Before(vlm, bench))
                 evaluation = evaluate(
                     vlm,

@@ -127,7 +127,7 @@ def optimise(
             seen=f"After {found.steps} steps what is wanted leads by {found.margin:.2g} logits.",
             fix="Take more columns (top=2000), or of more blocks (blocks=None), or more images.",
         )
-    found = replace(found, turned=share, generated=sum(len(one.saying) for one in requests))
+    found = replace(found, turned=share, generated=sum(len(one.searched) for one in requests))
     return replace(patch, provenance=asdict(found))
 
 

@@ -6,12 +6,14 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Unpack
+from importlib import resources
+from typing import Literal, Unpack
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from mmneurons import pocket
 from mmneurons.data.pictures import Picture
 from mmneurons.editing.answers import (
     TracedAnswers,
@@ -197,6 +199,38 @@ def make_reference(
     seconds = torch.cat([_seconds(vlm, steps) for steps in (said and said.steps, read) if steps is not None])
     made_by = str(vlm.facts["weights_hash"])
     return Reference(said, tuple(images), question, tuple(texts), read, counts, seconds, made_by)
+
+
+def default_reference(vlm: VLM, question: Question | None = None, *, progress: Progress = untold) -> Reference | None:
+    """Make the reference that `edit` takes where none is given: what the model reads in the shipped sentences.
+
+    For the pocket model it is also what it says of `pocket:reference-400`, and every fourth of the facts that it knows.
+
+    Args:
+        vlm: The model, from `load`, without patches.
+        question: What the model is asked about each image, if there are any.
+        progress: Told how many images are done.
+
+    Returns:
+        The reference; None for an encoder-decoder, which reads no texts.
+    """
+    if vlm.is_encoder_decoder:
+        return None
+    images, facts = list[Picture](), tuple[str, ...]()
+    if vlm.is_pocket:
+        images, facts = [scene.image for scene in pocket.evaluation_set("reference-400")], pocket.facts()[::4]
+    return make_reference(vlm, images, [*facts, *sentences()], question=question, progress=progress)
+
+
+def reference_of(vlm: VLM, given: Reference | Literal["own"] | None, question: Question) -> Reference | None:
+    """Return what an edit is to leave as it is, of what it was given: made where that is None, none for "own"."""
+    return default_reference(vlm, question) if given is None else None if given == "own" else given
+
+
+def sentences() -> tuple[str, ...]:
+    """Return the sentences that the package ships: plain English about anything, unlike each other."""
+    text = resources.files("mmneurons.editing").joinpath("sentences.txt").read_text(encoding="utf-8")
+    return tuple(text.splitlines())
 
 
 def _counts(vlm: VLM, texts: Sequence[str]) -> list[int]:

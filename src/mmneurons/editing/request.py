@@ -9,7 +9,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mmneurons.data.pictures import Picture
+from mmneurons.data.content import image_hash, key_of
+from mmneurons.data.pictures import Picture, open_row
 from mmneurons.editing.answers import TracedAnswers, TracedSteps, join, occurrences, trace_answers, trace_given
 from mmneurons.errors import SettingError, WordError
 from mmneurons.settings import Question
@@ -18,6 +19,12 @@ from mmneurons.vlm.teacher_forcing import Given
 from mmneurons.vlm.tokens import tokens_of
 from mmneurons.vlm.vlm import VLM
 from mmneurons.words import Word, inflected, singular, turned
+
+HASH_LENGTH = 16
+"""Characters that are kept of an image's hash."""
+HELD_BACK, ENOUGH = 4, 6
+"""Every so manyth image takes no part when the strength of an edit is chosen, so that the edit can be judged by it;
+where SOURCE is said of so many at least: of fewer, none can be spared."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,6 +62,12 @@ class EditRequest:
     def saying(self) -> list[int]:
         """The answers that say SOURCE."""
         return sorted({answer for answer, _ in self.found})
+
+    @property
+    def searched(self) -> list[int]:
+        """Those of them by which the strength of the edit is chosen."""
+        few = len(self.saying) < ENOUGH
+        return [i for i in self.saying if few or i % HELD_BACK != HELD_BACK - 1]
 
     @property
     def others(self) -> TracedSteps:
@@ -98,12 +111,26 @@ def make_requests(
 
 
 def share_turned(vlm: VLM, requests: Sequence[EditRequest], source: str, target: str | None) -> float:
-    """Share of the answers that said SOURCE which, generated now, no longer do, and say TARGET if there is one."""
+    """Share of the answers that said SOURCE which, generated now, no longer do, and say TARGET if there is one.
+
+    Only those are asked for by which the strength is chosen.
+    """
     done = []
     for one in requests:
-        texts = texts_of(vlm, [one.images[i] for i in one.saying], one.question)
+        texts = texts_of(vlm, [one.images[i] for i in one.searched], one.question)
         done += [turned(text, source, target) for text in texts]
     return sum(done) / len(done)
+
+
+def searched_images(requests: Sequence[EditRequest]) -> list[str]:
+    """Hashes of the images by which the strength is chosen: an edit is not to be judged by them alone."""
+    chosen = {i: one.images[i] for one in requests for i in one.searched}
+    return [prompt_hash(chosen[i]) for i in sorted(chosen)]
+
+
+def prompt_hash(image: Picture) -> str:
+    """Hash what is shown in one prompt, in short: its pixels."""
+    return key_of([image_hash(one.image) for one in open_row(image)])[:HASH_LENGTH]
 
 
 def rewritten(

@@ -29,7 +29,7 @@ MARGINS = (1.0, 1.25, 1.5, 1.75, 2.0, 2.5, 3.0, 3.5, 4.0)
 """How many times the smallest strength that turns the images of the edit."""
 HARDEST, HARDEST_POSITIONS = 16, 64
 """Reference images, and positions of its texts, looked at."""
-ALLOWED, ALLOWED_FLIPS = 0.005, 0.01
+ALLOWED, ALLOWED_FLIPS = 0.005, 0.005
 """Share of all reference images whose answers may change, and of all positions of its texts."""
 
 
@@ -75,7 +75,7 @@ class _Trials:
         """Share of the edit's answers that turn."""
         # The answers that said SOURCE, generated anew with the edit at this strength.
         self.tell(f"trying strength {factor:.3g}")
-        self.generated += sum(len(one.saying) for one in self.requests)
+        self.generated += sum(len(one.searched) for one in self.requests)
         with (factor * self.unit).applied(self.vlm):
             return share_turned(self.vlm, self.requests, self.source, self.target)
 

@@ -29,27 +29,36 @@ def selective(
     reference: Float[Tensor, "steps columns"],
     weights: Float[Tensor, "steps"],
     ridge: float,
+    lengths: Float[Tensor, "columns"] | None = None,
 ) -> Float[Tensor, "columns"]:
     """Compute the selective edit: the c with wanted . c = 1 that changes the reference steps least.
 
-    It minimises the weighted mean of (reference @ c)^2, plus r |c|^2, where r = ridge * columns / steps * mean over
-    columns of the weighted second moment: the fewer the steps, the less they say of each column.
+    It minimises the weighted mean of (reference @ c)^2, plus r |c / lengths|^2, where r = ridge * columns / steps *
+    mean over columns of the weighted second moment: the fewer the steps, the less they say of each column.
+
+    With the columns' own lengths, each is charged for the share of its length by which it changes. Charged for the
+    change itself, a short column would move by many times its length, and act wherever its neuron is active.
 
     Args:
         wanted: Mean features where SOURCE is said, not all zero.
         reference: Features at steps that are to stay as they are; at least one step.
         weights: How much each of these steps counts, above 0.
-        ridge: 0 or more: with 0 the reference is spared as far as possible; the larger, the nearer to `smallest`.
+        ridge: 0 or more: with 0 the reference is spared as far as possible; the larger, the nearer to the smallest.
+        lengths: Of each column, in units of its coefficient, 0 or more, above 0 somewhere where `wanted` is not 0;
+            None: all 1.
 
     Returns:
         The coefficient of each column, float32.
 
     Source: linear discriminants; ROME (Meng et al., NeurIPS 2022) discounts keys of text by their second moment alike.
     """
+    # Counted in its own length, each column is like any other: solved there, and counted back.
+    own = torch.ones_like(wanted) if lengths is None else lengths
+    wanted, reference = own * wanted, own * reference
     # float64: with fewer steps than columns the second moment is singular, and only the ridge makes it invertible.
     rows, shares = reference.double(), weights.double() / weights.double().sum()
     moment = rows.T @ (rows * shares[:, None])
     r = max(ridge * rows.shape[1] / len(rows) * float(moment.diagonal().mean()), torch.finfo(torch.float32).tiny)
     # The minimum under the constraint lies along (moment + r I)^-1 wanted (Lagrange); scaled so that wanted . c = 1.
     weighed = torch.linalg.solve(moment + r * torch.eye(len(moment), dtype=moment.dtype), wanted.double())
-    return (weighed / (weighed @ wanted.double())).float()
+    return (own * weighed / (weighed @ wanted.double())).float()

@@ -91,13 +91,14 @@ class Ledger:
             raise SettingError("This patch is not applied to this model.")
         self._write({key: other for key, other in self._active.items() if key != patch.hash})
 
-    def pristine(self, place: Place, indices: Tensor) -> Tensor:
-        """Return columns as they were before any edit, (n, hidden), in the dtype in which they are stored.
+    def pristine(self, place: Place, indices: Tensor | None = None) -> Tensor:
+        """Return columns as they were before any edit, (n, hidden), in the dtype in which they are stored; or all.
 
         Raises:
             ModelError: the columns could not be written to.
         """
         view = weights.writable(self._ffns[place].module, place[1])
+        indices = torch.arange(view.shape[1]) if indices is None else indices
         # A column that is edited now is taken from the ledger, any other from the model.
         kept = self._columns.get(place, _Columns()).pristine
         current = view[:, indices.to(view.device)].T

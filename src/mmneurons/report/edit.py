@@ -63,10 +63,12 @@ def figures(judged: Evaluation) -> list[tuple[str, str]]:
         ("generality", judged.generality),
         ("  under other wordings", judged.wordings),  # indented: a variant of the figure above
         ("locality", judged.locality),
+        *((f"  {kind}", value) for kind, value in judged.further.items()),
         ("M-locality@10", judged.m_locality),
         ("  place by place (MMEdit)", judged.m_locality_ranked),
         ("T-locality@1", judged.t_locality),
         ("  texts that name the source", judged.t_locality_source),
+        *((f"  {kind}", value) for kind, value in judged.further_texts.items()),
         ("rest of the answer unchanged", judged.rest_unchanged) if removal else ("target bleed", judged.bleed),
     ]
     # What could not be measured is listed, too, as "not measured": never as a 0.
@@ -75,8 +77,10 @@ def figures(judged: Evaluation) -> list[tuple[str, str]]:
         lines.append(("n-gram entropy, before and after", "{:.2f} {:.2f} bits".format(*judged.entropy)))
     if judged.perplexity is not None:
         lines.append(("perplexity, before and after", "{:.3f} {:.3f}".format(*judged.perplexity)))
-    if judged.n_columns is not None and judged.relative_size is not None:
-        lines.append(("columns, mean change of each", f"{judged.n_columns}, {judged.relative_size:.2f} of its length"))
+    if judged.n_columns is not None and judged.size is not None:
+        size = judged.size
+        lines.append(("columns, mean change of each", f"{judged.n_columns}, {size.mean:.2f} of its length"))
+        lines.append(("largest change, change of w_out", f"{size.largest:.2f} and {size.of_matrix:.2f} of its length"))
     return lines
 
 

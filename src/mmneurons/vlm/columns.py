@@ -52,13 +52,15 @@ class Columns:
         return Columns(anatomy, {i: torch.tensor(sorted(mine)) for i, mine in sorted(found.items())})
 
     @staticmethod
-    def best(anatomy: Anatomy, scores: Mapping[int, Float[Tensor, "neurons"]], top: int) -> Columns:
-        """Return the columns with the `top` largest scores, if above 0, of all these FFNs together."""
+    def best(
+        anatomy: Anatomy, scores: Mapping[int, Float[Tensor, "neurons"]], top: int, *, above: float = 0.0
+    ) -> Columns:
+        """Return the columns with the `top` largest scores, if above a bound, of all these FFNs together."""
         # All FFNs compete in one vector, which is cut up again afterwards; FFNs with no column among the best are left
         # out.
         whole = torch.cat(list(scores.values()))
         chosen = torch.zeros(len(whole), dtype=torch.bool)
-        chosen[top_k(whole, min(top, int((whole > 0).sum())))] = True
+        chosen[top_k(whole, min(top, int((whole > above).sum())))] = True
         parts = zip(scores, chosen.split([len(part) for part in scores.values()]), strict=True)
         return Columns(anatomy, {i: part.nonzero()[:, 0] for i, part in parts if bool(part.any())})
 

@@ -86,7 +86,7 @@ def make_edit(
         parts = pool.split(source, progress)
     images = [shown.image, *parts.edit]
     with patched(vlm, before, limits, session.stop):
-        kept = make_reference(vlm, parts.reference, progress=progress) if parts.reference else None
+        kept = make_reference(vlm, parts.reference, progress=progress) if parts.reference else "own"
         patch = edit(
             vlm, images, source=source, target=target, reference=kept, progress=progress, prompt=shown.question.prompt
         )
