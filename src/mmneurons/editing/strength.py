@@ -25,8 +25,9 @@ STEP = 1.3
 """Strengths tried one after the other differ by this factor."""
 TRIES = 10
 """Steps upwards before it is given up, and downwards."""
-MARGINS = (1.0, 1.25, 1.5, 1.75, 2.0, 2.5, 3.0, 3.5, 4.0)
-"""How many times the smallest strength that turns the images of the edit."""
+MARGINS = (1.25, 1.5, 1.75, 2.0, 2.5, 3.0, 3.5, 4.0)
+"""How many times the smallest strength that turns the images of the edit: at the very smallest, others that are a little
+less clear do not turn."""
 HARDEST, HARDEST_POSITIONS = 16, 64
 """Reference images, and positions of its texts, looked at."""
 ALLOWED, ALLOWED_FLIPS = 0.005, 0.005
@@ -132,8 +133,8 @@ def find_strength(
         source: What is to go.
         target: What is to come, if anything.
         start: The strength to begin with, above 0.
-        reference: What is to stay. The smallest strength that turns the edit's images is taken even where it changes
-            more than is allowed: `Search.changed` tells.
+        reference: What is to stay. The least margin over the smallest strength that turns the edit's images is taken
+            even where it changes more than is allowed: `Search.changed` and `Search.flipped` tell.
         risk: For each of the reference's steps, how near the edit comes to changing what is said; the riskiest
             are looked at, none where it is minus infinity, and no answer that says `source`.
         tell: Told the strength that is tried.
@@ -177,5 +178,6 @@ def find_strength(
         else:
             high = middle
     if not tolerated and low == 0:
-        found, _ = tried(MARGINS[0])
+        # Even the least of them changes more than is allowed: it is taken all the same, if it turns as many.
+        found, _ = tried(MARGINS[0] if trials.turned(MARGINS[0] * smallest) >= share else 1.0)
     return replace(found, generated=trials.generated)
