@@ -26,8 +26,8 @@ STEP = 1.3
 TRIES = 10
 """Steps upwards before it is given up, and downwards."""
 MARGINS = (1.25, 1.5, 1.75, 2.0, 2.5, 3.0, 3.5, 4.0)
-"""How many times the smallest strength that turns the images of the edit: at the very smallest, others that are a little
-less clear do not turn."""
+"""How many times the smallest strength that turns the images of the edit; with no more than that, images that are a
+little less clear do not turn."""
 HARDEST, HARDEST_POSITIONS = 16, 64
 """Reference images, and positions of its texts, looked at."""
 ALLOWED, ALLOWED_FLIPS = 0.005, 0.005
