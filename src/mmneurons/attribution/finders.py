@@ -2,7 +2,7 @@
 
 | finder | score of a neuron |
 | --- | --- |
-| `logit`, `logprob`, `paper` | as in `find` |
+| `logit`, `logprob`, `paper`, `followed` | as in `find` |
 | `activation` | the size of its activation |
 | `gradient` | gradient of log p by its activation, times the activation (Schwettmann et al., ICCV-W 2023) |
 | `integrated` | integrated gradients, all activations of a block scaled together, 20 steps (Dai et al., ACL 2022) |
@@ -23,15 +23,17 @@ from mmneurons.attribution.ablation import Replay, replays
 from mmneurons.data.pictures import Picture
 from mmneurons.errors import SettingError
 from mmneurons.finding.batch import targets_of
-from mmneurons.finding.scoring import score_targets
-from mmneurons.settings import SCORES, FindSettings, Question
+from mmneurons.finding.scoring import recorder_for, score_targets
+from mmneurons.settings import FindSettings, Question, Score
 from mmneurons.vlm.asking import ask
 from mmneurons.vlm.locking import by_one_thread
 from mmneurons.vlm.vlm import VLM
 from mmneurons.words import Word
 
-Finder = Literal["logit", "logprob", "paper", "activation", "gradient", "integrated", "random"]
+Finder = Literal["logit", "logprob", "paper", "followed", "activation", "gradient", "integrated", "random"]
 FINDERS: tuple[Finder, ...] = get_args(Finder)
+OF_FIND: tuple[Score, ...] = ("logit", "logprob", "paper", "followed")
+"""Finders that are scores of `find`, had here from one recording; its `gradient` is the finder of this name, too."""
 INTEGRATION_STEPS = 20
 """At how many scales of the activations the gradient is averaged by `integrated`."""
 
@@ -88,11 +90,11 @@ def finder_scores(
     if not targets:
         return []
     # 2. The same answer, generated once more up to its last noun, with what ablation and gradients need.
-    kept = replays(vlm, inputs, [target.step for target in targets], gates="paper" in finders)
+    asked = {score: replace(choices, score=score) for score in OF_FIND if score in finders}
+    kept = replays(vlm, inputs, [target.step for target in targets], recorder=recorder_for(vlm, *asked.values()))
     by_score: dict[str, Tensor] = {
-        score: score_targets(vlm, kept.recording, kept.answers, targets, replace(choices, score=score)).scores.cpu()
-        for score in SCORES
-        if score in finders
+        score: score_targets(vlm, kept.recording, kept.answers, targets, mine).scores.cpu()
+        for score, mine in asked.items()
     }
     # 3. All finders, noun by noun; one stream of random numbers, so that each noun has others.
     random = torch.Generator().manual_seed(seed)
@@ -111,7 +113,7 @@ def _scores(
     finder: Finder, replay: Replay, by_score: Mapping[str, Tensor], i: int, random: torch.Generator
 ) -> Float[Tensor, "slots"]:
     """Compute the scores that one finder gives to all slots for noun number `i`."""
-    if finder in SCORES:
+    if finder in by_score:
         return by_score[finder][i]
     fired = torch.cat(replay.activations)
     if finder == "activation":

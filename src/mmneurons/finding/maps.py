@@ -79,7 +79,7 @@ def _maps(
     places = [scored.places(i, mine) for i, mine in enumerate(slots)]
     wanted = [sorted({n for row in places for ffn, n in row if ffn == i}) for i in range(len(vlm.anatomy.ffns))]
     gates = scored.choices.score == "paper"
-    keep = keep_positions(_all_positions(grids))
+    keep = keep_positions(all_positions(grids))
     with record(vlm.anatomy, keep, neurons=[torch.tensor(w).long() for w in wanted], gates=gates, writes=False) as seen:
         vlm.read(inputs)
     device = scored.scores.device
@@ -100,7 +100,7 @@ def _maps(
     return found
 
 
-def _all_positions(grids: Grids) -> Int[Tensor, "batch patches"]:
+def all_positions(grids: Grids) -> Int[Tensor, "batch patches"]:
     """The positions of all pictures of each row, one after the other; shorter rows filled up."""
     rows = [torch.cat([grid.positions for grid in row]) for row in grids]
     width = max(map(len, rows))

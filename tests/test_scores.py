@@ -1,0 +1,127 @@
+"""Scores that look into later blocks are, on every family, what autograd of the raw model gives."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from test_families import N_TOKENS, Case, case, first_row
+from torch import Tensor, nn
+
+from mmneurons.errors import ModelError
+from mmneurons.finding.result import NounFinding
+from mmneurons.vlm import backward
+from mmneurons.vlm.weights import dense
+
+LIMIT = 2e-4
+"""Of the largest score of a word, in float32."""
+FAMILIES = ("llava", "gemma3", "qwen3_vl", "llama4", "qwen3_5_moe", "blip-2 (opt)", "mllama", "florence2", "paligemma")
+"""One for each kind of block: all of them would take minutes."""
+NOT_FOLLOWED: dict[str, str] = {}
+"""Families whose FFNs are not followed, and the beginning of the reason."""
+READ_AGAIN: tuple[str, ...] = ()
+"""Families whose predicting positions cannot be run alone on the cache: prompt and answer are read again."""
+
+
+@contextmanager
+def raised(one: Case, position: int, *, held: bool) -> Iterator[list[Tensor]]:
+    """Per FFN zeros, added to what it writes at one position; `held`: what mixers and side paths write stays so."""
+    anatomy, added, hooks = one.anatomy, [], []
+
+    def add(zeros: Tensor, module: nn.Module, args: Any, output: Any) -> Any:
+        whole = output if isinstance(output, Tensor) else output[0]
+        rows = whole.reshape(-1, length[0], whole.shape[-1])  # one prompt; of every expert a copy, the first counts
+        padded = torch.nn.functional.pad(
+            zeros[None, None], (0, 0, position % length[0], -1 - position, 0, len(rows) - 1)
+        )
+        changed = (rows + padded).view(whole.shape)
+        return changed if isinstance(output, Tensor) else (changed, *output[1:])
+
+    def hold(module: nn.Module, args: Any, output: Any) -> Any:
+        return output.detach() if isinstance(output, Tensor) else (output[0].detach(), *output[1:])
+
+    def measure(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        length[0] = (args[0] if args else kwargs["hidden_states"]).shape[1]
+
+    length = [0]
+    hooks.append(anatomy.blocks[0].module.register_forward_pre_hook(measure, with_kwargs=True))
+    for ffn in anatomy.ffns:
+        added.append(torch.zeros(anatomy.hidden, requires_grad=True))
+        hooks.append(ffn.module.register_forward_hook(partial(add, added[-1])))
+    if held:
+        hooks += [source.module.register_forward_hook(hold) for source in anatomy.sources]
+    try:
+        yield added
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def slopes(one: Case, step: int, *, held: bool = False) -> list[Tensor]:
+    """Per FFN d log p / d what it writes where a token was predicted, by autograd of the raw model."""
+    with raised(one, step - N_TOKENS - 1, held=held) as added, torch.enable_grad():
+        read = one.vlm.extended(one.alone[0], one.answers[0])
+        read = {name: part.clone() if isinstance(part, Tensor) else part for name, part in read.items()}
+        logits = one.model(**read).logits[0, step - N_TOKENS - 1]
+        said = logits.double().log_softmax(-1)[one.raw[0][step]]
+        found = torch.autograd.grad(said, added, allow_unused=True)
+    return [torch.zeros(one.anatomy.hidden) if slope is None else slope for slope in found]
+
+
+def assert_scores(one: Case, noun: NounFinding, expected: list[Tensor]) -> None:
+    """A neuron's score is its activation times column . slope; a gate behind `w_out` is in both."""
+    scores = []
+    for found in noun.neurons:
+        (i,) = (
+            i
+            for i, ffn in enumerate(one.anatomy.ffns)
+            if ffn.layer == found.neuron.layer and (ffn.n_experts is None) == (found.neuron.expert is None)
+        )
+        column = dense(one.anatomy.ffns[i].module, found.neuron.expert)[:, found.neuron.index]
+        factor = 1.0
+        if one.anatomy.ffns[i].gate is not None:
+            factor = float(one.recordings[0].factors[i][noun.step][0, -1].sigmoid())
+        scores.append((found.score, found.activation / factor * float(column.float() @ expected[i])))
+    ours, theirs = torch.tensor(scores).unbind(1)
+    assert theirs.abs().max() > 0
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=LIMIT * float(theirs.abs().max()))
+
+
+def watched_ways(monkeypatch) -> list[tuple[str, bool]]:
+    """Note which way a gradient is had, and whether it said what was said."""
+    ways: list[tuple[str, bool]] = []
+
+    def watched(way: str, *given: Any) -> Any:
+        found = usual[way](*given)
+        ways.append((way, found is not None))
+        return found
+
+    usual = {way: getattr(backward, way) for way in ("on_cache", "on_whole")}
+    for way in usual:
+        monkeypatch.setattr(backward, way, partial(watched, way))
+    return ways
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_gradient_is_that_of_the_raw_model(name, monkeypatch):
+    one, ways = case(name), watched_ways(monkeypatch)
+    found = first_row(one, one.alone[0], score="gradient", top=10**6)
+    for noun in found.nouns:
+        assert_scores(one, noun, slopes(one, noun.step))
+    assert ways[-1] == ("on_whole" if name in READ_AGAIN else "on_cache", True)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_followed_is_the_gradient_with_all_but_ffns_held(name):
+    one = case(name)
+    if name in NOT_FOLLOWED:
+        with pytest.raises(ModelError, match=NOT_FOLLOWED[name]):
+            first_row(one, one.alone[0], score="followed")
+        return
+    found = first_row(one, one.alone[0], score="followed", top=10**6)
+    for noun in found.nouns:
+        assert_scores(one, noun, slopes(one, noun.step, held=True))
