@@ -1,0 +1,163 @@
+"""Are the nouns that the picture does not support told from the others? Every figure of docs/measurements/grounded.md.
+
+    python -m benchmarks.quality.grounded FILE.csv           # the rows, if FILE is not there yet, and the tables
+    python -m benchmarks.quality.grounded FILE.csv --shipped # calibration.json: the pocket model's own, made anew
+
+Five random halves of `hallucination-500`: on one half of the images a curve is fitted and a threshold chosen, on the
+other they are judged; then the other way round.
+"""
+
+from __future__ import annotations
+
+import csv
+import sys
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float
+from scipy.special import expit
+
+import mmneurons as mmn
+from mmneurons import pocket
+from mmneurons.finding.calibration import FEATURES, features, fit, threshold_for
+from mmneurons.maths.statistics import auroc
+from mmneurons.metrics.grounding import NamedObject, named_objects
+from mmneurons.metrics.grounding import curve as curve_of
+
+JUDGED_ON = "hallucination-500"
+BATCH = 32
+HALVES = 5
+LOST = (0.0, 0.01, 0.02, 0.05)
+"""Shares of the objects truly named that may fall below the threshold, where it is chosen."""
+SCORES = {
+    "probability alone (the rival)": (1,),
+    "internal confidence alone": (0,),
+    "both": (0, 1),
+    "both, and frequency": (0, 1, 2),
+}
+"""Which of `FEATURES` each curve is of."""
+
+
+def rows(path: Path) -> list[NamedObject]:
+    """Every object named in the captions of the set, measured once and kept."""
+    if not path.exists():
+        items = mmn.read_items(f"pocket:{JUDGED_ON}")
+        found = named_objects(mmn.load(), items, mmn.Vocabulary([pocket.nouns()]), batch_size=BATCH)
+        with path.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, list(asdict(found[0])), lineterminator="\n")
+            writer.writeheader()
+            for one in found:
+                writer.writerow(
+                    {**asdict(one), "probability": f"{one.probability:.7g}", "confidence": f"{one.confidence:.7g}"}
+                )
+    with path.open(encoding="utf-8") as file:
+        return [
+            NamedObject(
+                row["image"],
+                row["noun"],
+                row["present"] in ("True", "1"),
+                float(row["probability"]),
+                float(row["confidence"]),
+                int(row["layer"]),
+            )
+            for row in csv.DictReader(file)
+        ]
+
+
+def halves(images: np.ndarray) -> Iterator[tuple[Bool[np.ndarray, "n"], Bool[np.ndarray, "n"]]]:
+    """Of each random split both ways: what a curve is fitted to, and what it is judged on."""
+    order = np.random.default_rng(0)
+    for _ in range(HALVES):
+        first = np.isin(images, order.permutation(500)[:250])
+        yield first, ~first
+        yield ~first, first
+
+
+def judged(scores: Float[np.ndarray, "n"], threshold: float, present: Bool[np.ndarray, "n"]) -> tuple[float, float]:
+    """By how much CHAIR-i falls when only what reaches the threshold is named, and what share of the recall is lost."""
+    named = scores >= threshold
+    before, after = (~present).mean(), (~present[named]).mean()
+    return float(1 - after / before), float(1 - (named & present).sum() / present.sum())
+
+
+def table(found: Sequence[NamedObject], kept: Bool[np.ndarray, "n"], title: str) -> None:
+    """Print one table: each curve, judged on halves that it was not made with; means and deviations over ten."""
+    images = np.array([int(one.image.rsplit("/", 1)[1]) for one in found])
+    present = np.array([one.present for one in found])
+    confidence = np.array([one.confidence for one in found])
+    likely = np.array([one.probability for one in found])
+    print(f"\n{title}: {kept.sum()} objects named, {(~present[kept]).sum()} of them absent\n")
+    heads = " | ".join(f"{lost:.0%} chosen: CHAIR-i down by | recall lost" for lost in LOST)
+    print(f"| score | AUROC | {heads} |\n| --- | --- {'| --- ' * (2 * len(LOST))}|")
+    for name, columns in SCORES.items():
+        areas, cells = list[float](), {lost: list[tuple[float, float]]() for lost in LOST}
+        for made, other in halves(images):
+            counts = Counter(one.noun for one, mine in zip(found, made, strict=True) if mine)
+            x = features(confidence, likely, [counts[one.noun] for one in found], 250)[:, columns]
+            means, deviations, coefficients, intercept = fit(x[made & kept], present[made & kept])
+            scores = expit((x - means) / deviations @ coefficients + intercept)
+            areas.append(auroc(scores[other & kept], present[other & kept]) or float("nan"))
+            for lost in LOST:
+                threshold = threshold_for(scores[made & kept], present[made & kept], lost)
+                cells[lost].append(judged(scores[other & kept], threshold, present[other & kept]))
+        told = [f"{np.mean(part):.3f} ({np.std(part):.3f})" for lost in LOST for part in zip(*cells[lost], strict=True)]
+        print(f"| {name} | {np.mean(areas):.3f} ({np.std(areas):.3f}) | {' | '.join(told)} |")
+
+
+def curve(found: Sequence[NamedObject]) -> None:
+    """Print precision and recall of "absent", and how well the probabilities are calibrated, over the same halves."""
+    images = np.array([int(one.image.rsplit("/", 1)[1]) for one in found])
+    present = np.array([one.present for one in found])
+    said, truth = list[np.ndarray](), list[np.ndarray]()
+    for made, other in halves(images):
+        counts = Counter(one.noun for one, mine in zip(found, made, strict=True) if mine)
+        x = features(
+            [one.confidence for one in found],
+            [one.probability for one in found],
+            [counts[one.noun] for one in found],
+            250,
+        )
+        means, deviations, coefficients, intercept = fit(x[made], present[made])
+        said.append(expit((x[other] - means) / deviations @ coefficients + intercept))
+        truth.append(present[other])
+    scores, there = np.concatenate(said), np.concatenate(truth)
+    print("\n| absent: probability below | precision of absent | recall of absent |\n| --- | --- | --- |")
+    for threshold in (0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 0.9, 0.95):
+        called = scores < threshold
+        print(f"| {threshold} | {(~there[called]).mean():.3f} | {(called & ~there).sum() / (~there).sum():.3f} |")
+    print("\n| probability | objects | of them there |\n| --- | --- | --- |")
+    for low, high in ((0, 0.2), (0.2, 0.4), (0.4, 0.6), (0.6, 0.8), (0.8, 0.9), (0.9, 0.95), (0.95, 1.01)):
+        mine = (scores >= low) & (scores < high)
+        print(f"| {low} to {min(high, 1)} | {mine.sum()} | {there[mine].mean():.3f} |")
+
+
+def shipped(found: Sequence[NamedObject]) -> None:
+    """Make the pocket model's own calibration of all the rows; how far it holds is told by the halves above."""
+    vlm, vocabulary = mmn.load(), mmn.Vocabulary([pocket.nouns()])
+    facts = vlm.facts
+    made_by = {"model": {"weights_hash": facts["weights_hash"]}, "images": 500, "objects named": len(found)}
+    made_by |= {"of them there": sum(one.present for one in found), "set": JUDGED_ON}
+    curve_of(found, 500, vocabulary, 0.02, str(facts["weights_hash"]), made_by).save("calibration.json")
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Measure and print, or make the shipped calibration."""
+    torch.set_num_threads(1)
+    found = rows(Path(arguments[0]))
+    if "--shipped" in arguments:
+        shipped(found)
+        return
+    groups = pocket.evaluation_set(JUDGED_ON).groups
+    style = np.array([groups[int(one.image.rsplit("/", 1)[1])] == "other style" for one in found])
+    print(f"Features: {', '.join(FEATURES)}")
+    table(found, np.ones(len(found), dtype=bool), "All four kinds")
+    table(found, ~style, "Three kinds, without the other style")
+    curve(found)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
