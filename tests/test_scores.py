@@ -21,7 +21,7 @@ LIMIT = 2e-4
 """Of the largest score of a word, in float32."""
 FAMILIES = ("llava", "gemma3", "qwen3_vl", "llama4", "qwen3_5_moe", "blip-2 (opt)", "mllama", "florence2", "paligemma")
 """One for each kind of block: all of them would take minutes."""
-NOT_FOLLOWED: dict[str, str] = {}
+NOT_FOLLOWED = {"llama4": "experts", "qwen3_5_moe": "experts", "florence2": "residual stream"}
 """Families whose FFNs are not followed, and the beginning of the reason."""
 ON_CACHE = ("llava", "qwen3_vl", "blip-2 (opt)")
 """Families whose predicting positions are run alone, on the cache; of others prompt and answer may be read again."""

@@ -2,8 +2,9 @@
 
 A write at the predicting position reaches the logits there through that position alone: no other sees it. So the
 position is run again, all of a batch side by side, on the key-value cache that the answer left (`on_cache`). Where
-blocks cannot be run like that, prompt and answer are read once more with a graph (`on_whole`), and gone back through
-once for each word of a row. Either way what the model says there must be what it said.
+blocks cannot be run like that, or a prompt is read in both directions, prompt and answer are read once more with a
+graph (`on_whole`), and gone back through once for each word of a row. Either way what the model says there must be
+what it said.
 """
 
 from __future__ import annotations

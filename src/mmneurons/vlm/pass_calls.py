@@ -40,6 +40,8 @@ class PassCalls:
     """For each pass, and in it each block: arguments, in which only the last query's row of a mask is kept."""
     named: bool = False
     """Whether blocks are given the residual stream by its name, not by its place."""
+    looks_ahead: bool = False
+    """Whether other positions of the prompt see its last one (PaliGemma): what is written there goes through them."""
 
     @property
     def cache(self) -> Cache:
@@ -56,8 +58,16 @@ class PassCalls:
         mine = {name: value for name, value in kwargs.items() if name != STREAM}
         if isinstance(mask := mine.get(MASK), Tensor) and mask.ndim == 4:
             mine[MASK] = mask[..., -1:, :].clone()
+            if mask.shape[-2] == mask.shape[-1] and len(self.calls) == 1:
+                self.looks_ahead = self.looks_ahead or _is_seen(mask)
         self.named = not args
         self.calls[-1].append((args[1:], mine))
+
+
+def _is_seen(mask: Tensor) -> bool:
+    """Whether the last position is seen by any that it sees: what pads a row sees anything, and is seen by nobody."""
+    visible = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
+    return bool((visible[..., :-1, -1] & visible[..., -1, :-1]).any())
 
 
 @restored
@@ -89,7 +99,7 @@ def rows_of(
     Raises:
         NotOnCacheError: something other than a plain cache of all keys stands between the steps.
     """
-    if int(steps.max()) >= len(kept.calls) or len({len(calls) for calls in kept.calls}) != 1:
+    if int(steps.max()) >= len(kept.calls) or len({len(calls) for calls in kept.calls}) != 1 or kept.looks_ahead:
         raise NotOnCacheError
     n_keys = n_prompt + len(kept.calls) - 1
     cache = _copied(kept.cache, n_keys)
