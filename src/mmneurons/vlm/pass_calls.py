@@ -11,7 +11,7 @@ import copy
 from collections.abc import MutableMapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from jaxtyping import Float, Int
@@ -117,7 +117,7 @@ def _copied(cache: Cache, n_keys: int) -> Cache:
     """Copy a cache, each layer into a plain one that only grows; not in inference mode, so that autograd takes it."""
     made = copy.copy(cache)
     made.layers = []
-    for layer in cache.layers:
+    for layer in cast("list[Any]", cache.layers):  # each kind of layer has other fields
         plain = DynamicLayer()
         if layer.is_initialized:
             # Linear attention keeps a state, which is that of the end; a full window has lost its first keys.
