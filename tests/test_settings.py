@@ -25,7 +25,7 @@ from mmneurons.settings import (
 KINDS = (Question, FindSettings, EditSettings, InspectSettings, DehallucinateSettings)
 COMMANDS = {
     "caption": (Question, {}),
-    "find": (FindSettings, {"token_ids": None, "tagger": None, "blank": None, "baseline": None}),
+    "find": (FindSettings, {"token_ids": None, "tagger": None, "blank": None, "baseline": None, "calibration": None}),
     "edit": (EditSettings, {}),
     "inspect": (InspectSettings, {}),
     "dehallucinate": (DehallucinateSettings, {"say": None, "questions": None}),

@@ -97,7 +97,7 @@ def table(found: Sequence[NamedObject], kept: Bool[np.ndarray, "n"], title: str)
         areas, cells = list[float](), {lost: list[tuple[float, float]]() for lost in LOST}
         for made, other in halves(images):
             counts = Counter(one.noun for one, mine in zip(found, made, strict=True) if mine)
-            x = features(confidence, likely, [counts[one.noun] for one in found], 250)[:, columns]
+            x = features(confidence.tolist(), likely.tolist(), [counts[one.noun] for one in found], 250)[:, columns]
             means, deviations, coefficients, intercept = fit(x[made & kept], present[made & kept])
             scores = expit((x - means) / deviations @ coefficients + intercept)
             areas.append(auroc(scores[other & kept], present[other & kept]) or float("nan"))

@@ -66,7 +66,7 @@ def neuron_maps(vlm: VLM, inputs: Inputs, grids: Grids, neuron: Neuron) -> list[
     place = vlm.anatomy.ffns.index(ffn)
     wanted: list[Int[Tensor, "_"]] = [torch.tensor([], dtype=torch.long) for _ in vlm.anatomy.ffns]
     wanted[place] = torch.tensor([neuron.index + (neuron.expert or 0) * ffn.n_neurons])
-    with record(vlm.anatomy, keep_positions(_all_positions(grids)), neurons=wanted, writes=False) as seen:
+    with record(vlm.anatomy, keep_positions(all_positions(grids)), neurons=wanted, writes=False) as seen:
         vlm.read(inputs)
     fired = seen.activations(place)[..., 0].float().cpu()
     return [_as_grids(row, mine) for row, mine in zip(fired, grids, strict=True)]
