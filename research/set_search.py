@@ -1,6 +1,6 @@
 """Which neurons, silenced together, take most from a word: single scores, and greedy searches that score again.
 
-python research/set_search.py --limit 10
+python -m research.set_search --limit 10
 
 A greedy search silences what it has chosen so far, scores all neurons anew in that state, and takes the next ones.
 """
