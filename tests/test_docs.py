@@ -299,7 +299,9 @@ def test_fields_that_can_be_absent_are_absent_when_they_have_no_value():
     plain = dataclasses.replace(hand_made(), nouns=(dataclasses.replace(noun, neurons=(neuron,), grounded=None),))
     here = {path for path, _ in written(json.loads(result.to_json([plain])))}
     missing = {path for path in documented() if not path.startswith("provenance.")} - here
-    missing = {path for path in missing if path.rpartition(".")[0] not in missing}  # fields of an object that is not there
+    missing = {
+        path for path in missing if path.rpartition(".")[0] not in missing
+    }  # fields of an object that is not there
     optional = {path for path, (_, can_be_absent) in documented().items() if can_be_absent}
     assert missing == {path for path in optional if not path.startswith("provenance.")}
 
