@@ -9,12 +9,14 @@ from typing import Any
 
 import pytest
 import torch
-from test_families import N_TOKENS, Case, case, first_row
+from test_families import N_TOKENS, Case, case, first_row, n_positions, replay_of
 from torch import Tensor, nn
 
+import mmneurons as mmn
 from mmneurons.errors import ModelError
 from mmneurons.finding.result import NounFinding
 from mmneurons.vlm import backward
+from mmneurons.vlm.hooks.interventions import intervene
 from mmneurons.vlm.weights import dense
 
 LIMIT = 2e-4
@@ -126,3 +128,67 @@ def test_followed_is_the_gradient_with_all_but_ffns_held(name):
     found = first_row(one, one.alone[0], score="followed", top=10**6)
     for noun in found.nouns:
         assert_scores(one, noun, slopes(one, noun.step, held=True))
+
+
+BOTH_WAYS = ("paligemma", "paligemma (2)")
+"""Families whose prompts are read in both directions: what is written at the last position is seen by the others."""
+
+
+@pytest.mark.parametrize("name", BOTH_WAYS)
+@torch.inference_mode()
+def test_silence_where_a_prompt_is_read_in_both_directions_is_that_of_the_raw_model(name):
+    """The prompt's last position predicts the first token; the others see it, and it sees them again."""
+    one = case(name)
+    replay = replay_of(one, 0)
+    starts = replay.slot_starts.tolist()
+    sets = [torch.tensor(slots) for slots in (*([start, start + 3] for start in starts), [s + 1 for s in starts])]
+    given = one.vlm.extended(one.alone[0], one.answers[0])
+    place = n_positions(one, given) - N_TOKENS - 1
+    for logits, slots in zip(replay.without(sets), sets, strict=True):
+        neurons = [replay.neuron(int(slot)) for slot in slots]
+        with intervene(one.vlm, neurons, scale=0, positions=[place]):
+            expected = one.model(**given).logits[0, place].float()
+        assert (expected - replay.base).abs().max() > 1e-3
+        torch.testing.assert_close(logits, expected, rtol=0, atol=3e-5 * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize("name", BOTH_WAYS)
+@pytest.mark.parametrize("step", [0, N_TOKENS - 1])
+def test_the_gradient_finder_goes_through_the_positions_that_see_the_word(name, step):
+    """By autograd of the raw model; with what mixers write held, which others see, the first token's is another."""
+    one = case(name)
+    replay, raw = replay_of(one, step), slopes(one, step)
+    found = replay.gradients().split([len(part) for part in replay.activations])
+    for ours, ffn, slope in zip(found, one.anatomy.ffns, raw, strict=True):
+        expected = dense(ffn.module).float().T @ slope
+        torch.testing.assert_close(ours, expected, rtol=0, atol=LIMIT * float(expected.abs().max()))
+    alone = slopes(one, step, held=True)
+    assert (alone[0] - raw[0]).abs().max() > 1e-2 * raw[0].abs().max()
+
+
+@pytest.mark.parametrize("name", ["llava", "gemma3", "paligemma"])
+@pytest.mark.parametrize("score", ["gradient", "followed"])
+def test_a_row_of_a_batch_is_scored_as_it_is_alone(name, score, monkeypatch):
+    """Rows of other lengths stand beside it, padded; each is asked about all its tokens, whose places differ."""
+    one, ways = case(name), watched_ways(monkeypatch)
+    together: Any = mmn.find(
+        one.vlm,
+        inputs=one.batch,
+        token_ids=[*{t for row in one.raw for t in row}],
+        max_new_tokens=N_TOKENS,
+        score=score,
+        top=10**6,
+    )
+    assert score == "followed" or ways[-1] == ("on_cache" if name == "llava" else "on_whole", True)
+    for row, found in enumerate(together):
+        alone: Any = mmn.find(
+            one.vlm, inputs=one.alone[row], token_ids=one.raw[row], max_new_tokens=N_TOKENS, score=score, top=10**6
+        )
+        by_step = {noun.step: noun for noun in found.nouns}
+        assert {*by_step} >= {*range(N_TOKENS)} - {s for s in range(N_TOKENS) if one.raw[row][s] in one.raw[row][:s]}
+        for noun in alone[0].nouns:
+            ours = {neuron.neuron: neuron.score for neuron in by_step[noun.step].neurons}
+            theirs = {neuron.neuron: neuron.score for neuron in noun.neurons}
+            assert ours.keys() == theirs.keys()
+            largest = max(map(abs, theirs.values()))
+            assert max(abs(ours[n] - theirs[n]) for n in theirs) < LIMIT * largest
