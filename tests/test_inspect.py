@@ -200,9 +200,7 @@ def test_two_runs_at_once_in_one_folder_are_refused(vlm, asked, tmp_path, monkey
 def test_mean_activations_of_other_images_make_other_results(vlm, tmp_path, monkeypatch):
     asked = []
     monkeypatch.setattr(run, "mean_activations", lambda vlm, images, **how: [torch.zeros(1)] * len(images))
-    monkeypatch.setattr(
-        run, "finder_truth", lambda vlm, image, *, means, **how: asked.append(len(means)) or []
-    )
+    monkeypatch.setattr(run, "finder_truth", lambda vlm, image, *, means, **how: asked.append(len(means)) or [])
     monkeypatch.setattr(run._Bench, "_nothing", lambda self, used: SettingError("nothing"))
     items = [Item(str(level), grey(tmp_path / f"{level}.png", level)) for level in range(3)]
     for n, calls in ((2, [2, 2]), (2, []), (3, [3, 3, 3])):

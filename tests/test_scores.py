@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -192,3 +193,38 @@ def test_a_row_of_a_batch_is_scored_as_it_is_alone(name, score, monkeypatch):
             assert ours.keys() == theirs.keys()
             largest = max(map(abs, theirs.values()))
             assert max(abs(ours[n] - theirs[n]) for n in theirs) < LIMIT * largest
+
+
+def test_a_gradient_in_half_precision_is_that_of_full(vlm):
+    """The model is sure of its words: the slope of log p is so small that float16 would lose most of it on its way."""
+    image = mmn.pocket.scene(3, ["dog", "car"]).image
+    whole, half = (
+        mmn.find(one, image, words=["car"], score="gradient", top=10**6) for one in (vlm, mmn.load(dtype="float16"))
+    )
+    (noun,), (again,) = whole.nouns, half.nouns
+    assert noun.probability > 0.999
+    ours, theirs = ({found.neuron: found.score for found in one.neurons} for one in (again, noun))
+    largest = max(map(abs, theirs.values()))
+    assert max(abs(ours[neuron] - theirs[neuron]) for neuron in theirs) < 1e-2 * largest
+
+
+@pytest.mark.parametrize("score", ["gradient", "logprob"])
+def test_a_score_while_neurons_are_changed_is_that_of_the_model_so_changed(vlm, score):
+    """Silent columns in the weights are what an intervention is to do."""
+    image = mmn.pocket.scene(3, ["dog", "car"]).image
+    first = mmn.find(vlm, image, score=score, top=3).nouns[0]
+    silent = [found.neuron for found in first.neurons]
+    with mmn.intervene(vlm, silent, scale=0):
+        ours = mmn.find(vlm, image, words=[first.word], score=score, top=50)
+        with pytest.raises(ModelError, match="an intervention changes"):
+            mmn.find(vlm, image, words=[first.word], score="followed")
+    model = copy.deepcopy(vlm.model)
+    with torch.no_grad():
+        for neuron in silent:
+            model.model.language_model.layers[neuron.layer].mlp.down_proj.weight[:, neuron.index] = 0
+    raw = mmn.find(mmn.load(model, processor=vlm.processor), image, words=[first.word], score=score, top=50)
+    ours, theirs = ({n.neuron: n.score for n in found.nouns[0].neurons} for found in (ours, raw))
+    largest = max(theirs.values())
+    for neuron in {*theirs} & {*ours}:
+        assert ours[neuron] == pytest.approx(theirs[neuron], abs=LIMIT * largest)
+    assert len({*theirs} & {*ours}) > 45

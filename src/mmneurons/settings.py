@@ -138,8 +138,8 @@ class Calibrated(Protocol):
         """Model, images and settings that made it."""
         ...
 
-    def probability(self, lemma: str, confidence: float, probability: float) -> float:
-        """The probability that the object is in the picture."""
+    def probability(self, confidence: float) -> float:
+        """The probability that an object of this internal confidence is in the picture."""
         ...
 
 

@@ -74,8 +74,8 @@ def finder_scores(
     Args:
         vlm: The model, from `load`.
         image: A path, PIL image or array.
-        finders: The finders to use; see the table of this module. None: all that this model allows; each entry says which
-            it refuses, and why.
+        finders: The finders to use; see the table of this module. None: all that this model allows; each entry says
+            which it refuses, and why.
         words: Words of the answer to explain instead of its nouns; those that are not in it are left out.
         seed: The seed of the finder `random`.
         question: What the model is asked.

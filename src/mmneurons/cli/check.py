@@ -72,7 +72,7 @@ def check(
         found = check_captions(vlm, paths, caption=captions, calibration=read, settings=settings, progress=progress)
     if write_json([row for one in found for row in one.rows()], json_path):
         for one in found:
-            show_checked(one, settings.prefix, out)
+            show_checked(one, out)
 
 
 @app.command()
@@ -98,7 +98,7 @@ def calibrate(
     """Measure what internal confidence means in a model.
 
     The model captions images whose objects are known; a logistic curve is fitted to which of the objects that it names
-    are there, by their internal confidence, their probability and how often they are named.
+    are there, by their internal confidence.
     """
     check_suffix(out_path, "--out", ".json")
     check_outputs([out_path], [*given_files(images, synonyms), *load.files])

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Unpack
-
-import torch
 
 from mmneurons.data.pictures import Picture, Pictures, as_list
 from mmneurons.errors import ModelError
-from mmneurons.finding.batch import targets_of
+from mmneurons.finding.batch import ScoredBatch, name_of, targets_of
 from mmneurons.finding.calibration import Calibration
-from mmneurons.finding.finder import captions_for
+from mmneurons.finding.finder import UNCALIBRATED, captions_for
 from mmneurons.finding.grounded import Grounded
 from mmneurons.finding.grounding import calibration_for, ground
+from mmneurons.finding.scoring import probabilities_of
 from mmneurons.progress import Progress
 from mmneurons.settings import FindSettings, Question, QuestionOptions, settled
 from mmneurons.vlm.asking import AnswerBatch, ask
@@ -31,6 +30,8 @@ class CheckedNoun:
     lemma: str
     start: int
     """Offset of the word's first character in the caption."""
+    n_tokens: int
+    """How many tokens wrote it; of several the first is looked for."""
     probability: float
     """The model's next-token probability of the noun's first token there."""
     grounded: Grounded
@@ -41,10 +42,14 @@ class Checked:
     """One caption, with its nouns; those that the picture does not support are `unseen`."""
 
     images: tuple[str, ...]
+    answer_prefix: str
+    """Words that the caption was made to begin with; it does not have them itself."""
     caption: str
     nouns: tuple[CheckedNoun, ...]
     calibrated: bool
     """Whether there was a calibration for the model; without one, no noun is called unseen."""
+    notes: tuple[str, ...]
+    """What a reader should be told."""
 
     @property
     def unseen(self) -> tuple[CheckedNoun, ...]:
@@ -60,6 +65,7 @@ class Checked:
                 "word": noun.word,
                 "lemma": noun.lemma,
                 "start": noun.start,
+                "n_tokens": noun.n_tokens,
                 "probability": noun.probability,
                 "internal_confidence": noun.grounded.confidence,
                 "layer": noun.grounded.layer,
@@ -109,34 +115,38 @@ def check(
     calibration = calibration_for(vlm, calibration)
     found: list[Checked] = []
     for batch in ask(vlm, prompts, question, captions=texts):
-        found += _checked(vlm, batch, question, calibration)
+        found += _checked(vlm, batch, question, calibration, given=texts is not None)
         if progress is not None:
             progress("prompts", len(found), len(prompts))
     return found
 
 
-def _checked(vlm: VLM, batch: AnswerBatch, question: Question, calibration: Calibration | None) -> list[Checked]:
+def _checked(
+    vlm: VLM, asked: AnswerBatch, question: Question, calibration: Calibration | None, *, given: bool
+) -> list[Checked]:
     """Check one batch."""
-    grids = find_grids(vlm.model, batch.inputs, len(batch.rows[0]))
+    grids = find_grids(vlm.model, asked.inputs, len(asked.rows[0]))
     if isinstance(grids, str):
         raise ModelError("What the picture supports cannot be told of this model.", seen=f"No grid: {grids}.")
-    choices = FindSettings(question.prompt, question.answer_prefix, question.max_new_tokens, question.batch_size, top=1)
-    rows = range(len(batch.rows))
-    targets = [target for row in rows for target in targets_of(vlm, batch.answers, row, choices)]
-    places = torch.tensor([[t.row, t.step] for t in targets]).view(-1, 2).to(batch.answers.logits.device)
-    said = batch.answers.logits[places[:, 0], places[:, 1]] - batch.answers.log_totals[places[:, 0], places[:, 1]]
-    likely = said.float().exp().tolist()
-    grounds = ground(vlm, batch.inputs, grids, targets, likely, calibration)
+    # 1. The nouns, as `find` takes them, and what image tokens say of each.
+    choices = settled(FindSettings, None, {**asdict(question), "top": 1})
+    targets = [t for row in range(len(asked.rows)) for t in targets_of(vlm, asked.answers, row, choices)]
+    likely = probabilities_of(asked.answers, targets).tolist()
     nouns = [
-        CheckedNoun(t.word.text, t.word.lemma, t.word.start, p, grounded)
-        for t, p, grounded in zip(targets, likely, grounds, strict=True)
+        CheckedNoun(t.word.text, t.word.lemma, t.word.start, len(t.word.steps), p, grounded)
+        for t, p, grounded in zip(targets, likely, ground(vlm, asked.inputs, grids, targets, calibration), strict=True)
     ]
+    # 2. What a reader should be told, as of a finding.
+    batch = ScoredBatch(vlm, choices, asked.rows, asked.answers, given, targets, None, None)
+    shared = [*batch.notes(), *([] if calibration is not None else [UNCALIBRATED])]
     return [
         Checked(
-            tuple(opened.name for opened in batch.rows[row]),
-            batch.answers.texts[row],
+            tuple(map(name_of, opened)),
+            question.prefix,
+            asked.answers.texts[row],
             tuple(noun for noun, t in zip(nouns, targets, strict=True) if t.row == row),
             calibration is not None,
+            batch.notes_of(row, shared),
         )
-        for row in rows
+        for row, opened in enumerate(asked.rows)
     ]

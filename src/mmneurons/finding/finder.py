@@ -135,7 +135,7 @@ def _with_grounds(
     if isinstance(grids, str):
         return [*nouns], [f"Whether nouns are seen in the picture is not told: {grids}."]
     calibration = calibration_for(vlm, cast("Calibration | None", choices.calibration))
-    grounds = ground(vlm, inputs, grids, targets, [noun.probability for noun in nouns], calibration)
+    grounds = ground(vlm, inputs, grids, targets, calibration)
     told = [] if calibration is not None else [UNCALIBRATED]
     return [replace(noun, grounded=one) for noun, one in zip(nouns, grounds, strict=True)], told
 

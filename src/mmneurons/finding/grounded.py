@@ -16,7 +16,7 @@ class Grounded:
     """How much of a noun the model's own image tokens say, and what that means."""
 
     confidence: Share
-    """Internal confidence: the largest probability of its token, read by the unembedding at any patch, any block."""
+    """Internal confidence: the largest probability that the unembedding, read at any patch behind any block, gives."""
     layer: Count
     """The block behind which it was read."""
     picture: Count

@@ -118,7 +118,6 @@ def score_targets(
         trace = trace.of_all_experts()
     rows, steps = places.to(answers.logits.device).unbind(1)
     given = answers.logits[rows, steps].float()
-    probabilities = (given - answers.log_totals[rows, steps].float()).exp()
     unembed = unembed_rows(vlm.anatomy, token_ids, trace.residual)
     # 2. The direction along which a write counts, and that of the plain logit where it is another.
     asked = directions_of(vlm, trace, token_ids, unembed, choices)
@@ -134,7 +133,7 @@ def score_targets(
         targets=targets,
         choices=choices,
         trace=trace,
-        probabilities=probabilities.tolist(),
+        probabilities=probabilities_of(answers, targets).tolist(),
         logits=vlm.anatomy.logit_rule.undo(given).tolist(),
         written=written(trace, unembed, plain, pushes.sum(-1), head_bias),
         activations=torch.cat(activations, dim=1),
@@ -144,6 +143,13 @@ def score_targets(
         pushes=pushes,
         ranked=torch.stack([top_k(row, max(*REGION_SIZES, choices.top)) for row in scores]),
     )
+
+
+def probabilities_of(answers: Answers, targets: Sequence[Target]) -> Float[Tensor, "targets"]:
+    """The model's next-token probability of each target's token where it was said, or read."""
+    places = torch.tensor([[target.row, target.step] for target in targets]).view(-1, 2)
+    rows, steps = places.to(answers.logits.device).unbind(1)
+    return (answers.logits[rows, steps].float() - answers.log_totals[rows, steps].float()).exp()
 
 
 def _contributions(

@@ -2,26 +2,25 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Unpack
+from typing import Any, Unpack
 
 import numpy as np
-import torch
 
 from mmneurons.data.dataset import Item
 from mmneurons.errors import ModelError, SettingError
-from mmneurons.finding.calibration import Calibration, features, fit, threshold_for
+from mmneurons.finding.calibration import Calibration, fit, log_odds, threshold_for
 from mmneurons.finding.grounding import ground
-from mmneurons.finding.scoring import Target
+from mmneurons.finding.scoring import Target, probabilities_of
 from mmneurons.metrics.chair import Vocabulary
 from mmneurons.progress import Progress
 from mmneurons.settings import Question, QuestionOptions, settled
 from mmneurons.vlm.asking import ask
 from mmneurons.vlm.grid import find_grids
 from mmneurons.vlm.vlm import VLM
+from mmneurons.words import singular
 from mmneurons.words.spans import words_at
 
 
@@ -80,10 +79,10 @@ def named_objects(
             for word in words_at(set(vocabulary.places(text)), text, ids, decode)
         ]
         # 2. How likely it was, and how much of it the image tokens say.
-        at = torch.tensor([[target.row, target.step] for target in targets]).view(-1, 2)
-        rows, steps = at.to(batch.answers.logits.device).unbind(1)
-        likely = (batch.answers.logits[rows, steps] - batch.answers.log_totals[rows, steps]).float().exp().tolist()
-        grounded = ground(vlm, batch.inputs, grids, targets, likely, None)
+        likely = probabilities_of(batch.answers, targets).tolist()
+        # By the word that is said, as `check` does, not by the object's own name.
+        said = [replace(t, word=replace(t.word, lemma=singular(t.word.text))) for t in targets]
+        grounded = ground(vlm, batch.inputs, grids, said, None)
         for target, p, one in zip(targets, likely, grounded, strict=True):
             item = items[batch.first + target.row]
             there = target.word.lemma in vocabulary.objects(item.objects or ())
@@ -118,51 +117,37 @@ def calibrate(
     Raises:
         ModelError, SettingError: as `named_objects`; or what is named is all there, or none of it.
     """
+    if not 0 <= recall_lost < 1:
+        raise SettingError("The recall that may be lost is a share.", seen=f"{recall_lost}", fix="recall_lost=0.02")
     question = settled(Question, settings, options)
     found = named_objects(vlm, items, vocabulary, settings=question, progress=progress)
-    facts = vlm.facts
     made_by = {
-        "model": facts,
+        "model": vlm.facts,
         "images": len(items),
         "objects named": len(found),
         "of them there": sum(one.present for one in found),
         "prompt": question.prompt,
         "answer_prefix": question.prefix,
     }
-    return curve(found, len(items), vocabulary, recall_lost, str(facts["weights_hash"]), made_by)
+    return curve(found, vocabulary, recall_lost, made_by)
 
 
 def curve(
-    found: Sequence[NamedObject],
-    n_captions: int,
-    vocabulary: Vocabulary,
-    recall_lost: float,
-    weights_hash: str,
-    made_by: dict[str, object],
+    found: Sequence[NamedObject], vocabulary: Vocabulary, recall_lost: float, made_by: dict[str, Any]
 ) -> Calibration:
-    """The curve of what was found already; see `calibrate`."""
-    counts = Counter(one.noun for one in found)
-    x = features(
-        [one.confidence for one in found],
-        [one.probability for one in found],
-        [counts[o.noun] for o in found],
-        n_captions,
-    )
-    present = np.array([one.present for one in found])
-    means, deviations, coefficients, intercept = fit(x, present)
+    """Fit the curve to what was found already; see `calibrate`."""
+    confidence, present = np.array([one.confidence for one in found]), np.array([one.present for one in found])
+    (slope,), intercept = fit(log_odds(confidence)[:, None], present)
     made = Calibration(
-        weights_hash=weights_hash,
-        counts={noun: counts[noun] for noun in sorted(vocabulary.nouns)},
-        n_captions=n_captions,
-        means=tuple(means.tolist()),
-        deviations=tuple(deviations.tolist()),
-        coefficients=tuple(coefficients.tolist()),
+        weights_hash=str(made_by["model"]["weights_hash"]),
+        patches=tuple(made_by["model"].get("patches", ())),
+        words=tuple(sorted(vocabulary.words)),
+        slope=float(slope),
         intercept=intercept,
         threshold=0.0,
         recall_lost=0.0,
         made_by=made_by,
     )
-    scores = np.array([made.probability(one.noun, one.confidence, one.probability) for one in found])
+    scores = np.array([made.probability(one.confidence) for one in found])
     threshold = threshold_for(scores, present, recall_lost)
-    lost = float((scores[present] < threshold).mean())
-    return Calibration(**{**vars(made), "threshold": threshold, "recall_lost": lost})
+    return replace(made, threshold=threshold, recall_lost=float((scores[present] < threshold).mean()))

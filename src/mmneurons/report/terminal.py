@@ -31,32 +31,36 @@ def show(finding: Finding, console: Console) -> None:
     for line in _pictures(finding):
         console.print(Text(line, style="bold"), soft_wrap=True)
     console.print(_answer(finding))
-    for note in finding.notes:
-        warns = is_warning(note)
-        label = ("warning:", "bold white on red") if warns else ("note:", "yellow")
-        console.print(Text.assemble(label, (f" {printable(note)}", "bold red" if warns else "yellow")))
+    _show_notes(finding.notes, console)
     for noun in finding.nouns:
         console.print()
         console.print(_heading(noun, finding))
         _show_neurons(noun, finding, console)
 
 
-def show_checked(checked: Checked, prefix: str, console: Console) -> None:
+def _show_notes(notes: Sequence[str], console: Console) -> None:
+    """Print what a reader should be told, each on a line of its own."""
+    for note in notes:
+        warns = is_warning(note)
+        label = ("warning:", "bold white on red") if warns else ("note:", "yellow")
+        console.print(Text.assemble(label, (f" {printable(note)}", "bold red" if warns else "yellow")))
+
+
+def show_checked(checked: Checked, console: Console) -> None:
     """Print one caption that was checked: its nouns, those that the picture does not support in red."""
     console.print()
     console.print(Text(" + ".join(printable(name) for name in checked.images), style="bold"), soft_wrap=True)
     cut, _ = placed(checked.caption, [(noun.word, noun.start) for noun in checked.nouns])
-    text = Text(f"{printable(prefix)} " if prefix else "", style="dim")
+    text = Text(f"{printable(checked.answer_prefix)} " if checked.answer_prefix else "", style="dim")
     for part, i in cut:
         unseen = i is not None and checked.nouns[i].grounded.seen is False
         text.append(printable(part), style="bold red" if unseen else "" if i is None else "bold green")
     console.print(text)
+    _show_notes(checked.notes, console)
     for noun in checked.nouns:
         told, style = seen_text(noun.grounded)
         patch = f"block {noun.grounded.layer}, patch row {noun.grounded.row} column {noun.grounded.column}"
         console.print(Text.assemble((f"  {printable(noun.word)}", "bold"), (f"  {told} ({patch})", style)))
-    if not checked.calibrated:
-        console.print(Text("  no calibration of this model: no noun is called unseen", style="yellow"))
 
 
 def _show_neurons(noun: NounFinding, finding: Finding, console: Console) -> None:

@@ -27,8 +27,9 @@ from mmneurons.vlm.locking import restored
 from mmneurons.vlm.pass_calls import STREAM, NotOnCacheError, PassCalls, rows_of
 from mmneurons.vlm.vlm import VLM, Answers, Inputs
 
-Goal = Callable[[Float[Tensor, "n vocab"]], Float[Tensor, "n"]]
-"""Function of the logits at n positions that says, for each, what is to be derived."""
+Goal = Callable[[Float[Tensor, "n vocab"]], tuple[Float[Tensor, "n"], Float[Tensor, "n"]]]
+"""Function of the logits at n positions: for each what is gone back from, and the factor of its derivative. The slope
+of log p is 1 - p times one that is never small: near p = 1, float16 would hold nothing of the whole."""
 Directions = list[Float[Tensor, "n hidden"]]
 """For each FFN the derivatives by what its `w_out` writes, at n positions, float32."""
 
@@ -240,7 +241,7 @@ def _derived(
         return None
     # 2. Rows and, on the cache, positions do not see one another: all of them go back together. Where a whole row was
     # read, an earlier word's write is seen by a later word: one word of each row at a time.
-    goals = asked.goal(logits)
+    goals, factors = asked.goal(logits)
     which, _ = asked.slots()
     together = [torch.arange(len(which))]
     if residual.shape[1] > 1 + int(which.max()):
@@ -260,23 +261,24 @@ def _derived(
             copies = out.numel() // (len(residual) * residual.shape[1] * anatomy.hidden)
             slope = slope.reshape(copies, len(residual), residual.shape[1], anatomy.hidden)[0]
             picked = slope[rows[mine].to(slope.device), positions[mine].to(slope.device)]
-            found[i][mine] = picked.float().to(residual.device)
+            found[i][mine] = picked.float().to(residual.device) * factors[mine, None]
     return found
 
 
 def log_p_goal(token_ids: Sequence[int], against: Sequence[int] | None = None) -> Goal:
     """The goal log p of one token at each position, or how far it is ahead of another one's.
 
-    Not by `log_softmax`, whose derivative is off by rounding / (1 - p) where p is near 1.
+    log p = -softplus(odds), odds being how far all others together are ahead: its derivative is 1 - p times that of
+    -odds. Not by `log_softmax`, whose derivative is off by rounding / (1 - p) where p is near 1.
     """
     own = torch.tensor(list(token_ids))[:, None]
 
-    def goal(logits: Float[Tensor, "n vocab"]) -> Float[Tensor, "n"]:
+    def goal(logits: Float[Tensor, "n vocab"]) -> tuple[Float[Tensor, "n"], Float[Tensor, "n"]]:
         mine = own.to(logits.device)
         if against is not None:
-            return (logits.gather(1, mine) - logits.gather(1, torch.tensor(list(against))[:, None].to(mine)))[:, 0]
-        ahead = logits - logits.gather(1, mine)
-        odds = ahead.scatter(1, mine, -torch.inf).logsumexp(1)
-        return -torch.nn.functional.softplus(odds)
+            ahead = logits.gather(1, mine) - logits.gather(1, torch.tensor(list(against))[:, None].to(mine))
+            return ahead[:, 0], torch.ones_like(ahead[:, 0])
+        odds = (logits - logits.gather(1, mine)).scatter(1, mine, -torch.inf).logsumexp(1)
+        return -odds, odds.detach().sigmoid()
 
     return goal

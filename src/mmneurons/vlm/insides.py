@@ -177,7 +177,8 @@ def _through(
         if bool(((act(x).float() * other).to(fired.device) - fired).abs().max() <= limit * fired.abs().max()):
             break
     else:
-        raise _refused(f"What enters {part.ffn.name} is not its activation function times a projection.")
+        what = "is not its activation function times a projection, or an intervention changes it"
+        raise _refused(f"What enters {part.ffn.name} {what}.")
     slope = ((act(x + STEP) - act(x - STEP)) / (2 * STEP)).float()
     read = read.to(slope.device)
     backs = [read * slope * other] if len(halves) == 1 else [read * slope * other, read * act(x).float()]
