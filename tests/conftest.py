@@ -12,7 +12,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import pytest
 import torch
 from hypothesis import settings
-from transformers import LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+from transformers import LlamaConfig, LlavaConfig, LlavaForConditionalGeneration, MixtralConfig
 from transformers.utils import logging
 
 import mmneurons as mmn
@@ -42,10 +42,18 @@ def random_vlm(vlm: VLM) -> VLM:
     return make_random_vlm(vlm)
 
 
-def make_random_vlm(vlm: VLM, dtype: torch.dtype = torch.float32, seed: int = 0, **text_options) -> VLM:
+@pytest.fixture(scope="session")
+def mixture_vlm(vlm: VLM) -> VLM:
+    """The same with four experts a block, of which two are asked: scores that follow FFNs refuse it."""
+    return make_random_vlm(vlm, kind=MixtralConfig, num_local_experts=4, num_experts_per_tok=2, intermediate_size=24)
+
+
+def make_random_vlm(
+    vlm: VLM, dtype: torch.dtype = torch.float32, seed: int = 0, kind: type = LlamaConfig, **text_options
+) -> VLM:
     """Untrained, but with every weight and norm away from its initial value, which would hide errors."""
     sizes: dict[str, Any] = {"hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 3}
-    text = LlamaConfig(
+    text = kind(
         vocab_size=len(vlm.tokenizer),
         num_attention_heads=4,
         num_key_value_heads=2,

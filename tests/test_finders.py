@@ -4,7 +4,7 @@ import torch
 import mmneurons as mmn
 from mmneurons.attribution.ablation import log_p
 from mmneurons.attribution.finders import FINDERS, finder_scores
-from mmneurons.errors import SettingError
+from mmneurons.errors import ModelError, SettingError
 
 
 @pytest.fixture(scope="module")
@@ -22,7 +22,7 @@ def test_every_finder_scores_every_neuron_of_every_noun(vlm, judged):
         assert {len(scores) for scores in one.scores.values()} == {vlm.anatomy.n_neurons}
 
 
-@pytest.mark.parametrize("score", ["logit", "logprob", "paper"])
+@pytest.mark.parametrize("score", ["logit", "logprob", "paper", "followed", "gradient"])
 def test_scores_are_those_of_find(vlm, judged, score):
     finding = mmn.find(vlm, mmn.pocket.scene(3, ["dog", "car"]).image, score=score)
     for one, noun in zip(judged, finding.nouns, strict=True):
@@ -85,3 +85,13 @@ def test_log_p_is_exact_where_it_is_almost_zero():
         before = given.clone()
         assert log_p(given, 0).tolist() == pytest.approx(expected, rel=1e-6)
         assert torch.equal(given, before)
+
+
+def test_a_finder_that_the_model_refuses_is_left_out_with_the_reason(mixture_vlm):
+    image = mmn.pocket.scene(3, ["dog", "car"]).image
+    words = [word for word in mixture_vlm.caption(image).split() if word.isalpha()][:1]
+    (one,) = finder_scores(mixture_vlm, image, words=words)
+    assert set(one.scores) == set(FINDERS) - {"followed"} - ({"paper"} & {*one.refused})
+    assert "It has experts" in one.refused["followed"]
+    with pytest.raises(ModelError, match="It has experts"):
+        finder_scores(mixture_vlm, image, ["logit", "followed"], words=words)

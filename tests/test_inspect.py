@@ -200,9 +200,7 @@ def test_two_runs_at_once_in_one_folder_are_refused(vlm, asked, tmp_path, monkey
 def test_mean_activations_of_other_images_make_other_results(vlm, tmp_path, monkeypatch):
     asked = []
     monkeypatch.setattr(run, "mean_activations", lambda vlm, images, **how: [torch.zeros(1)] * len(images))
-    monkeypatch.setattr(
-        run, "finder_truth", lambda vlm, image, finders, *, means, **how: asked.append(len(means)) or []
-    )
+    monkeypatch.setattr(run, "finder_truth", lambda vlm, image, *, means, **how: asked.append(len(means)) or [])
     monkeypatch.setattr(run._Bench, "_nothing", lambda self, used: SettingError("nothing"))
     items = [Item(str(level), grey(tmp_path / f"{level}.png", level)) for level in range(3)]
     for n, calls in ((2, [2, 2]), (2, []), (3, [3, 3, 3])):
@@ -511,3 +509,24 @@ def test_captions_of_a_manifest_are_read_in_the_place_of_answers(vlm, tmp_path, 
     (tmp_path / "list.json").write_text(json.dumps([{"image": "0.png", "caption": " "}]), encoding="utf-8")
     with pytest.raises(SettingError, match="a caption without a word"):
         read_items(tmp_path / "list.json")
+
+
+def test_inspect_finders_leaves_out_what_the_model_refuses_and_says_so(
+    mixture_vlm, items, tmp_path, capsys, monkeypatch
+):
+    mixture_vlm.model.save_pretrained(tmp_path / "model")
+    mixture_vlm.processor.save_pretrained(tmp_path / "model")
+    (tmp_path / "images").mkdir()
+    items[0].image().save(tmp_path / "images" / "one.png")
+    out, how = tmp_path / "out", ("--limit", 1, "--max-new-tokens", 12)
+    asked = ("inspect", "finders", "--model", tmp_path / "model", "--images", tmp_path / "images", "--out", out, *how)
+    for _ in range(2):  # the second time from what is kept
+        code, _, told = call(capsys, monkeypatch, *asked)
+        assert code == 0, told
+        assert "followed is left out: Later FFNs cannot be followed in this model. It has experts" in told
+    document = json.loads((out / "inspection.json").read_text())
+    (agreement,) = (table for table in document["tables"] if table["name"] == "agreement")
+    assert "followed is left out" in agreement["note"]
+    labels = {row["labels"][2] if "labels" in row else row["finder"] for row in agreement["rows"]}
+    assert "logit" in labels
+    assert "followed" not in labels

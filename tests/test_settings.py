@@ -25,7 +25,7 @@ from mmneurons.settings import (
 KINDS = (Question, FindSettings, EditSettings, InspectSettings, DehallucinateSettings)
 COMMANDS = {
     "caption": (Question, {}),
-    "find": (FindSettings, {"token_ids": None, "tagger": None, "blank": None, "baseline": None}),
+    "find": (FindSettings, {"token_ids": None, "tagger": None, "blank": None, "baseline": None, "calibration": None}),
     "edit": (EditSettings, {}),
     "inspect": (InspectSettings, {}),
     "dehallucinate": (DehallucinateSettings, {"say": None, "questions": None}),
@@ -58,7 +58,8 @@ def test_the_options_of_a_command_are_the_fields_and_say_what_they_say(name):
         option = options[one.name]
         assert option.help == descriptions(kind)[one.name]
         asked = (name, one.name)
-        default = True if asked == ("find", "maps") else one.default  # a report is looked at; a Finding need not be
+        shown = asked in (("find", "maps"), ("find", "grounded"))  # a report is looked at; a Finding need not be
+        default = True if shown else one.default
         assert option.default == default or (option.multiple and not option.default and not default)
 
 

@@ -16,7 +16,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import get_args
 
 import torch
 
@@ -34,7 +33,7 @@ from .tables import PAGE, Tables, markdown, report, write
 from .timing import Ratio, rounds, say, stopwatch
 
 ROUNDS, MEMORY_ROUNDS = 9, 3
-SCORES: tuple[Score, ...] = get_args(Score)
+SCORES: tuple[Score, ...] = ("logit", "logprob", "paper")
 GENERATE, NONE, TRUE = "generate", "no finder", "true effect"
 FIND = {score: f"`find`, {score}" for score in SCORES}
 TITLES = {"gradient": "gradient x activation", "integrated": "integrated gradients"}

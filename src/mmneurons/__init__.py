@@ -34,6 +34,9 @@ if TYPE_CHECKING:  # each public name once: a type checker reads these lines, an
     from mmneurons.editing.reference import default_reference as default_reference
     from mmneurons.editing.reference import make_reference as make_reference
     from mmneurons.errors import MmneuronsError as MmneuronsError
+    from mmneurons.finding.calibration import Calibration as Calibration
+    from mmneurons.finding.checking import Checked as Checked
+    from mmneurons.finding.checking import check as check
     from mmneurons.finding.finder import find as find
     from mmneurons.finding.lookup import NeuronCard as NeuronCard
     from mmneurons.finding.lookup import WordNeurons as WordNeurons
@@ -52,6 +55,7 @@ if TYPE_CHECKING:  # each public name once: a type checker reads these lines, an
     from mmneurons.metrics.chair import Vocabulary as Vocabulary
     from mmneurons.metrics.chair import chair as chair
     from mmneurons.metrics.chair import pope as pope
+    from mmneurons.metrics.grounding import calibrate as calibrate
     from mmneurons.neurons import Neuron as Neuron
     from mmneurons.patches.describe import describe_patch as describe_patch
     from mmneurons.patches.export import export as export

@@ -28,11 +28,16 @@ ANSWER_PREFIX = "An image of"
 MAX_NEW_TOKENS = 32
 """The most tokens of an answer, unless the user says otherwise."""
 
+<<<<<<< HEAD
 Score = Literal["logit", "logprob", "paper"]
 Method = Literal["selective", "closed_form", "optimised", "finetune", "rome", "memit", "random"]
 """The ways to make a patch: the first three are `edit`'s own, the others what they are compared with."""
 OtherMethod = Literal["lora", "logit_bias", "head_rows"]
 """The ways to make a change that is no patch: adapters beside the weights, a hook on the head."""
+=======
+Score = Literal["logit", "logprob", "paper", "followed", "gradient"]
+Method = Literal["selective", "closed_form", "optimised"]
+>>>>>>> 55d3f273976bd71b51121fc7985ef0d80417b95a
 Says = Literal["standardised", "raw"]
 Baseline = Literal["zero", "blank"]
 SCORES: tuple[Score, ...] = get_args(Score)
@@ -133,6 +138,20 @@ class MeanActivations(Protocol):
         ...
 
 
+@runtime_checkable
+class Calibrated(Protocol):
+    """What turns internal confidence into a probability: a `mmneurons.Calibration`."""
+
+    @property
+    def made_by(self) -> Mapping[str, object]:
+        """Model, images and settings that made it."""
+        ...
+
+    def probability(self, confidence: float) -> float:
+        """The probability that an object of this internal confidence is in the picture."""
+        ...
+
+
 @dataclass(frozen=True)
 class FindSettings(Question):
     """Which neurons `find` looks for, and what it reports about them."""
@@ -141,7 +160,9 @@ class FindSettings(Question):
     """How many neurons are listed for each noun."""
     score: Score = "logit"
     """How neurons are scored: by the logits of the noun that they wrote (logit), by how far they push its log
-    probability, to first order (logprob), or as in the paper's released code (paper); see docs/reference/method.md."""
+    probability, to first order (logprob), the same with what later FFNs (followed) or all later blocks (gradient:
+    gradient x activation) make of it, or as in the paper's released code (paper). Which to choose:
+    docs/measurements/scores.md; what each is: docs/reference/method.md."""
     says: Says = "standardised"
     """What the tokens of a neuron are: those that it pushes hardest next to all neurons of the model (standardised), or
     those that its column pushes most, as in the paper (raw)."""
@@ -159,6 +180,11 @@ class FindSettings(Question):
     """Also show where in the image the neurons are active; this takes a second pass over the prompt."""
     blank: bool = False
     """Also show how much of each score is lost with a blank image; this takes a second pass over the answer."""
+    grounded: bool = False
+    """Also show of each noun how much of it the image tokens say, and whether it is seen in the picture; this takes a
+    second pass over the prompt."""
+    calibration: Calibrated | None = None
+    """What that means in this model: a `mmneurons.Calibration`; None: that of the pocket model, else none."""
     tagger: Tagger | None = None
     """The tagger that finds the nouns, such as `mmneurons.words.SpacyTagger("zh_core_web_sm")`; None: HanTa, for
     English, German and Dutch. In another language an answer then has no nouns, and a note says so."""
@@ -295,6 +321,8 @@ class FindOptions(QuestionOptions, total=False):
     against: str | None
     maps: bool
     blank: bool
+    grounded: bool
+    calibration: Calibrated | None
     tagger: Tagger | None
 
 

@@ -29,7 +29,8 @@ SELECT top.run, nouns.position, [images.name] AS images, images.prompt, images.a
     token_id::BIGINT AS token_id, step::BIGINT AS step, n_tokens::BIGINT AS n_tokens,
     probability::DOUBLE AS probability, logit::DOUBLE AS logit, rank::BIGINT AS rank, neuron, layer::BIGINT AS layer,
     expert::BIGINT AS expert, "index"::BIGINT AS "index", score::DOUBLE AS score, activation::DOUBLE AS activation,
-    baseline_activation::DOUBLE AS baseline_activation, tokens, suppressed, lost_without_image
+    baseline_activation::DOUBLE AS baseline_activation, tokens, suppressed, lost_without_image,
+    NULL::DOUBLE AS internal_confidence, NULL::DOUBLE AS grounded
 FROM top
     JOIN nouns ON nouns.run = top.run AND nouns.id = top.noun_id
     JOIN images ON images.run = top.run AND images.position = nouns.position

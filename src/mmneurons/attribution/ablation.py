@@ -22,10 +22,11 @@ from mmneurons.errors import ModelError
 from mmneurons.neurons import Neuron
 from mmneurons.vlm import experts, weights
 from mmneurons.vlm.anatomy.parts import Anatomy
+from mmneurons.vlm.asking import Recorder
 from mmneurons.vlm.block_calls import Catcher, repeated
 from mmneurons.vlm.context import hooked
 from mmneurons.vlm.doctor import tolerance
-from mmneurons.vlm.hooks.recording import Recording, record
+from mmneurons.vlm.hooks.recording import Recording, last_position, record
 from mmneurons.vlm.locking import alone
 from mmneurons.vlm.vlm import VLM, Answers, Inputs
 
@@ -332,14 +333,14 @@ class Kept(NamedTuple):
     """One for each of the steps, in the order asked for."""
 
 
-def replays(vlm: VLM, inputs: Inputs, steps: Sequence[int], *, gates: bool = False) -> Kept:
+def replays(vlm: VLM, inputs: Inputs, steps: Sequence[int], *, recorder: Recorder = record) -> Kept:
     """Generate the answer to one prompt and keep what it takes to run some of its steps again.
 
     Args:
         vlm: The model.
         inputs: One encoded prompt (one row), from `VLM.encode`.
         steps: The generated tokens that are to be run again, counted from 0.
-        gates: Also record the outputs of the activation functions alone.
+        recorder: Starts the recording, which may hold more than activations.
 
     Raises:
         ModelError: if the answer ends before a step, or the blocks, called again, do not give what they gave.
@@ -351,7 +352,7 @@ def replays(vlm: VLM, inputs: Inputs, steps: Sequence[int], *, gates: bool = Fal
         partial(block.module.register_forward_pre_hook, catcher.hook(layer), with_kwargs=True)
         for layer, block in enumerate(anatomy.blocks)
     )
-    with vlm.alone(), hooked(catching), record(anatomy, gates=gates) as recording:
+    with vlm.alone(), hooked(catching), recorder(anatomy, last_position) as recording:
         answers = vlm.generate(inputs, max(steps) + 1)
     said = answers.token_ids[0]
     if len(said) <= max(steps):

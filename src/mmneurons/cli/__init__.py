@@ -13,6 +13,7 @@ import sys
 # Each adds its commands to the app, in the order in which the help lists them.
 # isort: off
 import mmneurons.cli.find
+import mmneurons.cli.check
 import mmneurons.cli.inspect
 import mmneurons.cli.edit
 import mmneurons.cli.dehallucinate

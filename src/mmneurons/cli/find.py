@@ -10,6 +10,7 @@ import typer
 
 from mmneurons.cli.bars import bar
 from mmneurons.cli.options import (
+    Calibrated,
     Images,
     Json,
     Load,
@@ -65,7 +66,9 @@ def caption(
 
 @app.command()
 @loads_model
-@with_settings(FindSettings, without=("token_ids", "tagger", "blank", "baseline"), maps=True)
+@with_settings(
+    FindSettings, without=("token_ids", "tagger", "blank", "baseline", "calibration"), maps=True, grounded=True
+)
 def find(
     load: Load,
     settings: FindSettings,
@@ -94,6 +97,7 @@ def find(
             "the model says other nouns of them: a folder, a manifest, COCO instances or pocket:SET.",
         ),
     ] = "zero",
+    calibration: Calibrated = None,
     together: Annotated[
         bool, typer.Option("--together", help="Put all images into one prompt, instead of a prompt for each.")
     ] = False,
@@ -125,12 +129,13 @@ def find(
         raise SettingError("--baseline blank goes with an image.", seen="--no-image", fix="--baseline zero")
     if baseline != "zero" and settings.score == "paper":
         raise SettingError("The paper's score has no baseline.", seen=f"--baseline {baseline}", fix="--baseline zero")
-    others = [] if baseline in BASELINES else given_files(baseline)
+    others = [*given_files(calibration), *([] if baseline in BASELINES else given_files(baseline))]
     check_outputs([json_path, report], [*paths, *others, *load.files])
     from mmneurons.cli.sources import fitting_items, readable_items
     from mmneurons.data.images import open_image
     from mmneurons.editing.reference import make_reference
     from mmneurons.finding import result
+    from mmneurons.finding.calibration import Calibration
     from mmneurons.finding.finder import captions_for
     from mmneurons.finding.finder import find as find_neurons
     from mmneurons.report.terminal import show
@@ -145,6 +150,8 @@ def find(
         tagger=nouns,
         maps=settings.maps and not no_image,
         blank=(report is not None if blank is None else blank) and not no_image,
+        grounded=settings.grounded and not no_image,
+        calibration=None if calibration is None else Calibration.load(calibration),
         baseline=baseline if baseline in BASELINES else "zero",
     )
     kept = None if baseline in BASELINES else readable_items([baseline])

@@ -63,6 +63,7 @@ def inspect_(
     # 1. The folder of results must be writable, and apart from the images: plots among them would be read as images.
     check_results_folder(out_folder, images, masks)
     from mmneurons.data.table import shown
+    from mmneurons.inspection.faithfulness import left_out_finders
     from mmneurons.inspection.run import EXPERIMENTS, examples, inspect
     from mmneurons.inspection.tables import tables
     from mmneurons.metrics.similarity import PACKAGED, meaning
@@ -87,6 +88,8 @@ def inspect_(
         err.print(
             f"{len(found.given)} answers are captions of the manifest: the model did not choose them", style="yellow"
         )
+    for line in left_out_finders(found.finders or {}):
+        err.print(line, style="yellow", soft_wrap=True)
     # 3. Tables and plots, made of what is kept; the terminal shows the short tables, the page all of them.
     with working(err, "drawing"):
         items = [item for item in items if item.name not in found.left_out]

@@ -50,6 +50,14 @@ Json = Annotated[
     str | None, typer.Option("--json", metavar="FILE", help="Also write the results as JSON; - prints JSON instead.")
 ]
 Images = Annotated[list[str] | None, typer.Argument(metavar="IMAGE...", help="Image files. Default: a sample image.")]
+Calibrated = Annotated[
+    Path | None,
+    typer.Option(
+        "--calibration",
+        metavar="FILE.json",
+        help="What internal confidence means in this model, made by mmneurons calibrate; the pocket model has its own.",
+    ),
+]
 Reading = Annotated[Says, typer.Option("--says", help=descriptions(FindSettings)["says"])]
 SHOWN = "pear-elephant"
 """The sample that is shown where no image is given: the words of nearly all of its neurons can be read."""

@@ -17,7 +17,7 @@ SHOWN = 10
 
 @app.command()
 @loads_model
-@with_settings(SweepSettings, without=("token_ids", "tagger", "maps", "blank", "baseline"))
+@with_settings(SweepSettings, without=("token_ids", "tagger", "maps", "blank", "baseline", "grounded", "calibration"))
 def sweep(
     load: Load,
     settings: SweepSettings,

@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image
 
 from mmneurons.data.dataset import Item
-from mmneurons.errors import ImageError
+from mmneurons.errors import ImageError, MmneuronsError
 
 
 def key_of(*parts: Any) -> str:
@@ -53,6 +53,6 @@ def unreadable(items: Iterable[Item]) -> dict[str, str]:
     return found
 
 
-def reason(error: ImageError) -> str:
-    """Say in one line what was wrong with an image."""
+def reason(error: MmneuronsError) -> str:
+    """Say in one line what was wrong: with an image, or with what was asked of a model."""
     return " ".join(f"{error.what} {error.seen}".split())

@@ -152,6 +152,8 @@ def neuron_table(images: Sequence[ImageRow], nouns: NounColumns, constants: dict
         "activation": by_rank(nouns.activation, pa.float32()),
         "baseline_activation": by_rank(nouns.baseline, pa.float32()) if nouns.baseline else nothing,
         "lost_without_image": nothing,
+        "internal_confidence": nothing,
+        "grounded": nothing,
     }
     return pa.table(columns)
 

@@ -7,18 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 
 from mmneurons.data.images import OpenedImage
 from mmneurons.errors import SettingError
 from mmneurons.finding.baseline import baseline_of
 from mmneurons.finding.rereading import blank_like, trace_again
 from mmneurons.finding.result import BaselineName
-from mmneurons.finding.scoring import Scored, Target, score_targets
+from mmneurons.finding.scoring import Scored, Target, recorder_for, score_targets
 from mmneurons.settings import Baseline, FindSettings, MeanActivations
 from mmneurons.vlm.asking import answer, tokens_of_answer
 from mmneurons.vlm.doctor import tolerance
-from mmneurons.vlm.hooks.recording import record
 from mmneurons.vlm.tokens import token_of
 from mmneurons.vlm.traces import Trace
 from mmneurons.vlm.vlm import VLM, Answers, Inputs
@@ -75,8 +73,7 @@ def score_batch(
     """
     given = None if captions is None else [tokens_of_answer(vlm, inputs, text) for text in captions]
     # 1. Answer once, and record what the neurons did where each token was chosen.
-    recorder = partial(record, gates=choices.score == "paper")
-    answers, recording = answer(vlm, inputs, choices, given=given, recorder=recorder)
+    answers, recording = answer(vlm, inputs, choices, given=given, recorder=recorder_for(vlm, choices))
     # 2. The words of the answers that are to be explained.
     targets = [t for row in range(len(rows)) for t in targets_of(vlm, answers, row, choices)]
     grey, scored = None, None
@@ -87,7 +84,8 @@ def score_batch(
             inputs_of_blank = vlm.encode(blank, choices.prompt, choices.prefix)
             grey = trace_again(vlm, inputs_of_blank, answers, targets, choices)
         # 4. What every neuron gave to each of them.
-        scored = score_targets(vlm, recording, answers, targets, choices, baseline_of(vlm, targets, choices, grey))
+        baseline = baseline_of(vlm, targets, choices, grey)
+        scored = score_targets(vlm, recording, answers, targets, choices, baseline, inputs)
     return ScoredBatch(vlm, choices, rows, answers, captions is not None, targets, scored, grey)
 
 

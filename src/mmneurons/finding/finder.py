@@ -8,24 +8,31 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, replace
-from typing import Any, Unpack, overload
+from typing import Any, Unpack, cast, overload
 
 from mmneurons.data.images import OpenedImage
 from mmneurons.data.pictures import Picture, Pictures, as_list
 from mmneurons.errors import SettingError, WordError
 from mmneurons.finding.batch import baseline_name, missing, name_of, score_batch
+from mmneurons.finding.calibration import Calibration
+from mmneurons.finding.grounding import calibration_for, ground
 from mmneurons.finding.maps import with_maps
 from mmneurons.finding.rereading import with_blank
 from mmneurons.finding.result import Finding, NounFinding
-from mmneurons.finding.scoring import describe
+from mmneurons.finding.scoring import Target, describe
 from mmneurons.progress import Progress
 from mmneurons.settings import FindOptions, FindSettings, MeanActivations, Question, settled
 from mmneurons.vlm import provenance
 from mmneurons.vlm.asking import batches_of, rendered_prompts
-from mmneurons.vlm.grid import find_grids, model_views
+from mmneurons.vlm.grid import Grids, find_grids, model_views
 from mmneurons.vlm.locking import by_one_thread
 from mmneurons.vlm.template import prompt_notes
 from mmneurons.vlm.vlm import VLM, Inputs
+
+UNCALIBRATED = (
+    "No calibration of this model: internal confidence is shown as it is, and no noun is called unseen. Make one: "
+    "mmneurons calibrate --images FOLDER --out FILE.json"
+)
 
 
 @overload
@@ -116,6 +123,23 @@ def find(
     return findings if inputs is not None or isinstance(images, list | tuple) else findings[0]
 
 
+def _with_grounds(
+    vlm: VLM,
+    inputs: Inputs,
+    grids: Grids | str,
+    targets: Sequence[Target],
+    nouns: Sequence[NounFinding],
+    choices: FindSettings,
+) -> tuple[list[NounFinding], list[str]]:
+    """Add whether the image tokens say each noun, or a note that tells why that cannot be told."""
+    if isinstance(grids, str):
+        return [*nouns], [f"Whether nouns are seen in the picture is not told: {grids}."]
+    calibration = calibration_for(vlm, cast("Calibration | None", choices.calibration))
+    grounds = ground(vlm, inputs, grids, targets, calibration)
+    told = [] if calibration is not None else [UNCALIBRATED]
+    return [replace(noun, grounded=one) for noun, one in zip(nouns, grounds, strict=True)], told
+
+
 def captions_for(n_prompts: int, caption: str | Sequence[str], question: Question) -> list[str]:
     """The answer to each prompt, without the answer prefix: one for each, or the same for all.
 
@@ -161,6 +185,9 @@ def _find_batch(
                 nouns = with_maps(vlm, inputs, grids, batch.scored, nouns)
         if choices.blank and batch.grey is not None:
             nouns = with_blank(vlm, batch.grey, batch.scored, nouns)
+        if choices.grounded:
+            nouns, told = _with_grounds(vlm, inputs, grids, batch.targets, nouns, choices)
+            notes += told
     return [
         Finding(
             images=tuple(map(name_of, opened)),
@@ -235,7 +262,8 @@ def _n_pictures(inputs: Inputs) -> int:
 def made_by(vlm: VLM, choices: FindSettings, *, given: bool) -> dict[str, Any]:
     """What made these findings. Decoding is greedy: there is no seed."""
     baseline = choices.baseline
-    settings = asdict(replace(choices, tagger=None, baseline="zero")) | {
+    settings = asdict(replace(choices, tagger=None, baseline="zero", calibration=None)) | {
+        "calibration": None if choices.calibration is None else dict(choices.calibration.made_by),
         "baseline": dict(baseline.facts) if isinstance(baseline, MeanActivations) else baseline,
         "answer_prefix": choices.prefix,
         "tagger": None if choices.tagger is None else repr(choices.tagger),

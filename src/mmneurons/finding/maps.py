@@ -66,7 +66,7 @@ def neuron_maps(vlm: VLM, inputs: Inputs, grids: Grids, neuron: Neuron) -> list[
     place = vlm.anatomy.ffns.index(ffn)
     wanted: list[Int[Tensor, "_"]] = [torch.tensor([], dtype=torch.long) for _ in vlm.anatomy.ffns]
     wanted[place] = torch.tensor([neuron.index + (neuron.expert or 0) * ffn.n_neurons])
-    with record(vlm.anatomy, keep_positions(_all_positions(grids)), neurons=wanted, writes=False) as seen:
+    with record(vlm.anatomy, keep_positions(all_positions(grids)), neurons=wanted, writes=False) as seen:
         vlm.read(inputs)
     fired = seen.activations(place)[..., 0].float().cpu()
     return [_as_grids(row, mine) for row, mine in zip(fired, grids, strict=True)]
@@ -79,7 +79,7 @@ def _maps(
     places = [scored.places(i, mine) for i, mine in enumerate(slots)]
     wanted = [sorted({n for row in places for ffn, n in row if ffn == i}) for i in range(len(vlm.anatomy.ffns))]
     gates = scored.choices.score == "paper"
-    keep = keep_positions(_all_positions(grids))
+    keep = keep_positions(all_positions(grids))
     with record(vlm.anatomy, keep, neurons=[torch.tensor(w).long() for w in wanted], gates=gates, writes=False) as seen:
         vlm.read(inputs)
     device = scored.scores.device
@@ -100,7 +100,7 @@ def _maps(
     return found
 
 
-def _all_positions(grids: Grids) -> Int[Tensor, "batch patches"]:
+def all_positions(grids: Grids) -> Int[Tensor, "batch patches"]:
     """The positions of all pictures of each row, one after the other; shorter rows filled up."""
     rows = [torch.cat([grid.positions for grid in row]) for row in grids]
     width = max(map(len, rows))

@@ -11,11 +11,18 @@ from PIL import Image
 from torch import Tensor
 
 from mmneurons.finding.result import NounFinding
-from mmneurons.finding.scoring import Scored, Target, read_out, scored_activations, unembed_rows
+from mmneurons.finding.scoring import (
+    Scored,
+    Target,
+    directions_of,
+    recorder_for,
+    scored_activations,
+    traced,
+    unembed_rows,
+)
 from mmneurons.maths.ranking import top_k
 from mmneurons.settings import FindSettings
-from mmneurons.vlm.hooks.recording import record
-from mmneurons.vlm.traces import Trace, pick_trace
+from mmneurons.vlm.traces import Trace
 from mmneurons.vlm.vlm import VLM, Answers, Inputs
 
 BLANK = (128, 128, 128)
@@ -70,23 +77,22 @@ def trace_again(vlm: VLM, inputs: Inputs, answers: Answers, targets: Sequence[Ta
         steps[target.row].append(answers.n_prompt + target.step - 1 - end)
     width = max(map(len, steps))
     positions = torch.tensor([row + [-1] * (width - len(row)) for row in steps])
-    with record(vlm.anatomy, keep_positions(positions), gates=choices.score == "paper") as recording:
+    with recorder_for(vlm, choices)(vlm.anatomy, keep_positions(positions)) as recording:
         vlm.read(inputs, answers)
-    return pick_trace(recording, torch.tensor(spots))
+    return traced(vlm, recording, answers, torch.tensor(spots), targets, choices, inputs)
 
 
 def rescored(vlm: VLM, trace: Trace, targets: Sequence[Target], choices: FindSettings) -> Reread:
     """The contributions of all neurons, of that pass alone, whatever the baseline."""
     token_ids = [target.token_id for target in targets]
     rows = unembed_rows(vlm.anatomy, token_ids, trace.residual)
-    directions = read_out(vlm, trace, token_ids, rows, choices)
+    directions = directions_of(vlm, trace, token_ids, rows, choices)
     activations = scored_activations(trace, choices)
-    paths = [None if choices.score == "paper" else ffn.path for ffn in vlm.anatomy.ffns]
     return Reread(
         [trace.neurons(i) for i in range(len(activations))],
         [
-            fired * trace.projected(i, directions.at(path))
-            for i, (fired, path) in enumerate(zip(activations, paths, strict=True))
+            fired * trace.projected(i, direction)
+            for i, (fired, direction) in enumerate(zip(activations, directions, strict=True))
         ],
     )
 

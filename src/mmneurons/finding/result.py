@@ -20,6 +20,7 @@ from PIL import Image
 
 from mmneurons.errors import FormatError, WordError
 from mmneurons.files import check_facts, decode_json, read_text, write_whole
+from mmneurons.finding.grounded import Grounded
 from mmneurons.finding.rows import Row, rows_of
 from mmneurons.neurons import Neuron
 from mmneurons.settings import Says, Score
@@ -114,6 +115,8 @@ class NounFinding:
     regions: Mapping[int, tuple[Grid, ...]] = field(default_factory=dict)
     """For k = 1, 10, 50, 100, 500, 1000: per picture, the mean of the maps of the top k; empty if not asked for or
     without a grid."""
+    grounded: Grounded | None = None
+    """Whether the image tokens say it; None if not asked for or without a grid."""
 
     def __repr__(self) -> str:
         best = f", first {self.neurons[0].neuron} {self.neurons[0].score:+.3g}" if self.neurons else ""
@@ -259,6 +262,7 @@ def _noun_to_dict(noun: NounFinding) -> dict[str, Any]:
     simple = ("word", "lemma", "start", "token", "token_id", "step", "n_tokens", "probability", "logit")
     return {
         **{name: getattr(noun, name) for name in simple},
+        **({} if noun.grounded is None else {"grounded": dataclasses.asdict(noun.grounded)}),
         "parts": dataclasses.asdict(noun.parts),
         "layers": noun.layers,
         "regions": noun.regions,
@@ -332,6 +336,7 @@ class _Noun(msgspec.Struct, forbid_unknown_fields=True):
     layers: dict[Count, tuple[Count, ...]]
     regions: dict[Count, tuple[_Grid, ...]]
     neurons: tuple[_Neuron, ...]
+    grounded: Grounded | None = None
 
     def read(self) -> NounFinding:
         parts, neurons = Parts(**msgspec.structs.asdict(self.parts)), tuple(neuron.read() for neuron in self.neurons)

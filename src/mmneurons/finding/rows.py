@@ -46,6 +46,9 @@ class Row(TypedDict):
     tokens: tuple[str, ...]
     suppressed: tuple[str, ...]
     lost_without_image: float | None
+    internal_confidence: float | None
+    grounded: float | None
+    """Calibrated: the probability that the noun's object is in the picture."""
 
 
 def rows_of(finding: Finding) -> Iterator[Row]:
@@ -82,4 +85,6 @@ def rows_of(finding: Finding) -> Iterator[Row]:
                 tokens=found.tokens,
                 suppressed=found.suppressed,
                 lost_without_image=found.lost_without_image,
+                internal_confidence=None if noun.grounded is None else noun.grounded.confidence,
+                grounded=None if noun.grounded is None else noun.grounded.probability,
             )

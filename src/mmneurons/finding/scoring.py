@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -17,10 +18,16 @@ from mmneurons.maths.readout import expected_row, jacobian_direction
 from mmneurons.settings import FindSettings
 from mmneurons.vlm.anatomy.parts import Anatomy
 from mmneurons.vlm.anatomy.paths import Directions, frozen_rows
-from mmneurons.vlm.hooks.recording import Recording
+from mmneurons.vlm.asking import Recorder
+from mmneurons.vlm.backward import Asked, log_p_goal, write_gradients
+from mmneurons.vlm.doctor import tolerance
+from mmneurons.vlm.hooks.recording import Keep, Recording, record
+from mmneurons.vlm.insides import followed_directions, watching_insides
+from mmneurons.vlm.locking import restored
+from mmneurons.vlm.pass_calls import keeping_calls
 from mmneurons.vlm.tokens import token_of
 from mmneurons.vlm.traces import Trace, Written, pick_trace, written
-from mmneurons.vlm.vlm import VLM, Answers
+from mmneurons.vlm.vlm import VLM, Answers, Inputs
 from mmneurons.words import Word
 
 HISTOGRAM_SIZES = (10, 100, 1000)
@@ -90,6 +97,7 @@ def score_targets(
     targets: list[Target],
     choices: FindSettings,
     baseline: list[Float[Tensor, "targets _"]] | None = None,
+    inputs: Inputs | None = None,
 ) -> Scored:
     """Score every neuron for every target: one read of each `w_out` for all of them.
 
@@ -100,37 +108,34 @@ def score_targets(
         targets: Which words of them.
         choices: What is asked of them.
         baseline: From `baseline_of`; None: activations are compared with zero.
+        inputs: Of the prompts; a gradient may need to read them again.
     """
     # 1. The model's state where each target was predicted, and the logit that it gave there.
     places = torch.tensor([[target.row, target.step] for target in targets])
-    trace = pick_trace(recording, places)
+    token_ids = [target.token_id for target in targets]
+    trace = traced(vlm, recording, answers, places, targets, choices, inputs)
     if baseline is not None:
         trace = trace.of_all_experts()
     rows, steps = places.to(answers.logits.device).unbind(1)
     given = answers.logits[rows, steps].float()
-    probabilities = (given - answers.log_totals[rows, steps].float()).exp()
-    token_ids = [target.token_id for target in targets]
     unembed = unembed_rows(vlm.anatomy, token_ids, trace.residual)
     # 2. The direction along which a write counts, and that of the plain logit where it is another.
-    asked = read_out(vlm, trace, token_ids, unembed, choices)
-    plain = None
-    if choices.score != "logit" or choices.against is not None:  # the parts of the logit are told whatever the score
-        plain = Directions(vlm.anatomy, frozen_rows(vlm.anatomy, unembed, trace.residual), trace.norms)
+    asked = directions_of(vlm, trace, token_ids, unembed, choices)
+    plain = Directions(vlm.anatomy, frozen_rows(vlm.anatomy, unembed, trace.residual), trace.norms)
+    differs = choices.score != "logit" or choices.against is not None  # the parts of the logit are told in any case
     activations = scored_activations(trace, choices)
     # 3. Every neuron's product with it; each matrix is read once.
     over = None if baseline is None else [b.to(a.device).float() for a, b in zip(activations, baseline, strict=True)]
-    scores, contributions, pushes = _contributions(
-        trace, activations, over, asked, plain, through=choices.score != "paper"
-    )
+    scores, contributions, pushes = _contributions(trace, activations, over, asked, plain if differs else None)
     bias = vlm.anatomy.head_bias
     head_bias = None if bias is None else bias[token_ids].float()
     return Scored(
         targets=targets,
         choices=choices,
         trace=trace,
-        probabilities=probabilities.tolist(),
+        probabilities=probabilities_of(answers, targets).tolist(),
         logits=vlm.anatomy.logit_rule.undo(given).tolist(),
-        written=written(trace, unembed, plain or asked, pushes.sum(-1), head_bias),
+        written=written(trace, unembed, plain, pushes.sum(-1), head_bias),
         activations=torch.cat(activations, dim=1),
         baseline=None if over is None else torch.cat(over, dim=1),
         scores=scores,
@@ -140,28 +145,29 @@ def score_targets(
     )
 
 
+def probabilities_of(answers: Answers, targets: Sequence[Target]) -> Float[Tensor, "targets"]:
+    """The model's next-token probability of each target's token where it was said, or read."""
+    places = torch.tensor([[target.row, target.step] for target in targets]).view(-1, 2)
+    rows, steps = places.to(answers.logits.device).unbind(1)
+    return (answers.logits[rows, steps].float() - answers.log_totals[rows, steps].float()).exp()
+
+
 def _contributions(
     trace: Trace,
     activations: list[Float[Tensor, "targets _"]],
     baseline: list[Float[Tensor, "targets _"]] | None,
-    asked: Directions,
+    asked: list[Float[Tensor, "targets hidden"]],
     plain: Directions | None,
-    *,
-    through: bool,
 ) -> tuple[Float[Tensor, "targets slots"], Float[Tensor, "targets slots"], Float[Tensor, "targets slots"]]:
-    """Of all neurons: scores, scores without baseline, what they wrote into the logit; each matrix is read once.
-
-    `through` False leaves out what a write passes on its way: the paper's code projects columns as they are.
-    """
+    """Of all neurons: scores, scores without baseline, what they wrote into the logit; each matrix is read once."""
     scores: list[Tensor] = []
     contributions: list[Tensor] = []
     pushes: list[Tensor] = []
     for i, ffn in enumerate(trace.anatomy.ffns):
-        directions = asked.at(ffn.path if through else None)
         if plain is None:
-            projected = trace.projected(i, directions)
+            projected = trace.projected(i, asked[i])
         else:
-            projected, plainly = trace.projected_all(i, torch.stack([directions, plain.at(ffn.path)]))
+            projected, plainly = trace.projected_all(i, torch.stack([asked[i], plain.at(ffn.path)]))
             pushes.append(trace.activations[i] * plainly)
         contributions.append(activations[i] * projected)
         if baseline is not None:
@@ -180,6 +186,70 @@ def unembed_rows(anatomy: Anatomy, token_ids: Sequence[int], like: Tensor) -> Fl
     return anatomy.unembed[list(token_ids)].float().to(like.device)
 
 
+def traced(
+    vlm: VLM,
+    recording: Recording,
+    answers: Answers,
+    places: Int[Tensor, "targets 2"],
+    targets: Sequence[Target],
+    choices: FindSettings,
+    inputs: Inputs | None,
+) -> Trace:
+    """The model's state where each target was predicted, with the directions that only the pass itself can tell.
+
+    Args:
+        vlm: The model.
+        recording: What was recorded in the pass.
+        answers: The answers, as `inputs` goes on.
+        places: Row of each target, and its place in the recording.
+        targets: The words.
+        choices: What is asked of them.
+        inputs: Of the prompts; None where the pass cannot be run again.
+
+    Raises:
+        ModelError: for a model that the score cannot be had of, with the reason.
+    """
+    trace, token_ids = pick_trace(recording, places), [target.token_id for target in targets]
+    if choices.score == "gradient":
+        word, steps = choices.against, torch.tensor([target.step for target in targets])
+        other = None if word is None else [token_of(vlm.tokenizer, word, like=token) for token in token_ids]
+        asked = Asked(vlm, recording, answers, places, steps, log_p_goal(token_ids, other))
+        return replace(trace, directions=write_gradients(asked, inputs))
+    if choices.score == "followed":
+        assert recording.insides is not None, "recorded without `recorder_for`"
+        rows = unembed_rows(vlm.anatomy, token_ids, trace.residual)
+        final = read_out(vlm, trace, token_ids, rows, choices).at(None)
+        found = followed_directions(recording.insides, trace, places, final, tolerance(vlm))
+        return replace(trace, directions=found)
+    return trace
+
+
+def recorder_for(vlm: VLM, *choices: FindSettings) -> Recorder:
+    """What starts a recording of all that some scores need of a pass."""
+    scores = {mine.score for mine in choices}
+
+    @restored
+    def recorder(anatomy: Anatomy, keep: Keep) -> Iterator[Recording]:
+        calls = keeping_calls(anatomy) if "gradient" in scores else nullcontext()
+        insides = watching_insides(vlm.model, anatomy, keep) if "followed" in scores else nullcontext()
+        with record(anatomy, keep, gates="paper" in scores) as recording:  # noqa: SIM117 - the others are put into it
+            with calls as recording.calls, insides as recording.insides:
+                yield recording
+
+    return recorder
+
+
+def directions_of(
+    vlm: VLM, trace: Trace, token_ids: list[int], rows: Float[Tensor, "targets hidden"], choices: FindSettings
+) -> list[Float[Tensor, "targets hidden"]]:
+    """What a neuron's write is multiplied by in the score chosen: per FFN, at the output of its `w_out`."""
+    if trace.directions is not None:
+        return trace.directions
+    asked = read_out(vlm, trace, token_ids, rows, choices)
+    # The paper's code projects columns as they are, whatever they pass on their way.
+    return [asked.at(None if choices.score == "paper" else ffn.path) for ffn in trace.anatomy.ffns]
+
+
 def read_out(
     vlm: VLM,
     trace: Trace,
@@ -187,7 +257,7 @@ def read_out(
     rows: Float[Tensor, "targets hidden"],
     choices: FindSettings,
 ) -> Directions:
-    """g_t of the score chosen, on every way: what a neuron's write is multiplied by."""
+    """g_t of a score that the trace is enough for, on every path; of `followed`, where it starts: that of `logprob`."""
     anatomy = vlm.anatomy
     rule, norm = anatomy.logit_rule, anatomy.norm.to(rows.device)
     if choices.against is not None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import accumulate
 from typing import NamedTuple
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from mmneurons.attribution.ablation import Replay
 from mmneurons.attribution.controls import DRAWS, column_norms, loudness, matched
-from mmneurons.attribution.finders import FINDERS, Finder, FinderScores, finder_scores
+from mmneurons.attribution.finders import Finder, FinderScores, finder_scores
 from mmneurons.data.pictures import Picture
 from mmneurons.finding.reading import columns_of, reader_for
 from mmneurons.inspection.rows import AGREEMENT, ANY, DECODED, FALL, LOUDNESS, MATCHED, NEURONS, TOP, FinderRow
@@ -85,6 +86,8 @@ class NounTruth:
     """The noun's first token, which is what neurons are judged by."""
     says: Mapping[str, tuple[tuple[str, ...], ...]]
     """Of each finder (and `TRUE_EFFECT`) the top 10: for each neuron the ten tokens that it promotes most."""
+    refused: Mapping[Finder, str] = field(default_factory=dict)
+    """Why finders are missing: the model refuses them."""
 
     def rows(self, image: str = "", noun: int = 0) -> Iterator[FinderRow]:
         """Yield a row for each finder and measure; the columns are those of docs/reference/format.md.
@@ -126,7 +129,7 @@ class NounTruth:
 def finder_truth(
     vlm: VLM,
     image: Picture,
-    finders: Sequence[Finder] = FINDERS,
+    finders: Sequence[Finder] | None = None,
     *,
     words: Sequence[str] | None = None,
     means: Sequence[Float[Tensor, "neurons"]] | None = None,
@@ -140,7 +143,7 @@ def finder_truth(
     Args:
         vlm: The model, from `load`.
         image: A path, PIL image or array.
-        finders: Which to compare.
+        finders: Which to compare; None: all that the model allows.
         words: Words of the answer instead of its nouns.
         means: From `mean_activations`: neurons are then also set to these, one by one.
         seed: Of random neurons.
@@ -191,7 +194,18 @@ def _noun_truth(
         n_silenced=len(pool.slots),
         token=vlm.token_text(replay.token_id),
         says={name: _said(vlm, replay, order[:DESCRIBED]) for name, order in orders.items()},
+        refused=judged.refused,
     )
+
+
+def left_out_finders(found: Mapping[str, Sequence[NounTruth]]) -> list[str]:
+    """Name the finders that the model refused, each with the reason, and of how many nouns if not of all."""
+    nouns = [noun for ones in found.values() for noun in ones]
+    counts = Counter((finder, why) for noun in nouns for finder, why in noun.refused.items())
+    return [
+        f"{finder} is left out{'' if n == len(nouns) else f' of {n} of {len(nouns)} nouns'}: {why}"
+        for (finder, why), n in counts.items()
+    ]
 
 
 def _true_effects(

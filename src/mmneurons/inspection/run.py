@@ -20,7 +20,6 @@ from typing import Any, Literal, Unpack, get_args, overload
 import numpy as np
 from torch import Tensor
 
-from mmneurons.attribution.finders import FINDERS
 from mmneurons.data.content import image_hash, key_of, reason, truth_hash
 from mmneurons.data.dataset import Item
 from mmneurons.data.store import LOCK, Store, no_number, one_writer
@@ -208,7 +207,7 @@ class _Bench:
         return self._each("causal", list[NounCausal], self._items(SLOW_LIMIT), one, self._key)
 
     def finders(self) -> dict[str, list[NounTruth]]:
-        """Every finder against the true effects."""
+        """Every finder that the model allows against the true effects."""
         answering = self._usable(self.items[:MEANS_FROM])
         means_of = [self.pictures[item.name] for item in answering]
 
@@ -219,7 +218,7 @@ class _Bench:
         def one(item: Item, tell: Progress) -> list[NounTruth]:
             s = self.settings
             how = {"means": means(), "seed": s.seed, "question": s.question}
-            return finder_truth(self.vlm, item.image(), FINDERS, progress=tell, **how)
+            return finder_truth(self.vlm, item.image(), progress=tell, **how)
 
         def key(item: Item) -> str:
             return self._key(item, means_of)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
 
 import numpy as np
 import torch
@@ -18,7 +17,7 @@ from mmneurons.finding.batch import targets_of
 from mmneurons.finding.maps import region_maps, with_maps
 from mmneurons.finding.rereading import Reread, blank_like, reread
 from mmneurons.finding.result import NounFinding
-from mmneurons.finding.scoring import REGION_SIZES, Scored, describe, score_targets
+from mmneurons.finding.scoring import REGION_SIZES, Scored, describe, recorder_for, score_targets
 from mmneurons.inspection.rows import (
     AREA,
     AUROC,
@@ -40,7 +39,6 @@ from mmneurons.settings import FindSettings, Question, Score
 from mmneurons.vlm.asking import ask
 from mmneurons.vlm.grid import Grids, find_grids, model_views
 from mmneurons.vlm.hooks.interventions import shuffled
-from mmneurons.vlm.hooks.recording import record
 from mmneurons.vlm.locking import by_one_thread
 from mmneurons.vlm.vlm import VLM, Answers, Inputs
 
@@ -184,12 +182,12 @@ def sensitivity(
     choices = FindSettings(**asdict(question), top=top, score=score, says="raw", maps=True, blank=True)
     captions = None if item.caption is None else [item.caption]
     # 1. The neurons of each noun, as `find` finds them.
-    (batch,) = ask(vlm, [image], question, captions=captions, recorder=partial(record, gates=score == "paper"))
+    (batch,) = ask(vlm, [image], question, captions=captions, recorder=recorder_for(vlm, choices))
     inputs, answers = batch.inputs, batch.answers
     targets = targets_of(vlm, answers, 0, choices)
     if not targets:
         return []
-    scored = score_targets(vlm, batch.recording, answers, targets, choices)
+    scored = score_targets(vlm, batch.recording, answers, targets, choices, inputs=inputs)
     nouns = describe(vlm, scored)
     grids = find_grids(vlm.model, inputs, 1)
     seen: dict[str, np.ndarray] = {}

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
 from itertools import combinations
 
 import numpy as np
@@ -15,12 +14,11 @@ from jaxtyping import Float
 from mmneurons.data.dataset import Item
 from mmneurons.errors import SettingError
 from mmneurons.finding.batch import targets_of
-from mmneurons.finding.scoring import Scored, score_targets
+from mmneurons.finding.scoring import Scored, recorder_for, score_targets
 from mmneurons.inspection.rows import IMAGES, IN_BLOCK, OWN_SHARE, SHARED, SpecificityRow
 from mmneurons.maths.statistics import Estimate, estimate, over_pairs
 from mmneurons.settings import FindSettings, Question, Score, settled
 from mmneurons.vlm.asking import ask
-from mmneurons.vlm.hooks.recording import record
 from mmneurons.vlm.locking import by_one_thread
 from mmneurons.vlm.vlm import VLM
 
@@ -104,13 +102,13 @@ def noun_scores(
     # The model gives all answers of a batch, or reads them all.
     captions = None if items[0].caption is None else [str(item.caption) for item in items]
     choices = settled(FindSettings, None, asdict(question) | {"batch_size": len(items), "top": 1, "score": score})
-    recorder = partial(record, gates=score == "paper")
+    recorder = recorder_for(vlm, choices)
     found = []
     for batch in ask(vlm, [item.image() for item in items], choices.question, captions=captions, recorder=recorder):
         n_rows = len(batch.rows)
         targets = [t for row in range(n_rows) for t in targets_of(vlm, batch.answers, row, choices)]
         if targets:
-            scored = score_targets(vlm, batch.recording, batch.answers, targets, choices)
+            scored = score_targets(vlm, batch.recording, batch.answers, targets, choices, inputs=batch.inputs)
             names = [items[batch.first + t.row].name for t in targets]
             found += [
                 NounScores(name, t.word.lemma, row)

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from mmneurons.data.table import Cell, Table
+from mmneurons.inspection.faithfulness import left_out_finders
 from mmneurons.inspection.rows import (
     AGREEMENT,
     ANY,
@@ -183,8 +184,9 @@ def finder_tables(found: Mapping[str, Sequence[NounTruth]]) -> list[Table]:
         tuple((key, _over(images)) for key, images in by_image(part, "effect", "scope", "finder").items())
         for part in (rho, list(_against_logprob(rho)))
     )
+    note = " ".join(left_out_finders(found))
     return [
-        Table("agreement", "Rank agreement with the true effect (Spearman)", labels, agreement),
+        Table("agreement", "Rank agreement with the true effect (Spearman)", labels, agreement, note),
         Table("agreement-differences", "The same, noun by noun against logprob", labels, differences),
         _deletion_table([row for row in rows if row["k"] is not None and row["measure"] != DECODED]),
     ]

@@ -78,6 +78,7 @@ class Vocabulary:
         for noun in (singular(noun) for nouns in lists for noun in nouns):
             self._names.setdefault(noun, noun)
         self.nouns = frozenset(self._names.values()) - {""}
+        self.words = frozenset(word for word, name in self._names.items() if name)  # synonyms, too
         self._phrases = Phrases(self._names)
 
     def objects(self, nouns: Iterable[str]) -> frozenset[str]:

@@ -27,9 +27,11 @@ MEANINGS = {
     "logit": "how many logits of the word did this neuron write",
     "logprob": "how far it pushes log p of the word, to first order",
     "paper": "as the released MM_Neurons code",
+    "followed": "how far it pushes log p of the word, to first order, through the FFNs above it; does not add up",
+    "gradient": "gradient of log p of the word by its activation, times that; does not add up",
 }
 """The question that each score asks of a neuron, in one line."""
-_UNITS = {"logit": "logits", "logprob": "nats", "paper": "the paper's units"}
+_UNITS = {"logit": "logits", "logprob": "nats", "paper": "the paper's units", "followed": "nats", "gradient": "nats"}
 _FIRST_K = 10
 """The k of the region that a reader sees first."""
 _FRAME = 640

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from mmneurons.finding.result import Finding, Grid, NounFinding
+from mmneurons.finding.result import Finding, Grid, Grounded, NounFinding
 from mmneurons.report.text import BASELINES, is_warning, placed, printable, without_pictures
+
+if TYPE_CHECKING:  # it needs torch
+    from mmneurons.finding.checking import Checked
 
 SHADES = " ░▒▓█"
 """The block characters of a map, from nothing to the largest value."""
@@ -27,14 +31,36 @@ def show(finding: Finding, console: Console) -> None:
     for line in _pictures(finding):
         console.print(Text(line, style="bold"), soft_wrap=True)
     console.print(_answer(finding))
-    for note in finding.notes:
-        warns = is_warning(note)
-        label = ("warning:", "bold white on red") if warns else ("note:", "yellow")
-        console.print(Text.assemble(label, (f" {printable(note)}", "bold red" if warns else "yellow")))
+    _show_notes(finding.notes, console)
     for noun in finding.nouns:
         console.print()
         console.print(_heading(noun, finding))
         _show_neurons(noun, finding, console)
+
+
+def _show_notes(notes: Sequence[str], console: Console) -> None:
+    """Print what a reader should be told, each on a line of its own."""
+    for note in notes:
+        warns = is_warning(note)
+        label = ("warning:", "bold white on red") if warns else ("note:", "yellow")
+        console.print(Text.assemble(label, (f" {printable(note)}", "bold red" if warns else "yellow")))
+
+
+def show_checked(checked: Checked, console: Console) -> None:
+    """Print one caption that was checked: its nouns, those that the picture does not support in red."""
+    console.print()
+    console.print(Text(" + ".join(printable(name) for name in checked.images), style="bold"), soft_wrap=True)
+    cut, _ = placed(checked.caption, [(noun.word, noun.start) for noun in checked.nouns])
+    text = Text(f"{printable(checked.answer_prefix)} " if checked.answer_prefix else "", style="dim")
+    for part, i in cut:
+        unseen = i is not None and checked.nouns[i].grounded.seen is False
+        text.append(printable(part), style="bold red" if unseen else "" if i is None else "bold green")
+    console.print(text)
+    _show_notes(checked.notes, console)
+    for noun in checked.nouns:
+        told, style = seen_text(noun.grounded)
+        patch = f"block {noun.grounded.layer}, patch row {noun.grounded.row} column {noun.grounded.column}"
+        console.print(Text.assemble((f"  {printable(noun.word)}", "bold"), (f"  {told} ({patch})", style)))
 
 
 def _show_neurons(noun: NounFinding, finding: Finding, console: Console) -> None:
@@ -83,6 +109,9 @@ def _heading(noun: NounFinding, finding: Finding) -> Text:
     heading = Text().append(printable(noun.word), style="bold green")
     if noun.n_tokens > 1:
         heading.append(f"  scored at its first of {noun.n_tokens} tokens, {printable(noun.token)!r}", style="dim")
+    if noun.grounded is not None:
+        told, style = seen_text(noun.grounded)
+        heading.append(f"  {told}", style=style)
     if finding.against is not None:
         heading.append(f"  scores: why not {printable(finding.against)!r}", style="dim")
     if finding.baseline != "zero":
@@ -96,6 +125,14 @@ def _heading(noun: NounFinding, finding: Finding) -> Text:
         heading.append(f"side paths {parts.other:+.2f}, ")
     heading.append(f"rest {parts.embedding + parts.bias:+.2f}")
     return heading
+
+
+def seen_text(grounded: Grounded) -> tuple[str, str]:
+    """What is said of a noun's ground, and its style."""
+    if grounded.seen is None:
+        return f"image tokens say it with {grounded.confidence:.3f}", "dim"
+    sure = f"image tokens say it with {grounded.confidence:.3f}, in the picture with {grounded.probability:.2f}"
+    return (f"seen: {sure}", "dim") if grounded.seen else (f"not seen in the picture: {sure}", "bold red")
 
 
 def _table(noun: NounFinding, finding: Finding) -> Table:

@@ -37,6 +37,8 @@ class Trace:
     """The residual stream as it entered the final norm."""
     embedding: Float[Tensor, "n hidden"]
     """The residual stream as it entered the first block."""
+    directions: list[Float[Tensor, "n hidden"]] | None = None
+    """Per FFN the read-out directions of a score that needs the pass itself (`followed`, `gradient`); else None."""
 
     def neurons(self, i: int) -> Int[Tensor, "n slots"]:
         """Return the neuron of one FFN, counted through all its experts, that each slot stands for."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float, Int, Shaped
@@ -14,6 +14,10 @@ from mmneurons.errors import ModelError
 from mmneurons.vlm import experts
 from mmneurons.vlm.anatomy.parts import Anatomy, Ffn
 from mmneurons.vlm.locking import alone, restored
+
+if TYPE_CHECKING:  # they see a recording themselves
+    from mmneurons.vlm.insides import Insides
+    from mmneurons.vlm.pass_calls import PassCalls
 
 Keep = Callable[[Shaped[Tensor, "batch positions *width"]], Shaped[Tensor, "batch kept *width"]]
 """Function that picks the positions of one forward pass to keep; it may return a view, which is then copied."""
@@ -51,6 +55,10 @@ class Recording:
     """The residual stream as it enters the first block."""
     residual: list[Float[Tensor, "batch kept hidden"]] = field(default_factory=list)
     """The residual stream as it enters the final norm."""
+    calls: PassCalls | None = None
+    """What the blocks were called with, if a score needs to run them again."""
+    insides: Insides | None = None
+    """What the FFNs did inside, if a score follows them."""
 
     @staticmethod
     def nothing(anatomy: Anatomy) -> Recording:
