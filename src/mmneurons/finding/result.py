@@ -221,6 +221,7 @@ def load(path: str | os.PathLike[str]) -> list[Finding]:
     """Read a file that `save` or `mmneurons find --json` wrote.
 
     Raises:
+        MissingFileError: if there is no such file.
         FormatError: if it is not one.
     """
     return _read(read_text(path, limit=LARGEST), str(path))
