@@ -158,7 +158,8 @@ class FindSettings(Question):
     maps: bool = False
     """Also show where in the image the neurons are active; this takes a second pass over the prompt."""
     blank: bool = False
-    """Also show how much of each score is lost with a blank image; this takes a second pass over the answer."""
+    """Also show how much of each score is lost with a blank image; this takes a second pass over the answer. Not with
+    the baseline `blank`, over which a score is what is lost."""
     tagger: Tagger | None = None
     """The tagger that finds the nouns, such as `mmneurons.words.SpacyTagger("zh_core_web_sm")`; None: HanTa, for
     English, German and Dutch. In another language an answer then has no nouns, and a note says so."""
@@ -173,6 +174,12 @@ class FindSettings(Question):
                     "A reference has activations, but not the gates that score='paper' takes for them.",
                     fix="baseline='blank', or another score.",
                 )
+        elif self.baseline == "blank" and self.blank:
+            raise SettingError(
+                "Scores over a blank image are what is lost without the image: of each its whole.",
+                seen="baseline='blank' with blank=True",
+                fix="Leave one out. CLI: --baseline blank --no-blank, or --blank alone",
+            )
         elif self.baseline not in BASELINES:
             raise SettingError(
                 f"There is no baseline {str(self.baseline)[:40]!r}.",

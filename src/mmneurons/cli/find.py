@@ -106,7 +106,10 @@ def find(
     ] = None,
     blank: Annotated[
         bool | None,
-        typer.Option(help="Also show how much of each score is lost with a blank image. Default: with --report only."),
+        typer.Option(
+            help="Also show how much of each score is lost with a blank image. Default: with --report, without "
+            "--baseline blank."
+        ),
     ] = None,
 ) -> None:
     """Show the neurons that wrote each noun.
@@ -144,7 +147,7 @@ def find(
         settings,
         tagger=nouns,
         maps=settings.maps and not no_image,
-        blank=(report is not None if blank is None else blank) and not no_image,
+        blank=(report is not None and baseline != "blank" if blank is None else blank) and not no_image,
         baseline=baseline if baseline in BASELINES else "zero",
     )
     kept = None if baseline in BASELINES else readable_items([baseline])
