@@ -95,7 +95,7 @@ def test_over_another_picture_the_scores_add_up_to_a_logit_difference(name):
 def test_blank_is_the_activation_behind_a_grey_picture(random_vlm, sample_paths):
     """By hand on a LLaVA: each activation, each score, and the sum with attention as the whole logit difference."""
     image = open_image(sample_paths[0]).image
-    found = mmn.find(random_vlm, image, caption="a dog in the snow", top=EVERY, baseline="blank", blank=True)
+    found = mmn.find(random_vlm, image, caption="a dog in the snow", top=EVERY, baseline="blank")
     zero = mmn.find(random_vlm, image, caption="a dog in the snow", top=EVERY, blank=True)
     assert (found.baseline, zero.baseline, found.provenance["settings"]["baseline"]) == ("blank", "zero", "blank")
     heard: list[list[Tensor]] = []
@@ -111,6 +111,7 @@ def test_blank_is_the_activation_behind_a_grey_picture(random_vlm, sample_paths)
         position = raw["prompt"] + noun.step - 1
         x, other = raw["x"][position].detach(), without["x"][position].detach()
         sigma = (x.pow(2).mean() + language.norm.variance_epsilon).sqrt()
+        blank_sigma = (other.pow(2).mean() + language.norm.variance_epsilon).sqrt()
         g = language.norm.weight.detach() * unembed[noun.token_id] / sigma
         total = torch.tensor(0.0)
         contributions = {n.neuron: n for n in plain.neurons}
@@ -121,8 +122,10 @@ def test_blank_is_the_activation_behind_a_grey_picture(random_vlm, sample_paths)
             assert (n.activation, n.baseline) == (pytest.approx(a, abs=1e-4), pytest.approx(b, abs=1e-4))
             assert n.score == pytest.approx((a - b) * float(column @ g), abs=1e-4)
             total += n.score
-            # What is lost is a share of what it wrote, not of what it wrote over the blank picture.
-            assert n.lost_without_image == pytest.approx(contributions[n.neuron].lost_without_image, rel=1e-3, abs=1e-3)
+            # The score is itself what is lost, up to the norm's scale: a share of it is not told.
+            assert n.lost_without_image is None
+            scaled = 1 - b * float(column @ (g * sigma / blank_sigma)) / (a * float(column @ g))
+            assert contributions[n.neuron].lost_without_image == pytest.approx(scaled, rel=1e-2, abs=1e-2)
         # With what attention wrote more, it is the whole difference of the logits, the norm's scale held; the embedding
         # of the last word read is the same in both.
         difference = noun.logit - float(other @ g)
@@ -183,9 +186,29 @@ def test_a_reference_is_the_mean_where_other_nouns_are_said(vlm, reference, samp
         assert [n.score for n in noun.neurons] == sorted((n.score for n in noun.neurons), reverse=True)
 
 
+def test_what_is_lost_over_a_reference_is_a_share_of_the_score_over_it(vlm, reference, sample_paths):
+    """By hand: the same means are taken off the activations behind a grey picture, read along its own directions."""
+    image = open_image(sample_paths[0]).image
+    found = mmn.find(vlm, image, top=30, baseline=reference, blank=True)
+    grey = raw_pass(vlm, grey_like(image), list(found.token_ids))
+    language, unembed = vlm.model.model.language_model, vlm.model.lm_head.weight.detach()
+    for noun in found.nouns:
+        position = grey["prompt"] + noun.step - 1
+        x = grey["x"][position].detach()
+        sigma = (x.pow(2).mean() + language.norm.variance_epsilon).sqrt()
+        g = language.norm.weight.detach() * unembed[noun.token_id] / sigma
+        for n in noun.neurons:
+            column = language.layers[n.neuron.layer].mlp.down_proj.weight.detach()[:, n.neuron.index]
+            fired = float(grey["a"][n.neuron.layer][0, position, n.neuron.index])
+            left = (fired - n.baseline) * float(column @ g)
+            assert n.lost_without_image == pytest.approx(1 - left / n.score, rel=1e-3, abs=1e-3)
+
+
 def test_what_has_no_baseline_is_told(vlm, random_vlm, reference, sample_paths):
     with pytest.raises(SettingError, match=r"(?s)no baseline 'grey'.*zero, blank.*make_reference"):
         FindSettings(baseline="grey")  # pyright: ignore[reportArgumentType]
+    with pytest.raises(SettingError, match=r"(?s)are what is lost.*--no-blank"):
+        FindSettings(baseline="blank", blank=True)
     with pytest.raises(SettingError, match="without a picture has no blank"):
         mmn.find(vlm, None, caption="a dog", prompt="Say something.", baseline="blank")
     with pytest.raises(SettingError, match="ready-made inputs"):

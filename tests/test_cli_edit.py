@@ -91,7 +91,10 @@ def test_from_images_to_an_edited_checkpoint(capsys, monkeypatch, folder):
         (("--from", "rocket", "--to", "cat", "--images", "dog0.png"), "says 'rocket' of none"),
         (("--from", "dog", "--to", "cat", "--images", "gone.png"), "gone.png"),
         (("--from", "dog", "--to", "cat", "--images", "dog0.png", "--evaluate", "x", "--held-out", "gone.png"), "gone"),
-        (("--from", "dog", "--to", "cat", "--images", "dog0.png", "--texts", "gone.txt"), "Cannot read gone.txt"),
+        (
+            ("--from", "dog", "--to", "cat", "--images", "dog0.png", "--texts", "gone.txt"),
+            "no file 'gone.txt'",
+        ),
     ],
 )
 def test_what_cannot_be_done_is_told_and_leaves_nothing(capsys, monkeypatch, folder, arguments, message):

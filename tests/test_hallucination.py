@@ -635,7 +635,7 @@ def test_a_table_of_synonyms_that_is_not_there_is_refused_before_anything_is_loa
     monkeypatch.chdir(tmp_path)
     code, _, err = call(capsys, monkeypatch, "dehallucinate", "--synonyms", "mine.txt", "--model", "none")
     assert code == 2
-    assert "Cannot read mine.txt." in err
+    assert "There is no file 'mine.txt'." in err
 
 
 @pytest.mark.usefixtures("small_steps")

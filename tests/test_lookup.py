@@ -9,6 +9,7 @@ from kits.zoo.base import randomise
 
 import mmneurons as mmn
 from mmneurons.errors import SettingError, WordError
+from mmneurons.finding import lookup
 from mmneurons.neurons import Neuron
 
 
@@ -49,20 +50,27 @@ def test_neighbours_are_the_largest_cosines_of_the_whole_model(vlm, columns):
     assert [n.cosine for n in card.neighbours] == pytest.approx(cosines[expected].tolist(), abs=1e-5)
 
 
-def test_neurons_of_a_word_are_those_a_full_search_finds(vlm, columns, read):
-    found = mmn.neurons_for(vlm, "dog", top=5, says="raw")
-    assert found.token == " dog"
-    gamma = vlm.model.model.language_model.norm.weight.detach()
-    direction = gamma * vlm.model.lm_head.weight.detach()[found.token_id]
-    cosines = torch.nn.functional.cosine_similarity(columns, direction[None])
-    ranked = []
-    for i in cosines.abs().topk(400).indices.tolist():
-        logits = read(columns[i] * cosines[i].sign())
-        ranked.append((int((logits > logits[found.token_id]).sum()), -float(cosines[i].abs()), i))
-    for mine, (rank, size, i) in zip(found.neurons, sorted(ranked)[:5], strict=True):
-        assert (mine.neuron, mine.rank) == (Neuron(i // 1024, i % 1024), rank)
-        assert abs(mine.cosine) == pytest.approx(-size, abs=1e-5)
-        assert " dog" in mine.tokens
+@pytest.mark.parametrize(("probes", "at_once"), [(1024, 512), (16, 8)])
+@pytest.mark.parametrize("says", ["standardised", "raw"])
+def test_neurons_of_a_word_are_those_a_full_search_finds(vlm, columns, says, probes, at_once, monkeypatch):
+    """Every neuron is ranked for the word among all tokens, in the reading asked for, with the sign that suits it."""
+    monkeypatch.setattr(lookup, "PROBES", probes)
+    monkeypatch.setattr(lookup, "AT_ONCE", at_once)
+    unembed = vlm.model.lm_head.weight.detach().double()
+    seen = columns.double() * vlm.model.model.language_model.norm.weight.detach().double()
+    pushes = seen @ unembed.T
+    if says == "standardised":
+        seen, pushes = seen - seen.mean(0), (pushes - pushes.mean(0)) / pushes.std(0, correction=0)
+    for word in ("dog", "apple", "the", "on"):
+        found = mmn.neurons_for(vlm, word, top=20, says=says)
+        assert found.token == f" {word}"
+        cosines = torch.nn.functional.cosine_similarity(seen, unembed[found.token_id][None])
+        mine = pushes * cosines.sign()[:, None]
+        ranks = (mine > mine[:, found.token_id, None]).sum(1).tolist()
+        best = sorted(range(len(ranks)), key=lambda i: (ranks[i], -abs(float(cosines[i]))))[:20]
+        assert [(n.neuron, n.rank) for n in found.neurons] == [(Neuron(i // 1024, i % 1024), ranks[i]) for i in best]
+        assert [n.cosine for n in found.neurons] == pytest.approx(cosines[best].tolist(), abs=1e-5)
+        assert found.neurons[0].tokens == tuple(vlm.token_text(i) for i in mine[best[0]].topk(10).indices.tolist())
 
 
 def test_what_does_not_exist_is_told(vlm):
@@ -100,9 +108,9 @@ def test_columns_of_experts_are_found_by_their_expert(tiny):
     column = model.model.model.language_model.layers[0].mlp.experts.down_proj.detach()[3, :, 7]
     card = mmn.explain_neuron(model, "L0.e3.u7", n_neighbours=1)
     assert card.norm == pytest.approx(float(column.norm()), rel=1e-5)
-    direction = model.anatomy.norm.weight * model.anatomy.unembed[17]
-    found = mmn.neurons_for(model, "<17>", top=400).neurons
-    cosine = torch.nn.functional.cosine_similarity(column, direction, dim=0)
+    found = mmn.neurons_for(model, "<17>", top=400, says="raw").neurons
+    seen = model.anatomy.norm.weight * column
+    cosine = torch.nn.functional.cosine_similarity(seen, model.anatomy.unembed[17], dim=0)
     mine = next(n for n in found if str(n.neuron) == "L0.e3.u7")
     assert mine.cosine == pytest.approx(float(cosine), abs=1e-5)
 
@@ -111,11 +119,11 @@ def test_a_column_counts_as_it_comes_through_the_norm_after_its_ffn(tiny):
     model = tiny("gemma3")
     layer = model.model.model.language_model.layers[1]
     through = layer.mlp.down_proj.weight.detach()[:, 4] * (1 + layer.post_feedforward_layernorm.weight.detach())
-    direction = model.anatomy.norm.weight * model.anatomy.unembed[21]
-    mine = next(n for n in mmn.neurons_for(model, "<21>", top=300).neurons if str(n.neuron) == "L1.u4")
-    assert mine.cosine == pytest.approx(
-        float(torch.nn.functional.cosine_similarity(through, direction, dim=0)), abs=1e-5
-    )
+    seen = model.anatomy.norm.weight * through
+    found = mmn.neurons_for(model, "<21>", top=300, says="raw").neurons
+    mine = next(n for n in found if str(n.neuron) == "L1.u4")
+    cosine = torch.nn.functional.cosine_similarity(seen, model.anatomy.unembed[21], dim=0)
+    assert mine.cosine == pytest.approx(float(cosine), abs=1e-5)
     read = model.anatomy.unembed @ (model.anatomy.norm.weight * through)
     card = mmn.explain_neuron(model, "L1.u4", n_tokens=3, says="raw")
     assert card.tokens == tuple(f"<{i}>" for i in read.topk(3).indices.tolist())

@@ -16,7 +16,7 @@ from kits.bounds import bounded
 
 import mmneurons as mmn
 from mmneurons.editing.evaluate_edits import cases
-from mmneurons.errors import FormatError, ModelError, SettingError
+from mmneurons.errors import FormatError, MissingFileError, ModelError, SettingError
 from mmneurons.neurons import Neuron
 from mmneurons.patches import ledger
 from mmneurons.patches.describe import describe_patch
@@ -477,7 +477,7 @@ def test_whatever_is_in_a_file_it_is_refused_or_can_be_shown(random_vlm, tmp_pat
 
 
 def test_a_missing_file_is_told(tmp_path):
-    with pytest.raises(FormatError, match="Cannot read"):
+    with pytest.raises(MissingFileError, match="There is no file"):
         Patch.load(tmp_path / "none.safetensors")
 
 

@@ -146,3 +146,23 @@ def test_the_pocket_model_names_what_its_samples_show(vlm):
     shown = [(c, noun) for m, c in zip(made, captions, strict=True) for noun in m.objects]
     assert np.mean([says(c, noun) for c, noun in shown]) > 0.7
     assert np.mean([c.endswith(m.background) for m, c in zip(made, captions, strict=True)]) > 0.9
+
+
+def test_drawings_are_resized_by_the_rule_whatever_pillow_does_by_itself(monkeypatch):
+    """Pillow below 13 always begins with the width: other pixels, and evaluation sets that fail their hash."""
+    steps = []
+    plain = Image.Image.resize
+
+    def resize(self, size, *arguments):
+        steps.append(size)
+        return plain(self, size, *arguments)
+
+    monkeypatch.setattr(Image.Image, "resize", resize)
+    for size, wanted, between in (
+        ((47, 96), (18, 36), (47, 36)),  # 60 lower, more than twice 29 narrower
+        ((38, 78), (21, 44), (21, 78)),  # 34 lower, twice 17 narrower
+        ((69, 71), (75, 64), (69, 64)),  # lower and wider
+        ((37, 86), (49, 114), (49, 86)),  # higher and wider
+    ):
+        scenes._resized(Image.new("RGBa", size), *wanted)
+        assert steps[-2:] == [between, wanted]

@@ -12,7 +12,7 @@ from kits.bounds import bounded
 from rich.console import Console
 
 import mmneurons as mmn
-from mmneurons.errors import FormatError, WordError
+from mmneurons.errors import FormatError, MissingFileError, WordError
 from mmneurons.finding import result
 from mmneurons.finding.result import Finding, NeuronFinding, NounFinding, Parts
 from mmneurons.neurons import Neuron
@@ -244,8 +244,14 @@ def test_what_json_allows_and_findings_do_not_is_refused():
 
 
 def test_a_missing_file_of_findings_is_told(tmp_path):
-    with pytest.raises(FormatError, match="Cannot read"):
-        result.load(tmp_path / "none.json")
+    (tmp_path / "found.json").write_text("{}")
+    (tmp_path / "found.png").write_bytes(b"")
+    with pytest.raises(
+        MissingFileError, match=r"(?s)There is no file .*fuond\.json.*like it.*'found\.json'.*Give .*found\.json"
+    ):
+        result.load(tmp_path / "fuond.json")
+    with pytest.raises(MissingFileError, match=r"(?s)There is no file .*There is no folder .*nowhere' either"):
+        result.load(tmp_path / "nowhere" / "found.json")
 
 
 def test_findings_of_different_runs_make_no_file(vlm, sample_paths):

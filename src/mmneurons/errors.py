@@ -33,6 +33,10 @@ class WordError(MmneuronsError):
     """A word cannot be scored: the caption does not have it, or the tokenizer cannot write it."""
 
 
+class MissingFileError(MmneuronsError):
+    """A file that is named is not there."""
+
+
 class FormatError(MmneuronsError):
     """A saved file cannot be read by this version."""
 

@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import json
 import os
 import secrets
 import stat
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
 import msgspec
 
-from mmneurons.errors import FormatError, SettingError
+from mmneurons.errors import FormatError, MissingFileError, MmneuronsError, SettingError
 
 T = TypeVar("T")
+E = TypeVar("E", bound=MmneuronsError)
 
 DEEPEST = 200
 """How many levels deep free-form JSON may be nested."""
@@ -37,7 +39,8 @@ def read_file(path: str | os.PathLike[str], *, limit: int = LARGEST) -> bytes:
         limit: The most bytes that it may have: a larger file is refused before it is read.
 
     Raises:
-        FormatError: no such file, one that may not be read, a folder, device or pipe, or a file that is too large.
+        MissingFileError: there is no such file.
+        FormatError: it may not be read, is a folder, device or pipe, or is too large.
     """
     try:
         with open(path, "rb", opener=_open_at_once) as file:
@@ -47,6 +50,8 @@ def read_file(path: str | os.PathLike[str], *, limit: int = LARGEST) -> bytes:
                 raise FormatError(f"Cannot read {path}.", seen="It is no file, but a device or a pipe.")
             # Bounded by the size just seen: a file that grows meanwhile is not read without end.
             content = file.read(facts.st_size + 1) if facts.st_size <= limit else b""
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise no_file(path) from error
     except OSError as error:
         raise FormatError(f"Cannot read {path}.", seen=error.strerror or str(error)) from error
     except ValueError as error:  # a name with a null character
@@ -62,6 +67,7 @@ def read_text(path: str | os.PathLike[str], *, limit: int = LARGEST) -> str:
     """Read the text of a file in UTF-8, without the byte order mark that some editors put before it.
 
     Raises:
+        MissingFileError: there is no such file.
         FormatError: as `read_file`, or the file is not UTF-8.
     """
     content = read_file(path, limit=limit)
@@ -69,6 +75,34 @@ def read_text(path: str | os.PathLike[str], *, limit: int = LARGEST) -> str:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise FormatError(f"{path} is not a text in UTF-8.", seen=str(error)) from error
+
+
+def no_file(path: str | os.PathLike[str], kind: Callable[..., E] = MissingFileError, what: str = "file") -> E:
+    """Make the error for a path that leads nowhere; the message names what lies there under nearly that name.
+
+    Args:
+        path: The path.
+        kind: The class of the error.
+        what: What was to be there: a file, or a folder.
+    """
+    path = Path(path)
+    told = f"There is no {what} {quoted(str(path))}."
+    try:
+        others = sorted(path.parent.iterdir(), key=lambda other: (other.suffix.lower() != path.suffix.lower(), other))
+    except OSError:  # nor a folder, or one that may not be read
+        return kind(told, seen=f"There is no folder {quoted(str(path.parent))} either.", fix="Correct the path.")
+    # By the name without its ending: files of one kind all end alike.
+    stems: dict[str, str] = {}
+    for other in others:
+        stems.setdefault(other.stem.lower(), other.name)
+    near = [stems[match] for match in difflib.get_close_matches(path.stem.lower(), stems)]
+    seen = f"Names like it in that folder: {', '.join(map(quoted, near)) or 'none'}."
+    return kind(told, seen=seen, fix=f"Give {quoted(str(path.with_name(near[0])))}" if near else "Correct the path.")
+
+
+def quoted(name: str) -> str:
+    """Quote a name for a message, cut off where it is very long."""
+    return repr(name if len(name) <= 200 else f"{name[:197]}...")
 
 
 def decode_json(content: bytes | str, kind: type[T], name: str) -> T:

@@ -179,12 +179,17 @@ class FindSettings(Question):
     maps: bool = False
     """Also show where in the image the neurons are active; this takes a second pass over the prompt."""
     blank: bool = False
+<<<<<<< HEAD
     """Also show how much of each score is lost with a blank image; this takes a second pass over the answer."""
     grounded: bool = False
     """Also show of each noun how much of it the image tokens say, and whether it is seen in the picture; this takes a
     second pass over the prompt."""
     calibration: Calibrated | None = None
     """What that means in this model: a `mmneurons.Calibration`; None: that of the pocket model, else none."""
+=======
+    """Also show how much of each score is lost with a blank image; this takes a second pass over the answer. Not with
+    the baseline `blank`, over which a score is what is lost."""
+>>>>>>> 631a5aa9697f028dbf6bf10048ab6ed7fc9c2ec2
     tagger: Tagger | None = None
     """The tagger that finds the nouns, such as `mmneurons.words.SpacyTagger("zh_core_web_sm")`; None: HanTa, for
     English, German and Dutch. In another language an answer then has no nouns, and a note says so."""
@@ -199,6 +204,12 @@ class FindSettings(Question):
                     "A reference has activations, but not the gates that score='paper' takes for them.",
                     fix="baseline='blank', or another score.",
                 )
+        elif self.baseline == "blank" and self.blank:
+            raise SettingError(
+                "Scores over a blank image are what is lost without the image: of each its whole.",
+                seen="baseline='blank' with blank=True",
+                fix="Leave one out. CLI: --baseline blank --no-blank, or --blank alone",
+            )
         elif self.baseline not in BASELINES:
             raise SettingError(
                 f"There is no baseline {str(self.baseline)[:40]!r}.",

@@ -23,7 +23,7 @@ from mmneurons.data.coco import Instances, Outline, outlines
 from mmneurons.data.images import SUFFIXES, OpenedImage, check_image, open_bytes, open_image
 from mmneurons.data.masks import read_mask
 from mmneurons.errors import ImageError, SettingError
-from mmneurons.files import read_text
+from mmneurons.files import no_file, read_text
 
 POCKET = "pocket:"
 """How the name of an evaluation set of the pocket world begins."""
@@ -308,7 +308,7 @@ _EXAMPLE = '[{"image": "park.png", "objects": ["dog"], "masks": ["park.dog.png"]
 def _listed_items(path: Path, tell: Tell, *, checked: bool) -> list[Item]:
     """Take the images of a JSON file: a list is a manifest, an object must be COCO's instances."""
     if not _is_there(path):
-        raise ImageError(f"There is no file or folder {path}.")
+        raise no_file(path, ImageError)
     try:
         listed = msgspec.json.decode(read_text(path, limit=LARGEST), type=list[_Entry] | Instances)
     except (msgspec.MsgspecError, RecursionError) as error:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 import shlex
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
+from mmneurons import files
 from mmneurons.errors import ImageError
+from mmneurons.files import quoted
 
 GIVE = "Give a PNG, JPEG, WebP, GIF, BMP, TIFF, PPM, AVIF or JPEG 2000 file."
 AGAIN = "Copy, download or export the file again."
@@ -35,14 +36,7 @@ def no_file(name: str, path: Path, suffixes: Sequence[str]) -> ImageError:
         return ImageError(f"{quoted(name)} is a folder, not an image.", seen=seen, fix=fix)
     if path.exists():
         return ImageError(f"{quoted(name)} is a device, pipe or socket, not a file.", fix=GIVE)
-    if not path.parent.is_dir():
-        seen = f"There is no folder {quoted(str(path.parent))} either."
-        return ImageError(f"There is no file {quoted(name)}.", seen=seen, fix="Correct the path.")
-    names = {file.stem.lower(): file.name for file in path.parent.iterdir()}  # all pictures end alike
-    near = [names[match] for match in difflib.get_close_matches(path.stem.lower(), names)]
-    seen = f"Names like it in that folder: {', '.join(map(repr, near)) or 'none'}."
-    fix = f"Give {str(path.with_name(near[0]))!r}" if near else "Correct the path."
-    return ImageError(f"There is no file {quoted(name)}.", seen=seen, fix=fix)
+    return files.no_file(path, ImageError)
 
 
 def kind_of(head: bytes) -> tuple[str, str]:
@@ -59,8 +53,3 @@ def too_large(name: str, seen: str, most: int) -> ImageError:
     """Make the error for a picture of more than `most` pixels, or a file of too many bytes."""
     fix = f"Shrink it to at most {most:,} pixels, for example: magick IMAGE -resize 2048x2048 small.png"
     return ImageError(f"{quoted(name)} is too large.", seen=seen, fix=fix)
-
-
-def quoted(name: str) -> str:
-    """Quote a name for a message, cut off where it is very long."""
-    return repr(name if len(name) <= 200 else f"{name[:197]}...")

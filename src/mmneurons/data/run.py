@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import msgspec
 
-from mmneurons.errors import FormatError, SettingError
-from mmneurons.files import check_facts, decode_json, read_file, read_text
+from mmneurons.errors import FormatError, MissingFileError, SettingError
+from mmneurons.files import check_facts, decode_json, no_file, read_file, read_text
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -100,12 +100,15 @@ class Run:
         folder: The folder, from anybody: nothing of it is trusted.
 
     Raises:
+        MissingFileError: there is no such folder.
         FormatError: it is no run, or one of another schema.
     """
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
         self.folder = Path(folder)
         path = self.folder / FACTS
+        if not self.folder.exists():
+            raise no_file(folder, what="folder")
         if not path.is_file():
             raise FormatError(f"{self.folder} is no run: it has no {FACTS}.", fix="mmneurons sweep SOURCE --out RUN")
         text = read_text(path)
@@ -156,6 +159,8 @@ class Run:
             shard: Its number.
             to_the_end: Whether the hashes of its tables are looked at as well, not only their size.
         """
+        if not self.path_of(shard, "json").exists():  # of most shards of a run that has just begun
+            return None
         try:
             facts = decode_json(read_file(self.path_of(shard, "json")), ShardFacts, "a shard")
             if (facts.shard, facts.made_by) != (shard, self.facts.key):
@@ -167,7 +172,7 @@ class Run:
                     return None
                 if to_the_end and hashlib.sha256(read_file(path, limit=wanted.bytes)).hexdigest() != wanted.sha256:
                     return None
-        except (FormatError, OSError):
+        except (FormatError, MissingFileError, OSError):
             return None
         return facts
 

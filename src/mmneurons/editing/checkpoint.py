@@ -74,7 +74,7 @@ class Training:
 
         Raises:
             SettingError: it is of another run.
-            FormatError: it is damaged, or no such file.
+            FormatError: it is damaged.
         """
         if not os.path.lexists(path):
             return None

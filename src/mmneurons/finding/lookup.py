@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from mmneurons.errors import SettingError
 from mmneurons.finding.reading import Reader, columns_of, reader_for
-from mmneurons.finding.scoring import unembed_rows
 from mmneurons.maths.ranking import token_pushes
 from mmneurons.neurons import Neuron
 from mmneurons.settings import Says
@@ -23,8 +22,11 @@ from mmneurons.vlm.locking import by_one_thread
 from mmneurons.vlm.tokens import token_of
 from mmneurons.vlm.vlm import VLM
 
-CANDIDATES = 400
-"""How many columns with large cosines `neurons_for` looks at, or ten times as many as it gives if that is more."""
+PROBES = 1024
+"""How many tokens a column is first compared on; its rank among all of them is worked out only if it may be among the
+lowest."""
+AT_ONCE = 512
+"""How many columns are then ranked among all tokens before it is asked again whether others may be lower."""
 
 
 @dataclass(frozen=True)
@@ -71,8 +73,8 @@ class WordNeuron:
 
     neuron: Neuron
     cosine: float
-    """Between its column as it reaches the stream and the direction that the word's token is read along; below 0, the
-    neuron says the word by a negative activation."""
+    """Between its column as the head reads it (standardised, less the mean of all columns) and the token's row of the
+    unembedding; below 0, the neuron says the word by a negative activation."""
     rank: int
     """Place of the token among all that the column promotes, with the sign that suits the word; 0 is the first."""
     tokens: tuple[str, ...]
@@ -88,7 +90,7 @@ class WordNeurons:
     """The token that was looked for: the word's first, as it begins inside a sentence."""
     token_id: int
     neurons: tuple[WordNeuron, ...]
-    """Lowest rank first; of the same rank, the largest cosine of either sign."""
+    """Lowest rank first, of all neurons of the model; of the same rank, the largest cosine of either sign."""
     says: Says = "standardised"
     """How their tokens were read, and ranks told."""
 
@@ -138,7 +140,7 @@ def explain_neuron(
         norm_rank=float((lengths < lengths[neuron.index]).float().mean()),
         tokens=up[0],
         suppressed=down[0],
-        neighbours=tuple(Neighbour(n, cosine) for n, cosine, _ in found if n != neuron)[:n_neighbours],
+        neighbours=tuple(Neighbour(n, cosine) for n, cosine in found if n != neuron)[:n_neighbours],
         says=says,
     )
 
@@ -147,8 +149,8 @@ def explain_neuron(
 def neurons_for(vlm: VLM, word: str, *, top: int = 10, says: Says = "standardised") -> WordNeurons:
     """The neurons of the whole model whose columns point to a word: no image, one read of every `w_out`.
 
-    Of the columns with the largest cosines to the word's direction, those come first that promote fewest other tokens
-    more: a large cosine alone is often one with every noun. Which neurons fire for an image, `find` tells.
+    Of all columns, those come first that promote fewest other tokens more than the word: a large cosine alone is often
+    one with every noun. The search leaves none out. Which neurons fire for an image, `find` tells.
 
     Args:
         vlm: The model, from `load`.
@@ -159,34 +161,93 @@ def neurons_for(vlm: VLM, word: str, *, top: int = 10, says: Says = "standardise
     Raises:
         WordError: if the word has no token to begin with.
     """
-    anatomy = vlm.anatomy
     token_id = token_of(vlm.tokenizer, word)
-    row = unembed_rows(anatomy, [token_id], anatomy.norm.weight)[0]
-    direction = anatomy.norm.centre(anatomy.norm.weight * row)
-    found = _closest(anatomy, direction, max(CANDIDATES, 10 * top))
-    places = [place for _, _, place in found]
-    signs = torch.tensor([1.0 if cosine >= 0 else -1.0 for _, cosine, _ in found], dtype=torch.float32)
     reader = reader_for(vlm, says)
-    read = reader.read(columns_of(anatomy, places, row.device), places, signs)
-    ranks = _ranks(read, reader, token_id)
-    order = sorted(range(len(found)), key=lambda i: (ranks[i], -abs(found[i][1])))[:top]
-    up, _ = reader.tokens(read[order])
-    neurons = tuple(WordNeuron(found[i][0], found[i][1], ranks[i], tokens) for i, tokens in zip(order, up, strict=True))
+    lowest = _lowest_ranks(reader, token_id, top)
+    read = _read(reader, [one.place for one in lowest], [one.cosine for one in lowest])
+    neurons = tuple(
+        WordNeuron(vlm.anatomy.ffns[one.place[0]].neuron(one.place[1]), one.cosine, one.rank, tokens)
+        for one, tokens in zip(lowest, reader.tokens(read)[0], strict=True)
+    )
     return WordNeurons(word, vlm.token_text(token_id), token_id, neurons, says)
+
+
+class _Ranked(NamedTuple):
+    """A column's place in the list of a word; those of lower rank come first, then those of larger cosine."""
+
+    rank: int
+    opposed: float
+    """The size of its cosine, negative."""
+    number: int
+    """Of all columns of the model, so that what is equal keeps its order."""
+    place: tuple[int, int] = (0, 0)
+    cosine: float = 0.0
+
+
+def _lowest_ranks(reader: Reader, token_id: int, top: int) -> list[_Ranked]:
+    """The columns, of all there are, that promote fewest tokens more than this one; vocab x columns is never held."""
+    at_least, cosines, places = _lower_bounds(reader, token_id)
+    # Those that may be lowest first: no column behind one can be better than what is known of that one.
+    order = cosines.abs().sort(descending=True, stable=True).indices
+    order = order[at_least[order].sort(stable=True).indices]
+    best: list[_Ranked] = []
+    for part in order.split(AT_ONCE):
+        first = int(part[0])
+        if len(best) == top and best[-1] < (int(at_least[first]), -abs(float(cosines[first])), first):
+            break
+        mine = [(ffn, neuron) for ffn, neuron in places[part].tolist()]
+        signed = cosines[part].tolist()
+        ranks = _ranks(_read(reader, mine, signed), reader, token_id)
+        ranked = zip(ranks, signed, part.tolist(), mine, strict=True)
+        best += [_Ranked(rank, -abs(cosine), number, place, cosine) for rank, cosine, number, place in ranked]
+        best = sorted(best)[:top]
+    return best
+
+
+def _lower_bounds(
+    reader: Reader, token_id: int
+) -> tuple[Int[Tensor, "columns"], Float[Tensor, "columns"], Int[Tensor, "columns 2"]]:
+    """Of every column of the model how many of some tokens it promotes more than this one, its cosine, and its place.
+
+    Among all tokens its rank is at least as high as among some: so few columns need to be ranked among all.
+    """
+    unembed, deviations = reader.unembed, reader.deviations
+    some = torch.arange(0, len(unembed), -(-len(unembed) // PROBES), device=unembed.device)
+    some = torch.cat([some.new_tensor([token_id]), some[some != token_id]])  # the word itself comes first
+    probes, spreads = unembed[some], None if deviations is None else deviations[some.to(deviations.device)]
+    row = unembed[token_id].float()
+    at_least, cosines, places = [], [], []
+    for i, ffn in enumerate(reader.vlm.anatomy.ffns):
+        for start, columns in _columns(ffn):
+            numbers = torch.arange(start, start + columns.shape[1])
+            where = [(i, number) for number in numbers.tolist()]
+            read = reader.read(columns.T, where, torch.ones(len(where), dtype=torch.float32))
+            length = read.norm(dim=1) * row.norm().to(read.device)
+            cosine = (read @ row.to(read.device)) / length.clamp_min(1e-30)
+            signed = torch.where(cosine < 0, -1.0, 1.0)[:, None] * read
+            pushes = token_pushes(signed, probes, spreads)
+            at_least.append((pushes > pushes[:, :1]).sum(1).cpu())
+            cosines.append(cosine.cpu())
+            places.append(torch.stack([torch.full_like(numbers, i), numbers], dim=1))
+    return torch.cat(at_least), torch.cat(cosines), torch.cat(places)
+
+
+def _read(reader: Reader, places: Sequence[tuple[int, int]], cosines: Sequence[float]) -> Float[Tensor, "n hidden"]:
+    """Columns as the head reads them, where each fires with the sign with which it says the word."""
+    signs = torch.tensor([-1.0 if cosine < 0 else 1.0 for cosine in cosines], dtype=torch.float32)
+    return reader.read(columns_of(reader.vlm.anatomy, places, reader.unembed.device), places, signs)
 
 
 def _ranks(read: Float[Tensor, "n hidden"], reader: Reader, token_id: int, chunk: int = 64) -> list[int]:
     """How many tokens each column promotes more than this one; vocab x n is never held at once."""
     ranks: list[int] = []
     for part in read.split(chunk):
-        logits = token_pushes(part, reader.unembed, reader.deviations)
-        ranks += (logits > logits[:, token_id, None]).sum(-1).tolist()
+        pushes = token_pushes(part, reader.unembed, reader.deviations)
+        ranks += (pushes > pushes[:, token_id, None]).sum(-1).tolist()
     return ranks
 
 
-def _closest(
-    anatomy: Anatomy, direction: Float[Tensor, "hidden"], top: int
-) -> list[tuple[Neuron, float, tuple[int, int]]]:
+def _closest(anatomy: Anatomy, direction: Float[Tensor, "hidden"], top: int) -> list[tuple[Neuron, float]]:
     """The columns with the largest cosines to a direction in the stream, of either sign, over the whole model."""
     unit = direction / direction.norm().clamp_min(1e-30)
     best, places = torch.zeros(0, dtype=torch.float32), torch.zeros(0, 2, dtype=torch.long)
@@ -199,10 +260,7 @@ def _closest(
             places = torch.cat([places, torch.stack([torch.full_like(few, i), few + start], dim=1)])
             order = best.abs().sort(descending=True, stable=True).indices[:top]
             best, places = best[order], places[order]
-    return [
-        (anatomy.ffns[i].neuron(n), cosine, (i, n))
-        for cosine, (i, n) in zip(best.tolist(), places.tolist(), strict=True)
-    ]
+    return [(anatomy.ffns[i].neuron(n), cosine) for cosine, (i, n) in zip(best.tolist(), places.tolist(), strict=True)]
 
 
 def _columns(ffn: Ffn) -> Iterator[tuple[int, Float[Tensor, "hidden chunk"]]]:

@@ -82,12 +82,34 @@ def trace_again(vlm: VLM, inputs: Inputs, answers: Answers, targets: Sequence[Ta
     return traced(vlm, recording, answers, torch.tensor(spots), targets, choices, inputs)
 
 
-def rescored(vlm: VLM, trace: Trace, targets: Sequence[Target], choices: FindSettings) -> Reread:
-    """The contributions of all neurons, of that pass alone, whatever the baseline."""
+def rescored(
+    vlm: VLM,
+    trace: Trace,
+    targets: Sequence[Target],
+    choices: FindSettings,
+    baseline: Sequence[Float[Tensor, "targets _"]] | None = None,
+) -> Reread:
+    """The scores of all neurons, of that pass alone; the choice of baseline does not count, but the one given here.
+
+    Args:
+        vlm: The model.
+        trace: The state of that pass.
+        targets: The words.
+        choices: How they are scored.
+        baseline: Per FFN what the activations of all its experts are compared with; None: zero.
+    """
+    if baseline is not None:
+        trace = trace.of_all_experts()
     token_ids = [target.token_id for target in targets]
     rows = unembed_rows(vlm.anatomy, token_ids, trace.residual)
     directions = directions_of(vlm, trace, token_ids, rows, choices)
     activations = scored_activations(trace, choices)
+<<<<<<< HEAD
+=======
+    if baseline is not None:
+        activations = [fired - usual.to(fired.device) for fired, usual in zip(activations, baseline, strict=True)]
+    paths = [None if choices.score == "paper" else ffn.path for ffn in vlm.anatomy.ffns]
+>>>>>>> 631a5aa9697f028dbf6bf10048ab6ed7fc9c2ec2
     return Reread(
         [trace.neurons(i) for i in range(len(activations))],
         [
@@ -98,15 +120,17 @@ def rescored(vlm: VLM, trace: Trace, targets: Sequence[Target], choices: FindSet
 
 
 def with_blank(vlm: VLM, grey: Trace, scored: Scored, nouns: list[NounFinding]) -> list[NounFinding]:
-    """Add what share of each top neuron's contribution is lost when the same words are read with a grey image.
+    """Add what share of each top neuron's score is lost when the same words are read with a grey image.
 
-    The contribution is that without a baseline: over a blank image's there is nothing left of any to lose.
+    Over the means of other pictures both are; over a blank image's own activations all would be lost, of any neuron.
     """
-    again = rescored(vlm, grey, scored.targets, scored.choices)
+    widths = [part.shape[1] for part in scored.trace.activations]
+    usual = None if scored.baseline is None else scored.baseline.split(widths, dim=1)
+    again = rescored(vlm, grey, scored.targets, scored.choices, usual)
     compared = []
     for i, noun in enumerate(nouns):
         listed = scored.ranked[i][: len(noun.neurons)]
-        left, whole = again.of(i, scored.places(i, listed)), scored.contributions[i, listed].tolist()
+        left, whole = again.of(i, scored.places(i, listed)), scored.scores[i, listed].tolist()
         neurons = (
             replace(neuron, lost_without_image=1 - value / before if before else None)
             for neuron, value, before in zip(noun.neurons, left, whole, strict=True)

@@ -53,9 +53,9 @@ class NeuronFinding:
     Empty if not asked for or without a grid.
     """
     lost_without_image: float | None = None
-    """Share of `score` that is lost when the same words are read with a blank image; None if not asked for.
+    """Share of `score` that is lost when the same words are read with a blank image, over the same reference, if any.
 
-    With a baseline, of what its score would be without."""
+    None if not asked for, and over a blank image, of which a score is all that is lost."""
     baseline: float | None = None
     """The activation that `activation` is compared with; None: zero."""
 
@@ -224,6 +224,7 @@ def load(path: str | os.PathLike[str]) -> list[Finding]:
     """Read a file that `save` or `mmneurons find --json` wrote.
 
     Raises:
+        MissingFileError: if there is no such file.
         FormatError: if it is not one.
     """
     return _read(read_text(path, limit=LARGEST), str(path))

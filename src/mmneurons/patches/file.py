@@ -66,7 +66,8 @@ def read(path: str | os.PathLike[str]) -> Patch:
     """Read a patch from a file that `write` wrote.
 
     Raises:
-        FormatError: no such file, no patch, one of another schema, damaged or unsound.
+        MissingFileError: there is no such file.
+        FormatError: it is no patch, one of another schema, damaged or unsound.
     """
     path = Path(path)
     content = read_file(path, limit=LARGEST)

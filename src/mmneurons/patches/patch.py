@@ -133,7 +133,8 @@ class Patch:
                 `push_to_hub` uploaded. Then `provenance["hub"]` says which commit was read.
 
         Raises:
-            FormatError: no such file, no patch, one of another schema, damaged or unsound.
+            MissingFileError: there is no such file.
+            FormatError: it is no patch, one of another schema, damaged or unsound.
             HubError: the Hub cannot be reached or refuses, or there is no patch.
         """
         if isinstance(path, str) and path.startswith(HUB):

@@ -15,7 +15,7 @@ from PIL import Image
 from mmneurons.data.content import image_hash, reason
 from mmneurons.data.dataset import Item
 from mmneurons.data.images import MAX_BYTES, OpenedImage, check_scaled, open_bytes, open_image
-from mmneurons.errors import FormatError, ImageError
+from mmneurons.errors import FormatError, ImageError, MissingFileError
 from mmneurons.files import read_file, stamp_of
 
 AHEAD = 3
@@ -133,6 +133,6 @@ def _bytes(item: Item) -> bytes:
         return source.read()
     try:
         return read_file(source, limit=MAX_BYTES)
-    except FormatError as error:
+    except (FormatError, MissingFileError) as error:
         open_image(source)  # which says better what is wrong with it
         raise ImageError(error.what, seen=error.seen) from error
