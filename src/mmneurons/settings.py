@@ -28,16 +28,11 @@ ANSWER_PREFIX = "An image of"
 MAX_NEW_TOKENS = 32
 """The most tokens of an answer, unless the user says otherwise."""
 
-<<<<<<< HEAD
-Score = Literal["logit", "logprob", "paper"]
+Score = Literal["logit", "logprob", "paper", "followed", "gradient"]
 Method = Literal["selective", "closed_form", "optimised", "finetune", "rome", "memit", "random"]
 """The ways to make a patch: the first three are `edit`'s own, the others what they are compared with."""
 OtherMethod = Literal["lora", "logit_bias", "head_rows"]
 """The ways to make a change that is no patch: adapters beside the weights, a hook on the head."""
-=======
-Score = Literal["logit", "logprob", "paper", "followed", "gradient"]
-Method = Literal["selective", "closed_form", "optimised"]
->>>>>>> 55d3f273976bd71b51121fc7985ef0d80417b95a
 Says = Literal["standardised", "raw"]
 Baseline = Literal["zero", "blank"]
 SCORES: tuple[Score, ...] = get_args(Score)
@@ -179,17 +174,13 @@ class FindSettings(Question):
     maps: bool = False
     """Also show where in the image the neurons are active; this takes a second pass over the prompt."""
     blank: bool = False
-<<<<<<< HEAD
-    """Also show how much of each score is lost with a blank image; this takes a second pass over the answer."""
+    """Also show how much of each score is lost with a blank image; this takes a second pass over the answer. Not with
+    the baseline `blank`, over which a score is what is lost."""
     grounded: bool = False
     """Also show of each noun how much of it the image tokens say, and whether it is seen in the picture; this takes a
     second pass over the prompt."""
     calibration: Calibrated | None = None
     """What that means in this model: a `mmneurons.Calibration`; None: that of the pocket model, else none."""
-=======
-    """Also show how much of each score is lost with a blank image; this takes a second pass over the answer. Not with
-    the baseline `blank`, over which a score is what is lost."""
->>>>>>> 631a5aa9697f028dbf6bf10048ab6ed7fc9c2ec2
     tagger: Tagger | None = None
     """The tagger that finds the nouns, such as `mmneurons.words.SpacyTagger("zh_core_web_sm")`; None: HanTa, for
     English, German and Dutch. In another language an answer then has no nouns, and a note says so."""

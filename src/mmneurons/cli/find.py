@@ -152,13 +152,9 @@ def find(
         settings,
         tagger=nouns,
         maps=settings.maps and not no_image,
-<<<<<<< HEAD
-        blank=(report is not None if blank is None else blank) and not no_image,
+        blank=(report is not None and baseline != "blank" if blank is None else blank) and not no_image,
         grounded=settings.grounded and not no_image,
         calibration=None if calibration is None else Calibration.load(calibration),
-=======
-        blank=(report is not None and baseline != "blank" if blank is None else blank) and not no_image,
->>>>>>> 631a5aa9697f028dbf6bf10048ab6ed7fc9c2ec2
         baseline=baseline if baseline in BASELINES else "zero",
     )
     kept = None if baseline in BASELINES else readable_items([baseline])

@@ -104,12 +104,8 @@ def rescored(
     rows = unembed_rows(vlm.anatomy, token_ids, trace.residual)
     directions = directions_of(vlm, trace, token_ids, rows, choices)
     activations = scored_activations(trace, choices)
-<<<<<<< HEAD
-=======
     if baseline is not None:
         activations = [fired - usual.to(fired.device) for fired, usual in zip(activations, baseline, strict=True)]
-    paths = [None if choices.score == "paper" else ffn.path for ffn in vlm.anatomy.ffns]
->>>>>>> 631a5aa9697f028dbf6bf10048ab6ed7fc9c2ec2
     return Reread(
         [trace.neurons(i) for i in range(len(activations))],
         [
