@@ -174,16 +174,14 @@ class FindSettings(Question):
     maps: bool = False
     """Also show where in the image the neurons are active; this takes a second pass over the prompt."""
     blank: bool = False
-    """Also show how much of each score is lost with a blank image; this takes a second pass over the answer. Not with
-    the baseline `blank`, over which a score is what is lost."""
+    """Also show how much of each score is lost with a blank image, in a second pass; not over the baseline `blank`."""
     grounded: bool = False
-    """Also show of each noun how much of it the image tokens say, and whether it is seen in the picture; this takes a
-    second pass over the prompt."""
+    """Also show how much of each noun the image tokens say, and whether it is seen; a second pass over the prompt."""
     calibration: Calibrated | None = None
     """What that means in this model: a `mmneurons.Calibration`; None: that of the pocket model, else none."""
     tagger: Tagger | None = None
-    """The tagger that finds the nouns, such as `mmneurons.words.SpacyTagger("zh_core_web_sm")`; None: HanTa, for
-    English, German and Dutch. In another language an answer then has no nouns, and a note says so."""
+    """A tagger of nouns, such as `mmneurons.words.SpacyTagger("zh_core_web_sm")`; None: HanTa, for English, German and
+    Dutch. In another language an answer then has no nouns, and a note says so."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -288,8 +286,7 @@ class DehallucinateSettings(Question):
     say: str = "thing"
     """The word, one token, that the model learns to say where it declines to name an object."""
     payoff: float = setting(4.0, at_least=1.01)
-    """How much a right guess is worth: the model declines where its best guess is right with a probability below
-    1 / payoff."""
+    """What a right guess is worth: the model declines where its best guess has a probability below 1 / payoff."""
     top: int = setting(1000, at_least=1)
     """How many columns the edit moves: the ones along which the loss falls most steeply."""
     blocks: Blocks = setting("all", at_least=1)
@@ -384,8 +381,7 @@ def settled(kind: type[Kind], settings: Kind | None, options: Mapping[str, Any])
     """
     known = [one.name for one in fields(kind)]
     if unknown := [name for name in options if name not in known]:
-        near = get_close_matches(unknown[0], known, 1)
-        hint = f" Did you mean '{near[0]}'?" if near else ""
+        hint = "".join(f" Did you mean '{near}'?" for near in get_close_matches(unknown[0], known, 1))
         raise TypeError(f"There is no option '{unknown[0]}'.{hint} There are: {', '.join(known)}.")
     return replace(settings, **options) if settings is not None else kind(**options)
 
@@ -400,6 +396,5 @@ def descriptions(kind: type[Question]) -> dict[str, str]:
         body = cast("ast.ClassDef", tree).body
         for before, after in pairwise(body):
             if isinstance(before, ast.AnnAssign) and isinstance(after, ast.Expr):
-                text = ast.literal_eval(after.value)
-                found[ast.unparse(before.target)] = " ".join(text.split())
+                found[ast.unparse(before.target)] = " ".join(ast.literal_eval(after.value).split())
     return found

@@ -20,7 +20,7 @@ from PIL import Image
 
 from mmneurons.errors import FormatError, WordError
 from mmneurons.files import check_facts, decode_json, read_text, write_whole
-from mmneurons.finding.grounded import Grounded
+from mmneurons.finding.grounded import Count, Grounded
 from mmneurons.finding.rows import Row, rows_of
 from mmneurons.neurons import Neuron
 from mmneurons.settings import Says, Score
@@ -287,7 +287,6 @@ def _neuron_to_dict(finding: NeuronFinding) -> dict[str, Any]:
     return entry
 
 
-Count = Annotated[int, msgspec.Meta(ge=0, lt=2**53)]
 Number = Annotated[float, msgspec.Meta(ge=-3.5e38, le=3.5e38)]
 """What a float32 can be."""
 _Grid = tuple[tuple[Number, ...], ...]
