@@ -200,6 +200,7 @@ def test_what_is_lost_over_a_reference_is_a_share_of_the_score_over_it(vlm, refe
         for n in noun.neurons:
             column = language.layers[n.neuron.layer].mlp.down_proj.weight.detach()[:, n.neuron.index]
             fired = float(grey["a"][n.neuron.layer][0, position, n.neuron.index])
+            assert n.baseline is not None
             left = (fired - n.baseline) * float(column @ g)
             assert n.lost_without_image == pytest.approx(1 - left / n.score, rel=1e-3, abs=1e-3)
 

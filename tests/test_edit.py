@@ -23,6 +23,7 @@ from torch import Tensor, nn
 import mmneurons as mmn
 from mmneurons import pocket
 from mmneurons.baselines.output_layer import HeadChange
+from mmneurons.data.images import open_image
 from mmneurons.editing import request
 from mmneurons.editing.answers import TracedAnswers, likeliest_tokens, occurrences, trace_answers, trace_given
 from mmneurons.editing.closed_form import flip_risk, select_columns, solve, unit_patch
@@ -507,7 +508,7 @@ def test_without_a_reference_one_is_made_of_shipped_sentences_and_the_models_own
     monkeypatch.setattr(pocket, "facts", lambda: TEXTS)
     made = mmn.default_reference(vlm, Question(prompt="What is in the image?"))
     assert made is not None
-    assert [image.tobytes() for image in made.images] == [scene.image.tobytes() for scene in scenes]
+    assert [open_image(image).image.tobytes() for image in made.images] == [scene.image.tobytes() for scene in scenes]
     assert made.texts == (*TEXTS[::4], *sentences())
     assert len(set(sentences())) > 100
     told = []

@@ -212,6 +212,8 @@ def test_what_says_the_target_already_cannot_bleed(vlm, bench):
     cats = [pocket.scene(662_000_000 + i, ["cat"]).image for i in range(3)]
     found = evaluate(vlm, Nothing(), Before(vlm, replace(bench, unrelated=[*bench.unrelated, *cats])), **TO_CAT)
     said = vlm.caption([*bench.unrelated, *cats])
+    assert found.bleed is not None
+    assert found.locality is not None
     assert found.bleed.n == sum(not says(text, "dog") and not says(text, "cat") for text in said) < found.locality.n
 
 
@@ -226,9 +228,12 @@ def test_other_kinds_of_images_and_texts_are_judged_apart(vlm, patch, bench):
     before = vlm.caption(others)
     with patch.applied(vlm):
         after = vlm.caption(others)
+    letters, of_others = found.further_texts["letters"], found.further["others"]
+    assert letters is not None
+    assert of_others is not None
     assert found.further["dogs"] is None  # which say dog
-    assert found.further["others"].mean == pytest.approx(sum(map(str.__eq__, before, after)) / 3)
-    assert (found.further_texts["letters"].n, found.further_texts["none"]) == (1, None)
+    assert of_others.mean == pytest.approx(sum(map(str.__eq__, before, after)) / 3)
+    assert (letters.n, found.further_texts["none"]) == (1, None)
     shown = dict(figures(found))
     assert shown["  others"] == f"{found.further['others']} of 3"
     assert shown["  dogs"] == "not measured"

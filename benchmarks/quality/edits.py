@@ -20,6 +20,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -209,6 +210,7 @@ def cost(vlm: VLM, repeats: int = 5) -> None:
     reference = reference_for(vlm)
     pair = pocket.EDIT_PAIRS[0]
     images = images_of(pair.source)
+    held: Reference | Literal["own"]
     for method, held in (("selective", reference), ("closed_form", "own")):
         ratios = []
         for _ in range(repeats):

@@ -104,7 +104,9 @@ def finder_scores(
         with refusals.of(finder):
             _check(vlm, finder, choices)
     # 3. The same answer, generated once more up to its last noun, with what ablation and gradients need.
-    asked = {one: replace(choices, score=one) for one in OF_FIND if one in wanted and one not in refusals.told}
+    asked: dict[Score, FindSettings] = {
+        one: replace(choices, score=one) for one in OF_FIND if one in wanted and one not in refusals.told
+    }
     kept = replays(vlm, inputs, [target.step for target in targets], recorder=recorder_for(vlm, *asked.values()))
     by_score: dict[str, Tensor] = {}
     for score, mine in asked.items():
@@ -112,7 +114,7 @@ def finder_scores(
             by_score[score] = score_targets(vlm, kept.recording, kept.answers, targets, mine).scores.cpu()
     # 4. All finders, noun by noun; one stream of random numbers, so that each noun has others.
     random = torch.Generator().manual_seed(seed)
-    used = [finder for finder in wanted if finder not in refusals.told]
+    used: list[Finder] = [finder for finder in wanted if finder not in refusals.told]
     return [
         FinderScores(
             target.word,

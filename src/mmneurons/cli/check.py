@@ -118,5 +118,5 @@ def calibrate(
     made.save(out_path)
     err.print(f"wrote {out_path}", soft_wrap=True)
     facts = made.made_by
-    out.print(f"{facts['objects named']} objects named in {made.n_captions} captions, {facts['of them there']} there")
+    out.print(f"{facts['objects named']} objects named in {facts['images']} captions, {facts['of them there']} there")
     out.print(f"not seen: below {made.threshold:.3f}, which {made.recall_lost:.1%} of those there are")
