@@ -210,14 +210,14 @@ def cost(vlm: VLM, repeats: int = 5) -> None:
     reference = reference_for(vlm)
     pair = pocket.EDIT_PAIRS[0]
     images = images_of(pair.source)
-    held: Reference | Literal["own"]
-    for method, held in (("selective", reference), ("closed_form", "own")):
+    ways: dict[Method, Reference | Literal["own"]] = {"selective": reference, "closed_form": "own"}
+    for method, held in ways.items():
         ratios = []
         for _ in range(repeats):
             start = time.perf_counter()
             vlm.caption(images)
             middle = time.perf_counter()
-            settings = EditSettings(method=method)  # pyright: ignore[reportArgumentType]
+            settings = EditSettings(method=method)
             edit(vlm, images, source=pair.source, target=pair.target, reference=held, settings=settings)
             ratios.append((time.perf_counter() - middle) / (middle - start))
         print(f"| {method} | {statistics.median(ratios):.1f} x generate |", flush=True)
