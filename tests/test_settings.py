@@ -28,7 +28,7 @@ COMMANDS = {
     "find": (FindSettings, {"token_ids": None, "tagger": None, "blank": None, "baseline": None, "calibration": None}),
     "edit": (EditSettings, {}),
     "inspect": (InspectSettings, {}),
-    "dehallucinate": (DehallucinateSettings, {"say": None, "questions": None}),
+    "dehallucinate": (DehallucinateSettings, {"say": None, "n_asked": None}),
 }
 """Of each command its class, and the fields that are no options of it, or other ones."""
 

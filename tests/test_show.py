@@ -127,7 +127,7 @@ def test_the_text(vlm, says_cat):
     assert little.startswith("L2.u1")
     bare = patch_text(describe_patch(says_cat), listed=1).splitlines()
     assert bare[-2].split() == ["L4.u3", "100"]
-    assert bare[-1] == "... and 1 more"
+    assert bare[-1] == "... and 1 more, that change less (mmneurons patch show --all)"
 
 
 def test_the_text_of_a_removal_a_stack_and_a_stranger_s_file(vlm, says_cat):

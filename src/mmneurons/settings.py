@@ -295,7 +295,7 @@ class DehallucinateSettings(Question):
     """How many directions the columns move along; all columns share them (the rank of the change)."""
     steps: int = setting(900, at_least=1)
     """The most steps of gradient descent."""
-    questions: int = setting(2000, at_least=0)
+    n_asked: int = setting(2000, at_least=0)
     """The number of images about which yes-or-no questions are asked as well, whose answers are to stay as they are."""
 
 
@@ -366,7 +366,7 @@ class DehallucinateOptions(QuestionOptions, total=False):
     blocks: Blocks
     rank: int
     steps: int
-    questions: int
+    n_asked: int
 
 
 Kind = TypeVar("Kind", bound=Question)

@@ -41,7 +41,7 @@ from mmneurons.settings import DehallucinateSettings
 
 @app.command()
 @loads_model
-@with_settings(DehallucinateSettings, without=("say", "questions"))
+@with_settings(DehallucinateSettings, without=("say", "n_asked"))
 def dehallucinate(
     load: Load,
     settings: DehallucinateSettings,

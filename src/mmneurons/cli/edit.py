@@ -179,7 +179,8 @@ def show(
     ] = True,
     n: Annotated[
         int, typer.Option("--top", min=1, help="How many neurons are listed, the ones that change most first.")
-    ] = 20,
+    ] = 10,
+    every: Annotated[bool, typer.Option("--all", help="List all neurons.")] = False,
     says: Reading = "standardised",
 ) -> None:
     """Show what a patch changes.
@@ -191,7 +192,8 @@ def show(
     from mmneurons.report.patch import patch_text
 
     patch = Patch.load(path)
-    out.print(patch_text(describe_patch(patch, load() if words else None, says=says), n), soft_wrap=True)
+    described = describe_patch(patch, load() if words else None, says=says)
+    out.print(patch_text(described, None if every else n), soft_wrap=True)
 
 
 @patches.command("push")

@@ -42,10 +42,7 @@ def readable_items(sources: list[str] | None) -> list[Any] | None:
 
     items = items_of(sources)
     left_out = unreadable(items)
-    tell_left_out(left_out, len(items))
-    if len(left_out) == len(items):
-        raise ImageError("None of the images can be used.", seen="; ".join(list(left_out.values())[:NAMED]))
-    return [item for item in items if item.name not in left_out]
+    return _without(left_out, items)
 
 
 def fitting_items(vlm: VLM, items: list[Any] | None) -> list[Any] | None:
@@ -62,6 +59,11 @@ def fitting_items(vlm: VLM, items: list[Any] | None) -> list[Any] | None:
             check_scaled((one.image().size for one in [item]), processor)
         except ImageError as error:
             left_out[item.name] = reason(error)
+    return _without(left_out, items)
+
+
+def _without(left_out: Mapping[str, str], items: list[Any]) -> list[Any]:
+    """Say which images are left out, and give the others; there must be one."""
     tell_left_out(left_out, len(items))
     if len(left_out) == len(items):
         raise ImageError("None of the images can be used.", seen="; ".join(list(left_out.values())[:NAMED]))

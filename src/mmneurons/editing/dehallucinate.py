@@ -177,7 +177,7 @@ def _read_others(
 ) -> list[list[list[Batch]]]:
     """What is to stay as it is, of the reference and of yes-or-no questions: of each, what is read at each step."""
     few = replace(reader, batch_size=min(reader.batch_size, REFERENCES))
-    asked = np.random.default_rng(0).permutation(len(images))[: settings.questions].tolist()
+    asked = np.random.default_rng(0).permutation(len(images))[: settings.n_asked].tolist()
     others = [
         [] if reference is None else reference.read(few, None),
         read_questions(

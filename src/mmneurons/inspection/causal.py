@@ -33,7 +33,7 @@ SIGMAS = (1.0, 2.0, 4.0)
 
 @dataclass(frozen=True)
 class How:
-    """A way to disturb neurons."""
+    """A way to disturb neurons scales their activations or adds noise to their columns."""
 
     scale: float | None = None
     """Activations times this: 0 silent, 2 twice as loud."""
@@ -49,7 +49,7 @@ HOW: tuple[How, ...] = (*(How(sigma=sigma) for sigma in SIGMAS), How(scale=0.0),
 
 @dataclass(frozen=True)
 class Outcome:
-    """What the model says while some neurons are disturbed, over draws: of the noise, and of matched random neurons."""
+    """An outcome is what the model says while some neurons are disturbed, over draws of noise or of random neurons."""
 
     how: str
     k: int
@@ -69,7 +69,7 @@ class Outcome:
 
 @dataclass(frozen=True)
 class NounCausal:
-    """One noun of one image."""
+    """A noun of an image has an outcome for each disturbance, k, and set of neurons."""
 
     word: str
     lemma: str
@@ -180,7 +180,7 @@ def _captions(
 
 @dataclass(frozen=True, eq=False)
 class _Trial:
-    """What is done to one set of neurons, or to the sets that stand for it, in one way."""
+    """A trial is what is done in one way to one set of neurons, or to the sets that stand for it."""
 
     how: How
     k: int
@@ -199,6 +199,7 @@ def _trials(
     draws: int,
     seed: int,
 ) -> list[_Trial]:
+    """List what is done to the top k of a noun, and to matched random neurons, for each k and way."""
     # Loudness at the noun's own step: random neurons are to write there as much as the top ones.
     loud = loudness(replay.activations, replay.experts, norms)
     trials = []
@@ -219,6 +220,7 @@ def _trials(
 
 
 def _outcome(trial: _Trial, captions: tuple[str, ...], usual: str, noun: str) -> Outcome:
+    """Count in which captions of a trial the noun is gone, and in which all else is said as before."""
     n = len(captions)  # draws
     return Outcome(
         str(trial.how),

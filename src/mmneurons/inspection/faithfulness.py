@@ -43,7 +43,7 @@ TRUE_EFFECT = "true effect"
 
 @dataclass(frozen=True)
 class Agreement:
-    """Spearman of one finder's scores with the true effects; None where either tells none apart."""
+    """An agreement is Spearman of one finder's scores with the true effects; None where either tells none apart."""
 
     finder: Finder
     scope: str
@@ -55,7 +55,7 @@ class Agreement:
 
 @dataclass(frozen=True)
 class Deletion:
-    """How far log p falls when the top k of one finder are silent together, next to sets of random neurons."""
+    """A deletion is how far log p falls with a finder's top k silent together, next to sets of random neurons."""
 
     finder: str
     """A finder; `TRUE_EFFECT` for the neurons whose own silence does most."""
@@ -73,7 +73,7 @@ class Deletion:
 
 @dataclass(frozen=True)
 class NounTruth:
-    """One noun of one image."""
+    """A noun of an image has an agreement for each finder and effect, and a deletion for each finder and k."""
 
     word: str
     caption: str
@@ -290,7 +290,7 @@ def _said(vlm: VLM, replay: Replay, slots: Int[Tensor, "k"]) -> tuple[tuple[str,
 
 
 class _Pool(NamedTuple):
-    """The neurons that are silenced one by one."""
+    """A pool holds the neurons that are silenced one by one."""
 
     slots: Int[Tensor, "slots"]
     n_even: int

@@ -28,7 +28,7 @@ AGREEMENT, FALL = "rank agreement", "fall of log p"
 
 
 class SensitivityRow(TypedDict):
-    """One measure of one noun of one image."""
+    """A row of sensitivity is one measure of one noun of one image."""
 
     image: str
     noun: int
@@ -43,7 +43,7 @@ class SensitivityRow(TypedDict):
 
 
 class CausalRow(TypedDict):
-    """One measure of one noun of one image, some neurons being disturbed in one way."""
+    """A row of the causal experiment is one measure of one noun of one image, some neurons being disturbed."""
 
     image: str
     noun: int
@@ -57,7 +57,7 @@ class CausalRow(TypedDict):
 
 
 class FinderRow(TypedDict):
-    """One measure of one finder at one noun of one image."""
+    """A row of finders is one measure of one finder at one noun of one image."""
 
     image: str
     noun: int
@@ -73,7 +73,7 @@ class FinderRow(TypedDict):
 
 
 class SpecificityRow(TypedDict):
-    """One measure of a concept, of two of them, or of a block; over all images."""
+    """A row of specificity is one measure of a concept, of two of them, or of a block; over all images."""
 
     measure: str
     k: int | None
@@ -88,7 +88,7 @@ Row = TypeVar("Row", covariant=True)
 
 @runtime_checkable
 class HasRows(Protocol[Row]):
-    """What was found of one noun."""
+    """What an experiment finds of one noun can be told as rows."""
 
     def rows(self, image: str = "", noun: int = 0) -> Iterator[Row]:
         """Yield its rows."""

@@ -50,7 +50,7 @@ EXAMPLES = 3
 
 @dataclass(frozen=True)
 class Inspection:
-    """What the experiments found: of each the results by image, None if it was not run."""
+    """An inspection holds what the experiments found: of each the results by image, None if it was not run."""
 
     settings: InspectSettings
     made_by: Mapping[str, Any]
@@ -86,7 +86,7 @@ class Inspection:
 
 @dataclass(frozen=True)
 class _Rows:
-    """What the rows of an image's file are."""
+    """A line of the store says what the rows of an image's file are."""
 
     lemmas: tuple[str, ...]
     sha256: str
@@ -126,9 +126,9 @@ def inspect(
         ImageError: no image can be used.
         FormatError: what the folder holds is damaged.
     """
+    # 1. What is asked; what cannot be is refused before anything is written or made.
     settings = settled(InspectSettings, settings, options)
     settings = replace(settings, answer_prefix=settings.question.prefix)
-    # What cannot be asked is refused before anything is written or made.
     n_neurons = sum(ffn.size for ffn in vlm.anatomy.ffns)
     if not 1 <= settings.top <= n_neurons:
         raise SettingError(f"There is no top {settings.top} of the model's {n_neurons} neurons.", fix="--top 10")
@@ -143,21 +143,23 @@ def inspect(
         )
     if twice := [name for name, count in Counter(item.name for item in items).items() if count > 1]:
         raise SettingError(f"The image {twice[0]} stands twice in the list.", fix="Name each image once.")
+    # 2. The experiments. The folder first: who may not write there is told so, and does not wait for a model that is
+    # busy for hours.
     folder = Path(folder)
-    # The folder first: who may not write there is told so, and does not wait for a model that is busy for hours.
     with one_writer(folder, folder / LOCK), vlm.alone():
         chosen = asdict(settings)
         del chosen["batch_size"]  # no result depends on it
         made_by = {"model": dict(vlm.facts), "packages": provenance.versions(), "settings": chosen}
         bench = _Bench(vlm, items, folder, settings, made_by, limit, progress)
         found = {name: getattr(bench, name)() for name in dict.fromkeys(experiments)}
+    # 3. What they found, with all that tells which images and answers it was found on.
     pictures = {name: pixels for name, pixels in bench.pictures.items() if pixels is not None}
     given = {item.name: item.caption for item in items if item.name in pictures and item.caption is not None}
     return Inspection(settings, made_by, pictures, bench.left_out, given, **found)
 
 
 def examples(vlm: VLM, items: Sequence[Item], settings: InspectSettings) -> list[Finding]:
-    """Findings with maps of the first few images, to be drawn for each k."""
+    """Find the neurons of the first few images, with maps that are to be drawn for each k."""
     shown = items[:EXAMPLES]
     asked = asdict(settings.question)
     how = {"top": settings.top, "score": settings.score, "maps": True, **asked}
@@ -167,6 +169,8 @@ def examples(vlm: VLM, items: Sequence[Item], settings: InspectSettings) -> list
 
 @dataclass(frozen=True)
 class _Bench:
+    """A bench runs experiments on one model and one list of images, and keeps their results in one folder."""
+
     vlm: VLM
     items: Sequence[Item]
     folder: Path
@@ -180,7 +184,7 @@ class _Bench:
     """By name why an image could not be used."""
 
     def sensitivity(self) -> dict[str, list[NounSensitivity]]:
-        """Each image with the next one in its place, too."""
+        """Run the sensitivity experiment, each image with the next one in its place, too."""
 
         def one(item: Item, tell: Progress) -> list[NounSensitivity]:
             s, other = self.settings, self._another(item)
@@ -197,7 +201,7 @@ class _Bench:
         return self._each("sensitivity", list[NounSensitivity], self._items(None), one, key)
 
     def causal(self) -> dict[str, list[NounCausal]]:
-        """The top neurons of each noun disturbed."""
+        """Run the causal experiment: the model captions while the top neurons of each noun are disturbed."""
 
         def one(item: Item, tell: Progress) -> list[NounCausal]:
             s = self.settings
@@ -207,7 +211,7 @@ class _Bench:
         return self._each("causal", list[NounCausal], self._items(SLOW_LIMIT), one, self._key)
 
     def finders(self) -> dict[str, list[NounTruth]]:
-        """Every finder that the model allows against the true effects."""
+        """Run the finders experiment: every finder that the model allows is compared with the true effects."""
         answering = self._usable(self.items[:MEANS_FROM])
         means_of = [self.pictures[item.name] for item in answering]
 
@@ -226,7 +230,7 @@ class _Bench:
         return self._each("finders", list[NounTruth], self._items(SLOW_LIMIT), one, key)
 
     def specificity(self) -> Specificity:
-        """What every neuron gives to every noun of every image, then compared."""
+        """Run the specificity experiment: all that neurons give to the nouns of all images is kept, then compared."""
         store = Store(self.folder / "specificity.jsonl", self.made_by, _Rows)
         rows = self.folder / "specificity"
         rows.mkdir(exist_ok=True)
@@ -255,7 +259,7 @@ class _Bench:
         return specificity(found, layers, seed=self.settings.seed)
 
     def _noun_scores(self, items: Sequence[Item]) -> list[tuple[Item, list[NounScores]]]:
-        """Of each image by itself, run together; where one of them cannot be used, the others one by one."""
+        """Score the nouns of images in one batch; where one of them cannot be used, the others one by one."""
         try:
             found = noun_scores(self.vlm, items, score=self.settings.score, question=self.settings.question)
         except ImageError as error:
@@ -266,7 +270,7 @@ class _Bench:
         return [(item, [one for one in found if one.image == item.name]) for item in items]
 
     def _rows(self, store: Store[_Rows], folder: Path, item: Item) -> list[NounScores]:
-        """The scores of one image, from its file, which must be as it was written."""
+        """Read the scores of one image from its file, which must be as it was written."""
         key = self._key(item)
         kept, path = store.found[key], folder / f"{key}.f32"
         shape = (len(kept.lemmas), sum(ffn.size for ffn in self.vlm.anatomy.ffns))
@@ -280,10 +284,11 @@ class _Bench:
         return [NounScores(item.name, lemma, row) for lemma, row in zip(kept.lemmas, whole, strict=True)]
 
     def _items(self, usual: int | None) -> Sequence[Item]:
+        """Take the first images, as many as were asked for or else as many as is usual."""
         return self.items[: self.limit or usual]
 
     def _usable(self, items: Sequence[Item]) -> list[Item]:
-        """Those that can be read."""
+        """List the images that can be read; the others are named in `left_out`."""
         for item in items:
             if item.name not in self.pictures:
                 try:
@@ -294,11 +299,11 @@ class _Bench:
         return [item for item in items if self.pictures[item.name] is not None]
 
     def _key(self, item: Item, *more: Any) -> str:
-        """Of an image that can be read, and what else its result depends on."""
+        """Make the key of an image that can be read, and of what else its result depends on."""
         return key_of(self.pictures[item.name], *more, *(() if item.caption is None else ("caption", item.caption)))
 
     def _another(self, item: Item) -> Item | None:
-        """The next image of other pixels, the first one behind the last; images added elsewhere leave it as it is."""
+        """Find the next image of other pixels, the first behind the last; images added elsewhere leave it as it is."""
         place, n = self.items.index(item), len(self.items)
         following = (self.items[(place + step) % n] for step in range(1, n))
         mine = self.pictures[item.name]
@@ -307,7 +312,7 @@ class _Bench:
     def _each(
         self, name: str, kind: Any, items: Sequence[Item], one: Callable[..., Any], key: Callable[[Item], str]
     ) -> dict[str, Any]:
-        """One experiment, image by image; those in the store are taken from there."""
+        """Run one experiment image by image; the images whose results are in the store are not asked about again."""
         # 1. What each result depends on, as far as it can be read.
         store = Store(self.folder / f"{name}.jsonl", self.made_by, kind)
         keys: dict[str, str] = {}
@@ -338,7 +343,7 @@ class _Bench:
         return found
 
     def _nothing(self, used: Sequence[Any]) -> ImageError | SettingError:
-        """What to raise where there is no result."""
+        """Make the error for an experiment without any result."""
         if not used:
             return ImageError("None of the images can be used.", seen="\n".join(list(self.left_out.values())[:5]))
         return SettingError("There is no noun in any of the answers.", seen=f"{len(used)} images")

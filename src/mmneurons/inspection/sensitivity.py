@@ -55,7 +55,7 @@ HALF = 0.5
 
 @dataclass(frozen=True)
 class MatchedRegion:
-    """What as many random neurons of the same blocks look at, each about as loud as one of the top k; over draws."""
+    """A matched region is where random neurons look, as many, of the same blocks and about as loud as the top k."""
 
     match: RegionMatch
     loudness: float
@@ -65,7 +65,7 @@ class MatchedRegion:
 
 @dataclass(frozen=True)
 class NounSensitivity:
-    """One noun of one image."""
+    """A noun of an image has what its top neurons lose with other images, what they say, and where they look."""
 
     word: str
     lemma: str
@@ -88,12 +88,12 @@ class NounSensitivity:
 
     @property
     def dependence(self) -> float | None:
-        """Share of the top neurons that lose at least half of their score with a blank image."""
+        """The share of the top neurons that lose at least half of their score with a blank image."""
         return _share_that_loses_half(self.lost_blank)
 
     @property
     def dependence_other(self) -> float | None:
-        """The same with another image."""
+        """The share of the top neurons that lose at least half of their score with another image."""
         return _share_that_loses_half(self.lost_other)
 
     def rows(self, image: str = "", noun: int = 0) -> Iterator[SensitivityRow]:
@@ -136,6 +136,7 @@ class NounSensitivity:
 
 
 def _region_measures(match: RegionMatch) -> dict[str, float | None]:
+    """Name the numbers of a match as the rows do."""
     return {
         POINTING: match.pointing,
         AREA: match.area,
@@ -147,6 +148,7 @@ def _region_measures(match: RegionMatch) -> dict[str, float | None]:
 
 
 def _share_that_loses_half(lost: Sequence[float]) -> float | None:
+    """Take the share of neurons that lose at least half of their score; None without any."""
     return float(np.mean([share >= HALF for share in lost])) if lost else None
 
 
@@ -252,11 +254,13 @@ def as_seen(
 
 
 def _read(vlm: VLM, picture: Image.Image, answers: Answers, scored: Scored, choices: FindSettings) -> Reread:
+    """Score all neurons where the same words are read behind another picture."""
     inputs = vlm.encode([[picture]], choices.question.prompt, choices.question.prefix)
     return reread(vlm, inputs, answers, scored.targets, choices)
 
 
 def _positions(grids: Grids) -> torch.Tensor:
+    """Collect the positions of each prompt's image tokens, a row for each."""
     return torch.stack([torch.cat([grid.positions for grid in row]) for row in grids])
 
 
@@ -270,6 +274,7 @@ def _noun(
     seen: Mapping[str, np.ndarray],
     random: Mapping[int, MatchedRegion],
 ) -> NounSensitivity:
+    """Put together what was measured of one noun, whose place among the targets is i."""
     # What is left of each top neuron's score with another picture.
     places = scored.places(i, scored.ranked[i][: len(noun.neurons)])
     blank, other = (() if again is None else _lost(noun, again.of(i, places)) for again in readings)
@@ -297,12 +302,14 @@ def _noun(
 
 
 def _why_unmeasured(item: Item, mask: np.ndarray | None) -> str | None:
+    """Say why a noun has no region to be compared; None where it has one, or no image has masks."""
     if mask is None:
         return NOT_MASKED if item.mask_sources else None
     return None if mask.any() and not mask.all() else WHOLE if mask.any() else EMPTY
 
 
 def _lost(noun: NounFinding, left: list[float]) -> tuple[float, ...]:
+    """Take what share of its score each top neuron loses; those of score 0 are left out."""
     return tuple(1 - value / neuron.score for neuron, value in zip(noun.neurons, left, strict=True) if neuron.score)
 
 

@@ -77,4 +77,5 @@ def clip_rows(
 
 
 def _text(words: Sequence[str]) -> str:
+    """Join tokens to a text, without the spaces that they begin with."""
     return " ".join(word.strip() for word in words)

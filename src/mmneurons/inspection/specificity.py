@@ -27,7 +27,7 @@ SIZES = (10, 100)
 
 @dataclass(frozen=True, eq=False)
 class NounScores:
-    """One noun of one image: what every neuron of the model gives to it."""
+    """A noun of an image has the scores that every neuron of the model has for it."""
 
     image: str
     lemma: str
@@ -37,7 +37,10 @@ class NounScores:
 
 @dataclass(frozen=True)
 class Overlap:
-    """Share of the top k that two nouns have in common, mean over pairs; intervals resample images, or concepts."""
+    """An overlap is the share of the top k that two nouns have in common, mean over pairs; intervals resample images.
+
+    Those of `concepts` resample concepts.
+    """
 
     k: int
     within: Estimate | None
@@ -52,7 +55,7 @@ class Overlap:
 
 @dataclass(frozen=True, eq=False)
 class Specificity:
-    """What all nouns of all images say together."""
+    """The specificity of a model's neurons is what all nouns of all images say together."""
 
     concepts: tuple[str, ...]
     """In order of name."""
@@ -205,16 +208,18 @@ def _top(scores: Float[np.ndarray, "neurons"], k: int) -> np.ndarray:
 
 
 def _share(a: np.ndarray, b: np.ndarray) -> float:
+    """Take the share of the neurons of one top k that are in another."""
     return len(np.intersect1d(a, b, assume_unique=True)) / len(a)
 
 
 def _own_share(means: Float[np.ndarray, "concepts neurons"], c: int, top: np.ndarray) -> float | None:
-    """Share a concept has of what its top neurons write; None where one of them gives nothing to any concept."""
+    """Take the share a concept has of what its top neurons write; None where one of them gives nothing to any."""
     total = means[:, top].clip(0).sum(0)  # what speaks against a concept takes nothing from the others
     return float((means[c, top] / total).mean()) if (total > 0).all() else None
 
 
 def _matrix(tops: list[np.ndarray]) -> Float[np.ndarray, "concepts concepts"]:
+    """Compare the top k of each two concepts."""
     return np.array([[_share(a, b) for b in tops] for a in tops])
 
 

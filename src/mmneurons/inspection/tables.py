@@ -93,6 +93,7 @@ def sensitivity_tables(found: Mapping[str, Sequence[NounSensitivity]], items: Se
 
 
 def _regions_table(found: Mapping[str, Sequence[NounSensitivity]], items: Sequence[Item]) -> Table | None:
+    """Make the table of what the maps have in common with masks; None where no image has masks."""
     means = by_image([row for row in rows_of(found) if row["measure"] in REGIONS], "measure", "neurons", "k")
     # Measure by measure, the top neurons before those that they are compared with.
     cells = [
@@ -208,6 +209,7 @@ def _question(row: FinderRow) -> tuple[Any, ...]:
 
 
 def _deletion_table(rows: Sequence[FinderRow]) -> Table:
+    """Make the table of how far log p falls with the top k silent, next to matched and to any random neurons."""
     means = by_image(rows, "finder", "k", "measure", "neurons")
     cells: list[tuple[tuple[str, ...], Cell]] = []
     for finder, k in dict.fromkeys(labels[:2] for labels in means):
@@ -236,6 +238,7 @@ def _deletion_table(rows: Sequence[FinderRow]) -> Table:
 
 
 def _is_above_zero(values: Sequence[float]) -> bool:
+    """Tell whether a mean's whole interval lies above 0."""
     value = estimate(values)
     return value is not None and value.low is not None and value.low > 0
 

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from mmneurons.patches.describe import ColumnChange, PatchDescription
     from mmneurons.patches.patch import Patch
 
-LISTED = 20
+LISTED = 10
 """How many columns are listed unless asked otherwise."""
 WIDTH = 38
 """The most characters that the tokens of one column take."""
@@ -40,7 +40,7 @@ def patch_text(description: PatchDescription, listed: int | None = LISTED) -> st
     if shown and description.says == "raw":
         lines.append(f"read {description.says}: {READINGS[description.says]}")
     if len(shown) < n:
-        lines.append(f"... and {n - len(shown)} more")
+        lines.append(f"... and {n - len(shown)} more, that change less (mmneurons patch show --all)")
     return "\n".join(lines)
 
 
