@@ -22,6 +22,7 @@ from transformers import CONFIG_MAPPING, AutoModelForImageTextToText, PreTrained
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from mmneurons.errors import MmneuronsError, ModelError
+from mmneurons.vlm import mplug_owl2
 from mmneurons.vlm.age import editing
 from mmneurons.vlm.anatomy.parts import NotFiniteError
 from mmneurons.vlm.failures import first_line, is_out_of_memory
@@ -206,12 +207,7 @@ def refusal(source: str, error: Exception, options: Mapping[str, Any]) -> ModelE
             f"A weights file of '{source}' is broken or was cut short.", seen=seen, fix="Download or copy it again."
         )
     if _has_pickles_only(source, text):
-        return ModelError(
-            f"The weights of '{source}' are pickled, and nothing is unpickled here.",
-            seen=seen,
-            fix='If you trust where they come from, convert them: python -c "from transformers import '
-            f"AutoModelForImageTextToText as M; M.from_pretrained({source!r}).save_pretrained('converted')\"",
-        )
+        return _pickled(source, seen, config_or_nothing(source, options))
     # Then those that the checkpoint's config shows: code of its own, or a type that this transformers does not know.
     config = config_or_nothing(source, options)
     kind = str(config.get("model_type") or "")
@@ -283,6 +279,27 @@ def _base(source: str, adapter: Mapping[str, Any]) -> str:
         seen=f"adapter_config.json: base_model_name_or_path is {base!r}",
         fix="Write the hub id or folder of that model there; or put the adapter on, and give the model: "
         "load(PeftModel.from_pretrained(model, adapter), processor=...)",
+    )
+
+
+def _pickled(source: str, seen: str, config: Mapping[str, Any]) -> ModelError:
+    """Return the error for a checkpoint whose weights are pickled, with the line that writes them anew."""
+    fix = (
+        'convert them: python -c "from transformers import AutoModelForImageTextToText as M; '
+        f"M.from_pretrained({source!r}).save_pretrained('converted')\""
+    )
+    if config.get("model_type") == mplug_owl2.MplugOwl2Config.model_type:  # which transformers alone does not load
+        folder = source if Path(source).is_dir() else "FOLDER"
+        download = "" if Path(source).is_dir() else f"hf download {source} --local-dir FOLDER; "
+        fix = (
+            f'write them anew, and load the folder: {download}python -c "import glob, torch, safetensors.torch as s; '
+            f"s.save_file({{k: v.clone() for f in glob.glob('{folder}/pytorch_model*.bin') for k, v in "
+            f"torch.load(f, weights_only=True).items()}}, '{folder}/model.safetensors', {{'format': 'pt'}})\""
+        )
+    return ModelError(
+        f"The weights of '{source}' are pickled, and nothing is unpickled here.",
+        seen=seen,
+        fix=f"If you trust where they come from, {fix}",
     )
 
 

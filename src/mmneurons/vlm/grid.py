@@ -151,11 +151,16 @@ def _blocks(
 
 
 def _resampler(model: PreTrainedModel) -> str | None:
-    """Return the path of an attention between vision tower and language model, whose outputs are no patches."""
+    """Return the path of what makes queries of patches, between vision tower and language model or in the tower."""
     language = {id(m) for m in language_model(model).modules()}
     for name, module in model.named_modules():
         between = name and id(module) not in language and not any(tower in name.lower() for tower in _TOWERS)
         if between and (mixes_positions(module) or isinstance(module, nn.MultiheadAttention)):
+            return name
+    # A vision tower that ends in queries of its own (mPLUG-Owl2's abstractor).
+    for name, module in model.named_modules():
+        own = [path for path, _ in module.named_parameters(recurse=False)]
+        if any(tower in name.lower() for tower in _TOWERS) and any("query" in path for path in own):
             return name
     return None
 

@@ -33,6 +33,7 @@ from transformers import (
 from transformers.models.kosmos2.configuration_kosmos2 import Kosmos2TextConfig, Kosmos2VisionConfig
 
 from kits.library import lacking
+from mmneurons.vlm.mplug_owl2 import MplugOwl2Config, MplugOwl2ForConditionalGeneration
 
 from .base import Family, Inputs, Row, pixels, runnable, words
 from .cross import (
@@ -42,6 +43,7 @@ from .cross import (
     HIDDEN,
     IMAGE,
     PAD,
+    SIDE,
     START,
     TEXT,
     TOKENS,
@@ -178,6 +180,29 @@ def latent(model: PreTrainedModel, rows: Sequence[Row]) -> Inputs:
     return {"pixel_values": pictures(rows), **texts, "image_embeds_position_mask": place}
 
 
+def mplug_owl2() -> PreTrainedModel:
+    """mPLUG-Owl2: queries and an end behind a tower with fused projections; two of each norm, key and value."""
+    visual = {
+        "visual_model": VISION,
+        "visual_abstractor": {
+            "hidden_size": VISION["hidden_size"],
+            "encoder_hidden_size": VISION["hidden_size"],
+            "intermediate_size": 36,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_learnable_queries": QUERIES,
+            "grid_size": SIDE,
+        },
+    }
+    return settled(MplugOwl2ForConditionalGeneration(MplugOwl2Config(visual_config=visual, **TEXT)))
+
+
+def among_words(model: PreTrainedModel, rows: Sequence[Row]) -> Inputs:
+    """Start, a token for each vector of the picture, words."""
+    before = torch.tensor([START, *[VOCAB] * (QUERIES + 1)])
+    return {**prompts([torch.cat([before, text_of(row)]) for row in rows]), "pixel_values": pictures(rows)}
+
+
 FUYU_GRID, FUYU_PATCH = (2, 4), 12
 
 
@@ -260,6 +285,7 @@ KOSMOS_FACTS = facts(
 FUYU_FACTS = facts(
     "model.language_model.layers", "mlp.dense_4h_to_h", "model.language_model.final_layernorm", "LayerNorm"
 )
+OWL_FACTS = facts("model.layers", "mlp.down_proj", "model.norm", "RMS w")
 CHAMELEON_FACTS = facts("model.layers", "mlp.down_proj", "model.norm", "RMS w")
 
 FAMILIES: tuple[Family, ...] = (
@@ -268,6 +294,7 @@ FAMILIES: tuple[Family, ...] = (
     Family("blip-2 (opt)", lambda: blip2(opt()), queried, facts=OPT_FACTS),
     Family("blip-2 (flan-t5)", lambda: untied(blip2(flan_t5())), queried, facts=T5_FACTS),
     Family("kosmos-2", kosmos2, latent, facts=KOSMOS_FACTS),
+    Family("mplug_owl2", mplug_owl2, among_words, facts=OWL_FACTS),
     Family("fuyu", runnable(fuyu), patches, grid=FUYU_GRID, perturb=fuyu_nudged, facts=FUYU_FACTS),
     Family("chameleon", chameleon, coded, grid=(3, 3), facts=CHAMELEON_FACTS),
 )
