@@ -2,14 +2,14 @@
 
 tests/golden/mplug_owl2_published.json was made with github.com/X-PLUG/mPLUG-Owl (mPLUG-Owl2, commit 0f3068f) under
 transformers 4.31.0, which it pins: their `MPLUGOwl2LlamaForCausalLM`, every floating tensor of the state dict drawn as
-`drawn` draws it here (but for the places of queries and patches, `fixed`, which they compute), run on the rows of `ROWS`
-with the pictures of `PICTURES` as their `process_images` makes them. It holds the config, the shapes of the weights, the
-mean of each channel of each picture, the vectors of the pictures (`features`), and logits: of each row alone (`image`),
-of two pictures in one row (`two`), of words alone (`words`); at each of five greedy steps with their cache (`cached`)
-the tokens of which are `said`; and of the last three positions of all rows in one batch (`padded`), their blocks being
-given their own embeddings and indicators row by row, padded on the left, and the mask of that, since the mask that they
-make themselves does not fit rows that are padded. `prompts` are questions as their conversation writes them, and the
-tokens that their `tokenizer_image_token` makes of them, -200 standing for a picture.
+`drawn` draws it here (but for the places of queries and patches, `fixed`, which they compute), run on the rows of
+`ROWS` with the pictures of `PICTURES` as their `process_images` makes them. It holds the config, the shapes of the
+weights, the mean of each channel of each picture, the vectors of the pictures (`features`), and logits: of each row
+alone (`image`), of two pictures in one row (`two`), of words alone (`words`); at each of five greedy steps with their
+cache (`cached`) the tokens of which are `said`; and of the last three positions of all rows in one batch (`padded`):
+their blocks were given the embeddings and indicators that they make of each row, padded on the left, and the mask of
+that, since the mask that they make themselves does not fit rows that are padded. `prompts` are questions as their
+conversation writes them, and the tokens that their `tokenizer_image_token` makes of them, -200 standing for a picture.
 """
 
 from __future__ import annotations
@@ -34,7 +34,6 @@ from transformers import PreTrainedTokenizerFast
 
 import mmneurons as mmn
 from mmneurons.errors import ModelError, SettingError
-from mmneurons.neurons import Neuron
 from mmneurons.vlm.grid import find_grids
 from mmneurons.vlm.mplug_owl2 import MplugOwl2Config, MplugOwl2ForConditionalGeneration
 from mmneurons.vlm.prompts import prompt_text
@@ -113,8 +112,8 @@ def pixels_of(vlm: VLM, pictures: list[Image.Image] = PICTURES) -> torch.Tensor:
 
 @torch.no_grad()
 def test_it_computes_what_its_authors_code_does(vlm):
-    assert vlm.loading.made_up == {}
-    assert vlm.loading.unexpected == ()
+    assert vlm.loading is not None
+    assert (vlm.loading.made_up, vlm.loading.unexpected) == ({}, ())
     pixels = pixels_of(vlm)
     same(pixels.double().mean((2, 3)).float(), GOLDEN["pixels"])
     same(vlm.model.model.encode_pictures(pixels), GOLDEN["features"])
@@ -228,7 +227,9 @@ def test_pickled_weights_are_refused_with_a_line_that_writes_them_anew(folder, t
         mmn.load(copy)
     (line,) = re.findall(r"python (-c \".*\")", str(refused.value))
     subprocess.run([sys.executable, *shlex.split(line)], check=True)
-    assert mmn.load(copy).loading.made_up == {}
+    loading = mmn.load(copy).loading
+    assert loading is not None
+    assert loading.made_up == {}
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from mmneurons.vlm.mplug_owl2.config import AbstractorShape
 
 
 class AbstractorAttention(nn.Module):
-    """Attention of the queries to themselves and to the patches; places are added to queries and keys, not to values."""
+    """Attention of the queries to themselves and to the patches; places are added to queries and keys alone."""
 
     q_pos_embed: Tensor
     k_pos_embed: Tensor

@@ -61,7 +61,7 @@ class MplugOwl2Config(LlamaConfig):
         if not (vision.use_cls_token and vision.use_post_layernorm and abstractor.use_cls_token):
             raise ValueError("visual_config: a tower without class token or last norm is not mPLUG-Owl2's.")
         if abstractor.add_v2t_pos_emb or abstractor.hidden_size != abstractor.encoder_hidden_size:
-            raise ValueError("visual_config: an abstractor of another width or with more positions is not mPLUG-Owl2's.")
+            raise ValueError("visual_config: an abstractor of another width or with more places is not mPLUG-Owl2's.")
 
     @property
     def image_token_id(self) -> int:

@@ -73,7 +73,7 @@ class MplugOwl2Attention(LlamaAttention):
             key, value = past_key_values.update(key, value, self.layer_idx)
         kind = self.config._attn_implementation
         attend = eager_attention_forward if kind == "eager" else ALL_ATTENTION_FUNCTIONS[kind]
-        dropout = self.attention_dropout if self.training else 0.0
+        dropout = float(self.attention_dropout or 0) if self.training else 0.0
         seen, weights = attend(
             self, query, key, value, attention_mask, dropout=dropout, scaling=self.scaling, **options
         )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import Cache
@@ -21,9 +20,9 @@ class MplugOwl2PreTrainedModel(LlamaPreTrainedModel):
     """What transformers has to know of both classes below."""
 
     config_class = MplugOwl2Config
-    _no_split_modules = ["MplugOwl2DecoderLayer", "VisionLayer", "AbstractorLayer"]
+    _no_split_modules = ["MplugOwl2DecoderLayer", "VisionLayer", "AbstractorLayer"]  # noqa: RUF012 - as transformers has it
     # Frequencies of rotations, which old versions of transformers saved: they are computed from the config.
-    _keys_to_ignore_on_load_unexpected = [r"rotary_emb\.inv_freq"]
+    _keys_to_ignore_on_load_unexpected = [r"rotary_emb\.inv_freq"]  # noqa: RUF012
 
     def _init_weights(self, module: nn.Module) -> None:
         """Draw what transformers does not know to draw, as small as it draws the rest."""
@@ -34,9 +33,9 @@ class MplugOwl2PreTrainedModel(LlamaPreTrainedModel):
         elif isinstance(module, Abstractor):
             own = [module.query_embeds, module.vit_eos]
         elif isinstance(module, AbstractorAttention):
-            with torch.no_grad():
-                for buffer, places in zip((module.q_pos_embed, module.k_pos_embed), module.places(), strict=True):
-                    buffer.copy_(places)
+            for buffer, places in zip((module.q_pos_embed, module.k_pos_embed), module.places(), strict=True):
+                if not getattr(buffer, "_is_hf_initialized", False):  # not read from a checkpoint
+                    buffer.data.copy_(places)
         for parameter in own:
             nn.init.normal_(parameter, std=self.config.initializer_range)
 
@@ -80,11 +79,11 @@ class MplugOwl2Model(MplugOwl2PreTrainedModel, LlamaModel):
         if input_ids is not None and inputs_embeds is None:
             pictured = input_ids == self.config.image_token_id
             # The token of a picture has no row in the embedding: any other's will do, and is written over.
-            inputs_embeds = self.embed_tokens(input_ids.masked_fill(pictured, 0))
+            words: Tensor = self.embed_tokens(input_ids.masked_fill(pictured, 0))
+            inputs_embeds = words
             if pictured.any():
-                vectors = self._vectors(pixel_values, int(pictured.sum()))
-                places = pictured[..., None].to(inputs_embeds.device)
-                inputs_embeds = inputs_embeds.masked_scatter(places, vectors.to(inputs_embeds))
+                vectors = self._vectors(pixel_values, int(pictured.sum())).to(words)
+                inputs_embeds = words.masked_scatter(pictured[..., None].to(words.device), vectors)
                 options["modality_indicators"] = pictured
         return super().forward(inputs_embeds=inputs_embeds, **options)
 
@@ -118,15 +117,15 @@ class MplugOwl2ForConditionalGeneration(MplugOwl2PreTrainedModel, LlamaForCausal
         **options: Any,
     ) -> CausalLMOutputWithPast:
         """Compute logits; see `MplugOwl2Model.forward`, and Llama for the rest."""
-        return super().forward(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds,
-            labels=labels,
-            use_cache=use_cache,
-            logits_to_keep=logits_to_keep,
-            pixel_values=pixel_values,
-            **options,
-        )
+        inputs: dict[str, Any] = {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "position_ids": position_ids,
+            "past_key_values": past_key_values,
+            "inputs_embeds": inputs_embeds,
+            "labels": labels,
+            "use_cache": use_cache,
+            "logits_to_keep": logits_to_keep,
+            "pixel_values": pixel_values,
+        }
+        return super().forward(**inputs, **options)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import transformers
 from PIL import Image
@@ -31,7 +31,7 @@ class MplugOwl2Processor(ProcessorMixin):
         options: Passed to transformers.
     """
 
-    attributes = ["image_processor", "tokenizer"]
+    attributes: ClassVar[list[str]] = ["image_processor", "tokenizer"]
     image_processor_class = "AutoImageProcessor"
     tokenizer_class = "AutoTokenizer"
 
@@ -69,7 +69,7 @@ class MplugOwl2Processor(ProcessorMixin):
             n_image_tokens=config.n_image_tokens,
         )
 
-    def __call__(
+    def __call__(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
         images: Any = None,
         text: str | Sequence[str] = "",
