@@ -26,7 +26,9 @@ from research.language_neurons.observe import TOP, Observer, collect, kept, phot
 
 def main() -> None:
     """Collect what is missing, judge, print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        "python -m research.language_neurons", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("out", type=Path, metavar="OUT", help="folder of what is measured")
     parser.add_argument("--pictures", type=Path, help="CSV with the columns file, noun and split")
     parser.add_argument("--folder", type=Path, help="where its files lie; default: pictures/ beside it")
