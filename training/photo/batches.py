@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import features
@@ -19,6 +20,22 @@ from mmneurons.photo.tower import pooled
 
 FAVOUR = 3.0
 """How much more often common nouns are imagined than others, and those of photographs."""
+
+
+CUTS, UPRIGHT = (3.5, 4.5, 5.5), 0.4
+"""Where pictures are cut and joined, in the tower's nine columns or rows; the share that lie one above the other."""
+
+
+@cache
+def shares(side: int, window: int, cut: float = 4.5, upright: bool = False) -> Float[Tensor, "tokens"]:
+    """How much of each feature is of the second picture, that is right of a cut, or below it."""
+    right = (torch.arange(9) + 1 - cut).clamp(0, 1).expand(9, 9)
+    return pooled((right.T if upright else right)[None, None].contiguous(), side, window).flatten()
+
+
+def jointly(second: Float[Tensor, "*tokens"]) -> Float[Tensor, "*tokens"]:
+    """How much a feature shows that there are two, from its share of the second: 1 where both are seen alike."""
+    return 4 * second * (1 - second)
 
 
 @dataclass(frozen=True)
@@ -60,19 +77,10 @@ class Batches:
         self.hard = dict.fromkeys(self.known, 1.0)
         """How often each comes beside its usual share."""
         self.favour = dict.fromkeys((*self.nouns, *COMMON), FAVOUR)
-        right = torch.tensor([0.0] * 4 + [0.5] + [1.0] * 4).expand(9, 9)
-        self.behind = [
-            pooled(half[None, None].contiguous(), plan.side, plan.window).flatten() for half in (right, right.T)
-        ]
-        """Of collages side by side and upright: how much of each feature is of the second picture."""
 
     def nouns_of(self, view: int) -> list[str]:
         """What a caption of a view names, in order."""
         return [self.pictures[i].noun for i in self.views[view].pictures]
-
-    def read(self, rows: np.ndarray, places: np.ndarray) -> Float[Tensor, "*shape channels"]:
-        """Features of some views at some places."""
-        return torch.from_numpy(np.asarray(self.features[rows, places], np.float32))
 
     def sample(self) -> Float[Tensor, "tokens channels"]:
         """Features to take means and deviations from."""
@@ -95,34 +103,34 @@ class Batches:
         single = [i for i in range(n) if len(named[i]) == 1]
         new = [i for i in single if rng.random() < plan.imagined]
         partner = [rng.choice(single) if i in single and rng.random() < plan.joined else i for i in range(n)]
-        # 2. Which tokens, and where they are taken from: mirrored, left is right; joined, half is another's.
-        places = np.array([sorted(rng.sample(range(side**2), min(kept, side**2))) for _ in rows])
-        owner = np.repeat(np.arange(n)[:, None], places.shape[1], 1)
-        for i, j in enumerate(partner):
-            if i != j:
-                cut, axis = rng.choice((side // 2, side - side // 2)), rng.random() < 0.6
-                owner[i, (places[i] % side if axis else places[i] // side) >= cut] = j
-        mirrored = np.array([rng.random() < 0.5 for _ in rows])[owner]
-        source = np.where(mirrored, places // side * side + side - 1 - places % side, places)
-        tokens = self.read(np.array(rows)[owner], source)
-        # 3. Some are moved to nouns of which there is no picture.
         often_imagined = {noun: self.hard[noun] * self.favour.get(noun, 1.0) for noun in self.imagined.nouns}
         for i, noun in zip(new, self.imagined.draw(len(new), rng, often_imagined), strict=True):
-            named[i], mine = [noun], torch.from_numpy(owner == i)
-            where = torch.from_numpy(places)[mine][None]
-            if where.numel():
-                moved = self.imagined.moved(tokens[mine][None], self.means[rows[i]][None], where, side, [noun], rng)
-                tokens[mine] = moved[0]
-        # 4. What is said of each, and where in it the second is.
-        second = torch.from_numpy(owner != np.arange(n)[:, None]).float()
-        for i, row in enumerate(rows):
-            if len(named[i]) == 2:
-                upright = self.views[row].upright
-                named[i] = named[i][::-1] if mirrored[i, 0] and not upright else named[i]
-                second[i] = self.behind[upright][torch.from_numpy(places[i])]
-        joined = [named[i] if i == j else [*named[i], *named[j]] for i, j in enumerate(partner)]
+            named[i] = [noun]
+        # 2. What is seen at some places of each, and at the same places of what it is joined with: mirrored, left is
+        #    right; some are moved to what they do not show.
+        places = torch.tensor([sorted(rng.sample(range(side**2), min(kept, side**2))) for _ in rows])
+        mirrored = [rng.random() < 0.5 for _ in rows]
+        met = [i for i, j in enumerate(partner) if i != j]
+        of, where = [*range(n), *(partner[i] for i in met)], torch.cat([places, places[met]])
+        flipped = torch.tensor(mirrored)[of][:, None]
+        source = torch.where(flipped, where // side * side + side - 1 - where % side, where)
+        tokens = torch.from_numpy(np.asarray(self.features[np.array(rows)[of][:, None], source.numpy()], np.float32))
+        moved = [k for k, i in enumerate(of) if i in new]
+        if moved:
+            means, nouns = self.means[[rows[of[k]] for k in moved]], [named[of[k]][0] for k in moved]
+            tokens[moved] = self.imagined.moved(tokens[moved], means, where[moved], side, nouns, rng)
+        tokens, other = tokens[:n], dict(zip(met, tokens[n:], strict=True))
+        # 3. What is said of each, and how much of each place is of the second: of collages, and of two that are joined.
+        said, second = list(named), torch.zeros(places.shape)
         for i, j in enumerate(partner):
-            if i != j and second[i].mean() in (0, 1):  # of few tokens, all may be on one side
-                joined[i] = named[i] if second[i, 0] == 0 else named[j]
+            if len(named[i]) == 2:
+                upright = self.views[rows[i]].upright
+                said[i] = named[i][::-1] if mirrored[i] and not upright else named[i]
+                second[i] = shares(side, plan.window, upright=upright)[places[i]]
+            elif i != j:
+                said[i] = [*named[i], *named[j]]
+                second[i] = shares(side, plan.window, rng.choice(CUTS), rng.random() < UPRIGHT)[places[i]]
+                tokens[i] = torch.lerp(tokens[i], other[i], second[i][:, None])
+            if len(set(said[i])) == 1:
                 second[i] = 0
-        return Batch(tokens, torch.from_numpy(places), joined, second)
+        return Batch(tokens, places, said, second)

@@ -1,7 +1,14 @@
-"""A quick judge of a projector while it is trained: captions of cached features, the same few pictures every time."""
+"""A quick judge of a projector while it is trained: captions of cached features, the same few pictures every time.
+
+    python training/photo/judge.py --pictures pictures.csv --projector projector.safetensors
+
+Started alone, it prints what train.py prints at its ends, of any projector of the same grid; of a projector whose
+weights are drawn, with `--random`.
+"""
 
 from __future__ import annotations
 
+import argparse
 import json
 from collections import Counter
 from pathlib import Path
@@ -11,8 +18,13 @@ import numpy as np
 import torch
 from batches import Batches
 from captions import ASKED
+from features import WORK
 from language import Reader
-from projector import Projector
+from pictures import read_pictures
+from plan import Plan
+from projector import Projector, read
+from safetensors import safe_open
+from safetensors.torch import load_file
 from synonyms import names
 
 from mmneurons.photo.convert import CHAT
@@ -96,3 +108,29 @@ def noted(out: Path, line: dict[str, Any]) -> None:
     print(line, flush=True)
     with (out / "log.jsonl").open("a", encoding="utf-8") as log:
         log.write(json.dumps(line, ensure_ascii=False) + "\n")
+
+
+def main() -> None:
+    """Judge one projector."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pictures", type=Path, required=True)
+    parser.add_argument("--work", type=Path, default=WORK)
+    parser.add_argument("--projector", type=Path, required=True, help="with the plan that train.py keeps in it")
+    parser.add_argument("--random", action="store_true", help="its weights drawn, as wide as they are")
+    parser.add_argument("--shown", type=int, default=SHOWN, help="pictures of each set")
+    options = parser.parse_args()
+    with safe_open(options.projector, "pt") as file:
+        told = json.loads((file.metadata() or {}).get("plan", "{}"))
+    plan, tensors = Plan(side=told["side"], window=told["window"]), load_file(options.projector)
+    if options.random:
+        generator = torch.Generator().manual_seed(0)
+        tensors = {
+            name: torch.randn(tensor.shape, generator=generator) * tensor.float().std() if tensor.dim() == 2 else tensor
+            for name, tensor in tensors.items()
+        }
+    batches = Batches(options.work, read_pictures(options.pictures), plan)
+    print(json.dumps(judged(Reader(options.work), read(tensors), batches, options.shown), ensure_ascii=False))
+
+
+if __name__ == "__main__":
+    main()

@@ -15,13 +15,11 @@ class Plan:
     """Of the grid of image tokens: 3, 5 or 9."""
     window: int = 5
     """Over how many features, in both directions, each image token is averaged."""
-    units: int = 1200
+    units: int = 800
     """Steps that teach the units to tell nouns apart, without the language model."""
-    fit: int = 0
-    """Steps that put image tokens at the lexicon's, without the language model."""
-    steps: int = 180
+    steps: int = 700
     """Steps through the language model."""
-    full: int = 60
+    full: int = 200
     """Of these, the last ones that read all image tokens and the whole question, of half as many pictures."""
     kept: int = 6
     """Image tokens that the others read, drawn anew for each picture."""
@@ -32,7 +30,7 @@ class Plan:
     """Of two layers, the second's."""
     imagined: float = 0.25
     """Share of the pictures that are moved to a class of the tower's own classifier; 0 for pictures alone."""
-    collages: float = 0.15
-    joined: float = 0.25
+    collages: float = 0.2
+    joined: float = 0.3
     """Shares of collages and of grids that are cut and joined."""
     seed: int = 0

@@ -27,7 +27,7 @@ from pathlib import Path
 import torch
 from batches import Batches
 from features import WORK
-from fit import fit, started
+from fit import started
 from judge import judged, noted
 from language import Reader
 from lexicon import Lexicon
@@ -47,12 +47,11 @@ def fitted(reader: Reader, batches: Batches, work: Path, out: Path) -> Projector
     """The projector that gradients start from; made once, with the plan of `batches`."""
     path = out / "fitted.safetensors"
     if not path.exists():
-        lexicon = Lexicon(reader.words(batches.known)).requires_grad_(False)
+        lexicon = Lexicon(reader.words(batches.known), reader.words(["and"])[0]).requires_grad_(False)
         lexicon.load_state_dict(torch.load(work / "lexicon.pt", weights_only=True)["lexicon"])
         if not (out / "units.pt").exists():
             torch.save(learn_units(batches, batches.plan.units, batches.plan.seed).state_dict(), out / "units.pt")
         projector = started(batches, read_units(batches, out / "units.pt"), lexicon, batches.plan)
-        fit(projector, batches, lexicon, batches.plan.fit)
         projector.save(batches.plan, path)
     return read(load_file(path)).standardised(batches.sample())
 

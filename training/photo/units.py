@@ -1,5 +1,7 @@
 """Units that tell nouns apart: a linear classifier of image features, whose outputs become strengths of nouns.
 
+A few more units tell together whether a place shows two things: that is no linear function of its features.
+
     python training/photo/units.py --pictures pictures.csv --side 5 --window 5
 
 Started alone, it prints how many pictures that it has not learned from the mean of a picture's units names: what the
@@ -16,7 +18,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from batches import Batch, Batches
+from batches import Batch, Batches, jointly
 from features import WORK
 from jaxtyping import Float
 from pictures import read_pictures
@@ -28,8 +30,11 @@ from torch import Tensor, nn
 ROWS, RATE, DECAY = 64, 2e-3, 0.5
 GAIN = 4.0
 """A unit's strength is GELU(u) / GAIN: 1 where u is GAIN, about 0 below 0, with a dip that is of no note."""
-PLACES, NEAR = 0.5, 3.0
-"""Weights beside the cross-entropy of the whole picture: of each place's, and of strengths' squared error."""
+PLACES, NEAR, TWO = 0.5, 3.0, 3.0
+"""Weights beside the cross-entropy of the whole picture: of each place's, of strengths' squared error, and of the
+squared error of how surely a place shows two things."""
+JOINT = 14
+"""Units that tell whether there are two: those that 561 nouns leave of the 576 of the language model's width."""
 
 
 class Units(nn.Module):
@@ -46,6 +51,7 @@ class Units(nn.Module):
         self.linear = nn.Linear(sample.shape[1], n)
         self.slope, self.threshold = nn.Parameter(torch.tensor(1.0)), nn.Parameter(torch.tensor(3.0))
         """From logits to what GELU is given: slope * (logit - threshold)."""
+        self.joint, self.readout = nn.Linear(sample.shape[1], JOINT), nn.Linear(JOINT, 1)
         nn.init.zeros_(self.linear.weight)
         nn.init.zeros_(self.linear.bias)
 
@@ -57,9 +63,14 @@ class Units(nn.Module):
         """About 1 for what is there, 0 for all else."""
         return F.gelu(self.slope * (logits - self.threshold)) / GAIN
 
-    def layer(self) -> tuple[Float[Tensor, "nouns channels"], Float[Tensor, "nouns"]]:
-        """Weight and bias of a layer that gives GELU its input, from standardised features."""
-        return self.slope * self.linear.weight, self.slope * (self.linear.bias - self.threshold)
+    def jointly(self, x: Float[Tensor, "*tokens channels"]) -> Float[Tensor, "*tokens"]:
+        """About 1 where two things are seen, else 0."""
+        return self.readout(F.gelu(self.joint((x - self.mean) / self.deviation)))[..., 0]
+
+    def layer(self) -> tuple[Float[Tensor, "units channels"], Float[Tensor, "units"]]:
+        """Weight and bias of a layer that gives GELU its input, from standardised features: nouns, then the others."""
+        weight, bias = self.slope * self.linear.weight, self.slope * (self.linear.bias - self.threshold)
+        return torch.cat([weight, self.joint.weight]), torch.cat([bias, self.joint.bias])
 
 
 def read_units(batches: Batches, path: Path) -> Units:
@@ -88,8 +99,9 @@ def learn_units(batches: Batches, steps: int, seed: int) -> Units:
     index = {noun: i for i, noun in enumerate(batches.known)}
     units = Units(batches.sample(), len(index))
     scale = [units.slope, units.threshold]
+    layers = [*units.linear.parameters(), *units.joint.parameters(), *units.readout.parameters()]
     groups = [
-        {"params": units.linear.parameters(), "rate": RATE},
+        {"params": layers, "rate": RATE},
         {"params": scale, "rate": 5 * RATE, "weight_decay": 0},
     ]
     optimizer = torch.optim.AdamW(groups, weight_decay=DECAY)
@@ -103,9 +115,10 @@ def learn_units(batches: Batches, steps: int, seed: int) -> Units:
             F.cross_entropy(logits.mean(1), aim.mean(1)),
             F.cross_entropy(logits.flatten(0, 1), aim.flatten(0, 1)),
             (units.strengths(logits) - aim).square().sum(2).mean(),
+            (units.jointly(batch.tokens) - jointly(batch.second)).square().mean(),
         )
         optimizer.zero_grad()
-        (losses[0] + PLACES * losses[1] + NEAR * losses[2]).backward()
+        (losses[0] + PLACES * losses[1] + NEAR * losses[2] + TWO * losses[3]).backward()
         optimizer.step()
         if step % 100 == 99:
             shown = [round(value.item(), 3) for value in losses]
