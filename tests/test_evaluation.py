@@ -114,6 +114,20 @@ def test_shares_are_those_of_the_answers_themselves(vlm, bench, patch, judged):
     assert [before["held_out"][pair.image] for pair in judged.held_out] == [pair.before for pair in judged.held_out]
 
 
+def test_a_limit_counts_the_images_that_are_used_and_asks_about_few_more(vlm, bench):
+    """The first image shows the source and is not used; what is answered is shared with the next edit."""
+    images = [bench.unrelated[-1], *bench.unrelated[:-1]]
+    before = Before(vlm, replace(bench, unrelated=images, limit=3))
+    found = evaluate(vlm, Nothing(), before, source="dog", target=None)
+    assert found.locality.n == found.m_locality.n == 3
+    known = before.unrelated
+    assert known.without("dog") == [1, 2, 3]
+    assert len(known.said.texts) == len(known.images) == len(known.usual_tops()) == 6
+    assert before.on(bench).unrelated is known
+    assert known.without("platypus") == [0, 1, 2]
+    assert len(KnownAnswers(vlm, images, bench.question, 20).without("dog")) == len(images) - 1
+
+
 def test_forced_logits_are_those_of_the_raw_model(vlm, bench):
     [image] = bench.unrelated[:1]
     inputs = vlm.encode([image], bench.question.prompt, bench.question.prefix)

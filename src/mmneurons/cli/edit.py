@@ -52,7 +52,14 @@ app.add_typer(patches, name="patch")
 
 HeldOut = Annotated[list[str] | None, typer.Option("--held-out", help="Other images that show SOURCE, to judge on.")]
 Unrelated = Annotated[list[str] | None, typer.Option(help="Images whose answers are not to change, to judge on.")]
-Limit = Annotated[int | None, typer.Option(min=1, help="Judge on at most this many unrelated images. Default: all.")]
+Limit = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        help="Judge on at most this many unrelated images, of which the model "
+        "does not say SOURCE. Default: all of these.",
+    ),
+]
 
 
 @app.command()
@@ -292,7 +299,7 @@ def _judge(
     from mmneurons.editing.evaluate_edits import evaluate_edits
     from mmneurons.report.edit import figures, write_edits
 
-    others = or_pocket(vlm, others, "locality-500", "--unrelated")[:limit]
+    others = or_pocket(vlm, others, "locality-500", "--unrelated")
 
     # Patches can have different sources: without images of the user's, each source has its own set of the pocket world.
     def of_edit(source: str) -> list[Any]:
@@ -314,6 +321,7 @@ def _judge(
             held_out=of_held_out,
             unrelated=others,
             texts=texts,
+            limit=limit,
             batch_size=batch_size,
             progress=progress,
         )

@@ -55,6 +55,8 @@ class Bench:
     """Texts of other kinds, likewise; those that name SOURCE are left out."""
     wordings: Sequence[str] = WORDINGS
     """Other ways to ask; answers begin with the same words."""
+    limit: int | None = None
+    """At most so many unrelated images are evaluated on, the first of which the model does not say SOURCE."""
 
 
 @dataclass(frozen=True)
@@ -133,19 +135,14 @@ class Before:
         """The same with the edit's own images of another bench; unrelated images, texts and prompt must be the same."""
         other = Before(self.vlm, bench)
         # Where `cached_property` keeps what it has worked out.
-        shared = ("unrelated", "unrelated_tops", "texts", "further", "further_texts")
+        shared = ("unrelated", "texts", "further", "further_texts")
         other.__dict__.update({name: getattr(self, name) for name in shared})
         return other
 
     @cached_property
     def unrelated(self) -> KnownAnswers:
         """Answers about the unrelated images."""
-        return KnownAnswers(self.vlm, self.bench.unrelated, self.bench.question)
-
-    @cached_property
-    def unrelated_tops(self) -> list[Int[Tensor, "_ 10"]]:
-        """The likeliest tokens at each step of these answers."""
-        return self.unrelated.tops()
+        return KnownAnswers(self.vlm, self.bench.unrelated, self.bench.question, self.bench.limit)
 
     @cached_property
     def texts(self) -> list[Int[Tensor, "positions"]]:
@@ -200,9 +197,10 @@ def evaluate(
     images, usual = [bench.held_out[i] for i in shown], [held.texts[i] for i in shown]
     otherwise = [replace(question, prompt=prompt, answer_prefix=question.prefix) for prompt in bench.wordings]
     reworded_before = [answers(vlm, images, asked).texts for asked in otherwise]
+    kept = before.unrelated.without(source)
     for known in (before.unrelated, *before.further.values()):
         known.prepare(edit)
-    usual_tops, usual_texts, usual_further = before.unrelated_tops, before.texts, before.further_texts
+    usual_tops, usual_texts, usual_further = before.unrelated.usual_tops(), before.texts, before.further_texts
     tell(0.2)
     # Edited: the same questions, and the likeliest tokens of the same answers and texts.
     with edit.applied(vlm):
@@ -220,7 +218,6 @@ def evaluate(
     # Compared, answer by answer.
     done = partial(turned, source=source, target=target)
     said = before.unrelated.said.texts
-    kept = [i for i, text in enumerate(said) if not says(text, source)]
     others = [(said[i], after[i]) for i in kept]
     pairs = list(zip(usual, held_after.texts, strict=True))
     asked_otherwise = [

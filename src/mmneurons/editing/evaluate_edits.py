@@ -92,6 +92,7 @@ def evaluate_edits(
     texts: Sequence[str] = (),
     further: Mapping[str, Sequence[Item]] | None = None,
     further_texts: Mapping[str, Sequence[str]] | None = None,
+    limit: int | None = None,
     batch_size: int = 8,
     progress: Progress = untold,
 ) -> dict[str, Evaluation]:
@@ -107,6 +108,8 @@ def evaluate_edits(
         texts: Texts of which nothing is to change.
         further: Images of other kinds, by what they are, of which nothing is to change either.
         further_texts: Texts of other kinds, likewise.
+        limit: At most so many unrelated images for each edit: the first of which the unedited model does not say its
+            source; None: all of these.
         batch_size: Images in one batch.
         progress: Told how many are evaluated, a share of one counts.
 
@@ -124,7 +127,8 @@ def evaluate_edits(
     more = {name: [item.image() for item in items] for name, items in (further or {}).items()}
     more_texts = {name: list(texts) for name, texts in (further_texts or {}).items()}
     more_hashes = {name: [image_hash(image) for image in images] for name, images in more.items()}
-    others = key_of(DEFINITIONS, [image_hash(image) for image in images], list(texts), more_hashes, more_texts)
+    hashes, bounds = [image_hash(image) for image in images], () if limit is None else (limit,)
+    others = key_of(DEFINITIONS, hashes, list(texts), more_hashes, more_texts, *bounds)
     befores: dict[Question, Before] = {}
     found = {}
 
@@ -143,7 +147,7 @@ def evaluate_edits(
                 one.key or name, *asks, *([image_hash(image) for image in of] for of in (shown, beyond)), others
             )
             if key not in store.found:
-                bench = Bench(shown, beyond, images, texts, question, more, more_texts)
+                bench = Bench(shown, beyond, images, texts, question, more, more_texts, limit=limit)
                 before = befores.setdefault(question, Before(vlm, bench))
                 evaluation = evaluate(
                     vlm,

@@ -28,6 +28,7 @@ from mmneurons.vlm.asking import ask, texts_of
 from mmneurons.vlm.hooks.recording import record
 from mmneurons.vlm.teacher_forcing import Batch, Given, Reader
 from mmneurons.vlm.vlm import VLM
+from mmneurons.words import says
 
 TOP = 10
 """Likeliest tokens at each step."""
@@ -38,10 +39,32 @@ MOST_KEPT = 2**30
 class KnownAnswers:
     """Answers of the unedited model, to be compared with what it says under edits."""
 
-    def __init__(self, vlm: VLM, images: Sequence[Picture], question: Question) -> None:
-        self.vlm, self.images, self.question = vlm, images, question
-        self.said = answers(vlm, images, question)
+    def __init__(self, vlm: VLM, images: Sequence[Picture], question: Question, limit: int | None = None) -> None:
+        """Let the model answer about images; with a limit, about that many, and about more when `without` asks."""
+        self.vlm, self.question, self.limit = vlm, question, limit
+        self.images, self._waiting = images[:limit], images[len(images[:limit]) :]
+        self.said = answers(vlm, self.images, question)
         self._read: tuple[Reader, list[Batch]] | None = None
+        self._usual: list[Int[Tensor, "_ 10"]] = []
+
+    def without(self, word: str) -> list[int]:
+        """Which of the answers do not say a word, up to the limit; to be called while the model is unedited."""
+        while True:
+            kept = [i for i, text in enumerate(self.said.texts) if not says(text, word)][: self.limit]
+            if len(kept) == self.limit or not self._waiting:
+                return kept
+            more, self._waiting = self._waiting[: self.limit], self._waiting[self.limit :]
+            new = answers(self.vlm, more, self.question)
+            self.said.texts.extend(new.texts)
+            self.said.token_ids.extend(new.token_ids)
+            self.said.log_p.extend(new.log_p)
+            self.images, self._read = [*self.images, *more], None
+
+    def usual_tops(self) -> list[Int[Tensor, "_ 10"]]:
+        """The likeliest tokens of the unedited model at each step of all answers there are by now; to be called so."""
+        if len(self._usual) < len(self.images):
+            self._usual = self.tops()
+        return self._usual
 
     def prepare(self, edit: Edit) -> None:
         """Keep what enters the lowest block that a patch changes; to be called while the model is unedited."""
