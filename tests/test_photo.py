@@ -339,7 +339,7 @@ def test_the_projector_that_is_shipped_fits():
 
 # The real one.
 
-PHOTOGRAPHS = {"coffee.png": "cup", "motorcycle_left.png": "motorbike"}
+PHOTOGRAPHS = {"coffee.png": "coffee", "motorcycle_left.png": "motorbike"}
 """Pictures that scikit-image brings, and what they show; it is not imported."""
 NEEDED = (packages.READER, *(part.package for part in packages.PARTS), "skimage")
 absent = [name for name in NEEDED if find_spec(name.replace("-", "_")) is None]

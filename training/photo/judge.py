@@ -74,10 +74,15 @@ def judged(reader: Reader, projector: Projector, batches: Batches, shown: int = 
         said = captions(reader, projector, batches.features[rows])
         hits = [[names(text, noun) for noun in batches.nouns_of(row)] for row, text in zip(rows, said, strict=True)]
         found[name] = {"named": round(float(np.mean([all(hit) for hit in hits])), 3), "n": len(rows)}
+        found[name]["two"] = round(float(np.mean([" and " in text for text in said])), 3)
         if name == "collages":
             found[name]["one"] = round(float(np.mean([any(hit) for hit in hits])), 3)
         else:
-            found[name]["two"] = round(float(np.mean([" and " in text for text in said])), 3)
+            first = [
+                names(text.partition(" and ")[0], batches.nouns_of(row)[0])
+                for row, text in zip(rows, said, strict=True)
+            ]
+            found[name]["first"] = round(float(np.mean(first)), 3)
             found[name]["most"] = Counter(said).most_common(2)
         found[name]["such as"] = [f"{'+'.join(batches.nouns_of(row))}: {said[i]}" for i, row in enumerate(rows)][::9]
     return found

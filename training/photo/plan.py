@@ -17,9 +17,9 @@ class Plan:
     """Over how many features, in both directions, each image token is averaged."""
     units: int = 800
     """Steps that teach the units to tell nouns apart, without the language model."""
-    steps: int = 700
+    steps: int = 850
     """Steps through the language model."""
-    full: int = 200
+    full: int = 250
     """Of these, the last ones that read all image tokens and the whole question, of half as many pictures."""
     kept: int = 6
     """Image tokens that the others read, drawn anew for each picture."""

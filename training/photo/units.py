@@ -130,17 +130,21 @@ def learn_units(batches: Batches, steps: int, seed: int) -> Units:
 
 
 def told(units: Units, batches: Batches) -> dict[str, list[float]]:
-    """Of each kind of picture that is judged: the share that the mean of its units names, and how many there are."""
+    """Of each kind of picture that is judged: the share that the mean of its units names, and how many there are.
+
+    Of collages, the two strongest are to be the two nouns.
+    """
     judged, right = Counter[str](), Counter[str]()
     for i, view in enumerate(batches.views):
-        picture = batches.pictures[view.pictures[0]]
-        if view.kind != "centre" or picture.split == "train" or picture.noun not in batches.known:
+        picture, nouns = batches.pictures[view.pictures[0]], batches.nouns_of(i)
+        if view.kind not in ("centre", "collage") or picture.split == "train" or not {*nouns} <= {*batches.known}:
             continue
-        taught = "photographed" if picture.noun in batches.single else "imagined"
-        kind = f"{picture.split}, {picture.path.name.partition('-')[0]}, {taught}"
-        logits = units(torch.from_numpy(batches.features[i].astype("float32"))).mean(0)
+        taught = "photographed" if {*nouns} <= {*batches.nouns} else "imagined"
+        source = "collage" if len(nouns) == 2 else picture.path.name.partition("-")[0]
+        kind = f"{picture.split}, {source}, {taught}"
+        strengths = units.strengths(units(torch.from_numpy(batches.features[i].astype("float32")))).mean(0)
         judged[kind] += 1
-        right[kind] += batches.known[int(logits.argmax())] == picture.noun
+        right[kind] += {batches.known[k] for k in strengths.topk(len(nouns)).indices.tolist()} == {*nouns}
     return {kind: [round(right[kind] / n, 3), n] for kind, n in sorted(judged.items())}
 
 
