@@ -61,11 +61,11 @@ def test_from_images_to_an_edited_checkpoint(capsys, monkeypatch, folder):
     assert code == 0, err
     assert str(patch.neurons[0])[:2] in out
     assert "cat" in out
-    for options, listed in ((), 10), (("--all",), 400):
+    for options, listed in ((), 10), (("--all",), 1000):
         code, out, err = call(capsys, monkeypatch, "patch", "show", "p.safetensors", "--no-words", *options)
         assert code == 0, err
         assert sum(line.startswith("L") for line in out.splitlines()) == listed
-        assert ("and 390 more" in out) == (listed == 10)
+        assert ("and 990 more" in out) == (listed == 10)
 
     code, out, err = call(capsys, monkeypatch, "find", "dog2.png", "--patch", "p.safetensors", "--json", "-")
     assert code == 0, err
