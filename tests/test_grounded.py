@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 
 import numpy as np
@@ -202,3 +203,18 @@ def test_the_command_names_what_is_not_seen(tmp_path):
     shown = CliRunner().invoke(app, ["check", str(tmp_path / "scene.png"), "--caption", "a dog and a violin"])
     assert shown.exit_code == 0, shown.output
     assert "not seen in the picture" in shown.output
+
+
+def test_the_command_makes_a_calibration_that_check_takes(tmp_path):
+    """The same picture, once with its true objects and once with others: half of what is named is not there."""
+    entries = []
+    for name, objects in (("there", ["dog", "car"]), ("not", ["violin"])):
+        IMAGE.save(tmp_path / f"{name}.png")
+        entries.append({"image": f"{name}.png", "objects": objects})
+    (tmp_path / "images.json").write_text(json.dumps(entries))
+    made = str(tmp_path / "made.json")
+    told = CliRunner().invoke(app, ["calibrate", "--images", str(tmp_path / "images.json"), "--out", made])
+    assert told.exit_code == 0, told.output
+    shown = CliRunner().invoke(app, ["check", str(tmp_path / "there.png"), "--calibration", made, "--json", "-"])
+    assert shown.exit_code == 0, shown.output
+    assert {row["word"] for row in json.loads(shown.stdout) if row["grounded"] is not None} >= {"dog", "car"}
