@@ -119,6 +119,8 @@ def test_a_limit_counts_the_images_that_are_used_and_asks_about_few_more(vlm, be
     images = [bench.unrelated[-1], *bench.unrelated[:-1]]
     before = Before(vlm, replace(bench, unrelated=images, limit=3))
     found = evaluate(vlm, Nothing(), before, source="dog", target=None)
+    assert found.locality is not None
+    assert found.m_locality is not None
     assert found.locality.n == found.m_locality.n == 3
     known = before.unrelated
     assert known.without("dog") == [1, 2, 3]
