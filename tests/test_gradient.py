@@ -84,7 +84,8 @@ def untouched(vlm: VLM):
 def test_dogs_become_cats_and_the_reference_stays(vlm, case):
     facts = case.patch.provenance
     assert facts["turned"] == 1
-    assert facts["generated"] == len({answer for answer, _ in case.requests[0].found})
+    shown = len({answer for answer, _ in case.requests[0].found})
+    assert (shown, facts["generated"]) == (8, 6)  # every fourth is held back from the search
     assert facts["margin"] >= gradient.MARGIN
     with case.patch.applied(vlm):
         texts = vlm.caption(list(case.requests[0].images))

@@ -247,7 +247,7 @@ def _derived(
     if residual.shape[1] > 1 + int(which.max()):
         together = [torch.nonzero(which == k).squeeze(1) for k in range(1 + int(which.max()))]
     written = [(i, out) for i, out in enumerate(seen.written) if out is not None and out.requires_grad]
-    found = [torch.zeros(len(which), anatomy.hidden, device=residual.device) for _ in anatomy.ffns]
+    found = [torch.zeros(len(which), anatomy.hidden, dtype=torch.float32, device=residual.device) for _ in anatomy.ffns]
     for turn, mine in enumerate(together):
         mine = mine.to(residual.device)
         total = goals[mine].sum()

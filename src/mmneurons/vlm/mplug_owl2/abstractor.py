@@ -133,8 +133,10 @@ class Abstractor(nn.Module):
         super().__init__()
         self.encoder = AbstractorEncoder(shape)
         self.visual_fc = nn.Linear(shape.hidden_size, language_hidden)
-        self.query_embeds = nn.Parameter(torch.empty(1, shape.num_learnable_queries, shape.hidden_size))
-        self.vit_eos = nn.Parameter(torch.empty(1, 1, language_hidden))
+        self.query_embeds = nn.Parameter(
+            torch.empty(1, shape.num_learnable_queries, shape.hidden_size, dtype=torch.get_default_dtype())
+        )
+        self.vit_eos = nn.Parameter(torch.empty(1, 1, language_hidden, dtype=torch.get_default_dtype()))
 
     def forward(self, patches: Float[Tensor, "pictures patches seen"]) -> Float[Tensor, "pictures tokens hidden"]:
         """Make the vectors of pictures: one for each query, and one that ends the picture."""

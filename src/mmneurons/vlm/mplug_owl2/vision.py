@@ -18,8 +18,8 @@ class VisionEmbeddings(nn.Module):
         super().__init__()
         hidden, patch = shape.hidden_size, shape.patch_size
         n_patches = (shape.image_size // patch) ** 2
-        self.cls_token = nn.Parameter(torch.empty(1, 1, hidden))
-        self.position_embedding = nn.Parameter(torch.empty(1, n_patches + 1, hidden))
+        self.cls_token = nn.Parameter(torch.empty(1, 1, hidden, dtype=torch.get_default_dtype()))
+        self.position_embedding = nn.Parameter(torch.empty(1, n_patches + 1, hidden, dtype=torch.get_default_dtype()))
         self.patch_embed = nn.Conv2d(3, hidden, patch, patch, bias=False)
         self.pre_layernorm = nn.LayerNorm(hidden, shape.layer_norm_eps)
 
