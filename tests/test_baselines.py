@@ -42,6 +42,15 @@ LEAST = {"random": 0.5, "rome": 0.75}
 """Share of the edit's images that turn at least; of the others, all."""
 
 
+@pytest.fixture(autouse=True)
+def small_default_reference(monkeypatch):
+    """What is held where no reference is given is small here: these tests are about methods, and make it many times."""
+    scenes = [pocket.scene(650_000_000 + i) for i in range(4)]
+    monkeypatch.setattr(pocket, "evaluation_set", {"reference-400": scenes}.get)
+    monkeypatch.setattr(pocket, "facts", lambda: ["A dog is an animal"])
+    monkeypatch.setattr("mmneurons.editing.reference.sentences", lambda: ("The road is long.",))
+
+
 @pytest.fixture(scope="module")
 def model() -> VLM:
     """One of its own: should a baseline leave something behind, other test files shall not suffer."""
