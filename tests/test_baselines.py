@@ -328,6 +328,10 @@ def test_mistakes_are_refused_in_words(model, monkeypatch):
     def make(name: Any = "rome", source: str = "dog", target: str = "cat", **options: Any) -> Change:
         return baseline(model, name, IMAGES[:1], source=source, target=target, **options)
 
+    def late(*given: Any) -> None:
+        raise AssertionError("a mistake is refused before the reference is made")
+
+    monkeypatch.setattr("mmneurons.baselines.baseline.reference_of", late)
     with pytest.raises(SettingError, match="no baseline 'grace'"):
         make("grace")
     with pytest.raises(SettingError, match="the same word"):
@@ -340,7 +344,7 @@ def test_mistakes_are_refused_in_words(model, monkeypatch):
     monkeypatch.setattr(model.model, "peft_config", {}, raising=False)
     with pytest.raises(ModelError, match="has adapters already"):
         make("lora")
-    monkeypatch.undo()
+    monkeypatch.delattr(model.model, "peft_config")
     monkeypatch.setitem(sys.modules, "peft", None)
     with pytest.raises(SettingError, match="needs PEFT"):
         make("lora")

@@ -23,12 +23,12 @@ from typing import Literal, get_args
 import torch
 
 from mmneurons.baselines.finetune import finetune
-from mmneurons.baselines.lora import Adapter, lora
+from mmneurons.baselines.lora import Adapter, adapted, attached, lora
 from mmneurons.baselines.matched import random
 from mmneurons.baselines.memit import memit
 from mmneurons.baselines.output_layer import HeadChange, head_rows, logit_bias
 from mmneurons.baselines.rome import rome
-from mmneurons.baselines.task import Facts, Task
+from mmneurons.baselines.task import Facts, Task, dense_ffn
 from mmneurons.data.pictures import Picture
 from mmneurons.editing.edit import recorded_settings
 from mmneurons.editing.reference import Reference, reference_of
@@ -93,6 +93,7 @@ def baseline(
     tell("answering about the images")
     # 1. What the model says of the images: the same for all.
     requests = make_requests(vlm, images, settings.questions, source, target)
+    _check(vlm, name, settings.block)
     reference = reference_of(vlm, reference, settings.question)
     task = Task(vlm, requests, source, target, reference, settings, settings.seed, tell)
     # 2. The change; the model's own weights take no part in what is learned.
@@ -116,6 +117,19 @@ def baseline(
         "packages": provenance.versions(),
     }
     return replace(change, provenance=made_by)
+
+
+def _check(vlm: VLM, name: Name, block: int | None) -> None:
+    """Refuse what a way cannot work with before a reference is made, which takes long.
+
+    Raises:
+        SettingError, ModelError: as `baseline`.
+    """
+    if name == "lora":
+        with attached(vlm, adapted(vlm), seed=0):
+            pass
+    elif name in ("finetune", "rome", "memit") and block is not None:
+        dense_ffn(vlm, block)
 
 
 def _sizes(vlm: VLM, change: Change) -> dict[str, int]:

@@ -51,6 +51,15 @@ class Adapter(AppliedOnly):
             yield self
 
 
+def adapted(vlm: VLM) -> tuple[str, ...]:
+    """Name the modules that LoRA is put on, every `w_out`.
+
+    Raises:
+        ModelError: a block has no dense FFN.
+    """
+    return tuple(dense_ffn(vlm, layer)[1].name for layer in range(len(vlm.anatomy.blocks)))
+
+
 @restored
 def attached(vlm: VLM, names: Sequence[str], seed: int) -> Iterator[dict[str, nn.Parameter]]:
     """New LoRA on these modules, which does nothing yet; its parameters by name. Afterwards nothing is left of it."""
@@ -94,7 +103,7 @@ def lora(task: Task, block: int | None) -> tuple[Adapter, Facts]:
     Source: LoRA (Hu et al., ICLR 2022), by PEFT; rank 8, alpha 16, no dropout.
     """
     vlm = task.vlm
-    names = tuple(dense_ffn(vlm, layer)[1].name for layer in range(len(vlm.anatomy.blocks)))
+    names = adapted(vlm)
     lessons = task.lessons(0)  # of the model without the adapter
     # Its parameters act by being in the model; afterwards they are taken out with it.
     with attached(vlm, names, task.seed) as parameters:
