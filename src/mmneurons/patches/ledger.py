@@ -8,12 +8,13 @@ matter and an empty ledger leaves the model bit for bit as it was.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary, ref
 
 import torch
+from jaxtyping import Bool, Int, Shaped
 from torch import Tensor, nn
 
 from mmneurons.errors import ModelError, SettingError
@@ -32,23 +33,25 @@ Place = tuple[int, int | None]
 """Place of a `w_out`: its layer and its expert, which is None for a dense FFN."""
 
 
-@dataclass(eq=False)
+@dataclass(frozen=True, eq=False)
 class _Columns:
-    """Columns of one place that are edited, by index: as they were before any edit, and as the ledger wrote them."""
+    """Columns of one place that are edited: as they were before any edit, and as the ledger wrote them."""
 
-    pristine: dict[int, Tensor] = field(default_factory=dict)
-    written: dict[int, Tensor] = field(default_factory=dict)
+    indices: Int[Tensor, "n"]
+    """In rising order; int64, on the CPU."""
+    pristine: Shaped[Tensor, "n hidden"]
+    """In the dtype and on the device of the weights."""
+    written: Shaped[Tensor, "n hidden"]
 
 
 @dataclass(frozen=True, eq=False)
 class _Change:
-    """A planned write of one column."""
+    """A planned write of columns of one place."""
 
-    view: Tensor
     place: Place
-    index: int
-    pristine: Tensor
-    new: Tensor
+    view: Shaped[Tensor, "hidden neurons"]
+    """The weights themselves."""
+    columns: _Columns
 
 
 class Ledger:
@@ -99,11 +102,14 @@ class Ledger:
         """
         view = weights.writable(self._ffns[place].module, place[1])
         indices = torch.arange(view.shape[1]) if indices is None else indices
-        # A column that is edited now is taken from the ledger, any other from the model.
-        kept = self._columns.get(place, _Columns()).pristine
         current = view[:, indices.to(view.device)].T
-        rows = [kept.get(i, column) for i, column in zip(indices.tolist(), current, strict=True)]
-        return torch.stack(rows) if rows else current
+        # A column that is edited now is taken from the ledger, any other from the model.
+        known = self._columns.get(place)
+        if known is None:
+            return current
+        rows, among = _found(indices, known.indices)
+        current[rows] = known.pristine[among].to(current.device)
+        return current
 
     def _check(self, part: PatchPart) -> None:
         """Refuse a model whose columns, before any edit, are not those that the patch expects."""
@@ -131,21 +137,17 @@ class Ledger:
         """Refuse patches whose sum the dtype of the weights cannot hold, whichever of them are active at once."""
         # How far each column can move: the sum of absolute deltas bounds that of any subset of the patches, so that
         # taking back one of two opposite patches cannot overflow.
-        reach: dict[Place, dict[int, Tensor]] = {}
-        for patch in active.values():
-            for part in patch.parts:
-                mine = reach.setdefault(part.place, {})
-                for index, delta in zip(part.indices.tolist(), patch.deltas(part).abs(), strict=True):
-                    mine[index] = mine[index] + delta if index in mine else delta
-        for place, sizes in reach.items():
-            if not sizes:
-                continue
-            pristine = self.pristine(place, torch.tensor(list(sizes)))
-            largest = pristine.float().abs().cpu() + torch.stack(list(sizes.values()))
+        for place in {part.place for patch in active.values() for part in patch.parts}:
+            parts = [(patch, part) for patch in active.values() for part in patch.parts if part.place == place]
+            indices = torch.cat([part.indices for _, part in parts]).unique()
+            pristine = self.pristine(place, indices)
+            largest = pristine.float().abs().cpu()
+            for patch, part in parts:
+                largest[torch.searchsorted(indices, part.indices)] += patch.deltas(part).abs()
             # Overflow shows as infinity in the stored dtype. Numbers that were not finite before any edit do not count.
             over = (pristine.isfinite().cpu() & ~largest.to(pristine.dtype).isfinite()).any(1)
             if bool(over.any()):
-                neuron = Neuron(place[0], list(sizes)[int(over.nonzero()[0])], place[1])
+                neuron = Neuron(place[0], int(indices[over][0]), place[1])
                 raise SettingError(
                     f"This patch is too large for the model's column {neuron}.",
                     seen=f"Its numbers would overflow {str(pristine.dtype).removeprefix('torch.')}.",
@@ -156,74 +158,85 @@ class Ledger:
         """Write the columns that `active` asks for; whatever happens on the way, the model has all of them or none."""
         plan, model = self._plan(active), self._model()
         assert model is not None
-        # No signal comes between two columns, or between the weights and the ledger's record of them.
+        # No signal comes between two places, or between the weights and the ledger's record of them.
         with uninterrupted(), torch.no_grad(), editing(model):
             done: list[tuple[_Change, Tensor]] = []
             try:
                 for change in plan:
-                    done.append((change, change.view[:, change.index].clone()))
-                    change.view[:, change.index] = change.new
+                    where = change.columns.indices.to(change.view.device)
+                    done.append((change, change.view[:, where]))
+                    change.view[:, where] = change.columns.written.T
             # A write can fail (a device error): what was written is taken back, last first, from exact copies.
             except BaseException:
                 for change, old in reversed(done):
-                    change.view[:, change.index] = old
+                    change.view[:, change.columns.indices.to(change.view.device)] = old
                 raise
             # All is written: now the record of it. With no patch left, nothing is kept: the model is as it was loaded.
             self._active = dict(active)
             self._columns.clear()
-            for change in plan if active else []:
-                columns = self._columns.setdefault(change.place, _Columns())
-                columns.pristine[change.index], columns.written[change.index] = change.pristine, change.new
+            self._columns.update({change.place: change.columns for change in plan} if active else {})
             mark_edited(model, active, partial(_undoing, self._columns))
 
     def _plan(self, active: Mapping[str, Patch]) -> list[_Change]:
-        """Plan the write of every column that is or was edited; nothing is changed."""
-        # 1. What is added to each column, summed in the order of the hashes, since float32 sums depend on their order.
-        # Columns that are edited now get a zero to begin with, so that one which no patch names any more is restored.
-        sums: dict[tuple[Place, int], Tensor] = {
-            (place, index): torch.zeros(self._hidden, dtype=torch.float32)
-            for place, columns in self._columns.items()
-            for index in columns.pristine
-        }
+        """Plan the write of every column that is or was edited, place by place; nothing is changed."""
+        parts: dict[Place, list[tuple[Patch, PatchPart]]] = {place: [] for place in self._columns}
         for key in sorted(active):
             for part in active[key].parts:
-                for index, delta in zip(part.indices.tolist(), active[key].deltas(part), strict=True):
-                    sums[part.place, index] = (
-                        sums.get((part.place, index), torch.zeros(self._hidden, dtype=torch.float32)) + delta
-                    )
-        # 2. Each column as it was before any edit, unless something else has changed it, and as it is to be.
-        places = {place for place, _ in sums}
-        views = {place: weights.writable(self._ffns[place].module, place[1]) for place in places}
+                parts.setdefault(part.place, []).append((active[key], part))
         plan = []
-        for (place, index), total in sums.items():
-            current, known = views[place][:, index], self._columns.get(place, _Columns())
-            # An edited column must be what the ledger wrote or, if something else has put it back, what it was before.
-            own = (known.written[index], known.pristine[index]) if index in known.written else (current,)
-            if not any(_same_bits(current, column) for column in own):
-                raise ModelError(
-                    f"The model's column {Neuron(place[0], index, place[1])} was changed by something else.",
-                    seen="It is neither what the ledger wrote when it was edited, nor what it was before.",
-                    fix="Load the model again. If its weights are as you want them: mmneurons.forget(vlm)",
-                )
-            pristine = known.pristine[index] if index in known.pristine else current.clone()
+        for place, mine in parts.items():
+            view, known = weights.writable(self._ffns[place].module, place[1]), self._columns.get(place)
+            # 1. What is added to each column, summed in the order of the hashes, since float32 sums depend on their
+            # order. Columns that are edited now count, so that one which no patch names any more is restored.
+            named = [part.indices for _, part in mine] + ([] if known is None else [known.indices])
+            indices = torch.cat(named).unique()
+            added = torch.zeros(len(indices), self._hidden, dtype=torch.float32)
+            for patch, part in mine:
+                added[torch.searchsorted(indices, part.indices)] += patch.deltas(part)
+            # 2. Each column as it was before any edit, unless something else has changed it, and as it is to be.
+            current = view[:, indices.to(view.device)].T.contiguous()
+            pristine = current.clone()
+            if known is not None:
+                rows, among = _found(indices, known.indices)
+                # An edited column must be what the ledger wrote or, if something else put it back, what it was before.
+                was, wrote = known.pristine[among].to(view.device), known.written[among].to(view.device)
+                foreign = ~(_same_bits(current[rows], wrote) | _same_bits(current[rows], was))
+                if bool(foreign.any()):
+                    neuron = Neuron(place[0], int(indices[rows][foreign.cpu()][0]), place[1])
+                    raise ModelError(
+                        f"The model's column {neuron} was changed by something else.",
+                        seen="It is neither what the ledger wrote when it was edited, nor what it was before.",
+                        fix="Load the model again. If its weights are as you want them: mmneurons.forget(vlm)",
+                    )
+                pristine[rows] = was
             # Without any change the pristine bits themselves are written: adding zero would make -0.0 into 0.0.
-            changed = bool(total.any())
-            new = (pristine.float() + total.to(pristine.device)).to(pristine.dtype) if changed else pristine
-            plan.append(_Change(views[place], place, index, pristine, new))
+            new = (pristine.float() + added.to(pristine.device)).to(pristine.dtype)
+            new = torch.where(added.any(1).to(pristine.device)[:, None], new, pristine)
+            plan.append(_Change(place, view, _Columns(indices, pristine, new)))
         return plan
 
 
 def _undoing(edited: Mapping[Place, _Columns], layer: int, expert: int | None) -> Mapping[int, Tensor]:
     """Work out what added to each edited column of a place gives it as it was, by index of the neuron."""
-    columns = edited.get((layer, expert), _Columns())
-    return {index: columns.pristine[index].float() - new.float() for index, new in columns.written.items()}
+    columns = edited.get((layer, expert))
+    if columns is None:
+        return {}
+    changes = columns.pristine.float() - columns.written.float()
+    return dict(zip(columns.indices.tolist(), changes, strict=True))
 
 
-def _same_bits(one: Tensor, other: Tensor) -> bool:
-    """Whether two columns are the same to the bit, NaN and the sign of zero included, on whatever devices they are."""
-    if one.dtype != other.dtype or one.shape != other.shape:
-        return False
-    return torch.equal(*(column.to(one.device).contiguous().view(torch.uint8) for column in (one, other)))
+def _found(indices: Int[Tensor, "n"], among: Int[Tensor, "m"]) -> tuple[Int[Tensor, "k"], Int[Tensor, "k"]]:
+    """Return where indices stand that are among rising others too: in the first, and in the others."""
+    places = torch.searchsorted(among, indices.cpu()).clamp_max(len(among) - 1)
+    rows = (among[places] == indices.cpu()).nonzero()[:, 0] if len(among) else torch.empty(0, dtype=torch.long)
+    return rows, places[rows]
+
+
+def _same_bits(some: Shaped[Tensor, "n hidden"], others: Shaped[Tensor, "n hidden"]) -> Bool[Tensor, "n"]:
+    """Return which rows are the same to the bit, NaN and the sign of zero included."""
+    if some.dtype != others.dtype or some.shape != others.shape:
+        return torch.zeros(len(some), dtype=torch.bool, device=some.device)
+    return (some.contiguous().view(torch.uint8) == others.contiguous().view(torch.uint8)).all(1)
 
 
 _LEDGERS: WeakKeyDictionary[nn.Module, Ledger] = WeakKeyDictionary()
