@@ -91,6 +91,7 @@ def logit_bias(task: Task, block: int | None) -> tuple[HeadChange, Facts]:
         task.source,
         task.target,
         start=max(0.1, max(float(each.max()) for each in needed)),
+        lowest=len(task.vlm.anatomy.blocks) - 1,  # the head is behind all blocks
         reference=reference,
         risk=risk,
         tell=task.tell,

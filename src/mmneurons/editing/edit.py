@@ -105,7 +105,16 @@ def edit(
         start = max(needed_strength(vlm, update) for update in updates)
         risk = None if reference is None else flip_risk(vlm, reference, updates)
         found = find_strength(
-            vlm, unit, requests, source, target, start=start, reference=reference, risk=risk, tell=tell
+            vlm,
+            unit,
+            requests,
+            source,
+            target,
+            start=start,
+            lowest=min(vlm.anatomy.ffns[i].layer for i in columns.indices),
+            reference=reference,
+            risk=risk,
+            tell=tell,
         )
         patch, search = found.strength * unit, asdict(found)
     # 5. What made it goes with it.

@@ -19,7 +19,6 @@ from mmneurons.editing.answers import (
     TracedAnswers,
     TracedSteps,
     join,
-    likeliest_tokens,
     occurrences,
     trace_answers,
     trace_texts,
@@ -147,19 +146,14 @@ class Reference:
         mine = mine.where(self.text_counts > 0, -torch.inf)
         return [row for row in mine.argsort(descending=True)[:n].tolist() if mine[row] > -torch.inf]
 
-    def flipped(self, vlm: VLM, positions: Sequence[int]) -> float:
-        """At some of `text_steps` the likeliest token now, edited or not, is another: a share of all positions."""
-        if self.text_steps is None or not positions:
-            return 0.0
-        # Only the texts that hold these positions are read again.
-        answers, rows = self.text_steps.answer_ids, torch.tensor(positions)
-        numbers = answers[rows].unique()
-        now = dict(zip(numbers.tolist(), likeliest_tokens(vlm, [self.texts[i] for i in numbers]), strict=True))
+    def places_of(self, positions: Sequence[int]) -> list[tuple[int, int, int]]:
+        """Where some of `text_steps` stand: the text, the position in it, and how many positions read the same."""
+        if self.text_steps is None:
+            return []
         # Rows of one text stand together: where its first is, the text begins.
-        starts = torch.searchsorted(answers, answers[rows])
-        tokens = torch.stack([now[int(answers[row])][row - start] for row, start in zip(rows, starts, strict=True)])
-        flips = tokens != self.text_steps.token_ids[rows]
-        return float(self.text_counts[rows][flips].sum() / self.text_counts.sum())
+        answers, rows = self.text_steps.answer_ids, torch.tensor(positions, dtype=torch.long)
+        steps = rows - torch.searchsorted(answers, answers[rows])
+        return list(zip(answers[rows].tolist(), steps.tolist(), self.text_counts[rows].tolist(), strict=True))
 
 
 @by_one_thread

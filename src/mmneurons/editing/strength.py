@@ -1,24 +1,29 @@
-"""How strong an edit must be, by what the model then generates: the largest that the reference tolerates.
+"""How strong an edit must be: as strong as the reference tolerates.
 
 The smallest strength that turns every image of the edit turns few others that are less clear. So it is raised, as long
 as what the reference holds stays as it is: answers about images, and the likeliest next tokens of texts. Looked at are
 those that the edit is likeliest to change.
+
+Strengths are tried on answers that the model reads: the blocks below the edit are run once, and no answer is generated
+token by token. What was found is then generated, and that decides.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Protocol
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from mmneurons.editing.reference import Reference
-from mmneurons.editing.request import EditRequest, share_turned
+from mmneurons.editing.request import EditRequest, given, share_turned
 from mmneurons.errors import SettingError
 from mmneurons.patches.patch import Edit
-from mmneurons.vlm.asking import texts_of
+from mmneurons.vlm.context import evaluating
+from mmneurons.vlm.teacher_forcing import Batch, Reader
 from mmneurons.vlm.vlm import VLM
 
 STEP = 1.3
@@ -60,9 +65,43 @@ class Scalable(Edit, Protocol):
         ...
 
 
+class Kept:
+    """What is looked at of a reference, read again with the edit: some answers, and some positions of its texts."""
+
+    def __init__(
+        self, reader: Reader, reference: Reference, source: str, images: Sequence[int], positions: Sequence[int]
+    ) -> None:
+        self.reader, self.answers = reader, list[Batch]()
+        if images:
+            given = reference.given(reader.vlm, source)
+            pictures = [reference.images[i] for i in images]
+            self.answers = reader.read(pictures, reference.question, [given[i] for i in images])
+        # Of the texts, those that hold the positions; each position counts for all that read the same.
+        held: dict[int, dict[int, int]] = {}
+        for text, step, count in reference.places_of(positions):
+            held.setdefault(text, {})[step] = count
+        counts = [*held.values()]
+        self.texts = reader.read_texts([reference.texts[i] for i in held], [[*mine] for mine in counts])
+        self.counts = [torch.tensor([n for i in batch.numbers for n in counts[i].values()]) for batch in self.texts]
+        self.n_positions = int(reference.text_counts.sum())
+        self.usual = [reader.likeliest(batch, unedited=True) for batch in (*self.answers, *self.texts)]
+
+    def changes(self) -> tuple[int, float]:
+        """How many of the answers the model would change now, and at which share of all positions of the texts.
+
+        Greedily, an answer stays as it is if and only if the likeliest token of each of its steps does.
+        """
+        now = [self.reader.likeliest(batch) for batch in (*self.answers, *self.texts)]
+        differ = [one != other for one, other in zip(now, self.usual, strict=True)]
+        n_answers = len(self.answers)
+        changed = sum(len(batch.places[0][mine].unique()) for batch, mine in zip(self.answers, differ, strict=False))
+        flipped = sum(int(count[mine].sum()) for count, mine in zip(self.counts, differ[n_answers:], strict=True))
+        return changed, flipped / max(1, self.n_positions)
+
+
 @dataclass
 class _Trials:
-    """Strengths tried, by what the model then generates."""
+    """Strengths tried: by what the model reads, and by what it then generates."""
 
     vlm: VLM
     unit: Scalable
@@ -70,46 +109,64 @@ class _Trials:
     source: str
     target: str | None
     tell: Callable[[str], None]
+    own: Sequence[tuple[Reader, Batch]]
+    """The answers that say SOURCE, with TARGET in its place."""
     generated: int = 0
 
-    def turned(self, factor: float) -> float:
-        """Share of the edit's answers that turn."""
-        # The answers that said SOURCE, generated anew with the edit at this strength.
+    @property
+    def n_own(self) -> int:
+        """How many answers the strength is chosen by."""
+        return sum(len(one.searched) for one in self.requests)
+
+    def generates(self, factor: float) -> float:
+        """Share of the edit's answers that turn, generated anew."""
         self.tell(f"trying strength {factor:.3g}")
-        self.generated += sum(len(one.searched) for one in self.requests)
+        self.generated += self.n_own
         with (factor * self.unit).applied(self.vlm):
             return share_turned(self.vlm, self.requests, self.source, self.target)
 
-    def changes(
-        self, factor: float, reference: Reference, images: Sequence[int], positions: Sequence[int]
-    ) -> tuple[int, float]:
-        """How many of some of the reference's answers change, and which share of its text positions, of some."""
+    def reads(self, factor: float) -> float:
+        """Share of the edit's answers in which TARGET would be said where SOURCE was; without a target, not SOURCE.
+
+        All before it is given, and so is the answer up to there: what comes behind is not looked at.
+        """
+        self.tell(f"reading with strength {factor:.3g}")
+        missed = 0
         with (factor * self.unit).applied(self.vlm):
-            # Texts are read, images answered: the first is far cheaper.
-            flipped = reference.flipped(self.vlm, positions)
-            if reference.answers is None:
-                return 0, flipped
-            self.generated += len(images)
-            question = replace(reference.question, batch_size=self.requests[0].question.batch_size)
-            said = texts_of(self.vlm, [reference.images[i] for i in images], question)
-        return sum(text != reference.answers.texts[i] for i, text in zip(images, said, strict=True)), flipped
+            for reader, batch in self.own:
+                now = reader.likeliest(batch)
+                given = (now[:, None] == batch.tokens).any(1)
+                fails = batch.turn & (given if self.target is None else ~given)
+                missed += len(batch.places[0][fails].unique())
+        return 1 - missed / self.n_own
 
     def smallest(self, start: float) -> tuple[float, float]:
-        """The smallest strength tried that turns as many answers as any does, and their share."""
-        factor, share = start, self.turned(start)
-        best, failed = (factor, share), 0.0
-        for _ in range(TRIES // 2):  # upwards until all turn, two steps at a time
-            if best[1] == 1:
-                break
-            failed, factor = factor, factor * STEP**2
-            share = self.turned(factor)
-            best = (factor, share) if share > best[1] else best
-        for _ in range(TRIES):  # downwards as long as all turn
-            below = best[0] / STEP
-            if best[1] < 1 or below < 1.01 * failed or self.turned(below) < 1:
-                break
-            best = below, 1.0
-        return best
+        """The smallest strength tried that turns as many answers as any does, and their share.
+
+        It is found by reading, which is cheap, and tried by what is generated, which decides. Only where less is
+        generated than was read is it found by generating.
+        """
+        factor, share = _smallest(self.reads, start)
+        made = self.generates(factor)
+        return (factor, made) if made >= share > 0 else _smallest(self.generates, factor)
+
+
+def _smallest(turned: Callable[[float], float], start: float) -> tuple[float, float]:
+    """The smallest strength tried with as large a share as any has, and that share."""
+    factor, share = start, turned(start)
+    best, failed = (factor, share), 0.0
+    for _ in range(TRIES // 2):  # upwards until all turn, two steps at a time
+        if best[1] == 1:
+            break
+        failed, factor = factor, factor * STEP**2
+        share = turned(factor)
+        best = (factor, share) if share > best[1] else best
+    for _ in range(TRIES):  # downwards as long as all turn
+        below = best[0] / STEP
+        if best[1] < 1 or below < 1.01 * failed or turned(below) < 1:
+            break
+        best = below, 1.0
+    return best
 
 
 def find_strength(
@@ -120,6 +177,7 @@ def find_strength(
     target: str | None,
     *,
     start: float,
+    lowest: int,
     reference: Reference | None,
     risk: Float[Tensor, "steps"] | None,
     tell: Callable[[str], None],
@@ -133,6 +191,7 @@ def find_strength(
         source: What is to go.
         target: What is to come, if anything.
         start: The strength to begin with, above 0.
+        lowest: The lowest block in which the edit changes anything; those below it are run once.
         reference: What is to stay. The least margin over the smallest strength that turns the edit's images is taken
             even where it changes more than is allowed: `Search.changed` and `Search.flipped` tell.
         risk: For each of the reference's steps, how near the edit comes to changing what is said; the riskiest
@@ -142,42 +201,55 @@ def find_strength(
     Raises:
         SettingError: no strength turns any answer.
     """
-    # 1. The smallest strength that turns the edit's own images.
-    trials = _Trials(vlm, unit, requests, source, target, tell)
-    smallest, share = trials.smallest(start)
-    if share == 0:
-        raise SettingError(
-            f"No strength makes the model say {'something else' if target is None else repr(target)} for '{source}'.",
-            seen=f"Tried up to {STEP**TRIES:.1f} times what should do.",
-            fix="Take more columns (top=2000), or of more blocks (blocks=None), or more images.",
-        )
-    if reference is None or risk is None:
-        return Search(smallest, smallest, share, 0, 0, 0.0, trials.generated)
-    images: list[int] = []
-    if reference.answers is not None:
+    with torch.inference_mode(False), torch.no_grad(), evaluating(vlm.model):
+        # 1. The smallest strength that turns the edit's own images.
+        reader = Reader(vlm, lowest, cache=True, batch_size=requests[0].question.batch_size)
+        own = [(reader, batch) for one in requests for batch in _own(reader, one, target)]
+        trials = _Trials(vlm, unit, requests, source, target, tell, own)
+        smallest, share = trials.smallest(start)
+        if share == 0:
+            raise SettingError(
+                f"No strength makes the model say {'something else' if target is None else repr(target)} "
+                f"for '{source}'.",
+                seen=f"Tried up to {STEP**TRIES:.1f} times what should do.",
+                fix="Take more columns (top=2000), or of more blocks (blocks='all'), or more images.",
+            )
+        if reference is None or risk is None:
+            return Search(smallest, smallest, share, 0, 0, 0.0, trials.generated)
         # 2. The answers and positions of the reference that are likeliest to change.
-        worst = reference.by_image(vlm, source, risk[: len(reference.answers.steps)])
-        images = sorted(range(len(worst)), key=lambda i: -worst[i])[:HARDEST]
-    positions = reference.positions(risk, HARDEST_POSITIONS)
+        images: list[int] = []
+        if reference.answers is not None:
+            worst = reference.by_image(vlm, source, risk[: len(reference.answers.steps)])
+            images = sorted(range(len(worst)), key=lambda i: -worst[i])[:HARDEST]
+        kept = Kept(reader, reference, source, images, reference.positions(risk, HARDEST_POSITIONS))
 
-    def tried(margin: float) -> tuple[Search, bool]:
-        # Edits must go on turning what the smallest strength turns: what is generated need not grow with strength.
-        changed, flipped = trials.changes(margin * smallest, reference, images, positions)
-        few = changed <= int(ALLOWED * len(reference.images)) and flipped <= ALLOWED_FLIPS
-        tolerated = few and trials.turned(margin * smallest) >= share
-        return Search(margin * smallest, smallest, share, changed, len(images), flipped, trials.generated), tolerated
+        def changes(margin: float) -> tuple[int, float]:
+            tell(f"reading what is to stay with strength {margin * smallest:.3g}")
+            with (margin * smallest * unit).applied(vlm):
+                return kept.changes()
 
-    # Of most edits the largest is tolerated; of others it is found by halves: below a margin that is, all are.
-    low, high = 0, len(MARGINS) - 1
-    found, tolerated = tried(MARGINS[high])
-    while not tolerated and high - low > 1:
-        middle = (low + high) // 2
-        search, fits = tried(MARGINS[middle])
-        if fits:
-            low, found = middle, search
-        else:
-            high = middle
-    if not tolerated and low == 0:
-        # Even the least of them changes more than is allowed: it is taken all the same, if it turns as many.
-        found, _ = tried(MARGINS[0] if trials.turned(MARGINS[0] * smallest) >= share else 1.0)
-    return replace(found, generated=trials.generated)
+        def tolerated(margin: float) -> bool:
+            changed, flipped = changes(margin)
+            return changed <= int(ALLOWED * len(reference.images)) and flipped <= ALLOWED_FLIPS
+
+        # 3. Of most edits the largest margin is tolerated; of others it is found by halves: below one that is, all are.
+        # The least is taken in any case.
+        margins = [1.0, *MARGINS]
+        low, high = 1, len(margins) - 1
+        if tolerated(margins[high]):
+            low = high
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (middle, high) if tolerated(margins[middle]) else (low, middle)
+        # 4. It must go on turning what the smallest strength turns: what is generated need not grow with strength.
+        while low > 0 and trials.generates(margins[low] * smallest) < share:
+            low -= 1
+        changed, flipped = changes(margins[low])
+        strength = margins[low] * smallest
+        return Search(strength, smallest, share, changed, len(images), flipped, trials.generated)
+
+
+def _own(reader: Reader, one: EditRequest, target: str | None) -> list[Batch]:
+    """The answers by which the strength is chosen, with TARGET in the place of SOURCE."""
+    answers = given(reader.vlm, one, target)
+    return reader.read([one.images[i] for i in one.searched], one.question, [answers[i] for i in one.searched])

@@ -10,7 +10,7 @@ What enters the lowest block is kept from one pass over the whole model, with wh
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from mmneurons.data.pictures import Picture
 from mmneurons.settings import Question
+from mmneurons.vlm.anatomy.parts import Anatomy
 from mmneurons.vlm.asking import batches_of
 from mmneurons.vlm.block_calls import Catcher, repeated
 from mmneurons.vlm.context import hooked
@@ -50,7 +51,8 @@ class Batch:
 
     inputs: Inputs
     """Of the whole model."""
-    n_rows: int
+    numbers: list[int]
+    """Which of the answers, or of the texts, that were to be read each row is."""
     places: tuple[Int[Tensor, "n"], Int[Tensor, "n"]]
     """Row and position of each step, counted from the end: some models put the picture before the first position."""
     tokens: Int[Tensor, "n tokens"]
@@ -63,6 +65,11 @@ class Batch:
     """The residual stream as it enters the lowest edited block; None: the whole model is to run."""
     calls: Sequence[tuple[tuple, dict[str, Any]]] = ()
     """What else each block from there on is called with."""
+
+    @property
+    def n_rows(self) -> int:
+        """How many answers are read at once."""
+        return len(self.numbers)
 
     @property
     def stay(self) -> Bool[Tensor, "n"]:
@@ -83,10 +90,13 @@ class Reader:
     cache: bool
     batch_size: int
     """Answers in one batch; 1 where the model takes one at a time."""
+    anatomy: Anatomy = field(init=False)
+    """Of the model as it is now: asking the model for it looks at every weight."""
 
     def __post_init__(self) -> None:
         """Keep to the model's own limit."""
         self.batch_size = 1 if self.vlm.family.one_at_a_time else self.batch_size
+        self.anatomy = self.vlm.anatomy
 
     def read(self, images: Sequence[Picture], question: Question, given: Sequence[Given]) -> list[Batch]:
         """Prompts and answers, these without their last tokens, behind which nothing counts."""
@@ -97,18 +107,22 @@ class Reader:
             if any(one.turn or one.kept for one in now):
                 inputs = asked.inputs(self.vlm, question)
                 answers = self.vlm.given(inputs, [one.token_ids[:-1] for one in now])
-                made.append(self._batch(self.vlm.extended(inputs, answers), now, max(len(o.token_ids) for o in now)))
+                numbers, longest = [*range(asked.first, asked.first + len(now))], max(len(o.token_ids) for o in now)
+                made.append(self._batch(self.vlm.extended(inputs, answers), numbers, now, longest))
         return made
 
-    def read_texts(self, texts: Sequence[str]) -> list[Batch]:
-        """Texts without an image, of which every position is to be left as it is."""
+    def read_texts(self, texts: Sequence[str], kept: Sequence[Sequence[int]] | None = None) -> list[Batch]:
+        """Texts without an image, of which every position is to be left as it is, or those of `kept`, text by text."""
         made = []
         for numbers, inputs in text_batches(self.vlm, texts, self.batch_size):
-            length = inputs["input_ids"].shape[1]
-            made.append(self._batch(inputs, [Given.as_said([0] * length) for _ in numbers], length))
+            ids = [0] * inputs["input_ids"].shape[1]
+            given = [
+                Given([*ids], {}, dict.fromkeys(range(len(ids)) if kept is None else kept[i], -1)) for i in numbers
+            ]
+            made.append(self._batch(inputs, numbers, given, len(ids)))
         return made
 
-    def _batch(self, inputs: Inputs, given: Sequence[Given], n_steps: int) -> Batch:
+    def _batch(self, inputs: Inputs, numbers: list[int], given: Sequence[Given], n_steps: int) -> Batch:
         """Answers, of which step `n_steps` would stand behind the end; read once, and again from the lowest block."""
         steps = [(row, step - n_steps, 1, tokens) for row, one in enumerate(given) for step, tokens in one.turn.items()]
         steps += [
@@ -118,9 +132,9 @@ class Reader:
         rows, positions, turn = torch.tensor([step[:3] for step in steps]).unbind(1)
         width = max(len(tokens) for *_, tokens in steps)
         tokens = torch.tensor([[*tokens, *[-1] * (width - len(tokens))] for *_, tokens in steps])
-        unread = torch.empty(len(steps), self.vlm.anatomy.hidden, dtype=torch.float32)
-        made = Batch(inputs, len(given), (rows, positions), tokens, turn.bool(), unread)
-        blocks, catcher = self.vlm.anatomy.blocks[self.lowest :], Catcher({0})
+        unread = torch.empty(len(steps), self.anatomy.hidden, dtype=torch.float32)
+        made = Batch(inputs, numbers, (rows, positions), tokens, turn.bool(), unread)
+        blocks, catcher = self.anatomy.blocks[self.lowest :], Catcher({0})
         # Once through the whole model, unedited; what the upper blocks are called with is caught on the way.
         with torch.no_grad():
             catching = enumerate(block.module for block in blocks)
@@ -132,7 +146,7 @@ class Reader:
             entering, calls = _apart(catcher.caught[0])
             upper = replace(made, inputs={}, entering=entering, calls=calls)
             upper = replace(upper, base=self.final(upper))
-            known, again = self.vlm.anatomy.logits(whole.base), self.vlm.anatomy.logits(upper.base)
+            known, again = self.anatomy.logits(whole.base), self.anatomy.logits(upper.base)
         bound = known[known > torch.finfo(torch.float32).min / 2].abs().max()
         # A model that does more between its blocks than it tells them runs as a whole each time.
         return upper if bool((known - again).abs().max() <= tolerance(self.vlm) * bound) else whole
@@ -140,7 +154,7 @@ class Reader:
     def final(self, batch: Batch) -> Float[Tensor, "n hidden"]:
         """What enters the final norm at the steps of a batch."""
         # The norm before the head can be the last one of the last block (post-LN): then it runs on the way.
-        entered, norm, hidden = list[Tensor](), self.vlm.anatomy.norm_module, batch.entering
+        entered, norm, hidden = list[Tensor](), self.anatomy.norm_module, batch.entering
         watching = hooked([partial(norm.register_forward_pre_hook, lambda _, args: entered.append(args[0]))])
         with self.vlm.alone(), watching:
             if hidden is None:
@@ -148,7 +162,7 @@ class Reader:
             else:
                 # Copies: models write into what they are called with, such as a cache.
                 hidden, shared = hidden.clone(), dict[int, Any]()
-                for block, (args, kwargs) in zip(self.vlm.anatomy.blocks[self.lowest :], batch.calls, strict=True):
+                for block, (args, kwargs) in zip(self.anatomy.blocks[self.lowest :], batch.calls, strict=True):
                     args, kwargs = repeated(args, 1, shared), repeated(kwargs, 1, shared)
                     # Some models give the stream by its place, some by its name.
                     if args:
@@ -161,11 +175,17 @@ class Reader:
 
     def logits(self, batch: Batch) -> Float[Tensor, "n vocab"]:
         """What the model says at the steps of a batch now; differentiable."""
-        return self.vlm.anatomy.logits(self.final(batch), grad=True)
+        return self.anatomy.logits(self.final(batch), grad=True)
+
+    def likeliest(self, batch: Batch, *, unedited: bool = False) -> Int[Tensor, "n"]:
+        """The token that is likeliest at each step of a batch now, or was when the batch was made; on the CPU."""
+        with torch.no_grad():
+            logits = self.anatomy.logits(batch.base if unedited else self.final(batch))
+        return logits[:, : self.vlm.n_tokens].argmax(-1).cpu()
 
     def base(self, batch: Batch) -> Float[Tensor, "n vocab"]:
         """What the unedited model says there."""
-        return self.vlm.anatomy.logits(batch.base, grad=True)
+        return self.anatomy.logits(batch.base, grad=True)
 
     def at(self, batch: Batch, module: nn.Module, *, inputs: bool) -> Float[Tensor, "n width"]:
         """What a module, in the lowest block or above, is given or gives at the steps of a batch; no gradients."""
