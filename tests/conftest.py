@@ -17,12 +17,21 @@ from transformers.utils import logging
 
 import mmneurons as mmn
 from mmneurons import pocket
+from mmneurons.editing import kept_references
 from mmneurons.vlm.vlm import VLM
 
 settings.register_profile("quiet", deadline=None)  # speed is measured in benchmarks/, never asserted in a test
 settings.load_profile("quiet")
 logging.disable_progress_bar()
 logging.set_verbosity_error()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_reference_is_kept():
+    """Nothing that a test works out stays on disk, or comes from there."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kept_references, "LARGEST", 0)
+        yield
 
 
 @pytest.fixture(scope="session")

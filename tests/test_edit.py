@@ -24,13 +24,13 @@ import mmneurons as mmn
 from mmneurons import pocket
 from mmneurons.baselines.output_layer import HeadChange
 from mmneurons.data.images import open_image
-from mmneurons.editing import request
+from mmneurons.editing import request, strength
 from mmneurons.editing.answers import TracedAnswers, likeliest_tokens, occurrences, trace_answers, trace_given
 from mmneurons.editing.closed_form import flip_risk, select_columns, solve, unit_patch
 from mmneurons.editing.edit import EditSettings, edit
 from mmneurons.editing.reference import make_reference, sentences
 from mmneurons.editing.request import EditRequest, TokenGoal, prompt_hash, token_goals
-from mmneurons.editing.strength import ALLOWED_FLIPS, MARGINS, find_strength
+from mmneurons.editing.strength import ALLOWED_FLIPS, MARGINS, Kept, find_strength
 from mmneurons.errors import MmneuronsError, SettingError, WordError
 from mmneurons.maths.edits import selective, smallest
 from mmneurons.neurons import Neuron
@@ -41,6 +41,7 @@ from mmneurons.vlm.asking import texts_of
 from mmneurons.vlm.columns import HASH_BYTES, Columns, column_hashes
 from mmneurons.vlm.prompts import WORDINGS
 from mmneurons.vlm.provenance import weights_hash
+from mmneurons.vlm.teacher_forcing import Reader
 from mmneurons.vlm.tokens import tokens_of
 from mmneurons.vlm.vlm import VLM
 from mmneurons.words import says
@@ -655,13 +656,42 @@ def test_text_positions_count_once_and_for_all_that_read_the_same(vlm, with_text
     assert {read[i]: int(counts[i]) for i in counts.nonzero()[:, 0]} == Counter(read)
     distinct = with_texts.positions(torch.zeros(len(with_texts.steps)), len(read))
     assert sorted(distinct) == counts.nonzero()[:, 0].tolist()
+    reader, first = Reader(vlm, 0, cache=True, batch_size=8), int(changed.nonzero()[0, 0])
+    every, two = (Kept(reader, with_texts, "dog", [], positions) for positions in (distinct, [first, 0]))
     with (3 * to_cat).applied(vlm):
-        assert with_texts.flipped(vlm, distinct) == pytest.approx(float(changed.float().mean()))
-        first = int(changed.nonzero()[0, 0])
-        assert with_texts.flipped(vlm, [first, 0]) == pytest.approx(
-            (int(counts[first]) + int(counts[0]) * int(changed[0])) / len(read)
-        )
-    assert with_texts.flipped(vlm, distinct) == 0
+        assert every.changes() == (0, pytest.approx(float(changed.float().mean())))
+        shares = int(counts[first]) + int(counts[0]) * int(changed[0])
+        assert two.changes() == (0, pytest.approx(shares / len(read)))
+    assert every.changes() == two.changes() == (0, 0)
+
+
+def test_answers_that_reading_says_would_change_are_those_that_change(vlm, with_texts, to_cat):
+    """Greedily, an answer stays as it is where each of its steps does: no token of it need be generated."""
+    assert with_texts.answers is not None
+    for factor in (1, 3, 8):
+        edited, seen = factor * to_cat, list[int]()
+        for lowest in (0, last(vlm)):
+            kept = Kept(Reader(vlm, lowest, cache=True, batch_size=3), with_texts, "dog", [*range(8)], [])
+            with edited.applied(vlm):
+                seen.append(kept.changes()[0])
+        with edited.applied(vlm):
+            now = vlm.caption([*with_texts.images])
+        usual = with_texts.answers.texts
+        said = [text != before for text, before in zip(now, usual, strict=True) if not says(before, "dog")]
+        assert seen == [sum(said)] * 2
+    assert seen[0] > 0
+
+
+def test_strength_by_reading_is_strength_by_generating(vlm, to_cat, monkeypatch):
+    """What is read decides nothing that is not generated then, and saves generating."""
+    search = to_cat.provenance["search"]
+    n = len(edit_images("dog"))
+    assert search["generated"] <= 3 * n
+    monkeypatch.setattr(strength._Trials, "reads", strength._Trials.generates)
+    slow = edit(vlm, edit_images("dog"), source="dog", target="cat", reference="own").provenance["search"]
+    quick = edit(vlm, edit_images("dog"), source="dog", target="cat", reference="own")
+    assert slow["smallest"] == quick.provenance["search"]["smallest"]
+    assert slow["turned"] == quick.provenance["search"]["turned"] == 1
 
 
 def test_harm_is_one_over_the_strength_at_which_something_else_is_said(vlm, with_texts):
@@ -695,7 +725,7 @@ def test_texts_of_the_reference_hold_an_edit_back(vlm):
     asked = [EditRequest(images, Question(), said, occurrences(vlm, said, "dog"))]
     dog, cat = (tokens_of(vlm.tokenizer, word)[0] for word in ("dog", "cat"))
     unit = HeadChange(((dog, cat),), 1.0)
-    options: dict[str, Any] = {"start": 4.0, "tell": lambda what: None}
+    options: dict[str, Any] = {"start": 4.0, "lowest": last(vlm), "tell": lambda what: None}
     smallest_that_turns = find_strength(vlm, unit, asked, "dog", "cat", reference=None, risk=None, **options).smallest
     _, changed = flips_of(vlm, 1.5 * smallest_that_turns * unit, TEXTS)
     lengths = [len(vlm.tokenizer(text).input_ids) for text in TEXTS]
@@ -715,19 +745,20 @@ def test_texts_of_the_reference_hold_an_edit_back(vlm):
     assert (found.looked_at, found.turned) == (0, 1)
 
 
-def test_the_model_is_as_it_was_whatever_happens(vlm, monkeypatch):
-    before, calls, really_ask = weights_hash(vlm.model), [], request.texts_of
+@pytest.mark.parametrize(
+    ("owner", "name"), [(request, "texts_of"), (Reader, "likeliest")], ids=["generating", "reading"]
+)
+def test_the_model_is_as_it_was_whatever_happens(vlm, monkeypatch, owner, name):
+    before, calls = weights_hash(vlm.model), []
 
     def interrupted(*args, **options):
         calls.append(ledger_of(vlm).active)
-        if len(calls) == 2:
-            raise KeyboardInterrupt
-        return really_ask(*args, **options)
+        raise KeyboardInterrupt
 
-    monkeypatch.setattr(request, "texts_of", interrupted)
+    monkeypatch.setattr(owner, name, interrupted)
     with pytest.raises(KeyboardInterrupt):
         edit(vlm, edit_images("dog")[:2], **ALONE)
-    assert [len(active) for active in calls] == [1, 1]  # it was being tried
+    assert [len(active) for active in calls] == [1]  # it was being tried
     assert ledger_of(vlm).active == ()
     assert weights_hash(vlm.model) == before
 

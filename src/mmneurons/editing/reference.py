@@ -15,6 +15,7 @@ from torch import Tensor
 
 from mmneurons import pocket
 from mmneurons.data.pictures import Picture
+from mmneurons.editing import kept_references
 from mmneurons.editing.answers import (
     TracedAnswers,
     TracedSteps,
@@ -168,6 +169,8 @@ def make_reference(
 ) -> Reference:
     """Let the model answer about images and read texts, unedited.
 
+    What it said and read is kept in the cache folder, and used again by whoever asks for the same of the same model.
+
     Args:
         vlm: The model, from `load`, without patches.
         images: Unlike each other and like what the edited model will see; 100 and more.
@@ -187,8 +190,16 @@ def make_reference(
     def tell(done: int) -> None:
         progress("answers to leave as they are", done, len(images))
 
-    said = trace_answers(vlm, images, question, progress=tell) if images else None
-    read = trace_texts(vlm, texts) if texts else None
+    # What another edit of the same model has worked out already is on disk.
+    place = kept_references.place_of(vlm, images, texts, question)
+    known = None if place is None else kept_references.load(place, vlm, images, texts, question)
+    if known is None:
+        said = trace_answers(vlm, images, question, progress=tell) if images else None
+        read = trace_texts(vlm, texts) if texts else None
+        if place is not None:
+            kept_references.save(place, said, read)
+    else:
+        said, read = known
     counts = torch.tensor(_counts(vlm, texts), dtype=torch.long)
     seconds = torch.cat([_seconds(vlm, steps) for steps in (said and said.steps, read) if steps is not None])
     made_by = str(vlm.facts["weights_hash"])
