@@ -707,15 +707,15 @@ def test_harm_is_one_over_the_strength_at_which_something_else_is_said(vlm, with
     assert bool((risk[balls] == -torch.inf).all())
     usual = torch.cat(likeliest_tokens(vlm, TEXTS))
     seconds = with_texts.seconds[-len(usual) :]
-    for strength in (20.0, 60.0):
-        with (strength * unit_patch(vlm, columns, updates)).applied(vlm):
+    for factor in (20.0, 60.0):
+        with (factor * unit_patch(vlm, columns, updates)).applied(vlm):
             now = torch.cat(likeliest_tokens(vlm, TEXTS))
         # A third word, neither wanted nor second before, may overtake; a step at its very limit may fall either way.
         told = ~balls & torch.stack([now == one for one in (usual, seconds, goals[0].said, goals[0].wanted)]).any(0)
-        told &= (strength * risk - 1).abs() > 1e-3
+        told &= (factor * risk - 1).abs() > 1e-3
         assert int(told.sum()) > 0.9 * int((~balls).sum())
         assert bool((now != usual)[told].any())
-        assert torch.equal((now != usual)[told], (strength * risk > 1)[told])
+        assert torch.equal((now != usual)[told], (factor * risk > 1)[told])
 
 
 def test_texts_of_the_reference_hold_an_edit_back(vlm):
