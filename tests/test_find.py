@@ -8,9 +8,10 @@ import torch
 
 import mmneurons as mmn
 from mmneurons.data.images import open_image
-from mmneurons.errors import SettingError, WordError
+from mmneurons.errors import ModelError, SettingError, WordError
 from mmneurons.finding import batch
 from mmneurons.vlm.doctor import additivity, additivity_error
+from mmneurons.vlm.hooks import recording as recording_module
 from mmneurons.vlm.hooks.recording import record
 from mmneurons.vlm.traces import Trace, pick_trace
 from mmneurons.vlm.vlm import VLM, Answers
@@ -201,6 +202,58 @@ def test_recording_changes_no_bit(vlm, images):
         with record(vlm.anatomy, gates=True):
             during = vlm.model(**inputs).logits
     assert torch.equal(before, during)
+
+
+@pytest.mark.parametrize("spoiled", ["nothing", "residual stream"])
+def test_what_is_kept_without_a_copy_is_what_a_copy_holds(vlm, images, monkeypatch, spoiled):
+    """On a GPU tensors are kept as they are, but for those that the model changes in place later in the pass."""
+    first = vlm.model.model.language_model.layers[0]
+    inputs, made = vlm.encode(images), []
+
+    def change(module, args):
+        if spoiled == "residual stream":
+            args[0].mul_(1.01)
+
+    in_place = first.input_layernorm.register_forward_pre_hook(change)
+    try:
+        for copying in (("cpu",), ()):
+            monkeypatch.setattr(recording_module, "COPYING", copying)
+            with record(vlm.anatomy, gates=True) as recording:
+                vlm.generate(inputs, 6)
+            made.append(recording)
+    finally:
+        in_place.remove()
+    lists = [[*r.raw, *r.gates, *r.sources, *r.norms, r.embedding, r.residual] for r in made]
+    for one, other in zip(*lists, strict=True):
+        assert len(one) == len(other) == 6
+        assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+    shared = [a.data_ptr() for parts in lists[1] for a in parts[2:]]
+    assert len(shared) == len({*shared})
+
+
+@pytest.mark.parametrize("whole", [False, True], ids=["a part of a block", "a whole block"])
+def test_what_is_not_reached_at_a_later_step_is_told_unless_its_block_was_left_out(vlm, images, monkeypatch, whole):
+    """Silence must not be taken for zero, at the first step or any other; a block that is left out writes nothing."""
+    block, steps = vlm.model.model.language_model.layers[1], []
+    part = block if whole else block.mlp
+    really = part.forward
+
+    def forward(hidden_states, **options):
+        steps.append(hidden_states.shape)
+        if len(steps) == 3:
+            return hidden_states if whole else torch.zeros_like(hidden_states)
+        return really(hidden_states, **options)
+
+    monkeypatch.setattr(part, "forward", forward)
+    inputs = vlm.encode(images[:1])
+    if not whole:
+        with pytest.raises(ModelError, match=r"(?s)Missed: .*layers\.1\.mlp\.down_proj"), record(vlm.anatomy):
+            vlm.generate(inputs, 5)
+        return
+    with record(vlm.anatomy) as recording:
+        vlm.generate(inputs, 5)
+    silent = [bool((part == 0).all()) for part in recording.raw[1]]
+    assert silent == [False, False, True, False, False]
 
 
 def hooks(model):

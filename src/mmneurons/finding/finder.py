@@ -23,6 +23,7 @@ from mmneurons.finding.scoring import Target, describe
 from mmneurons.progress import Progress
 from mmneurons.settings import FindOptions, FindSettings, MeanActivations, Question, settled
 from mmneurons.vlm import provenance
+from mmneurons.vlm.age import unchanged
 from mmneurons.vlm.asking import batches_of, rendered_prompts
 from mmneurons.vlm.grid import Grids, find_grids, model_views
 from mmneurons.vlm.locking import by_one_thread
@@ -162,6 +163,13 @@ def captions_for(n_prompts: int, caption: str | Sequence[str], question: Questio
 
 @by_one_thread
 def _find_batch(
+    vlm: VLM, inputs: Inputs, rows: list[list[OpenedImage]], captions: list[str] | None, choices: FindSettings
+) -> list[Finding]:
+    with unchanged(vlm.model):
+        return _found(vlm, inputs, rows, captions, choices)
+
+
+def _found(
     vlm: VLM, inputs: Inputs, rows: list[list[OpenedImage]], captions: list[str] | None, choices: FindSettings
 ) -> list[Finding]:
     """The whole way for one batch, top to bottom."""

@@ -14,6 +14,7 @@ from mmneurons.finding.batch import ScoredBatch, score_batch
 from mmneurons.finding.finder import captions_for
 from mmneurons.settings import SweepSettings
 from mmneurons.sweeping.reading import ReadImage
+from mmneurons.vlm.age import unchanged
 from mmneurons.vlm.failures import first_line, is_out_of_memory
 from mmneurons.vlm.vlm import VLM
 
@@ -95,7 +96,7 @@ class Asker:
         began = time.perf_counter()
         rows = [[read.opened] for read in reads if read.opened is not None]
         said = [read.item.caption or "" for read in reads]
-        with self.vlm.alone():
+        with self.vlm.alone(), unchanged(self.vlm.model):
             captions = captions_for(len(said), said, self.settings) if given else None
             inputs = self.vlm.encode([[row[0].image] for row in rows], self.settings.prompt, self.settings.prefix)
             batch = score_batch(self.vlm, inputs, rows, captions, self.settings)

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -15,6 +16,7 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from mmneurons.vlm.age import age
 from mmneurons.vlm.anatomy.structure import language_model, mixes_positions
 from mmneurons.vlm.families import family_of
 
@@ -150,8 +152,22 @@ def _blocks(
     return found
 
 
+_RESAMPLERS: WeakKeyDictionary[nn.Module, tuple[int, str | None]] = WeakKeyDictionary()
+"""Of each model how old it was, and what was found then: its modules are many to look through for each batch."""
+
+
 def _resampler(model: PreTrainedModel) -> str | None:
-    """Return the path of what makes queries of patches, between vision tower and language model or in the tower."""
+    """Return the path of what makes queries of patches; None where nothing does."""
+    now = age(model)
+    known_at, found = _RESAMPLERS.get(model, (-1, None))
+    if known_at != now:
+        found = _find_resampler(model)
+        _RESAMPLERS[model] = now, found
+    return found
+
+
+def _find_resampler(model: PreTrainedModel) -> str | None:
+    """Look for it between vision tower and language model, then in the tower."""
     language = {id(m) for m in language_model(model).modules()}
     for name, module in model.named_modules():
         between = name and id(module) not in language and not any(tower in name.lower() for tower in _TOWERS)

@@ -22,6 +22,8 @@ if TYPE_CHECKING:  # they see a recording themselves
 Keep = Callable[[Shaped[Tensor, "batch positions *width"]], Shaped[Tensor, "batch kept *width"]]
 """Function that picks the positions of one forward pass to keep; it may return a view, which is then copied."""
 
+COPYING = ("cpu",)
+"""Types of device on which what is kept is always copied; see `_Recorder._keep`."""
 PASSES_AT_ONCE = 8
 """Number of forward passes for which memory is made at once."""
 
@@ -146,10 +148,15 @@ class _Recorder:
         self.keep, self.neurons, self.writes, self.gates = keep, neurons, writes, gates
         self.missed: set[str] = set()
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
+        self._entries: dict[int, torch.utils.hooks.RemovableHandle] = {}
         # `_entered`: blocks entered in this pass. `_shape`: its batch and positions. `_rooms`: memory for what is kept.
         self._entered: set[int] = set()
         self._shape = (1, 1)
         self._rooms: dict[tuple[torch.dtype, torch.device], Tensor] = {}
+        # By the identity of the list that a part is recorded in: copies and originals of this pass, of which it is yet
+        # to be seen whether the model changes the original; and the parts whose originals last.
+        self._seen: dict[int, tuple[Tensor, Tensor]] = {}
+        self._lasting: set[int] = set()
         width = sum(ffn.n_neurons for ffn in ffns) * (2 if gates else 1)
         self._width = width + (2 + len(anatomy.sources) + len(anatomy.norms)) * anatomy.hidden * writes
         """About how many numbers are kept of one position."""
@@ -159,7 +166,7 @@ class _Recorder:
         anatomy, recording, add = self.recording.anatomy, self.recording, self._hooks.append
         # Every block, to tell one that was left out as a whole from a part that was missed in a block that ran.
         for layer, block in enumerate(anatomy.blocks):
-            add(block.module.register_forward_pre_hook(self._enter(layer), with_kwargs=True))
+            self._entries[layer] = block.module.register_forward_pre_hook(self._enter(layer), with_kwargs=True)
         for i, ffn in enumerate(anatomy.ffns):
             hook = self._dense(i) if ffn.n_experts is None else self._experts(i, ffn)
             add(ffn.module.register_forward_pre_hook(hook, with_kwargs=True))
@@ -181,7 +188,7 @@ class _Recorder:
 
     def stop(self) -> None:
         """Remove all hooks."""
-        for hook in self._hooks:
+        for hook in (*self._hooks, *self._entries.values()):
             hook.remove()
 
     def _enter(self, layer: int):
@@ -193,7 +200,7 @@ class _Recorder:
                 stream = args[0] if args else kwargs["hidden_states"]
                 self._shape = stream.shape[:2]
                 if self.writes:
-                    self.recording.embedding.append(self._kept(stream))
+                    self._keep(self.recording.embedding, stream)
 
         return hook
 
@@ -202,8 +209,9 @@ class _Recorder:
         parts, chosen = self.recording.raw[i], None if self.neurons is None else self.neurons[i]
 
         def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
-            kept = self._kept(self._with_batch(args[0]))
-            parts.append(kept if chosen is None else kept[..., chosen.to(kept.device)])
+            self._keep(parts, self._with_batch(args[0]))
+            if chosen is not None:
+                parts[-1] = parts[-1][..., chosen.to(parts[-1].device)]
 
         return hook
 
@@ -227,7 +235,7 @@ class _Recorder:
         """Make a hook that records the output of a module, the first one of several."""
 
         def hook(module: nn.Module, args: tuple, output: Any) -> None:
-            parts.append(self._kept(self._with_batch(output if isinstance(output, Tensor) else output[0])))
+            self._keep(parts, self._with_batch(output if isinstance(output, Tensor) else output[0]))
 
         return hook
 
@@ -235,9 +243,34 @@ class _Recorder:
         """Make a hook that records the input of a module."""
 
         def hook(module: nn.Module, args: tuple) -> None:
-            parts.append(self._kept(self._with_batch(args[0])))
+            self._keep(parts, self._with_batch(args[0]))
 
         return hook
+
+    def _keep(self, parts: list[Tensor], values: Tensor) -> None:
+        """Add the positions to keep to a part's passes: the tensor that is there, where nothing changes it later.
+
+        Whether the model goes on to change a tensor in place is seen in the second pass, for the passes behind it: of
+        these, a GPU copies nothing. On a CPU small pieces that stay are costly, see `_kept`.
+        """
+        is_whole = values.shape[1] == 1 and values.untyped_storage().nbytes() == values.nbytes
+        if self.keep is not last_position or not is_whole or values.device.type in COPYING:
+            parts.append(self._kept(values))
+        elif id(parts) in self._lasting:
+            parts.append(values)
+        else:
+            kept = self._kept(values)
+            parts.append(kept)
+            self._seen[id(parts)] = kept, values
+
+    def _see_what_lasts(self) -> None:
+        """At the end of a pass: which of the tensors that were seen in it are still what they were."""
+        if not self._seen:
+            return
+        still = [(kept == values).all() for kept, values in self._seen.values()]
+        flags = torch.stack([flag.to(still[0].device) for flag in still]).tolist()
+        self._lasting |= {key for key, flag in zip(self._seen, flags, strict=True) if flag}
+        self._seen.clear()
 
     def _kept(self, values: Tensor) -> Tensor:
         """Return the positions to keep, in memory of their own: a model may change an output in place later.
@@ -266,6 +299,12 @@ class _Recorder:
         """Close one forward pass: a part that recorded nothing gets zeros, and counts as missed if its block ran."""
         recording, anatomy, like = self.recording, self.recording.anatomy, self.recording.residual[-1]
         n = len(recording.residual)
+        # A block counts as entered if any part of it was reached, too: see below.
+        recorded = [
+            *zip(anatomy.sources, recording.sources, strict=True),
+            *zip(anatomy.ffns, recording.raw, strict=True),
+        ]
+        self._entered |= {part.layer for part, parts in recorded if len(parts) == n}
         for source, parts in zip(anatomy.sources, recording.sources, strict=True):
             if len(parts) < n:
                 self._fill(source.layer, source.name, parts, like)
@@ -274,14 +313,24 @@ class _Recorder:
             if len(parts) < n:
                 self.missed.add(site.name)
         for i, ffn in enumerate(anatomy.ffns):
-            blank = like.new_zeros(*like.shape[:2], self._n_recorded(i))
             if len(recording.raw[i]) < n:
-                self._fill(ffn.layer, ffn.name, recording.raw[i], blank)
+                self._fill(ffn.layer, ffn.name, recording.raw[i], self._blank(i))
                 if ffn.n_experts is not None:
                     recording.experts[i].append(like.new_zeros(*like.shape[:2], 1).long())
             if self.gates and len(recording.gates[i]) < n:
-                self._fill(ffn.layer, f"activation of {ffn.name}", recording.gates[i], blank)
+                self._fill(ffn.layer, f"activation of {ffn.name}", recording.gates[i], self._blank(i))
+        # Blocks that ran whole once need no hook of their own any more, to be called at each step: where one of their
+        # parts is missed later, the others tell that the block ran.
+        if n == 1:
+            for layer in self._entered - {0}:
+                self._entries.pop(layer).remove()
+        self._see_what_lasts()
         self._entered.clear()
+
+    def _blank(self, i: int) -> Float[Tensor, "batch kept _"]:
+        """Zeros as one FFN's activations of one pass."""
+        like = self.recording.residual[-1]
+        return like.new_zeros(*like.shape[:2], self._n_recorded(i))
 
     def _end_without_writes(self) -> None:
         """Close one forward pass of which only activations are recorded."""
