@@ -32,6 +32,7 @@ class Tables:
     rivals: Table = field(default_factory=lambda: Table(dict))
     growth: Table = field(default_factory=lambda: Table(dict))
     edits: Table = field(default_factory=lambda: Table(dict))
+    counts: Table = field(default_factory=lambda: Table(dict))
 
     def markdown(self) -> list[str]:
         """Every table that has something."""
@@ -40,6 +41,7 @@ class Tables:
             "Rivals, one image": self.rivals,
             "Growth, one image": self.growth,
             "Edits": self.edits,
+            "Launches and calls": self.counts,
         }
         return [markdown(title, table) for title, table in named.items() if table]
 

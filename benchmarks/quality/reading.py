@@ -146,7 +146,7 @@ class Judge:
                     sets = [top, *as_loud] if all(e is None for e in scored.trace.experts) else []
                     fallen = kept.replays[i].effects(sets).logprob.tolist() if sets else []
                     for kind, slots in (("top", top), ("random", random)):
-                        places = scored.places(i, slots)
+                        places = scored.places(i, slots.tolist())
                         whole, left = scored.contributions[i, slots].tolist(), without.of(i, places)
                         lost = [1 - b / a >= HALF for a, b in zip(whole, left, strict=True) if a]
                         row: dict[str, object] = {
@@ -172,7 +172,7 @@ class Judge:
 
     def words(self, scored: Scored, i: int, slots: Tensor, target: Target, reader: Reader) -> dict[str, object]:
         """What the neurons say, and how many of them the noun among it."""
-        vlm, places = self.vlm, scored.places(i, slots)
+        vlm, places = self.vlm, scored.places(i, slots.tolist())
         excess = scored.activations[i] if scored.baseline is None else scored.activations[i] - scored.baseline[i]
         signs = torch.where(excess[slots.to(excess.device)] < 0, -1.0, 1.0)
         columns = columns_of(vlm.anatomy, places, scored.scores.device)

@@ -110,7 +110,7 @@ class Observer:
         top = top_k(scored.scores[0], TOP).cpu()
         figures = self.deleted(known.replays[0], scored)
         for kind, slots in (("top", top), ("random", self.alike(scored, top))):
-            places = scored.places(0, slots)
+            places = scored.places(0, slots.tolist())
             whole, left = scored.contributions[0, slots].tolist(), without.of(0, places)
             figures[f"hit@{WORDS} {kind}"] = self.hits(scored, slots, targets[0])
             lost = [1 - b / a >= HALF for a, b in zip(whole, left, strict=True) if a]
@@ -176,7 +176,7 @@ class Observer:
 
     def hits(self, scored: Scored, slots: Tensor, target: Target) -> float:
         """Share of neurons among whose words the noun stands, by its token or by its stem."""
-        vlm, places = self.vlm, scored.places(0, slots)
+        vlm, places = self.vlm, scored.places(0, slots.tolist())
         signs = torch.where(scored.activations[0, slots] < 0, -1.0, 1.0)
         reader = reader_for(vlm, "standardised")
         told, _ = reader.tokens(reader.read(columns_of(vlm.anatomy, places, signs.device), places, signs), WORDS)

@@ -76,7 +76,7 @@ def _maps(
     vlm: VLM, inputs: Inputs, grids: Grids, scored: Scored, slots: Sequence[Int[Tensor, "_"]]
 ) -> list[Float[Tensor, "_ patches"]]:
     """For each target a(position) * sign(a where scored) of some slots at the image tokens; in the paper the gate."""
-    places = [scored.places(i, mine) for i, mine in enumerate(slots)]
+    places = [scored.places(i, mine.tolist()) for i, mine in enumerate(slots)]
     wanted = [sorted({n for row in places for ffn, n in row if ffn == i}) for i in range(len(vlm.anatomy.ffns))]
     gates = scored.choices.score == "paper"
     keep = keep_positions(all_positions(grids))

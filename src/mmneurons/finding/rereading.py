@@ -126,7 +126,7 @@ def with_blank(vlm: VLM, grey: Trace, scored: Scored, nouns: list[NounFinding]) 
     compared = []
     for i, noun in enumerate(nouns):
         listed = scored.ranked[i][: len(noun.neurons)]
-        left, whole = again.of(i, scored.places(i, listed)), scored.scores[i, listed].tolist()
+        left, whole = again.of(i, scored.places(i, listed.tolist())), scored.scores[i, listed].tolist()
         neurons = (
             replace(neuron, lost_without_image=1 - value / before if before else None)
             for neuron, value, before in zip(noun.neurons, left, whole, strict=True)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -77,12 +79,12 @@ class Scored:
         """Which FFN each slot belongs to; on the CPU."""
         return torch.bucketize(slots.cpu(), self.slot_ends, right=True)
 
-    def places(self, i: int, slots: Int[Tensor, "n"]) -> list[tuple[int, int]]:
+    def places(self, i: int, slots: Sequence[int]) -> list[tuple[int, int]]:
         """Slots of target i as (FFN, neuron counted through all its experts)."""
-        ffns = self.ffns_of(slots)
-        starts = torch.nn.functional.pad(self.slot_ends, (1, 0))[ffns]
-        found = []
-        for ffn, slot in zip(ffns.tolist(), (slots.cpu() - starts).tolist(), strict=True):
+        ends, found = self.slot_ends.tolist(), []
+        for slot in slots:
+            ffn = bisect_right(ends, slot)
+            slot -= ends[ffn - 1] if ffn else 0
             experts, width = self.trace.experts[ffn], self.trace.anatomy.ffns[ffn].n_neurons
             if experts is not None:
                 slot = int(experts[i, slot // width]) * width + slot % width
@@ -141,7 +143,7 @@ def score_targets(
         scores=scores,
         contributions=contributions,
         pushes=pushes,
-        ranked=torch.stack([top_k(row, max(*REGION_SIZES, choices.top)) for row in scores]),
+        ranked=top_k(scores, max(*REGION_SIZES, choices.top)),
     )
 
 
@@ -286,7 +288,7 @@ def describe(vlm: VLM, scored: Scored) -> list[NounFinding]:
     The columns of all targets are read off together: the unembedding is large, and so is read once.
     """
     anatomy, listed = vlm.anatomy, scored.ranked[:, : scored.choices.top]
-    places = [scored.places(i, slots) for i, slots in enumerate(listed)]
+    places = [scored.places(i, slots) for i, slots in enumerate(listed.tolist())]
     flat = [place for row in places for place in row]
     activations = scored.activations.gather(1, listed)
     baseline = None if scored.baseline is None else scored.baseline.gather(1, listed)
@@ -305,7 +307,7 @@ def describe(vlm: VLM, scored: Scored) -> list[NounFinding]:
     tops = scored.pushes.gather(1, listed).sum(-1).tolist()
     names = ("ffn", "attention", "other", "embedding", "bias")
     parts = {name: getattr(scored.written, name).tolist() for name in names}
-    nouns = []
+    histograms, nouns = _histograms(scored), []
     for i, row in enumerate(places):
         neurons = tuple(
             NeuronFinding(
@@ -319,11 +321,18 @@ def describe(vlm: VLM, scored: Scored) -> list[NounFinding]:
             for rank, (ffn, neuron) in enumerate(row)
         )
         mine = Parts(top=tops[i], **{name: values[i] for name, values in parts.items()})
-        nouns.append(_noun(vlm, scored, i, neurons, mine))
+        nouns.append(_noun(vlm, scored, i, neurons, mine, histograms[i]))
     return nouns
 
 
-def _noun(vlm: VLM, scored: Scored, i: int, neurons: tuple[NeuronFinding, ...], parts: Parts) -> NounFinding:
+def _noun(
+    vlm: VLM,
+    scored: Scored,
+    i: int,
+    neurons: tuple[NeuronFinding, ...],
+    parts: Parts,
+    layers: dict[int, tuple[int, ...]],
+) -> NounFinding:
     target = scored.targets[i]
     return NounFinding(
         word=target.word.text,
@@ -337,13 +346,14 @@ def _noun(vlm: VLM, scored: Scored, i: int, neurons: tuple[NeuronFinding, ...], 
         logit=scored.logits[i],
         parts=parts,
         neurons=neurons,
-        layers=_histograms(scored, i),
+        layers=layers,
     )
 
 
-def _histograms(scored: Scored, i: int) -> dict[int, tuple[int, ...]]:
-    """For each k, how many of the top k lie in each block."""
+def _histograms(scored: Scored) -> list[dict[int, tuple[int, ...]]]:
+    """For each target and each k, how many of the top k lie in each block."""
     anatomy = scored.trace.anatomy
-    layers = torch.tensor([ffn.layer for ffn in anatomy.ffns])[scored.ffns_of(scored.ranked[i])]
-    sizes = [k for k in HISTOGRAM_SIZES if k <= len(layers)]
-    return {k: tuple(torch.bincount(layers[:k], minlength=len(anatomy.blocks)).tolist()) for k in sizes}
+    layers = torch.tensor([ffn.layer for ffn in anatomy.ffns])[scored.ffns_of(scored.ranked)].numpy()
+    sizes = [k for k in HISTOGRAM_SIZES if k <= layers.shape[1]]
+    n_blocks = len(anatomy.blocks)
+    return [{k: tuple(np.bincount(row[:k], minlength=n_blocks).tolist()) for k in sizes} for row in layers]

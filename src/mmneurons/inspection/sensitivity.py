@@ -276,14 +276,14 @@ def _noun(
 ) -> NounSensitivity:
     """Put together what was measured of one noun, whose place among the targets is i."""
     # What is left of each top neuron's score with another picture.
-    places = scored.places(i, scored.ranked[i][: len(noun.neurons)])
+    places = scored.places(i, scored.ranked[i, : len(noun.neurons)].tolist())
     blank, other = (() if again is None else _lost(noun, again.of(i, places)) for again in readings)
     # Which of the top neurons are among the top ones still.
     stays = {}
     if mixed is not None:
         for k in SHARED:
             if k <= len(scored.ranked[i]):
-                stays[k] = len(set(scored.places(i, scored.ranked[i][:k])) & set(mixed.top(i, k))) / k
+                stays[k] = len(set(scored.places(i, scored.ranked[i, :k].tolist())) & set(mixed.top(i, k))) / k
     # Where they look, if there is a mask to compare with.
     mask = seen.get(noun.lemma)
     unmeasured = _why_unmeasured(item, mask) if noun.regions else None

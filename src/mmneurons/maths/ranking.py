@@ -10,19 +10,23 @@ LOGITS_AT_ONCE = 1 << 22
 """How many logits (16 MiB in float32) `said_tokens` holds at once."""
 
 
-def top_k(scores: Float[Tensor, "neurons"], k: int) -> Int[Tensor, "k"]:
-    """Find the indices of the k highest scores, highest first, equal scores in order of index.
+def top_k(scores: Float[Tensor, "*rows neurons"], k: int) -> Int[Tensor, "*rows k"]:
+    """Find the indices of the k highest scores of each row, highest first, equal scores in order of index.
 
     Args:
-        scores: One number for each neuron.
+        scores: One number for each neuron, no NaN.
         k: How many are wanted; all of them if there are fewer.
     """
-    # torch.topk leaves the order of equal scores open; it only gives the threshold, and a stable sort gives the order.
-    k = min(k, len(scores))
-    threshold = torch.topk(scores, k).values[-1]
-    candidates = torch.nonzero(scores >= threshold).squeeze(1)  # in order of index
-    order = torch.sort(scores[candidates], descending=True, stable=True).indices
-    return candidates[order[:k]]
+    # torch.topk leaves the order of equal scores open; it only gives the lowest score of each row that is taken. Of
+    # those that are equal to it, as many come first as there is room for, and a stable sort gives the order.
+    k = min(k, scores.shape[-1])
+    lowest = torch.topk(scores, k).values[..., -1:]
+    above, equal = scores > lowest, scores == lowest
+    room = k - above.sum(-1, keepdim=True, dtype=torch.int32)
+    taken = above | (equal & (equal.cumsum(-1, dtype=torch.int32) <= room))
+    candidates = torch.nonzero(taken)[:, -1].view(*scores.shape[:-1], k)  # in order of index, k in each row
+    order = torch.sort(scores.gather(-1, candidates), descending=True, stable=True).indices
+    return candidates.gather(-1, order)
 
 
 def said_tokens(

@@ -341,6 +341,7 @@ class _Recorder:
             if len(recording.raw[i]) < n:
                 blank = torch.zeros(*shape, self._n_recorded(i), dtype=torch.float32)
                 self._fill(ffn.layer, ffn.name, recording.raw[i], blank)
+        self._see_what_lasts()
         self._entered.clear()
 
     def _n_recorded(self, i: int) -> int:
