@@ -94,7 +94,8 @@ def find(
         typer.Option(
             metavar="zero|blank|IMAGES",
             help="What activations are compared with: nothing (zero), the same with a blank image (blank), or their "
-            "mean where the model says other nouns about other images: a folder, a manifest, COCO instances or pocket:SET.",
+            "mean where the model says other nouns about other images: a folder, a manifest, COCO instances or "
+            "pocket:SET.",
         ),
     ] = "zero",
     calibration: Calibrated = None,
