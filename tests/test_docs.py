@@ -18,9 +18,11 @@ from typing import Any, NamedTuple
 import pytest
 from PIL import Image
 from test_patch import a_patch
+from typer.testing import CliRunner
 
 import mmneurons as mmn
 from mmneurons import pocket
+from mmneurons.cli import app
 from mmneurons.finding import result
 from mmneurons.finding.result import Finding, NeuronFinding, NounFinding, Parts
 from mmneurons.neurons import Neuron
@@ -212,6 +214,26 @@ def test_commands_and_options_exist(path):
         for one in [] if name.startswith("-") else name.split("|"):
             assert one in commands, said
         assert set(re.findall(r"(?<!\S)--[a-z][a-z-]*", said)) <= known | {"--help", "--no-maps", "--no-grounded"}, said
+
+
+def without_numbers(text: str) -> list[str]:
+    """The lines of a terminal, without blank ones and maps; figures are #, as a processor may round them otherwise."""
+    lines = (re.sub(r"(?<![\w.])[+-]?\d+\.\d+", "#", re.sub(r"[░▒▓█]", "", line)) for line in text.splitlines())
+    return [" ".join(line.split()) for line in lines if line.strip()]
+
+
+def test_the_terminal_of_the_readme_is_what_find_prints():
+    shown = next(block.text for block in blocks(read(ROOT / "README.md")) if block.text.startswith("$ mmneurons find"))
+    command, _, expected = shown.partition("$ mmneurons edit")[0].partition("\n")
+    arguments = command.partition("#")[0].split()[2:]
+    printed = without_numbers(CliRunner().invoke(app, arguments).output)
+    # Where the README leaves lines out, it says "...".
+    at = 0
+    for part in expected.split("...\n"):
+        lines = without_numbers(part)
+        starts = [i for i in range(at, len(printed)) if printed[i : i + len(lines)] == lines]
+        assert starts, f"find does not print this: {lines}"
+        at = starts[0] + len(lines)
 
 
 def test_the_page_of_the_python_names_has_every_one():

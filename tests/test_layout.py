@@ -52,7 +52,7 @@ each_file = pytest.mark.parametrize("path", WRITTEN, ids=lambda path: str(path.r
 
 
 def layer_of(module: str) -> str:
-    """'mmneurons.data.images' -> 'vlm'; '' for the package itself."""
+    """'mmneurons.data.images' -> 'data'; '' for the package itself."""
     return module.split(".")[1] if "." in module else ""
 
 

@@ -63,7 +63,7 @@ FRACTIONS = ("ridge", "payoff")
 
 @dataclass(frozen=True)
 class Question:
-    """What a model is asked about each image, how long its answer may be, and how many are asked at once.
+    """A Question says what a model is asked about each image, how long answers may be, and how many are asked at once.
 
     Raises:
         SettingError: a value has no meaning, here or in a class derived from this one.
@@ -149,7 +149,7 @@ class Calibrated(Protocol):
 
 @dataclass(frozen=True)
 class FindSettings(Question):
-    """Which neurons `find` looks for, and what it reports about them."""
+    """These settings say which neurons `find` looks for, and what it reports about them."""
 
     top: int = setting(10, at_least=1)
     """How many neurons are listed for each noun."""
@@ -212,7 +212,7 @@ class FindSettings(Question):
 
 @dataclass(frozen=True)
 class SweepSettings(FindSettings):
-    """Which neurons a `sweep` keeps for each noun, and how the images are divided."""
+    """These settings say which neurons a `sweep` keeps for each noun, and how the images are divided."""
 
     top: int = setting(100, at_least=1)
     """How many neurons are kept for each noun."""
@@ -232,7 +232,7 @@ class SweepSettings(FindSettings):
 
 @dataclass(frozen=True)
 class EditSettings(Question):
-    """How `edit` makes a patch."""
+    """These settings say how `edit` makes a patch."""
 
     method: Method = "selective"
     """How the change is found: in closed form, sparing what the reference answers rely on (selective), as the smallest
@@ -269,7 +269,7 @@ class EditSettings(Question):
 
 @dataclass(frozen=True)
 class InspectSettings(Question):
-    """How `inspect` ranks neurons."""
+    """These settings say how `inspect` ranks neurons."""
 
     score: Score = "logit"
     """The score of `find` by which neurons are ranked; see docs/reference/method.md."""
@@ -281,7 +281,7 @@ class InspectSettings(Question):
 
 @dataclass(frozen=True)
 class DehallucinateSettings(Question):
-    """How `dehallucinate` makes a patch."""
+    """These settings say how `dehallucinate` makes a patch."""
 
     say: str = "thing"
     """The word, one token, that the model learns to say where it declines to name an object."""

@@ -42,7 +42,7 @@ FROM top
 
 @dataclass(frozen=True, eq=False)
 class NeuronPage:
-    """What is known of one neuron."""
+    """A NeuronPage holds what is known of one neuron."""
 
     neuron: str
     says: pa.Table
@@ -55,7 +55,7 @@ class NeuronPage:
 
 @dataclass(frozen=True, eq=False)
 class ImagePage:
-    """What is known of one image."""
+    """An ImagePage holds what is known of one image."""
 
     image: pa.Table
     """One row for each run: position, name, caption, objects, captions, content."""
@@ -64,7 +64,7 @@ class ImagePage:
 
 
 class Atlas:
-    """Runs that can be asked: which neurons say a word, what a neuron says, on which images.
+    """An Atlas answers questions about runs: which neurons say a word, what a neuron says, on which images.
 
     A mean contribution is over all images that say the word; where a neuron is not among the top ones that the sweep
     kept, it counts as 0. Several runs stand side by side, told apart by the column `run`: two models, or one before and

@@ -47,7 +47,7 @@ if TYPE_CHECKING:
 OR_HUB = "or hub:USER/NAME for one on the Hub, hub:USER/NAME@REVISION for a certain one"
 Patches = Annotated[list[str], typer.Argument(metavar="PATCH...", help=f"Files that mmneurons edit wrote, {OR_HUB}.")]
 
-patches = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Look into patches, and share them.")
+patches = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Show what patches change, and share them.")
 app.add_typer(patches, name="patch")
 
 HeldOut = Annotated[list[str] | None, typer.Option("--held-out", help="Other images that show SOURCE, to judge on.")]
@@ -83,7 +83,8 @@ def edit(
         list[str] | None,
         typer.Option(
             help="Images whose answers are to stay as they are. Default, without --texts: sentences that the package "
-            "ships, for the pocket model its own images and texts as well; own: only other words of the same answers."
+            "ships, for the pocket model its own images and texts as well; own: only the other words of the edit's "
+            "answers."
         ),
     ] = None,
     texts: Texts = None,
@@ -94,7 +95,7 @@ def edit(
 ) -> None:
     """Make a patch that replaces or removes a word.
 
-    With the patch the model says TARGET where it said SOURCE, or says SOURCE no more. Only the patch is written: the
+    With the patch the model says TARGET where it said SOURCE, or no longer says SOURCE. Only the patch is written: the
     model's files stay as they are.
     """
     # 1. What is asked for, and whether its files can be read and written, before the model loads.

@@ -93,8 +93,9 @@ def find(
         str,
         typer.Option(
             metavar="zero|blank|IMAGES",
-            help="What activations are compared with: nothing (zero), a blank image (blank), or other images where "
-            "the model says other nouns of them: a folder, a manifest, COCO instances or pocket:SET.",
+            help="What activations are compared with: nothing (zero), the same with a blank image (blank), or their "
+            "mean where the model says other nouns about other images: a folder, a manifest, COCO instances or "
+            "pocket:SET.",
         ),
     ] = "zero",
     calibration: Calibrated = None,

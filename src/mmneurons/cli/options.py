@@ -116,11 +116,11 @@ def _load(
         str | None, typer.Option(help="Hub id or folder of the vision tower of a LLaVA in its authors' layout.")
     ] = None,
     date: Annotated[
-        str | None, typer.Option(help="Day that a chat template with today's date in it takes for today: YYYY-MM-DD.")
+        str | None, typer.Option(help="The date, YYYY-MM-DD, that a chat template writes in place of today's date.")
     ] = None,
     patch: Annotated[
         list[str] | None,
-        typer.Option(metavar="FILE", help="A patch to put on the model first, or hub:USER/NAME; repeatable."),
+        typer.Option(metavar="FILE", help="A patch to apply to the model first: a file, or hub:USER/NAME; repeatable."),
     ] = None,
 ) -> VLM:
     """Load the model that the options name, and put patches on it; its parameters are options of most commands."""

@@ -55,7 +55,7 @@ class Packed(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class Item:
-    """One image of an experiment; it is opened when it is asked for, so that thousands need no memory."""
+    """An Item is one image of an experiment; it is opened when it is asked for, so that thousands need no memory."""
 
     name: str
     """A path as given, or the place in an evaluation set: `find-500/17`."""

@@ -94,7 +94,7 @@ class _Schema(msgspec.Struct):
 
 
 class Run:
-    """A run on disk; it can still be growing.
+    """A Run reads the folder of a run; the run can still be growing.
 
     Args:
         folder: The folder, from anybody: nothing of it is trusted.

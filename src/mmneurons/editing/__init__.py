@@ -1,1 +1,1 @@
-"""Edits as data: patches of a few columns, applied and taken back exactly."""
+"""Editing makes patches: changes of a few columns, as data, that are applied and taken back exactly."""

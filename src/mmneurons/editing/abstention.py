@@ -1,7 +1,7 @@
-"""What a model is taught that shall name what is there, or say that it does not know: lessons and loss.
+"""Training answers and loss teach a model to name only what is there, or to say a word that names nothing.
 
-Its answers are given to it again. Where they name an object, any object that is there and was not named may be named,
-or the word that names nothing be said, at a price; everything else stays as it is.
+The model reads its own answers again. Where they name an object, it may name any object that is there and was not
+named yet, or say the word that names nothing, at a price; everything else is to stay as it is.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ FOLLOW, KEEP = 0.3, 1.0
 
 @dataclass(frozen=True)
 class Named:
-    """An object that an answer names, where it is named first."""
+    """A Named is an object that an answer names, at the place where the answer names it first."""
 
     answer: int
     noun: str
@@ -38,7 +38,7 @@ class Named:
 
 
 def objects_named(vlm: VLM, said: Answered, objects: Sequence[Collection[str]], vocabulary: Vocabulary) -> list[Named]:
-    """The objects that answers name, each once an answer, in order."""
+    """Find the objects that each answer names, each object once, in order."""
 
     def decode(ids: Sequence[int]) -> str:
         return vlm.tokenizer.decode(ids, skip_special_tokens=True)
@@ -60,7 +60,7 @@ def lessons(
     say: int,
     seed: int = 0,
 ) -> list[tuple[int, Given]]:
-    """Each answer as it was, and each that names what is absent once more, repaired; with the image's number.
+    """Make a lesson of each answer, and a repaired one where it names an absent object, with the number of its image.
 
     Tokens of a step at which an object is named: `say`, then the first of every object that may be named there. Of
     a step behind a repair: -1, then the token that follows.
@@ -85,7 +85,7 @@ def _lesson(
     say: int,
     repair: np.random.Generator | None,
 ) -> Given:
-    """One answer; with `repair`, half of the absent objects become one that is there, the others the word."""
+    """Make one answer's lesson; with `repair`, half of its absent objects become a present one, the others the word."""
     # Built token by token: `left` are the objects that no word before has named, `read` the tokens that are copied.
     new, turn, kept, left, read = list[int](), dict[int, tuple[int, ...]](), dict[int, int](), [*there], 0
     changed = False
@@ -129,7 +129,7 @@ def read_lessons(
     taught: Sequence[tuple[int, Given]],
     progress: Callable[[int], None],
 ) -> list[Batch]:
-    """As batches, in a random order that is always the same."""
+    """Read lessons in batches, in a random order that is always the same."""
     # Answers of one image, as it was and repaired, are not to come in one batch.
     order = np.random.default_rng(0).permutation(len(taught)).tolist()
     made = []
@@ -141,7 +141,7 @@ def read_lessons(
 
 
 def shuffled(batches: Sequence[Batch], rows: int) -> list[list[Batch]]:
-    """Batches in a random order that is always the same, so many together that they hold `rows` answers or more."""
+    """Group batches, in a random order that is always the same, so that each group holds `rows` answers or more."""
     groups, room = list[list[Batch]](), 0
     for i in np.random.default_rng(0).permutation(len(batches)).tolist():
         if room <= 0:
@@ -160,9 +160,9 @@ def read_questions(
     max_new_tokens: int,
     progress: Callable[[int], None],
 ) -> list[Batch]:
-    """What the model answers when it is asked whether something is there, all of it to stay.
+    """Ask the model whether objects are there, and read its answers as they are, all of them to stay.
 
-    Asked of each image are one object that is there and one that is not, drawn at random, always the same.
+    For each image it is asked about one object that is there and one that is not, drawn at random, always the same.
     """
     # One question of each kind, so that yes and no are kept alike.
     random, asked = np.random.default_rng(0), dict[str, list[Picture]]()
@@ -184,7 +184,7 @@ def read_questions(
 
 
 def losses(reader: Reader, groups: Sequence[Sequence[Batch]], payoff: float) -> Iterator[Tensor]:
-    """What each batch of some groups adds to the loss.
+    """Compute what each batch of some groups adds to the loss.
 
     The loss of a group: that of `abstention`, mean over the objects; `FOLLOW` times -log p of what follows a repair;
     `KEEP` times the divergence from the unedited model, mean over the other steps.

@@ -1,4 +1,4 @@
-"""What the neurons did at many steps of many answers: what an edit is worked out from.
+"""Traced answers hold what the neurons did at each step of many answers: edits are computed from them.
 
 said = trace_answers(vlm, images)
 for answer, word in occurrences(vlm, said, "dog"): said.steps.at([said.row(answer, word.steps[0])])
@@ -28,7 +28,7 @@ from mmneurons.words import Word, find_words, says
 
 @dataclass(frozen=True, eq=False)
 class Answered:
-    """What the model said of images."""
+    """An Answered holds what the model said about images."""
 
     texts: list[str]
     token_ids: list[tuple[int, ...]]
@@ -57,7 +57,7 @@ def answers(
 
 @dataclass(frozen=True, eq=False)
 class TracedSteps:
-    """Positions that each predict a token, and what the model did there; on the CPU."""
+    """TracedSteps are positions that each predict a token, with what the model did there; on the CPU."""
 
     anatomy: Anatomy
     activations: tuple[Float[Tensor, "n neurons"], ...]
@@ -77,7 +77,7 @@ class TracedSteps:
         return len(self.token_ids)
 
     def at(self, rows: Tensor) -> TracedSteps:
-        """Some of them: a mask or numbers."""
+        """Pick some of the steps, by a mask or by their numbers."""
         return TracedSteps(
             self.anatomy,
             tuple(part[rows] for part in self.activations),
@@ -89,7 +89,7 @@ class TracedSteps:
         )
 
     def directions(self, rows: Float[Tensor, "n hidden"]) -> Directions:
-        """How a write at each step reaches the logit that `rows` (unembedding rows, or differences) read off there.
+        """Compute how a write at each step reaches what `rows` (of the unembedding, or differences) read there.
 
         The scales of all norms are held at the values that they had (`score="logit"`).
         """
@@ -99,7 +99,7 @@ class TracedSteps:
 
 @dataclass(frozen=True, eq=False)
 class TracedAnswers:
-    """Answers, and every step of them."""
+    """TracedAnswers are answers with every step of them."""
 
     texts: tuple[str, ...]
     token_ids: tuple[tuple[int, ...], ...]
@@ -108,7 +108,7 @@ class TracedAnswers:
     """Answer after answer, of each one step per token."""
 
     def row(self, answer: int, step: int) -> int:
-        """Where step `step` of an answer stands in `steps`."""
+        """Return the place in `steps` of one step of an answer."""
         return sum(map(len, self.token_ids[:answer])) + step
 
 
@@ -155,13 +155,13 @@ def trace_answers(
 
 
 def trace_given(vlm: VLM, image: Picture, ids: Sequence[int], question: Question = Question()) -> TracedSteps:
-    """What the model would say at each step of an answer that it is given: n tokens give n + 1 steps."""
+    """Trace what the model would say at each step of an answer that it is given: n tokens give n + 1 steps."""
     (batch,) = ask(vlm, [image], question, given=[ids], recorder=record)
     return _trace_all(vlm, batch.recording, [0])
 
 
 def trace_texts(vlm: VLM, texts: Sequence[str]) -> TracedSteps:
-    """What the model would say at every position of texts, one at least, that it reads without any image.
+    """Trace what the model would say at every position of texts, at least one, that it reads without an image.
 
     Raises:
         ModelError: the language model reads no text by itself (encoder-decoders).
@@ -182,7 +182,7 @@ def trace_texts(vlm: VLM, texts: Sequence[str]) -> TracedSteps:
 
 
 def likeliest_tokens(vlm: VLM, texts: Sequence[str]) -> list[Int[Tensor, "positions"]]:
-    """The likeliest token behind each position of each text, as `trace_texts` reads them; no neuron is recorded."""
+    """Find the likeliest next token at each position of each text, as `trace_texts` does, but record no neuron."""
     # The residual stream is all that logits need: no neuron is recorded.
     found: dict[int, Tensor] = {}
     for numbers, inputs in text_batches(vlm, texts):
@@ -194,12 +194,12 @@ def likeliest_tokens(vlm: VLM, texts: Sequence[str]) -> list[Int[Tensor, "positi
 
 
 def no_neurons(anatomy: Anatomy) -> list[Int[Tensor, "0"]]:
-    """What `record` is told so that it keeps no neuron of any FFN: the residual stream alone."""
+    """Return the selection with which `record` keeps no neuron of any FFN, only the residual stream."""
     return [torch.empty(0, dtype=torch.long) for _ in anatomy.ffns]
 
 
 def join(parts: Sequence[TracedSteps]) -> TracedSteps:
-    """All of them, one after the other; at least one."""
+    """Join steps one after the other; there is at least one part."""
     if len(parts) == 1:
         return parts[0]
     return TracedSteps(
@@ -214,7 +214,7 @@ def join(parts: Sequence[TracedSteps]) -> TracedSteps:
 
 
 def occurrences(vlm: VLM, said: TracedAnswers, phrase: str) -> list[tuple[int, Word]]:
-    """Wherever the answers say a word, whatever its case and number: which answer, and the word there."""
+    """Find wherever the answers say a word, in any case and number: which answer, and the word there."""
 
     def decode(ids: Sequence[int]) -> str:
         return vlm.tokenizer.decode(ids, skip_special_tokens=True)
@@ -229,7 +229,7 @@ def occurrences(vlm: VLM, said: TracedAnswers, phrase: str) -> list[tuple[int, W
 
 
 def _trace_all(vlm: VLM, recording: Recording, answers: Sequence[int]) -> TracedSteps:
-    """Every position that was recorded, row after row; the token of each is the likeliest one."""
+    """Trace every recorded position, row after row, with the likeliest token of each."""
     n_steps = recording.residual[0].shape[1]
     places = torch.tensor([(row, step) for row in range(len(answers)) for step in range(n_steps)])
     trace = pick_trace(recording, places)
@@ -238,7 +238,7 @@ def _trace_all(vlm: VLM, recording: Recording, answers: Sequence[int]) -> Traced
 
 
 def _traced(vlm: VLM, trace: Trace, token_ids: Tensor, logits: Tensor, answers: list[int]) -> TracedSteps:
-    """Trace, off the device and with the slots of experts put in their places."""
+    """Make TracedSteps of a trace: off the device, and with the slots of experts put in their places."""
     fired = []
     for ffn, part, experts in zip(trace.anatomy.ffns, trace.activations, trace.experts, strict=True):
         if experts is not None:

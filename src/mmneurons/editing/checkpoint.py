@@ -1,4 +1,4 @@
-"""A change learned in rounds, and kept on disk after each, so that a run that was stopped goes on.
+"""A change that is learned in rounds is kept on disk after each, so that a run that was stopped can go on.
 
 training = Training.resumed(path, key, vlm) or Training.begun(low_rank(vlm, columns, rank))
 fit(training.adam, losses, steps); training.keep(path, key)
@@ -33,7 +33,7 @@ LARGEST = 2**33
 
 
 class _Facts(msgspec.Struct, forbid_unknown_fields=True):
-    """The first line of the file; tensors follow, as safetensors."""
+    """These facts are the first line of the file; tensors follow, as safetensors."""
 
     key: str
     rounds: Annotated[int, msgspec.Meta(ge=0)]
@@ -43,7 +43,7 @@ class _Facts(msgspec.Struct, forbid_unknown_fields=True):
 
 @dataclass(eq=False)
 class Training:
-    """A change on its way, and Adam's moments."""
+    """A Training is a change that is being learned, with Adam's moments."""
 
     change: Deltas
     adam: torch.optim.Adam
@@ -52,13 +52,13 @@ class Training:
 
     @staticmethod
     def begun(change: Deltas) -> Training:
-        """At the change as it is."""
+        """Begin a training at the change as it is."""
         for parameter in change.parameters:
             parameter.requires_grad_()
         return Training(change, torch.optim.Adam(change.parameters))
 
     def keep(self, path: Path, key: str) -> None:
-        """Write all of it to a file."""
+        """Write the training to a file."""
         # Columns as well: to choose them anew would take as long as many rounds.
         held = {f"parameters.{k}": p.detach() for k, p in enumerate(self.change.parameters)}
         held |= {f"columns.{i}": mine for i, mine in self.change.columns.indices.items()}
@@ -70,7 +70,7 @@ class Training:
 
     @staticmethod
     def resumed(path: Path, key: str, vlm: VLM) -> Training | None:
-        """What was kept, where there is something.
+        """Read the training that was kept; None where nothing was.
 
         Raises:
             SettingError: it is of another run.
@@ -106,7 +106,7 @@ def _digest(rounds: int, tensors: bytes) -> str:
 
 
 def _rebuilt(held: dict[str, Tensor], vlm: VLM) -> Training:
-    """The training whose tensors these are.
+    """Rebuild the training from its tensors.
 
     Raises:
         ValueError: they are not those of a training of this model, or hold what is no number.
@@ -130,7 +130,7 @@ def _rebuilt(held: dict[str, Tensor], vlm: VLM) -> Training:
 
 
 def _like(held: dict[str, Tensor], name: str, parameter: Tensor) -> Tensor:
-    """A tensor of the file that has the shape of a parameter, or is a count; finite."""
+    """Return a tensor of the file, if it is finite and has the shape of a parameter, or is a count."""
     tensor, shape = held[name], torch.Size() if name.startswith("step") else parameter.shape
     if tensor.shape != shape or tensor.dtype != torch.float32 or not bool(tensor.isfinite().all()):
         raise ValueError(f"{name} is {tensor.dtype} of {tuple(tensor.shape)}, or holds what is no number.")

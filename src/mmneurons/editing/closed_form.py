@@ -1,4 +1,4 @@
-"""Which columns move, along which direction, and how far against each other: a patch of strength 1."""
+"""The closed form says which columns move, along which direction and how far: a patch of strength 1."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ NEAR = 2.0
 
 
 def select_columns(vlm: VLM, goals: Sequence[TokenGoal], top: int, blocks: Blocks) -> Columns:
-    """The columns with the largest mean contribution, as of `find`, to what is said at the goals' steps.
+    """Select the columns with the largest mean contribution, as in `find`, to the tokens said at the goals' steps.
 
     Args:
         vlm: The model.
-        goals: Where what is said.
+        goals: The steps, and the token that is said at each.
         top: How many columns.
         blocks: Of so many of the last blocks, or of all.
     """
@@ -59,7 +59,7 @@ def select_columns(vlm: VLM, goals: Sequence[TokenGoal], top: int, blocks: Block
 
 @dataclass(frozen=True, eq=False)
 class Update:
-    """How columns move for one goal."""
+    """An Update says how columns move for one token goal."""
 
     goal: TokenGoal
     row: Float[Tensor, "hidden"]
@@ -70,11 +70,11 @@ class Update:
     coefficients: Float[Tensor, "columns"]
 
     def effect(self, steps: TracedSteps) -> Float[Tensor, "steps"]:
-        """What it does at steps to the difference of the two logits, to first order; mean 1 at the goal's own."""
+        """Compute what it adds to the difference of the two logits, to first order; mean 1 at the goal's own steps."""
         return self.adds(steps, self.row.expand(len(steps), -1))
 
     def adds(self, steps: TracedSteps, rows: Float[Tensor, "steps hidden"]) -> Float[Tensor, "steps"]:
-        """What it adds at each step to what a row of its own reads of the logits, to first order."""
+        """Compute what it adds, at each step, to what that step's row of `rows` reads, to first order."""
         directions, total = steps.directions(rows), torch.zeros(len(steps), dtype=torch.float32)
         parts = self.coefficients.split([len(mine) for mine in self.columns.indices.values()])
         for (i, mine), part in zip(self.columns.indices.items(), parts, strict=True):
@@ -86,7 +86,7 @@ class Update:
 def features(
     steps: TracedSteps, row: Float[Tensor, "hidden"], columns: Columns, along: dict[int, Tensor]
 ) -> Float[Tensor, "steps columns"]:
-    """What one unit of change of each column along its direction adds to `row`'s logit at each step, to first order."""
+    """Compute what one unit of change of each column adds to what `row` reads at each step, to first order."""
     directions = steps.directions(row.expand(len(steps), -1))
     found = []
     for i, mine in columns.indices.items():
@@ -96,7 +96,7 @@ def features(
 
 
 def logit_margin(steps: TracedSteps, rows: Float[Tensor, "steps hidden"]) -> Float[Tensor, "steps"]:
-    """How far what is said at each step is ahead of the token whose unembedding row is given, in logits."""
+    """Compute how far the token said at each step leads over the one whose unembedding row is given, in logits."""
     said = steps.anatomy.unembed[steps.token_ids.to(steps.anatomy.unembed.device)].float().cpu()
     return (steps.directions(said - rows).at(None) * steps.residual).sum(1)
 
@@ -104,14 +104,14 @@ def logit_margin(steps: TracedSteps, rows: Float[Tensor, "steps hidden"]) -> Flo
 def solve(
     vlm: VLM, columns: Columns, goals: Sequence[TokenGoal], kept: Sequence[TracedSteps], ridge: float | None
 ) -> list[Update]:
-    """For each goal the change that does 1 at its steps, in the mean, and little elsewhere.
+    """Solve for the update of each goal: the effect at its steps is 1 in the mean, and small elsewhere.
 
     Args:
         vlm: The model.
-        columns: What moves.
-        goals: Where what shall be said instead of what.
-        kept: Steps that shall stay as they are; so shall those of the other goals.
-        ridge: See `selective`; None: the smallest change, whatever it does elsewhere, along what `row` reads.
+        columns: The columns that move.
+        goals: The steps, the token that is said there and the token to be said instead.
+        kept: Steps that are to stay as they are, beside those of the other goals.
+        ridge: See `selective`; None: the smallest change along what `row` reads, whatever it does elsewhere.
 
     Raises:
         SettingError: no column is active at a goal's steps.
@@ -139,7 +139,7 @@ def solve(
 
 
 def column_lengths(columns: Columns) -> Float[Tensor, "columns"]:
-    """The length of each column as it is now, float32, on the CPU."""
+    """Compute the length of each column as it is now, float32, on the CPU."""
     places = [(i, int(index)) for i, mine in columns.indices.items() for index in mine]
     return columns_of(columns.anatomy, places, torch.device("cpu")).norm(dim=1)
 
@@ -147,7 +147,7 @@ def column_lengths(columns: Columns) -> Float[Tensor, "columns"]:
 def spared_directions(
     steps: TracedSteps, row: Float[Tensor, "hidden"], columns: Columns, alike: Float[Tensor, "hidden hidden"] | None
 ) -> dict[int, Tensor]:
-    """For each FFN the direction that adds to what `row` reads, and least to the logits of all tokens.
+    """Compute for each FFN the direction that adds to what `row` reads and changes the logits of all tokens least.
 
     Along what `row` itself reads, tokens whose rows are like it would rise as well.
 
@@ -184,7 +184,7 @@ def _alike(vlm: VLM) -> Float[Tensor, "hidden hidden"]:
 
 
 def _flip_weights(vlm: VLM, steps: TracedSteps, goal: TokenGoal) -> Float[Tensor, "steps"]:
-    """How much each step counts: 1 / the square of how far what is said there leads over what is wanted."""
+    """Weigh each step by 1 / (the lead of the token said there over the token wanted)², in logits."""
     # Of a removal, whichever of the runners-up is nearest.
     wanted = set(goal.runners_up) if goal.wanted is None else {goal.wanted}
     rows = vlm.anatomy.unembed[sorted(wanted)].float().cpu()
@@ -193,7 +193,7 @@ def _flip_weights(vlm: VLM, steps: TracedSteps, goal: TokenGoal) -> Float[Tensor
 
 
 def unit_patch(vlm: VLM, columns: Columns, updates: Sequence[Update]) -> Patch:
-    """The updates together, as a patch of strength 1."""
+    """Make one patch of strength 1 of all updates."""
     # Updates that share a direction share its row.
     directions: list[Tensor] = []
     terms: list[tuple[int, int, Tensor]] = []
@@ -213,7 +213,7 @@ def unit_patch(vlm: VLM, columns: Columns, updates: Sequence[Update]) -> Patch:
 
 
 def needed_strength(vlm: VLM, update: Update) -> float:
-    """The strength at which an update turns each of its steps, to first order; those it hardly reaches are left out."""
+    """Estimate, to first order, the strength that turns each of an update's steps, but those that it hardly reaches."""
     # What is said is compared with what is wanted; of a removal, with the likeliest other token.
     logits = vlm.anatomy.logits(update.goal.steps.residual).float().cpu().clone()
     said = logits[:, update.goal.said].clone()
@@ -225,9 +225,9 @@ def needed_strength(vlm: VLM, update: Update) -> float:
 
 
 def flip_risk(vlm: VLM, reference: Reference, updates: Sequence[Update]) -> Float[Tensor, "steps"]:
-    """For each reference step 1 / the strength at which, to first order, something else is said there.
+    """Estimate the flip risk of each reference step: 1 / the strength at which another token is said, to first order.
 
-    That may be what is wanted, SOURCE, or what is second likeliest. Minus infinity where SOURCE is said.
+    That token may be the one wanted, SOURCE, or the second likeliest. The risk is minus infinity where SOURCE is said.
     """
     steps, unembed = reference.steps, vlm.anatomy.unembed
     tokens = {update.goal.said for update in updates} | {

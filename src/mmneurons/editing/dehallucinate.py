@@ -1,4 +1,4 @@
-"""Fewer objects named that are not there: images and what they truly show -> lessons -> neurons -> patch.
+"""A patch against naming absent objects is made in steps: images and their true objects -> lessons -> columns -> patch.
 
     patch = dehallucinate(vlm, images, objects, reference=make_reference(vlm, others))
 
@@ -150,7 +150,7 @@ def dehallucinate(
 
 
 def _named(vlm: VLM, said: Answered, there: Sequence[Sequence[str]], vocabulary: Vocabulary) -> list[Named]:
-    """The objects that the answers name.
+    """Find the objects that the answers name.
 
     Raises:
         SettingError: all of them are there, or none is.
@@ -175,7 +175,7 @@ def _read_others(
     settings: DehallucinateSettings,
     progress: Progress,
 ) -> list[list[list[Batch]]]:
-    """What is to stay as it is, of the reference and of yes-or-no questions: of each, what is read at each step."""
+    """Read what is to stay: of the reference, and of yes-or-no questions, the batches of each step."""
     few = replace(reader, batch_size=min(reader.batch_size, REFERENCES))
     asked = np.random.default_rng(0).permutation(len(images))[: settings.n_asked].tolist()
     others = [
@@ -208,7 +208,7 @@ def _key(
     said: Answered,
     reference: Reference | None,
 ) -> str:
-    """What tells a run from others: all that it is made of."""
+    """Make the key of a run from everything that it depends on."""
     facts: list[Any] = [dict(vlm.facts), provenance.versions(), asdict(settings), sorted(vocabulary.nouns), there]
     facts += [said.token_ids, [vocabulary.places(text) for text in said.texts], list(map(_pixels, images))]
     if reference is not None:
@@ -222,7 +222,7 @@ def _pixels(image: Picture) -> list[str]:
 
 
 def _steepest(reader: Reader, own: Sequence[Batch], lowest: int, settings: DehallucinateSettings) -> Columns:
-    """The columns along which the loss of a sample of the answers falls most steeply."""
+    """Select the columns along which the loss of a sample of the answers falls most steeply."""
     # Steepest by a sample: the order of the best columns is clear after some hundred answers.
     layers = range(lowest, len(reader.vlm.anatomy.blocks))
     sample = own[: -(-SAMPLE // reader.batch_size)]
@@ -239,7 +239,7 @@ def _train(
     keep: Callable[[], None] | None,
     progress: Progress,
 ) -> None:
-    """Learn, round by round, from those answers of each pass that come next in its own order."""
+    """Train round by round; each pass takes the answers in an order of its own."""
     # Whole rounds of whole steps; few images are gone through at most `PASSES` times.
     per_step = max(1, ROWS // reader.batch_size)
     per_pass = -(-len(own) // per_step)
@@ -272,7 +272,7 @@ def _train(
 
 @dataclass(frozen=True)
 class ChairChange:
-    """Images that the patch was not made with, before and after; and the cheap rival on the same."""
+    """A ChairChange is CHAIR on images that a patch was not made with: before, after, and of the cheap baseline."""
 
     before: Chair
     after: Chair
@@ -325,7 +325,7 @@ def chair_change(
 
 
 def _likeliest_named(said: Answered, named: Sequence[Named], n_fewer: int) -> list[list[str]]:
-    """The objects that each answer names, without so many of the least likely ones of all."""
+    """Return the objects that each answer names, without the `n_fewer` least likely ones of all answers."""
     # The rival needs no edit: as many nouns are left out as the patch leaves out.
     least_likely = sorted(named, key=lambda one: said.log_p[one.answer][one.word.steps[0]])
     kept: list[list[str]] = [[] for _ in said.texts]

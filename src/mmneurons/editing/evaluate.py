@@ -1,4 +1,4 @@
-"""What an edit does to what is generated, and to what comes next in texts, measured on images and texts.
+"""An edit is evaluated by what the model then generates, and by the tokens that it predicts in texts.
 
 bench = Bench(edit=..., held_out=..., unrelated=..., texts=...)
 before = Before(vlm, bench)              # once for any number of edits
@@ -38,7 +38,7 @@ TOPS_ON = 200
 
 @dataclass(frozen=True, eq=False)
 class Bench:
-    """What edits are evaluated on."""
+    """A Bench holds the images and texts that edits are evaluated on."""
 
     edit: Sequence[Picture]
     """The images that the edit was made with."""
@@ -61,7 +61,7 @@ class Bench:
 
 @dataclass(frozen=True)
 class Pair:
-    """What was said of one image, unedited and edited."""
+    """A Pair is what was said about one image, unedited and edited."""
 
     before: str
     after: str
@@ -71,7 +71,7 @@ class Pair:
 
 @dataclass(frozen=True)
 class Size:
-    """How far a patch moves the columns that it changes."""
+    """A Size says how far a patch moves the columns that it changes."""
 
     mean: float
     """Of |change| / |column|, over these columns."""
@@ -83,7 +83,7 @@ class Size:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Every figure of one edit; None where nothing could be measured."""
+    """An Evaluation holds every figure of one edit; None where nothing could be measured."""
 
     source: str
     target: str | None
@@ -126,13 +126,13 @@ class Evaluation:
 
 
 class Before:
-    """What the unedited model says and would say, worked out once, each part when it is first asked for."""
+    """A Before holds what the unedited model says and predicts; each part is computed when it is first asked for."""
 
     def __init__(self, vlm: VLM, bench: Bench) -> None:
         self.vlm, self.bench = vlm, bench
 
     def on(self, bench: Bench) -> Before:
-        """The same with the edit's own images of another bench; unrelated images, texts and prompt must be the same."""
+        """Return the same with the edit images of another bench, whose other images, texts and prompt are equal."""
         other = Before(self.vlm, bench)
         # Where `cached_property` keeps what it has worked out.
         shared = ("unrelated", "texts", "further", "further_texts")
@@ -141,7 +141,7 @@ class Before:
 
     @cached_property
     def unrelated(self) -> KnownAnswers:
-        """Answers about the unrelated images."""
+        """The answers about the unrelated images."""
         return KnownAnswers(self.vlm, self.bench.unrelated, self.bench.question, self.bench.limit)
 
     @cached_property
@@ -270,7 +270,7 @@ def evaluate(
 
 
 def unsearched(edit: Edit, images: Sequence[Picture]) -> list[Picture]:
-    """Images but those by which the strength of an edit was chosen, as its provenance names them."""
+    """Return the images without those by which the strength was chosen, as the edit's provenance names them."""
     # Provenance is read from files, and may say anything.
     hashes = getattr(edit, "provenance", {}).get("searched")
     searched = hashes if isinstance(hashes, list | tuple) else ()
@@ -278,7 +278,7 @@ def unsearched(edit: Edit, images: Sequence[Picture]) -> list[Picture]:
 
 
 def ngram_entropy(texts: Sequence[str]) -> float:
-    """Entropy of the word pairs and of the word triples of some texts, bits, the mean of both (Meng et al., 2022)."""
+    """Compute the entropy of word pairs and triples of some texts: the mean of both, in bits (Meng et al., 2022)."""
     found = []  # in bits; repetition brings it down
     for n in (2, 3):
         grams = Counter(
@@ -290,7 +290,7 @@ def ngram_entropy(texts: Sequence[str]) -> float:
 
 
 def size_of(vlm: VLM, patch: Patch) -> Size:
-    """How far a patch moves the columns that it changes, against what they are before any edit."""
+    """Measure how far a patch moves the columns that it changes, compared with the columns before any edit."""
     # Whatever patches are applied now.
     ledger, sizes, shares = ledger_of(vlm), [], []
     for part in patch.parts:
@@ -313,7 +313,7 @@ def _perplexity(vlm: VLM, images: Sequence[Picture], token_ids: Sequence[tuple[i
 
 
 def _unflipped(before: Sequence[Tensor], after: Sequence[Tensor]) -> list[float]:
-    """Of each text, the share of positions whose likeliest token is the same."""
+    """Compute for each text the share of positions whose likeliest token is the same."""
     return [float((a == b).float().mean()) for a, b in zip(before, after, strict=True)]
 
 

@@ -1,4 +1,4 @@
-"""Patches evaluated one after the other, each result kept as it comes, so that a run that was stopped goes on.
+"""Patches are evaluated one after the other; each result is kept, so that a run that was stopped can go on.
 
 A result is kept under a key made of the patch, of what it was asked and of all pixels and texts it was evaluated on.
 """
@@ -30,7 +30,7 @@ DEFINITIONS = 2
 
 @dataclass(frozen=True, eq=False)
 class Case:
-    """One edit to evaluate."""
+    """A Case is one edit to evaluate."""
 
     make: Callable[[], Edit]
     """Called when the edit is evaluated; not where its figures are known from an earlier run."""
@@ -43,7 +43,7 @@ class Case:
 
 
 class _Asked(msgspec.Struct):
-    """How `edit` asked the model."""
+    """These settings say how `edit` asked the model."""
 
     prompts: Annotated[tuple[str, ...], msgspec.Meta(min_length=1)]
     answer_prefix: str
@@ -51,7 +51,7 @@ class _Asked(msgspec.Struct):
 
 
 class _MadeFor(msgspec.Struct):
-    """What the provenance of a patch says to evaluate it by; it was read from a file, and may say anything."""
+    """A patch's provenance says how to evaluate it; it comes from a file, and may say anything."""
 
     source: Annotated[str, msgspec.Meta(min_length=1)]
     settings: _Asked
@@ -59,7 +59,7 @@ class _MadeFor(msgspec.Struct):
 
 
 def cases(patches: Mapping[str, Patch]) -> dict[str, Case]:
-    """What to evaluate patches by that `edit` made: their provenance says it.
+    """Make the cases of patches that `edit` made, from their provenance.
 
     Raises:
         SettingError: a patch does not say what it was made for.

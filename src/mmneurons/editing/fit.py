@@ -1,4 +1,4 @@
-"""Adam, for all that is learned here: a change of columns, an adapter, what a block is to write.
+"""Adam fits everything that is learned here: a change of columns, an adapter, what a block is to write.
 
 adam = torch.optim.Adam(change.parameters, lr=0.1)
 with change.added():
@@ -29,7 +29,7 @@ def fit(
     stop: Callable[[int], bool] = lambda step: False,
     after: Callable[[int, float], None] = lambda step, loss: None,
 ) -> int:
-    """Go down a loss, step by step; what it is of has the hooks set that make the parameters act.
+    """Minimise a loss by Adam; the caller has set the hooks that make the parameters act in the model.
 
     Args:
         adam: What is learned: leaves that require gradients, float32. With its moments, from an earlier run or new.
@@ -69,7 +69,7 @@ def fit(
 
 
 def descend(losses: Losses, parameters: Sequence[Tensor]) -> float:
-    """Add the gradients of each of some losses to those that the parameters have, and to nothing else's.
+    """Add the gradients of some losses to those of the parameters, and of nothing else.
 
     Returns:
         The sum of the losses.

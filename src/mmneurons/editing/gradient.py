@@ -1,4 +1,4 @@
-"""The edit that gradients find: Adam on the chosen columns alone, from the lowest block that holds one upwards.
+"""The optimised edit is found by Adam, on the chosen columns alone, from the lowest block that holds one upwards.
 
 The answers are given to the model, with TARGET in the place of SOURCE, and read again at each step. The change is added
 to what `w_out` gives, by a hook: no weight is written to, and the blocks below the lowest edited one run once.
@@ -42,7 +42,7 @@ CHECK = 5
 
 @dataclass(frozen=True)
 class Optimised:
-    """What was found; the provenance of the patch."""
+    """An Optimised says what the search found, for the provenance of the patch."""
 
     steps: int
     """Of Adam, up to the change that was taken."""
@@ -70,7 +70,7 @@ def optimise(
     cache: bool = True,
     tell: Callable[[str], None],
 ) -> Patch:
-    """The change of columns that turns the answers, by Adam; the model is left as it was.
+    """Find by Adam the change of columns that turns the answers; the model is left as it was.
 
     Loss, each a mean over its steps: -log p(wanted); KL from the unedited model at the other steps of the same answers,
     and at those of a sample of the reference; -log(1 - p(TARGET)) behind TARGET; |change|^2 / |column|^2. It ends once
@@ -132,7 +132,7 @@ def optimise(
 
 
 def _begun(columns: Columns, pristine: dict[int, Tensor], start: Patch | None) -> Deltas:
-    """No change of the columns, or that of a patch.
+    """Return the change to begin with: none, or that of a patch.
 
     Raises:
         SettingError: the patch changes others.
@@ -151,7 +151,7 @@ def _begun(columns: Columns, pristine: dict[int, Tensor], start: Patch | None) -
 
 @dataclass(frozen=True, eq=False)
 class Objective:
-    """What is minimised, and what tells on the way how good it is."""
+    """An Objective is what is minimised, and measures how good a change is."""
 
     reader: Reader
     change: Deltas
@@ -165,7 +165,7 @@ class Objective:
     """Whether a token is wanted; else all but the one that is said."""
 
     def losses(self, sample: Sequence[Batch]) -> Iterator[Tensor]:
-        """The loss at the change as it is, part by part: its size, then each batch of its own and of a sample."""
+        """Compute the loss part by part: the size of the change, then each batch of the edit's own and of a sample."""
         # In units of each column's own length, so that loud columns do not hide what quiet ones do.
         sizes = [d.pow(2).sum(1) / self.pristine[i].float().pow(2).sum(1) for i, d in self.change.rows.items()]
         yield NORM * torch.cat(sizes).mean()
@@ -181,7 +181,7 @@ class Objective:
                 yield -wanted / n[0] + KEEP * moved / n[1] - REPEAT * repeated / n[2]
 
     def measured(self, batches: Sequence[Batch]) -> tuple[float, int]:
-        """The least lead of what is wanted, in logits, and at how many steps to be kept another token is likeliest."""
+        """Measure the least lead of the token wanted, and count the kept steps whose likeliest token is another."""
         least, changed = float("inf"), 0
         for batch in batches:
             with torch.no_grad():
@@ -194,7 +194,7 @@ class Objective:
 
 
 def search(objective: Objective, tell: Callable[[str], None]) -> tuple[Optimised, Deltas]:
-    """Go down until the edit leads and all else is as it was, or to what changes least of it."""
+    """Minimise until the edit leads and everything else is as before; else take the change that alters least of it."""
     change, everything = objective.change, (*objective.own, *objective.others)
     looked_at = sum(int(batch.stay.sum()) for batch in everything)
     best: tuple[Optimised, Deltas] | None = None

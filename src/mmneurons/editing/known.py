@@ -1,4 +1,4 @@
-"""What the unedited model said of images, and which of it an edit changes.
+"""Known answers are those of the unedited model about images; they show which of them an edit changes.
 
     known = KnownAnswers(vlm, images, question)
     known.prepare(edit)
@@ -37,7 +37,7 @@ MOST_KEPT = 2**30
 
 
 class KnownAnswers:
-    """Answers of the unedited model, to be compared with what it says under edits."""
+    """KnownAnswers are answers of the unedited model, which are compared with what it says under edits."""
 
     def __init__(self, vlm: VLM, images: Sequence[Picture], question: Question, limit: int | None = None) -> None:
         """Let the model answer about images; with a limit, about that many, and about more when `without` asks."""
@@ -48,7 +48,7 @@ class KnownAnswers:
         self._usual: list[Int[Tensor, "_ 10"]] = []
 
     def without(self, word: str) -> list[int]:
-        """Which of the answers do not say a word, up to the limit; to be called while the model is unedited."""
+        """Return which answers do not say a word, up to the limit; to be called while the model is unedited."""
         while True:
             kept = [i for i, text in enumerate(self.said.texts) if not says(text, word)][: self.limit]
             if len(kept) == self.limit or not self._waiting:
@@ -61,7 +61,7 @@ class KnownAnswers:
             self.images, self._read = [*self.images, *more], None
 
     def usual_tops(self) -> list[Int[Tensor, "_ 10"]]:
-        """The likeliest tokens of the unedited model at each step of all answers there are by now; to be called so."""
+        """Return the likeliest tokens at each step of all answers so far; to be called while the model is unedited."""
         if len(self._usual) < len(self.images):
             self._usual = self.tops()
         return self._usual
@@ -90,7 +90,7 @@ class KnownAnswers:
         self._read = reader, read
 
     def tops(self) -> list[Int[Tensor, "_ 10"]]:
-        """The likeliest tokens now, edited or not, at each step of the unedited answers, the likeliest first."""
+        """Return the likeliest tokens now, edited or not, at each step of the unedited answers, the likeliest first."""
         if self._read is None:
             logits = forced(self.vlm, self.images, self.said.token_ids, self.question)
             return [mine.topk(TOP).indices for mine in logits]
@@ -106,7 +106,7 @@ class KnownAnswers:
         return found
 
     def texts(self, tops: Sequence[Int[Tensor, "_ 10"]]) -> list[str]:
-        """What the model says now, edited or not: `tops` of the same moment tell which answers have to be generated."""
+        """Return what the model says now, edited or not; `tops` of the same moment tell which answers to generate."""
         same = [mine[:, 0].tolist() == list(ids) for mine, ids in zip(tops, self.said.token_ids, strict=True)]
         changed = [i for i, kept in enumerate(same) if not kept]
         new = iter(texts_of(self.vlm, [self.images[i] for i in changed], self.question))
@@ -116,7 +116,7 @@ class KnownAnswers:
 def forced(
     vlm: VLM, images: Sequence[Picture], token_ids: Sequence[tuple[int, ...]], question: Question
 ) -> Iterator[Float[Tensor, "steps vocab"]]:
-    """Logits at each step of answers that the model is given, image by image; float32, on the CPU."""
+    """Yield the logits at each step of answers that the model is given, image by image; float32, on the CPU."""
     recorder = partial(record, neurons=no_neurons(vlm.anatomy))
     # The residual stream is recorded, and the head run answer by answer: logits of a batch would be large.
     for batch in ask(vlm, images, question, given=token_ids, recorder=recorder):

@@ -1,4 +1,4 @@
-"""What is minimised by whatever learns here, at steps of answers that the model is given; sums over the steps, in nats.
+"""Losses are taken at steps of answers that the model is given; they are sums over the steps, in nats.
 
 Logits are float32, (steps, vocab); each function says which steps it is for.
 """
@@ -12,29 +12,29 @@ from torch.nn import functional as F
 
 
 def divergence(logits: Float[Tensor, "n vocab"], base: Float[Tensor, "n vocab"]) -> Float[Tensor, ""]:
-    """KL from the unedited model, whose logits are `base`, at steps that are to stay as they are."""
+    """Compute the KL divergence from the unedited model, whose logits are `base`, at steps that are to stay."""
     return F.kl_div(logits.log_softmax(1), base.log_softmax(1), reduction="sum", log_target=True)
 
 
 def log_p(logits: Float[Tensor, "n vocab"], tokens: Int[Tensor, "n"]) -> Float[Tensor, "n"]:
-    """Log probability of a token at each step."""
+    """Compute the log probability of a token at each step."""
     return logits.log_softmax(1).gather(1, tokens[:, None])[:, 0]
 
 
 def log_not(logits: Float[Tensor, "n vocab"], tokens: Int[Tensor, "n"]) -> Float[Tensor, "n"]:
-    """Log probability of all but a token at each step: log(1 - p), which is itself lost where p is near 1."""
+    """Compute the log probability of all but a token at each step: log(1 - p), accurate where p is near 1, too."""
     return logits.scatter(1, tokens[:, None], -torch.inf).logsumexp(1) - logits.logsumexp(1)
 
 
 def lead(logits: Float[Tensor, "n vocab"], tokens: Int[Tensor, "n"]) -> Float[Tensor, "n"]:
-    """How far a token is ahead of the likeliest other one at each step, in logits."""
+    """Compute how far a token leads over the likeliest other one at each step, in logits."""
     # Without the token itself, which may be the likeliest.
     others = logits.scatter(1, tokens[:, None], -torch.inf)
     return logits.gather(1, tokens[:, None])[:, 0] - others.max(1).values
 
 
 def abstention(logits: Float[Tensor, "n vocab"], tokens: Int[Tensor, "n nouns"], payoff: float) -> Float[Tensor, ""]:
-    """-log(p(any noun that may be said) + p(the word that names nothing) / payoff).
+    """Compute -log(p(any noun that may be said) + p(the word that names nothing) / payoff).
 
     Args:
         logits: At steps where an object is named.

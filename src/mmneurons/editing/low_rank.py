@@ -1,4 +1,4 @@
-"""A change of columns along a few directions that all of them share, and which columns it is worth to change."""
+"""A low-rank change moves columns along a few directions that all of them share."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from mmneurons.vlm.vlm import VLM
 
 
 def low_rank(vlm: VLM, columns: Columns, rank: int) -> Deltas:
-    """The change that changes nothing: no shares of random directions, always the same ones.
+    """Make a low-rank change that changes nothing yet: its shares are 0, its directions random but always the same.
 
     Shares and directions are of the order of 1, so that one learning rate fits both.
 
@@ -37,7 +37,7 @@ def low_rank(vlm: VLM, columns: Columns, rank: int) -> Deltas:
 
 
 def slopes(vlm: VLM, layers: Sequence[int], losses: Losses) -> dict[int, Float[torch.Tensor, "neurons"]]:
-    """For each FFN how steeply a loss falls as each column changes by a share of its length, whichever way.
+    """Compute for each FFN how steeply a loss falls as each column changes by a share of its length, in any direction.
 
     Args:
         vlm: The model.

@@ -1,4 +1,4 @@
-"""Where SOURCE is said, and what shall be said there instead."""
+"""An edit request says where SOURCE is said, and what is to be said there instead."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ where SOURCE is said of so many at least: of fewer, none can be spared."""
 
 @dataclass(frozen=True, eq=False)
 class TokenGoal:
-    """Steps at which one token shall give way to another."""
+    """A TokenGoal is a set of steps at which one token is to be said in place of another."""
 
     said: int
     """The token that is said there."""
@@ -40,7 +40,7 @@ class TokenGoal:
     """Of a removal: what is likeliest at each step but for the token that is said."""
 
     def row(self, unembed: Float[Tensor, "vocab hidden"]) -> Float[Tensor, "hidden"]:
-        """What the logit of the one less that of the other reads; of a removal, the mean of the runners-up.
+        """Return the unembedding row of the token wanted (of a removal, the runners-up's mean) less that of `said`.
 
         To lower the token that is said alone would let in what is least like it, whether it fits there or not.
         """
@@ -50,7 +50,7 @@ class TokenGoal:
 
 @dataclass(frozen=True, eq=False)
 class EditRequest:
-    """The images of an edit, asked with one prompt."""
+    """An EditRequest holds the images of an edit and the answers to one prompt."""
 
     images: Sequence[Picture]
     question: Question
@@ -65,7 +65,7 @@ class EditRequest:
 
     @property
     def searched(self) -> list[int]:
-        """Those of them by which the strength of the edit is chosen."""
+        """The answers that say SOURCE and by which the strength of the edit is chosen."""
         few = len(self.saying) < ENOUGH
         return [i for i in self.saying if few or i % HELD_BACK != HELD_BACK - 1]
 
@@ -111,7 +111,7 @@ def make_requests(
 
 
 def share_turned(vlm: VLM, requests: Sequence[EditRequest], source: str, target: str | None) -> float:
-    """Share of the answers that said SOURCE which, generated now, no longer do, and say TARGET if there is one.
+    """Compute the share of answers that said SOURCE and, generated now, no longer do, and say TARGET if there is one.
 
     Only those are asked for by which the strength is chosen.
     """
@@ -123,7 +123,7 @@ def share_turned(vlm: VLM, requests: Sequence[EditRequest], source: str, target:
 
 
 def searched_images(requests: Sequence[EditRequest]) -> list[str]:
-    """Hashes of the images by which the strength is chosen: an edit is not to be judged by them alone."""
+    """Return hashes of the images by which the strength is chosen, since an edit is not to be judged by them alone."""
     chosen = {i: one.images[i] for one in requests for i in one.searched}
     return [prompt_hash(chosen[i]) for i in sorted(chosen)]
 
@@ -136,7 +136,7 @@ def prompt_hash(image: Picture) -> str:
 def rewritten(
     vlm: VLM, ids: Sequence[int], words: Sequence[Word], target: str
 ) -> tuple[list[int], list[tuple[int, list[int]]]]:
-    """An answer with TARGET where the words were, in their forms; for each, its first step and its tokens.
+    """Write TARGET, in the right form, for each of the words; return the answer, and first step and tokens of each.
 
     Raises:
         WordError: a form of the target has no token.
@@ -155,7 +155,7 @@ def rewritten(
 
 
 def given(vlm: VLM, one: EditRequest, target: str | None) -> list[Given]:
-    """Answers with TARGET in the place of SOURCE, to be read; without a target, as they are.
+    """Prepare answers for teacher forcing, with TARGET in place of SOURCE; without a target, as they are.
 
     Raises:
         WordError: a form of the target has no token.
@@ -183,7 +183,7 @@ def given(vlm: VLM, one: EditRequest, target: str | None) -> list[Given]:
 
 
 def token_goals(vlm: VLM, requests: Sequence[EditRequest], target: str | None) -> list[TokenGoal]:
-    """One goal for each form in which SOURCE is said (dog, dogs, Dog), and one for each further token of TARGET.
+    """Make a goal for each form in which SOURCE is said (dog, dogs, Dog), and for each further token of TARGET.
 
     The further tokens are wanted behind those before them: at these steps the answer is forced, and where the model
     goes on by itself, nothing is to be done.

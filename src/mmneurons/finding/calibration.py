@@ -30,7 +30,7 @@ SCHEMA = 1
 
 @dataclass(frozen=True)
 class Calibration:
-    """How likely it is that an object named in a caption is in the picture, by what the model's image tokens say.
+    """A Calibration turns internal confidence into the probability that a named object is in the picture.
 
     It holds for one model and the words that it was made with: other nouns are not judged.
     """

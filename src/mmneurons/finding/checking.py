@@ -39,7 +39,7 @@ class CheckedNoun:
 
 @dataclass(frozen=True)
 class Checked:
-    """One caption, with its nouns; those that the picture does not support are `unseen`."""
+    """A Checked is one caption with its nouns; those that the picture does not support are `unseen`."""
 
     images: tuple[str, ...]
     answer_prefix: str

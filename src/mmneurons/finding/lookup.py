@@ -40,7 +40,7 @@ class Neighbour:
 
 @dataclass(frozen=True)
 class NeuronCard:
-    """What one neuron writes whenever it fires."""
+    """A NeuronCard says what one neuron writes whenever it fires."""
 
     neuron: Neuron
     norm: float
@@ -83,7 +83,7 @@ class WordNeuron:
 
 @dataclass(frozen=True)
 class WordNeurons:
-    """The neurons whose columns point to a word."""
+    """A WordNeurons holds the neurons whose columns point to a word."""
 
     word: str
     token: str
@@ -107,7 +107,7 @@ class WordNeurons:
 def explain_neuron(
     vlm: VLM, neuron: str | Neuron, *, n_tokens: int = 10, n_neighbours: int = 10, says: Says = "standardised"
 ) -> NeuronCard:
-    """What a neuron promotes and suppresses, how long its column is, and which neurons are like it.
+    """Explain what a neuron promotes and suppresses, how long its column is, and which neurons are like it.
 
     Args:
         vlm: The model, from `load`.
@@ -147,7 +147,7 @@ def explain_neuron(
 
 @by_one_thread
 def neurons_for(vlm: VLM, word: str, *, top: int = 10, says: Says = "standardised") -> WordNeurons:
-    """The neurons of the whole model whose columns point to a word: no image, one read of every `w_out`.
+    """Find the neurons of the whole model whose columns point to a word: no image, one read of every `w_out`.
 
     Of all columns, those come first that promote fewest other tokens more than the word: a large cosine alone is often
     one with every noun. The search leaves none out. Which neurons fire for an image, `find` tells.

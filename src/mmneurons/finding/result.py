@@ -36,7 +36,7 @@ Grid = tuple[tuple[float, ...], ...]
 
 @dataclass(frozen=True)
 class NeuronFinding:
-    """One of the neurons that wrote a noun."""
+    """A NeuronFinding is one of the neurons that wrote a noun."""
 
     neuron: Neuron
     score: float
@@ -88,7 +88,7 @@ class Parts:
 
 @dataclass(frozen=True)
 class NounFinding:
-    """One noun of the caption and the neurons that wrote it."""
+    """A NounFinding is one noun of the caption with the neurons that wrote it."""
 
     word: str
     """As the caption writes it."""
@@ -125,7 +125,7 @@ class NounFinding:
 
 @dataclass(frozen=True)
 class Finding:
-    """One prompt: what the model said, and per noun which neurons wrote it."""
+    """A Finding holds what the model said to one prompt and, for each noun, which neurons wrote it."""
 
     images: tuple[str, ...]
     """The pictures of the prompt: each a path as given, or '<PIL image>'. None for a prompt of words alone."""

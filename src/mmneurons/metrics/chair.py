@@ -24,7 +24,7 @@ Synonyms = Mapping[str, Sequence[str]]
 
 @dataclass(frozen=True)
 class Chair:
-    """CHAIR: the objects that captions name, against those that are there; an object counts once in a caption.
+    """A Chair compares the objects that captions name with those that are there; each counts once in a caption.
 
     Source: Rohrbach et al., EMNLP 2018.
     """
@@ -45,7 +45,7 @@ class Chair:
 
 @dataclass(frozen=True)
 class Pope:
-    """POPE: figures of the answers to questions such as "Is there a dog in the image?", as `yes_or_no` reads them.
+    """A Pope holds figures of answers to questions such as "Is there a dog in the image?", as `yes_or_no` reads them.
 
     Source: Li et al., EMNLP 2023. Their code takes every answer without "no" or "not" for a yes; here one that is
         neither is counted apart: wrong in the accuracy, missed in the recall, no yes in the precision.
@@ -64,7 +64,7 @@ class Pope:
 
 
 class Vocabulary:
-    """The objects that count; other nouns of a caption are not judged.
+    """A Vocabulary holds the objects that count; other nouns of a caption are not judged.
 
     Args:
         lists: The objects that are there, image by image: every object that any of the lists names counts.

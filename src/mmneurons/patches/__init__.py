@@ -1,1 +1,1 @@
-"""Edits as data: patches, their files, the ledger of what is applied, checkpoints with them inside."""
+"""Patches are edits as data; here are their files, the ledger of what is applied, and checkpoints that contain them."""

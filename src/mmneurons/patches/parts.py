@@ -12,7 +12,7 @@ from mmneurons.vlm.vlm import VLM
 
 
 def patch_of(vlm: VLM, change: Deltas) -> Patch:
-    """A change as it is, as a patch: in full, or coefficients and directions.
+    """Make a patch of a change as it is: in full, or as coefficients and directions.
 
     Raises:
         ModelError: columns that cannot be written.
@@ -23,7 +23,7 @@ def patch_of(vlm: VLM, change: Deltas) -> Patch:
 
 
 def _parts(vlm: VLM, change: Deltas, i: int) -> list[PatchPart]:
-    """One part for an FFN, or for each of its experts."""
+    """Make one part for an FFN, or for each of its experts."""
     ffn, mine, rows, parts = vlm.anatomy.ffns[i], change.columns.indices[i], change.scaled(i).detach().cpu(), []
     for expert in [None] if ffn.n_experts is None else range(ffn.n_experts):
         # Neurons of all experts of an FFN are counted through; a patch has a part for each expert.
@@ -37,6 +37,6 @@ def _parts(vlm: VLM, change: Deltas, i: int) -> list[PatchPart]:
 
 
 def pristine_columns(vlm: VLM, columns: Columns) -> dict[int, Tensor]:
-    """Columns of dense FFNs as they were before any edit: (n, hidden) per FFN."""
+    """Return columns of dense FFNs as they were before any edit: (n, hidden) per FFN."""
     ledger, ffns = ledger_of(vlm), vlm.anatomy.ffns
     return {i: ledger.pristine((ffns[i].layer, None), mine) for i, mine in columns.indices.items()}

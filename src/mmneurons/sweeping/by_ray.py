@@ -28,7 +28,7 @@ RAY_EXTRA = 'pip install "mmneurons[ray]"'
 
 @dataclass(frozen=True)
 class Actors:
-    """The processes that each hold the model.
+    """Actors are the processes that each hold the model.
 
     Raises:
         SettingError: a number has no meaning.
