@@ -178,7 +178,7 @@ def test_help_is_quick_because_it_needs_no_torch():
     ids=["ctrl-c", "terminated", "a command that goes on"],
 )
 def test_a_stop_ends_without_a_traceback(tmp_path, sample, number, code, command, said):
-    filled = [sys.executable, "-m", "mmneurons.cli", *(str(sample) if word == "SAMPLE" else word for word in command)]
+    filled = [sys.executable, "-m", "mmneurons", *(str(sample) if word == "SAMPLE" else word for word in command)]
     # Who runs the tests in the background has Ctrl-C ignored, in all that they start: so here, but where it is sent.
     ctrl_c = signal.SIG_DFL if number == signal.SIGINT else signal.SIG_IGN
     started: dict[str, Any] = {"preexec_fn": lambda: signal.signal(signal.SIGINT, ctrl_c), "cwd": tmp_path}
@@ -238,7 +238,7 @@ def test_a_terminal_of_another_encoding_and_a_closed_one_cost_no_file(tmp_path, 
     done = run("find", name, "--json", "f.json", cwd=tmp_path, env=environment, encoding="cp1252")
     assert done.returncode == 0, done.stderr
     assert "caf\u00e9 ? ?.png" in done.stdout
-    command = [sys.executable, "-m", "mmneurons.cli", "find", name, "--json", "g.json", "--report", "g.html"]
+    command = [sys.executable, "-m", "mmneurons", "find", name, "--json", "g.json", "--report", "g.html"]
     with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         process.stdout.close()

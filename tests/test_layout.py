@@ -15,7 +15,7 @@ SOURCE = Path(__file__).parents[1] / "src" / "mmneurons"
 PACKAGE = SOURCE.name
 LAYERS: Sequence[str] = """
     errors progress files neurons words settings pocket photo maths data vlm finding attribution metrics inspection
-    patches editing baselines methods sweeping atlas report web cli
+    patches editing baselines methods sweeping atlas report web cli __main__
 """.split()
 """A module imports from its own layer and from those before it."""
 SHOWN = {

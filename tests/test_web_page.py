@@ -46,7 +46,7 @@ def address(vlm, tmp_path_factory) -> Iterator[str]:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     process = subprocess.Popen(
-        [sys.executable, "-m", "mmneurons.cli", "app", "--device", "cpu", "--port", str(port), "--run", str(run)],
+        [sys.executable, "-m", "mmneurons", "app", "--device", "cpu", "--port", str(port), "--run", str(run)],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

@@ -14,7 +14,7 @@ from mmneurons.cli import options
 
 def run(*arguments: object, **more: Any) -> subprocess.CompletedProcess[str]:
     """In a process of its own."""
-    command = [sys.executable, "-m", "mmneurons.cli", *map(str, arguments)]
+    command = [sys.executable, "-m", "mmneurons", *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, timeout=120, **more)
 
 
