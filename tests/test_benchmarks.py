@@ -78,7 +78,6 @@ def test_the_gpu_benchmark_fills_every_row_at_toy_sizes_on_the_cpu(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.slow
 def test_the_benchmark_of_edits_fills_every_row_with_a_small_reference(tmp_path):
     table = filled(tmp_path / "page.md", "benchmarks.cost.edits")
     rows = [f"`{method}` / `generate`" for method in ("closed_form", "selective", "optimised")]
@@ -90,6 +89,7 @@ def test_the_benchmark_of_edits_fills_every_row_with_a_small_reference(tmp_path)
     assert all(re.search(r"\d", table[row][0]) for row in rows)
 
 
+@pytest.mark.slow
 def test_the_gpu_benchmark_says_that_there_is_no_gpu(tmp_path):
     page = tmp_path / "page.md"
     done = run("benchmarks.cost.gpu", "--out", str(page), CUDA_VISIBLE_DEVICES="")
