@@ -149,7 +149,8 @@ def find_strength(
         raise SettingError(
             f"No strength makes the model say {'something else' if target is None else repr(target)} for '{source}'.",
             seen=f"Tried up to {STEP**TRIES:.1f} times what should do.",
-            fix="Take more columns (top=2000), or of more blocks (blocks=None), or more images.",
+            fix="Take more columns (top=2000), or of more blocks (blocks='all'), or more images.    "
+            "CLI: --top 2000 --blocks all",
         )
     if reference is None or risk is None:
         return Search(smallest, smallest, share, 0, 0, 0.0, trials.generated)

@@ -14,7 +14,7 @@ from mmneurons.data.images import OpenedImage
 from mmneurons.data.pictures import Picture, Pictures, as_list
 from mmneurons.errors import SettingError, WordError
 from mmneurons.finding.batch import baseline_name, missing, name_of, score_batch
-from mmneurons.finding.calibration import Calibration
+from mmneurons.finding.calibration import MAKE, Calibration
 from mmneurons.finding.grounding import calibration_for, ground
 from mmneurons.finding.maps import with_maps
 from mmneurons.finding.rereading import with_blank
@@ -31,7 +31,7 @@ from mmneurons.vlm.vlm import VLM, Inputs
 
 UNCALIBRATED = (
     "No calibration of this model: internal confidence is shown as it is, and no noun is called unseen. Make one: "
-    "mmneurons calibrate --images FOLDER --out FILE.json"
+    f"{MAKE}"
 )
 
 
