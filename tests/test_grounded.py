@@ -115,6 +115,22 @@ def test_places_are_not_judged(vlm):
     assert all(noun.grounded is not None and noun.grounded.seen is None for noun in places)
 
 
+def test_a_part_of_a_longer_word_is_not_judged(vlm):
+    """A hot dog is no dog, which would be missed in the picture; alone, the dog is one."""
+    shipped = mmn.Calibration.load(pocket.folder() / "calibration.json")
+    longer = replace(shipped, words=(*shipped.words, "hot violin", "hot dog"))
+    caption = "a hot violin, a violin, some Hot Dogs and dogs"
+    for checked in mmn.check(vlm, [IMAGE, IMAGE], caption=["a car", caption], calibration=longer)[1:]:
+        assert [(noun.word, noun.grounded.seen) for noun in checked.nouns if noun.lemma in ("dog", "violin")] == [
+            ("violin", None),
+            ("violin", False),
+            ("Dogs", None),
+            ("dogs", True),
+        ]
+    found = mmn.find(vlm, IMAGE, caption="a hot dog and a dog", grounded=True, calibration=longer)
+    assert [noun.grounded.seen for noun in found.nouns if noun.grounded and noun.lemma == "dog"] == [None, True]
+
+
 def test_check_says_of_the_models_own_caption_what_find_says(vlm):
     finding, (checked,) = mmn.find(vlm, IMAGE, grounded=True), mmn.check(vlm, IMAGE)
     assert [(n.word, n.grounded) for n in checked.nouns] == [(n.word, n.grounded) for n in finding.nouns]
@@ -137,10 +153,18 @@ def test_a_calibration_of_another_model_is_refused(vlm, random_vlm):
     made = mmn.Calibration.load(pocket.folder() / "calibration.json")
     with pytest.raises(SettingError, match="another model"):
         mmn.check(random_vlm, IMAGE, caption="a dog", calibration=made)
+    with pytest.raises(SettingError, match="another model"):  # wherever it is given, before anything is asked
+        mmn.find(random_vlm, IMAGE, caption="a dog", calibration=made)
     (raw,) = mmn.check(random_vlm, IMAGE, caption="a dog")
     assert not raw.calibrated
     assert raw.nouns[0].grounded.seen is None
     assert raw.nouns[0].grounded.confidence > 0
+
+
+@pytest.mark.parametrize("verb", [mmn.find, mmn.check])
+def test_the_name_of_a_file_is_no_calibration(vlm, verb):
+    with pytest.raises(SettingError, match=r"calibration='made.json'(?s:.*)Calibration\.load"):
+        verb(vlm, IMAGE, caption="a dog", calibration="made.json")
 
 
 def test_a_calibration_is_read_as_it_was_written_and_damage_is_told(tmp_path):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -21,6 +22,7 @@ from scipy.special import expit, logit
 from mmneurons.errors import FormatError, SettingError
 from mmneurons.files import check_facts, decode_json, json_bytes, read_text, write_whole
 from mmneurons.finding.grounded import Share
+from mmneurons.words import Phrases, Word
 
 EDGE = 1e-7
 """Probabilities are kept so far from 0 and 1, where log odds have no end."""
@@ -59,6 +61,17 @@ class Calibration:
     def judges(self, lemma: str) -> bool:
         """Whether a noun is one of the words that it was made with."""
         return lemma in self.words
+
+    def has_longer(self, noun: Word, caption: str) -> bool:
+        """Whether a noun of a caption is a part of a longer word that it was made with: a hot dog is no dog."""
+        return any(
+            start <= noun.start and noun.stop <= stop and stop - start > noun.stop - noun.start
+            for start, stop, _ in self._compounds.places(caption)
+        )
+
+    @cached_property
+    def _compounds(self) -> Phrases:
+        return Phrases({word: word for word in self.words if " " in word})
 
     def probability(self, confidence: float) -> float:
         """The probability that an object of this internal confidence is in the picture."""

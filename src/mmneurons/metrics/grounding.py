@@ -82,7 +82,7 @@ def named_objects(
         likely = probabilities_of(batch.answers, targets).tolist()
         # By the word that is said, as `check` does, not by the object's own name.
         said = [replace(t, word=replace(t.word, lemma=singular(t.word.text))) for t in targets]
-        grounded = ground(vlm, batch.inputs, grids, said, None)
+        grounded = ground(vlm, batch.inputs, grids, said, batch.answers.texts, None)
         for target, p, one in zip(targets, likely, grounded, strict=True):
             item = items[batch.first + target.row]
             there = target.word.lemma in vocabulary.objects(item.objects or ())
