@@ -74,7 +74,12 @@ def test_words_that_the_model_would_not_say_are_scored_where_they_stand(vlm, ran
 
 @pytest.mark.parametrize(
     ("images", "caption", "message"),
-    [(2, ["a dog"], "2 prompts, 1 answers"), (1, " ", "no word in the answer"), (1, [""], "Each prompt|no word")],
+    [
+        (2, ["a dog"], "2 prompts, 1 answers"),
+        (1, " ", "no word in the answer"),
+        (1, [""], "Each prompt|no word"),
+        (1, "An image of", "no word in the answer"),
+    ],
 )
 def test_answers_that_fit_nothing_are_refused(vlm, sample_paths, images, caption, message):
     with pytest.raises(SettingError, match=message):

@@ -18,6 +18,7 @@ from mmneurons.data.run_writer import ImageRow, NounColumns, image_table, neuron
 from mmneurons.errors import FormatError, SettingError
 from mmneurons.neurons import Neuron
 from mmneurons.report.atlas import write_site
+from mmneurons.web.atlas import Runs
 
 pytest.importorskip("pyarrow")
 SAID = {  # by image: word, lemma, and (layer, expert, index): score
@@ -252,6 +253,26 @@ def test_a_damaged_run_is_told(tmp_path):
     table.unlink()
     with pytest.raises(FormatError, match="no whole shard"):
         mmn.Atlas(folder)
+
+
+def test_a_part_of_a_run_is_told_wherever_it_is_asked(run, tmp_path, capsys, monkeypatch):
+    """Its figures are of a part of the images: without a word they would be taken for those of all."""
+    folder = make_run(tmp_path / "part")
+    (folder / "shards" / "000001.json").unlink()
+    told = "part is not whole: 1 of 2 shards are there, and only their 3 images count."
+    with mmn.Atlas([run, folder]) as atlas:
+        assert [note[: len(told)] for note in atlas.notes] == [told]
+        write_site(atlas, tmp_path / "site")
+    index, page = ((tmp_path / "site" / name).read_text() for name in ("index.html", "neurons/L1.u7.html"))
+    assert "nouns in 7 images." in index  # 4 of the whole run, and 3
+    assert told in index
+    assert told in page
+    shown = Runs([folder])
+    assert all(told in text for text in (shown.word(""), shown.word("dog"), shown.neuron("L1.u7")))
+    _, _, err = call(capsys, monkeypatch, "atlas", folder, "concepts")
+    assert told in err
+    _, _, err = call(capsys, monkeypatch, "atlas", run, "concepts")
+    assert "not whole" not in err
 
 
 def test_a_run_leads_to_no_file_outside_of_it(tmp_path):

@@ -227,7 +227,7 @@ def test_random_takes_other_columns_than_edit(model, rivals, task):
 
 
 def test_random_columns_are_refused_where_there_are_not_as_many_others(model):
-    settings = EditSettings(batch_size=20, top=600)  # of 1,024
+    settings = EditSettings(batch_size=20, top=600, block=2)  # of 1,024; a block does not count
     with pytest.raises(SettingError, match=r"no 600 other columns(?s:.)*424 are left(?s:.)*top=300"):
         baseline(model, "random", IMAGES, source="dog", target="cat", settings=settings)
 
@@ -402,8 +402,9 @@ def test_edit_by_a_method_makes_what_its_function_makes(model, monkeypatch, name
     for module, schedule in ((finetune, "FINETUNE"), (lora, "LORA")):
         monkeypatch.setattr(module, schedule, Schedule(rate=1e-2, steps=2, keep=1.0))
     options: Any = {"source": "dog", "target": "cat"}
-    by_name = mmn.edit(model, IMAGES[0], method=name, seed=1, top=50, **options)
-    directly = baseline(model, name, IMAGES[:1], settings=EditSettings(seed=1, top=50), **options)
+    chosen: Any = {"seed": 1, "top": 50, "block": 2}
+    by_name = mmn.edit(model, IMAGES[0], method=name, **chosen, **options)
+    directly = baseline(model, name, IMAGES[:1], settings=EditSettings(**chosen), **options)
     assert type(by_name) is type(directly)
     for one, other in zip(numbers_of(by_name), numbers_of(directly), strict=True):
         assert torch.equal(one, other)

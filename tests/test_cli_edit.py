@@ -89,6 +89,8 @@ def test_from_images_to_an_edited_checkpoint(capsys, monkeypatch, folder):
     [
         ((), "Say which word"),
         (("--from", "dog"), "Say which word"),
+        (("--from", " ", "--to", "cat"), "Say which word"),
+        (("--remove", " "), "Say which word"),
         (("--from", "dog", "--to", "cat", "--remove", "dog"), "Say which word"),
         (("--from", "dog", "--to", "Dogs"), "the same word"),
         (("--from", "dog", "--to", "cat", "--out", "p.bin"), "--out p.safetensors"),

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import copy
+import re
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import contextmanager
@@ -769,8 +771,11 @@ def test_an_edit_leaves_the_model_as_it_was(vlm, to_cat):
 
 def test_no_strength_is_told(vlm, monkeypatch):
     monkeypatch.setattr(request, "texts_of", lambda vlm, images, question: ["a dog and a cat"] * len(images))
-    with pytest.raises(SettingError, match=r"(?s)No strength makes the model say 'cat' for 'dog'.*Tried up to"):
+    with pytest.raises(SettingError, match=r"(?s)No strength makes the model say 'cat' for 'dog'.*Tried up to") as told:
         edit(vlm, edit_images("dog")[:1], **ALONE)
+    for advised in re.findall(r"\((top=\d+|blocks=[^)]+)\)", str(told.value)):  # it is advice that can be taken
+        name, value = advised.split("=")
+        assert getattr(EditSettings(**{name: ast.literal_eval(value)}), name) == ast.literal_eval(value)
     with pytest.raises(SettingError, match="say something else for 'dog'"):
         edit(vlm, edit_images("dog")[:1], source="dog", reference="own")
 
@@ -782,11 +787,12 @@ def test_no_strength_is_told(vlm, monkeypatch):
     ("change", "error", "message"),
     [
         ({"source": "elephant"}, WordError, r"(?s)says 'elephant' of none.*It said:.*dog"),
-        ({"source": ""}, WordError, "says '' of none"),
+        ({"source": " "}, SettingError, r"(?s)word of an edit is empty.*source=' '"),
         ({"target": "dog"}, SettingError, "the same word"),
         ({"target": "Dogs"}, SettingError, "the same word"),
         ({"target": "猫"}, SettingError, "No strength makes"),
-        ({"target": ""}, WordError, "no token of its own"),
+        ({"target": ""}, SettingError, r"(?s)word of an edit is empty.*target=''"),
+        ({"target": " cats"}, SettingError, r"(?s)a plural.*target='cat'"),
         ({"images": []}, SettingError, "no image"),
         ({"neurons": [Neuron(0, 99_999)]}, SettingError, r"no neuron L0\.u99999"),
         ({"neurons": [Neuron(0, 1, 2)]}, SettingError, r"no neuron L0\.e2\.u1"),
@@ -796,6 +802,7 @@ def test_no_strength_is_told(vlm, monkeypatch):
         ({"top": 0}, SettingError, "top=0"),
         ({"ridge": -1}, SettingError, "ridge=-1"),
         ({"method": "best"}, SettingError, "(?s)no method 'best'.*selective, closed_form"),
+        ({"block": 2}, SettingError, r"(?s)selective takes its columns from the last blocks.*blocks=2"),
     ],
     ids=str,
 )

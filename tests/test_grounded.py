@@ -14,7 +14,7 @@ import mmneurons as mmn
 from mmneurons import pocket
 from mmneurons.cli import app
 from mmneurons.errors import FormatError, SettingError
-from mmneurons.finding.calibration import fit, threshold_for
+from mmneurons.finding.calibration import FEWEST, fit, threshold_for
 from mmneurons.finding.result import from_json, to_json
 from mmneurons.metrics.grounding import named_objects
 
@@ -83,7 +83,7 @@ def test_a_photograph_is_not_for_the_pocket_model(vlm):
 
 def test_a_calibration_is_not_for_a_patched_model(vlm):
     made = mmn.Calibration.load(pocket.folder() / "calibration.json")
-    patch = mmn.edit(vlm, [IMAGE], source="dog", target="cat", reference=None, method="closed_form", top=10)
+    patch = mmn.edit(vlm, [IMAGE], source="dog", target="cat", reference="own", method="closed_form", top=10)
     with patch.applied(vlm):
         (checked,) = mmn.check(vlm, IMAGE, caption="a dog")
         assert checked.nouns[0].grounded.seen is None
@@ -115,6 +115,22 @@ def test_places_are_not_judged(vlm):
     assert all(noun.grounded is not None and noun.grounded.seen is None for noun in places)
 
 
+def test_a_part_of_a_longer_word_is_not_judged(vlm):
+    """A hot dog is no dog, which would be missed in the picture; alone, the dog is one."""
+    shipped = mmn.Calibration.load(pocket.folder() / "calibration.json")
+    longer = replace(shipped, words=(*shipped.words, "hot violin", "hot dog"))
+    caption = "a hot violin, a violin, some Hot Dogs and dogs"
+    for checked in mmn.check(vlm, [IMAGE, IMAGE], caption=["a car", caption], calibration=longer)[1:]:
+        assert [(noun.word, noun.grounded.seen) for noun in checked.nouns if noun.lemma in ("dog", "violin")] == [
+            ("violin", None),
+            ("violin", False),
+            ("Dogs", None),
+            ("dogs", True),
+        ]
+    found = mmn.find(vlm, IMAGE, caption="a hot dog and a dog", grounded=True, calibration=longer)
+    assert [noun.grounded.seen for noun in found.nouns if noun.grounded and noun.lemma == "dog"] == [None, True]
+
+
 def test_check_says_of_the_models_own_caption_what_find_says(vlm):
     finding, (checked,) = mmn.find(vlm, IMAGE, grounded=True), mmn.check(vlm, IMAGE)
     assert [(n.word, n.grounded) for n in checked.nouns] == [(n.word, n.grounded) for n in finding.nouns]
@@ -137,10 +153,18 @@ def test_a_calibration_of_another_model_is_refused(vlm, random_vlm):
     made = mmn.Calibration.load(pocket.folder() / "calibration.json")
     with pytest.raises(SettingError, match="another model"):
         mmn.check(random_vlm, IMAGE, caption="a dog", calibration=made)
+    with pytest.raises(SettingError, match="another model"):  # wherever it is given, before anything is asked
+        mmn.find(random_vlm, IMAGE, caption="a dog", calibration=made)
     (raw,) = mmn.check(random_vlm, IMAGE, caption="a dog")
     assert not raw.calibrated
     assert raw.nouns[0].grounded.seen is None
     assert raw.nouns[0].grounded.confidence > 0
+
+
+@pytest.mark.parametrize("verb", [mmn.find, mmn.check])
+def test_the_name_of_a_file_is_no_calibration(vlm, verb):
+    with pytest.raises(SettingError, match=r"calibration='made.json'(?s:.*)Calibration\.load"):
+        verb(vlm, IMAGE, caption="a dog", calibration="made.json")
 
 
 def test_a_calibration_is_read_as_it_was_written_and_damage_is_told(tmp_path):
@@ -153,6 +177,16 @@ def test_a_calibration_is_read_as_it_was_written_and_damage_is_told(tmp_path):
     (tmp_path / "none.json").write_text('{"schema": 1}')
     with pytest.raises(FormatError):
         mmn.Calibration.load(tmp_path / "none.json")
+    # What would turn every verdict round, or call all seen or all unseen.
+    unsound = [("slope", -1.0), ("slope", 0.0), ("threshold", 7.0), ("threshold", -5.0), ("recall_lost", 2.0)]
+    for field, value in unsound:
+        replace(made, **{field: value}).save(tmp_path / "unsound.json")
+        with pytest.raises(FormatError, match=field):
+            mmn.Calibration.load(tmp_path / "unsound.json")
+    later = json.loads((tmp_path / "one.json").read_text()) | {"schema": 2, "curve": "isotonic"}
+    (tmp_path / "later.json").write_text(json.dumps(later))
+    with pytest.raises(FormatError, match=r"reads calibrations of schema 1(?s:.*)says schema 2"):
+        mmn.Calibration.load(tmp_path / "later.json")
 
 
 def test_a_curve_finds_the_odds_that_made_the_labels():
@@ -173,18 +207,47 @@ def test_a_threshold_costs_no_more_of_the_true_objects_than_asked():
     assert threshold_for(scores, present, 0.39) == 0.2
 
 
+def one_of_two(vlm, *, most_said: bool = True) -> tuple[str]:
+    """Of the two objects that the model names in the picture, the one that image tokens say more, or less."""
+    nouns = [n for n in mmn.check(vlm, IMAGE)[0].nouns if n.lemma in ("dog", "car")]
+    assert len(nouns) == 2
+    return ((max if most_said else min)(nouns, key=lambda n: n.grounded.confidence).lemma,)
+
+
 def test_what_calibrate_makes_is_of_this_model_and_holds_to_the_recall_asked_for(vlm):
-    truth = [("dog", "car"), ("violin",)]  # of the same picture: what is named is there in the one, absent in the other
-    items = [mmn.Item(str(i), IMAGE, objects=truth[i % 2]) for i in range(4)]
+    items = [mmn.Item(str(i), IMAGE, objects=one_of_two(vlm)) for i in range(FEWEST)]
     vocabulary = mmn.Vocabulary([pocket.nouns()], {"car": ("automobile",)})
     made = mmn.calibrate(vlm, items, vocabulary, recall_lost=0.0)
     assert made.fits(vlm.facts)
-    assert (made.made_by["objects named"], made.made_by["of them there"]) == (8, 4)
+    assert (made.made_by["objects named"], made.made_by["of them there"]) == (2 * FEWEST, FEWEST)
     assert made.recall_lost == 0
+    assert made.slope > 0
     assert made.judges("automobile")
     assert not made.judges("sky")
     with pytest.raises(SettingError, match="is a share"):
         mmn.calibrate(vlm, items, vocabulary, recall_lost=1.0)
+
+
+def test_no_calibration_is_made_of_too_little_or_of_what_tells_nothing(vlm):
+    vocabulary = mmn.Vocabulary([pocket.nouns()])
+    right, wrong = one_of_two(vlm), one_of_two(vlm, most_said=False)
+    few = [mmn.Item(str(i), IMAGE, objects=right) for i in range(FEWEST - 1)]
+    with pytest.raises(
+        SettingError, match=f"needs {FEWEST} objects(?s:.*)Of {2 * FEWEST - 2} objects named, {FEWEST - 1}"
+    ):
+        mmn.calibrate(vlm, few, vocabulary)
+    # Given are the objects that image tokens say less: the curve would call unseen what is seen, and the reverse.
+    with pytest.raises(SettingError, match="does not tell what is in these pictures"):
+        mmn.calibrate(vlm, [mmn.Item(str(i), IMAGE, objects=wrong) for i in range(FEWEST)], vocabulary)
+    # No caption names an object of the vocabulary.
+    with pytest.raises(SettingError, match="Of 0 objects named, 0 are there"):
+        mmn.calibrate(vlm, few[:1], mmn.Vocabulary([["violin"]]))
+
+
+def test_a_caption_without_a_noun_has_nothing_to_check(vlm):
+    (checked,) = mmn.check(vlm, IMAGE, caption="very quickly and then")
+    assert (checked.nouns, checked.unseen, checked.rows()) == ((), (), [])
+    assert any("no noun" in note for note in checked.notes)
 
 
 def test_named_objects_are_judged_by_the_truth(vlm):
@@ -205,16 +268,17 @@ def test_the_command_names_what_is_not_seen(tmp_path):
     assert "not seen in the picture" in shown.output
 
 
-def test_the_command_makes_a_calibration_that_check_takes(tmp_path):
-    """The same picture, once with its true objects and once with others: half of what is named is not there."""
-    entries = []
-    for name, objects in (("there", ["dog", "car"]), ("not", ["violin"])):
-        IMAGE.save(tmp_path / f"{name}.png")
-        entries.append({"image": f"{name}.png", "objects": objects})
+def test_the_command_makes_a_calibration_that_check_takes(vlm, tmp_path):
+    """The same picture again and again, once with both of its objects, else with one: the other is then not there."""
+    IMAGE.save(tmp_path / "0.png")
+    entries: list[dict[str, object]] = [{"image": "0.png", "objects": ["dog", "car"]}]
+    for i in range(1, FEWEST + 1):
+        IMAGE.save(tmp_path / f"{i}.png")
+        entries.append({"image": f"{i}.png", "objects": one_of_two(vlm)})
     (tmp_path / "images.json").write_text(json.dumps(entries))
     made = str(tmp_path / "made.json")
     told = CliRunner().invoke(app, ["calibrate", "--images", str(tmp_path / "images.json"), "--out", made])
     assert told.exit_code == 0, told.output
-    shown = CliRunner().invoke(app, ["check", str(tmp_path / "there.png"), "--calibration", made, "--json", "-"])
+    shown = CliRunner().invoke(app, ["check", str(tmp_path / "0.png"), "--calibration", made, "--json", "-"])
     assert shown.exit_code == 0, shown.output
     assert {row["word"] for row in json.loads(shown.stdout) if row["grounded"] is not None} >= {"dog", "car"}

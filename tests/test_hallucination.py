@@ -612,6 +612,7 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_patch(vlm, scenes, tmp_path)
         (None, {"say": "thing"}, WordError, "3 tokens, and one must do"),
         (None, {"payoff": 1.0}, SettingError, "payoff=1.0"),
         (None, {"blocks": 9}, SettingError, "The model has 5 blocks"),
+        (None, {"rank": 99_999}, SettingError, "(?s)directions at most.*rank=99999"),
         ("said", {}, SettingError, "are all present"),
         ("others", {}, SettingError, "or it names none"),
     ],
@@ -636,6 +637,43 @@ def test_a_table_of_synonyms_that_is_not_there_is_refused_before_anything_is_loa
     code, _, err = call(capsys, monkeypatch, "dehallucinate", "--synonyms", "mine.txt", "--model", "none")
     assert code == 2
     assert "There is no file 'mine.txt'." in err
+
+
+def test_images_that_are_learned_from_are_not_judged_on(capsys, monkeypatch, tmp_path: Path, scenes):
+    """Or its figures would be told as of images that the patch was not made with."""
+    monkeypatch.chdir(tmp_path)
+    for i, scene in enumerate(scenes[:3]):
+        scene.image.save(tmp_path / f"{i}.png")
+    for name, places in (("learn", ["0.png", "1.png"]), ("judge", ["2.png", str(tmp_path / "1.png")])):
+        entries = [{"image": place, "objects": ["dog"]} for place in places]
+        Path(f"{name}.json").write_text(json.dumps(entries))
+    code, _, err = call(
+        capsys,
+        monkeypatch,
+        "dehallucinate",
+        "--images",
+        "learn.json",
+        "--held-out",
+        "judge.json",
+        "--texts",
+        "learn.json",
+    )
+    assert code == 2
+    assert "among those to learn from" in err
+    assert "1 of 2, first" in err
+    assert [path.suffix for path in tmp_path.iterdir() if path.suffix not in (".png", ".json")] == []
+
+
+def test_an_empty_word_to_say_is_not_taken_for_none(capsys, monkeypatch, tmp_path: Path, scenes):
+    monkeypatch.chdir(tmp_path)
+    for i, scene in enumerate(scenes[:4]):
+        scene.image.save(tmp_path / f"{i}.png")
+    Path("list.json").write_text(json.dumps([{"image": f"{i}.png", "objects": ["dog"]} for i in range(4)]))
+    code, _, err = call(
+        capsys, monkeypatch, "dehallucinate", "--images", "list.json", "--reference", "0.png", "--say", ""
+    )
+    assert code == 2
+    assert "'' has no token of its own" in err
 
 
 @pytest.mark.usefixtures("small_steps")

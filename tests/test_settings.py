@@ -79,6 +79,8 @@ def test_the_options_of_a_command_are_the_fields_and_say_what_they_say(name):
         (EditSettings, {"blocks": 0}, "blocks=0"),
         (EditSettings, {"blocks": "last"}, "blocks='last'"),
         (DehallucinateSettings, {"payoff": 1}, "payoff=1"),
+        (DehallucinateSettings, {"payoff": float("inf")}, "payoff=inf"),
+        (EditSettings, {"ridge": float("inf")}, "ridge=inf"),
     ],
 )
 def test_what_has_no_meaning_is_refused(kind, given, message):

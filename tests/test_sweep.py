@@ -194,6 +194,15 @@ def test_a_damaged_shard_is_made_anew(vlm, images, whole, copy, kind, damage, mo
     assert contents(copy) == contents(whole)
 
 
+def test_a_damaged_table_of_what_neurons_say_is_made_anew(vlm, images, whole, copy):
+    """Readers of the run say to give the command again, and it must help."""
+    words = copy / "words.parquet"
+    words.write_bytes(words.read_bytes()[:-20])
+    assert not Run(copy).is_complete
+    mmn.sweep(vlm, images, copy, **HOW)
+    assert contents(copy) == contents(whole)
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [

@@ -97,10 +97,10 @@ class Question:
             raise SettingError(f"There is no {name} '{value}'.", fix=f"Choose one of: {', '.join(choices)}.")
         if at_least is None or (name, value) in (("blocks", "all"), ("block", None)):  # no number, and no bound
             return
-        # `not >=` instead of `<`: it refuses NaN, too.
-        whole = name not in FRACTIONS
-        if not isinstance(value, int if whole else int | float) or isinstance(value, bool) or not value >= at_least:
-            kind = "a whole number, " if whole else ""
+        # `not <=` instead of `>`: it refuses NaN, too.
+        is_number = isinstance(value, int | float if name in FRACTIONS else int) and not isinstance(value, bool)
+        if not is_number or not at_least <= value < float("inf"):
+            kind = "" if name in FRACTIONS else "a whole number, "
             raise SettingError(f"'{name}' is {kind}{at_least:g} or more.", seen=f"{name}={value!r}")
 
     @property

@@ -112,6 +112,16 @@ class Atlas:
             self._connection.execute(f"CREATE VIEW {view} AS {' UNION ALL '.join(parts)}")
         self._connection.execute(_ROWS)
 
+    @property
+    def notes(self) -> list[str]:
+        """What a reader of any answer should be told: which runs are not whole, so that it is of a part of them."""
+        return [
+            f"{name} is not whole: {len(run.done)} of {run.n_shards} shards are there, and only their {run.n_used} "
+            "images count. The command of its sweep, given again, makes the others."
+            for name, run in zip(self.names, self.runs, strict=True)
+            if len(run.done) < run.n_shards
+        ]
+
     def close(self) -> None:
         """Let go of the indexes."""
         self._connection.close()

@@ -43,7 +43,7 @@ def random(task: Task, block: int | None) -> tuple[Patch, Facts]:
         target=task.target,
         reference=task.reference or "own",
         neurons=stand_ins,
-        settings=replace(task.settings, method="selective"),
+        settings=replace(task.settings, method="selective", block=None),
         progress=lambda stage, done, total: task.tell(stage),
     )
     return patch, {"steps": 0, "search": patch.provenance["search"]}

@@ -46,6 +46,8 @@ def atlas(
     with stages(err, "reading the run") as progress:
         opened = Atlas(folders, progress=progress)
     with opened:
+        for note in opened.notes:
+            err.print(note, style="yellow", soft_wrap=True)
         if question == "site":
             _site(opened, Path(what), limit)
             return

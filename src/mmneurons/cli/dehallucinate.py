@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -109,8 +110,9 @@ def dehallucinate(
     if others is None:
         shown, others = _halves(shown)
         err.print(f"{len(others)} of the images are held out, to judge on", style="dim")
+    _check_held_out(shown, others)
     # The word must be one token, which "thing" is not in the small vocabulary of the pocket model.
-    settings = replace(settings, say=say or ("image" if vlm.is_pocket else "thing"))
+    settings = replace(settings, say=("image" if vlm.is_pocket else "thing") if say is None else say)
     lists = [item.objects for item in [*shown, *others]]
     if vlm.is_pocket:
         from mmneurons import pocket
@@ -161,6 +163,21 @@ def _with_objects(items: list[Any]) -> list[Any]:
             fix='Name a manifest: [{"image": "park.png", "objects": ["dog"]}]',
         )
     return items
+
+
+def _check_held_out(shown: list[Any], others: list[Any]) -> None:
+    """Refuse images that are both learned from and judged on: the figures are told as of other images."""
+
+    def place(item: Any) -> str:
+        return os.path.realpath(item.source) if isinstance(item.source, Path) else item.name
+
+    learned = {place(item) for item in shown}
+    if both := [item.name for item in others if place(item) in learned]:
+        raise SettingError(
+            "Images to judge on are among those to learn from.",
+            seen=f"{len(both)} of {len(others)}, first {both[0]}",
+            fix="Name others, or leave out --held-out: half of --images are then held out.",
+        )
 
 
 def _halves(items: list[Any]) -> tuple[list[Any], list[Any]]:

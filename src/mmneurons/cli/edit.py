@@ -335,10 +335,11 @@ def _judge(
 
 def _words(source: str, target: str | None, remove: str | None) -> tuple[str, str | None]:
     """Return source and target, the latter None for a removal; refuse any other combination of the options."""
-    if remove and not source and target is None:
-        return remove, None
-    if source and target and not remove:
-        return source, target
+    source, given, gone = (source.strip(), (target or "").strip(), (remove or "").strip())
+    if gone and not source and target is None:
+        return gone, None
+    if source and given and not gone:
+        return source, given
     raise SettingError(
         "Say which word is to become which, or which is to be removed.",
         seen=f"--from {source or '?'} --to {target or '?'} --remove {remove or '?'}",

@@ -183,7 +183,21 @@ class Run:
     @property
     def is_complete(self) -> bool:
         """Whether every shard is there, and what the neurons say."""
-        return len(self.done) == self.n_shards and (self.folder / WORDS).is_file()
+        return len(self.done) == self.n_shards and self._has_words()
+
+    def _has_words(self) -> bool:
+        """Whether what the neurons say is there, in a table that can be read."""
+        arrow = pyarrow()
+        try:
+            arrow.parquet.read_metadata(self.folder / WORDS)
+        except (arrow.ArrowException, OSError):
+            return False
+        return True
+
+    @property
+    def n_used(self) -> int:
+        """How many images its tables tell of: those of the shards that are done, without failures."""
+        return sum(facts.images.rows for facts in self.done.values())
 
     @property
     def failures(self) -> list[Failure]:

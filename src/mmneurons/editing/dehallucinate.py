@@ -108,6 +108,12 @@ def dehallucinate(
     if len(images) != len(objects):
         raise SettingError("Each image needs its list of objects.", seen=f"{len(images)} images, {len(objects)} lists.")
     lowest = lowest_block(vlm.anatomy, settings.blocks)
+    if settings.rank > (hidden := vlm.anatomy.hidden):
+        raise SettingError(
+            f"Columns of {hidden} numbers move along {hidden} directions at most.",
+            seen=f"rank={settings.rank}",
+            fix="rank=32    CLI: --rank 32",
+        )
     # 1. The model's own answers, and which of the objects that they name are not there.
     vocabulary, say = vocabulary or Vocabulary(objects), _token(vlm, settings.say)
     there = [sorted(vocabulary.objects(one)) for one in objects]

@@ -71,6 +71,12 @@ def edit(
     settings = settled(EditSettings, settings, options)
     if settings.method not in OWN:
         raise SettingError(f"{settings.method} is none of {', '.join(OWN)}.", fix="mmneurons.edit knows all methods.")
+    if settings.block is not None:
+        raise SettingError(
+            f"{settings.method} takes its columns from the last blocks, and not from one that is named.",
+            seen=f"block={settings.block}",
+            fix="blocks=2 takes them from the last two    CLI: --blocks 2",
+        )
 
     def tell(stage: str) -> None:
         progress(stage, 0, 0)

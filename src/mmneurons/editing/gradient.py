@@ -125,7 +125,8 @@ def optimise(
         raise SettingError(
             f"No change makes the model say {'something else' if target is None else repr(target)} for '{source}'.",
             seen=f"After {found.steps} steps what is wanted leads by {found.margin:.2g} logits.",
-            fix="Take more columns (top=2000), or of more blocks (blocks='all'), or more images.",
+            fix="Take more columns (top=2000), or of more blocks (blocks='all'), or more images.    "
+            "CLI: --top 2000 --blocks all",
         )
     found = replace(found, turned=share, generated=sum(len(one.searched) for one in requests))
     return replace(patch, provenance=asdict(found))

@@ -19,6 +19,7 @@ from mmneurons.vlm.teacher_forcing import Given
 from mmneurons.vlm.tokens import tokens_of
 from mmneurons.vlm.vlm import VLM
 from mmneurons.words import Word, inflected, singular, turned
+from mmneurons.words.english import plain
 
 HASH_LENGTH = 16
 """Characters that are kept of an image's hash."""
@@ -84,12 +85,18 @@ def make_requests(
     """Ask each question about the images of an edit.
 
     Raises:
-        SettingError: source and target are one word, or the target is a plural.
+        SettingError: a word is empty, source and target are one word, or the target is a plural.
         WordError: the model says `source` of none of the images.
     """
+    if not source.strip() or (target is not None and not target.strip()):
+        raise SettingError(
+            "A word of an edit is empty.",
+            seen=f"source={source!r}, target={target!r}",
+            fix="Give a source and a target, or no target to remove the source.",
+        )
     if target is not None and singular(source) == singular(target):
         raise SettingError(f"'{source}' is to become '{target}': the same word.", fix="Choose another target.")
-    if target is not None and singular(target) != target.lower():
+    if target is not None and singular(target) != " ".join(plain(target).lower().split()):
         raise SettingError(
             f"'{target}' is a plural.",
             seen="Plurals are made where the answers have one.",

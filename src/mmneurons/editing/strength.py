@@ -212,7 +212,8 @@ def find_strength(
                 f"No strength makes the model say {'something else' if target is None else repr(target)} "
                 f"for '{source}'.",
                 seen=f"Tried up to {STEP**TRIES:.1f} times what should do.",
-                fix="Take more columns (top=2000), or of more blocks (blocks='all'), or more images.",
+                fix="Take more columns (top=2000), or of more blocks (blocks='all'), or more images.    "
+                "CLI: --top 2000 --blocks all",
             )
         if reference is None or risk is None:
             return Search(smallest, smallest, share, 0, 0, 0.0, trials.generated)

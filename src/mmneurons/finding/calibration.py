@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -18,14 +19,20 @@ from jaxtyping import Bool, Float
 from scipy.optimize import minimize
 from scipy.special import expit, logit
 
-from mmneurons.errors import SettingError
+from mmneurons.errors import FormatError, SettingError
 from mmneurons.files import check_facts, decode_json, json_bytes, read_text, write_whole
+from mmneurons.finding.grounded import Share
+from mmneurons.words import Phrases, Word
 
 EDGE = 1e-7
 """Probabilities are kept so far from 0 and 1, where log odds have no end."""
 RIDGE = 1e-3
 """What holds coefficients where classes are apart, over the mean loss; of features in units of their deviations."""
+FEWEST = 10
+"""Objects that are there, and objects that are not, without which no curve is made: of fewer it would be chance."""
 SCHEMA = 1
+MAKE = "mmneurons calibrate --images MANIFEST.json --out FILE.json"
+"""The command that makes a calibration; a folder of images does not say what is in them."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +49,7 @@ class Calibration:
     words: tuple[str, ...]
     """The objects that can be judged, and other words for them; in the singular."""
     slope: float
-    """Of the log odds of the internal confidence."""
+    """Of the log odds of the internal confidence, above 0: the more image tokens say it, the likelier it is there."""
     intercept: float
     threshold: float
     """Where an object is less likely to be in the picture than this, it is called not seen."""
@@ -54,6 +61,17 @@ class Calibration:
     def judges(self, lemma: str) -> bool:
         """Whether a noun is one of the words that it was made with."""
         return lemma in self.words
+
+    def has_longer(self, noun: Word, caption: str) -> bool:
+        """Whether a noun of a caption is a part of a longer word that it was made with: a hot dog is no dog."""
+        return any(
+            start <= noun.start and noun.stop <= stop and stop - start > noun.stop - noun.start
+            for start, stop, _ in self._compounds.places(caption)
+        )
+
+    @cached_property
+    def _compounds(self) -> Phrases:
+        return Phrases({word: word for word in self.words if " " in word})
 
     def probability(self, confidence: float) -> float:
         """The probability that an object of this internal confidence is in the picture."""
@@ -72,9 +90,17 @@ class Calibration:
         """Read what `save` wrote.
 
         Raises:
-            FormatError: it is no calibration.
+            FormatError: it is no calibration, or one of another schema.
         """
-        read = decode_json(read_text(path), _Document, str(path))
+        text = read_text(path)
+        schema = decode_json(text, _Schema, str(path)).schema
+        if schema != SCHEMA:
+            raise FormatError(
+                f"This version reads calibrations of schema {SCHEMA}.",
+                seen=f"{path} says schema {str(schema)[:40]}.",
+                fix=MAKE,
+            )
+        read = decode_json(text, _Document, str(path))
         check_facts(read.made_by, str(path))
         fields = msgspec.structs.asdict(read)
         fields.pop("schema")
@@ -95,11 +121,18 @@ class Calibration:
                 "This calibration was made with another model: its confidences mean something else.",
                 seen=f"Made with {_named(self.weights_hash, self.patches)}; this model has "
                 f"{_named(str(facts['weights_hash']), facts.get('patches', ()))}.",
-                fix="mmneurons calibrate --images FOLDER --out FILE.json",
+                fix=MAKE,
             )
 
 
 _Finite = Annotated[float, msgspec.Meta(ge=-1e9, le=1e9)]
+_Rising = Annotated[float, msgspec.Meta(gt=0, le=1e9)]
+
+
+class _Schema(msgspec.Struct):
+    """The version, read first, so that a file of another version is not called damaged."""
+
+    schema: Any = None
 
 
 class _Document(msgspec.Struct, forbid_unknown_fields=True):
@@ -109,10 +142,10 @@ class _Document(msgspec.Struct, forbid_unknown_fields=True):
     weights_hash: str
     patches: tuple[str, ...]
     words: tuple[str, ...]
-    slope: _Finite
+    slope: _Rising
     intercept: _Finite
-    threshold: _Finite
-    recall_lost: _Finite
+    threshold: Share
+    recall_lost: Share
     made_by: dict[str, Any]
 
 

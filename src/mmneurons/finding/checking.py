@@ -132,9 +132,10 @@ def _checked(
     choices = settled(FindSettings, None, {**asdict(question), "top": 1})
     targets = [t for row in range(len(asked.rows)) for t in targets_of(vlm, asked.answers, row, choices)]
     likely = probabilities_of(asked.answers, targets).tolist()
+    grounds = ground(vlm, asked.inputs, grids, targets, asked.answers.texts, calibration)
     nouns = [
         CheckedNoun(t.word.text, t.word.lemma, t.word.start, len(t.word.steps), p, grounded)
-        for t, p, grounded in zip(targets, likely, ground(vlm, asked.inputs, grids, targets, calibration), strict=True)
+        for t, p, grounded in zip(targets, likely, grounds, strict=True)
     ]
     # 2. What a reader should be told, as of a finding.
     batch = ScoredBatch(vlm, choices, asked.rows, asked.answers, given, targets, None, None)

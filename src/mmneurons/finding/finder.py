@@ -8,18 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, replace
-from typing import Any, Unpack, cast, overload
+from typing import Any, Unpack, overload
 
 from mmneurons.data.images import OpenedImage
 from mmneurons.data.pictures import Picture, Pictures, as_list
 from mmneurons.errors import SettingError, WordError
-from mmneurons.finding.batch import baseline_name, missing, name_of, score_batch
-from mmneurons.finding.calibration import Calibration
+from mmneurons.finding.batch import ScoredBatch, baseline_name, missing, name_of, score_batch
+from mmneurons.finding.calibration import MAKE
 from mmneurons.finding.grounding import calibration_for, ground
 from mmneurons.finding.maps import with_maps
 from mmneurons.finding.rereading import with_blank
 from mmneurons.finding.result import Finding, NounFinding
-from mmneurons.finding.scoring import Target, describe
+from mmneurons.finding.scoring import describe
 from mmneurons.progress import Progress
 from mmneurons.settings import FindOptions, FindSettings, MeanActivations, Question, settled
 from mmneurons.vlm import provenance
@@ -32,7 +32,7 @@ from mmneurons.vlm.vlm import VLM, Inputs
 
 UNCALIBRATED = (
     "No calibration of this model: internal confidence is shown as it is, and no noun is called unseen. Make one: "
-    "mmneurons calibrate --images FOLDER --out FILE.json"
+    f"{MAKE}"
 )
 
 
@@ -125,18 +125,13 @@ def find(
 
 
 def _with_grounds(
-    vlm: VLM,
-    inputs: Inputs,
-    grids: Grids | str,
-    targets: Sequence[Target],
-    nouns: Sequence[NounFinding],
-    choices: FindSettings,
+    batch: ScoredBatch, inputs: Inputs, grids: Grids | str, nouns: Sequence[NounFinding]
 ) -> tuple[list[NounFinding], list[str]]:
     """Add whether the image tokens say each noun, or a note that tells why that cannot be told."""
     if isinstance(grids, str):
         return [*nouns], [f"Whether nouns are seen in the picture is not told: {grids}."]
-    calibration = calibration_for(vlm, cast("Calibration | None", choices.calibration))
-    grounds = ground(vlm, inputs, grids, targets, calibration)
+    calibration = calibration_for(batch.vlm, batch.choices.calibration)
+    grounds = ground(batch.vlm, inputs, grids, batch.targets, batch.answers.texts, calibration)
     told = [] if calibration is not None else [UNCALIBRATED]
     return [replace(noun, grounded=one) for noun, one in zip(nouns, grounds, strict=True)], told
 
@@ -155,7 +150,7 @@ def captions_for(n_prompts: int, caption: str | Sequence[str], question: Questio
     texts = [text.strip() for text in texts]
     prefix = question.prefix.strip()
     if prefix:  # people write the whole sentence
-        texts = [text.removeprefix(prefix) if text.startswith(f"{prefix} ") else text for text in texts]
+        texts = [text.removeprefix(prefix) if f"{text} ".startswith(f"{prefix} ") else text for text in texts]
     if empty := [text for text in texts if not text.strip()]:
         raise SettingError("There is no word in the answer that is to be scored.", seen=repr(empty[0]))
     return list(texts)
@@ -194,7 +189,7 @@ def _found(
         if choices.blank and batch.grey is not None:
             nouns = with_blank(vlm, batch.grey, batch.scored, nouns)
         if choices.grounded:
-            nouns, told = _with_grounds(vlm, inputs, grids, batch.targets, nouns, choices)
+            nouns, told = _with_grounds(batch, inputs, grids, nouns)
             notes += told
     return [
         Finding(
@@ -230,7 +225,9 @@ def _check_found(findings: list[Finding], choices: FindSettings, *, given: bool)
 
 
 def _check_asked(vlm: VLM, images: Any, inputs: Inputs | None, choices: FindSettings, caption: Any) -> None:
-    """Refuse what has no meaning together."""
+    """Refuse what has no meaning together, or for this model."""
+    if choices.calibration is not None:
+        calibration_for(vlm, choices.calibration)
     if inputs is not None and images is not None:
         raise SettingError("Give images or ready-made inputs, not both.", fix="find(vlm, inputs={...})")
     if inputs is not None and caption is not None:

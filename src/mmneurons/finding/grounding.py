@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from mmneurons import pocket
-from mmneurons.errors import WordError
+from mmneurons.errors import SettingError, WordError
 from mmneurons.finding.calibration import Calibration, shipped
 from mmneurons.finding.grounded import Grounded
 from mmneurons.finding.maps import all_positions
@@ -31,7 +31,12 @@ AT_ONCE = 2**25
 
 
 def ground(
-    vlm: VLM, inputs: Inputs, grids: Grids, targets: Sequence[Target], calibration: Calibration | None
+    vlm: VLM,
+    inputs: Inputs,
+    grids: Grids,
+    targets: Sequence[Target],
+    captions: Sequence[str],
+    calibration: Calibration | None,
 ) -> list[Grounded]:
     """Tell of each word whether the image tokens say it, and where; one more pass over the prompts.
 
@@ -40,6 +45,7 @@ def ground(
         inputs: Of the prompts.
         grids: Where their pictures lie.
         targets: The words.
+        captions: The answer to each prompt.
         calibration: What confidence means in this model; None: it is told as it is.
 
     Source: Jiang et al., Interpreting and Editing Vision-Language Representations to Mitigate Hallucinations, ICLR
@@ -61,17 +67,29 @@ def ground(
     blocks = enumerate(vlm.anatomy.blocks)
     with vlm.alone(), hooked(partial(b.module.register_forward_hook, partial(left, layer)) for layer, b in blocks):
         vlm.read(inputs)
-    return [_grounded(grids[one.row], one, target, calibration) for one, target in zip(best, targets, strict=True)]
+    found = []
+    for one, target in zip(best, targets, strict=True):
+        judged_by = None
+        if calibration is not None and calibration.judges(target.word.lemma):
+            judged_by = None if calibration.has_longer(target.word, captions[target.row]) else calibration
+        found.append(_grounded(grids[one.row], one, judged_by))
+    return found
 
 
-def calibration_for(vlm: VLM, given: Calibration | None) -> Calibration | None:
-    """The calibration given, checked, or the one that is shipped with the pocket model.
+def calibration_for(vlm: VLM, given: object) -> Calibration | None:
+    """The calibration given, checked, or, of None, the one that is shipped with the pocket model.
 
     Raises:
-        SettingError: the one given was made with another model.
+        SettingError: the one given was made with another model, or is none, such as the name of its file.
     """
     facts = vlm.facts
     if given is not None:
+        if not isinstance(given, Calibration):
+            raise SettingError(
+                "A calibration is a mmneurons.Calibration.",
+                seen=f"calibration={given!r}"[:200],
+                fix='calibration=mmneurons.Calibration.load("calibration.json")',
+            )
         given.check_model(facts)
         return given
     own = shipped(pocket.folder()) if vlm.is_pocket else None
@@ -111,15 +129,15 @@ def _read(vlm: VLM, stream: Float[Tensor, "patches hidden"], layer: int, best: S
                 one.confidence, one.layer, one.place = min(confidence, 1.0), layer, start + place
 
 
-def _grounded(grids: Sequence[PatchGrid], best: _Best, target: Target, calibration: Calibration | None) -> Grounded:
+def _grounded(grids: Sequence[PatchGrid], best: _Best, judged_by: Calibration | None) -> Grounded:
     """Find a patch in its picture, and what the confidence means."""
     picture, place = 0, best.place
     while place >= len(grids[picture].positions):
         place -= len(grids[picture].positions)
         picture += 1
     likely = seen = None
-    if calibration is not None and calibration.judges(target.word.lemma):
-        likely = calibration.probability(best.confidence)
-        seen = calibration.seen(likely)
+    if judged_by is not None:
+        likely = judged_by.probability(best.confidence)
+        seen = judged_by.seen(likely)
     row, column = divmod(place, grids[picture].columns)
     return Grounded(best.confidence, best.layer, picture, row, column, likely, seen)

@@ -149,7 +149,8 @@ def score_targets(
 
 def probabilities_of(answers: Answers, targets: Sequence[Target]) -> Float[Tensor, "targets"]:
     """The model's next-token probability of each target's token where it was said, or read."""
-    places = torch.tensor([[target.row, target.step] for target in targets]).view(-1, 2)
+    # Of no target at all, torch would make floats, which are no places.
+    places = torch.tensor([[target.row, target.step] for target in targets], dtype=torch.long).view(-1, 2)
     rows, steps = places.to(answers.logits.device).unbind(1)
     return (answers.logits[rows, steps].float() - answers.log_totals[rows, steps].float()).exp()
 

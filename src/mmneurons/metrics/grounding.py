@@ -11,7 +11,7 @@ import numpy as np
 
 from mmneurons.data.dataset import Item
 from mmneurons.errors import ModelError, SettingError
-from mmneurons.finding.calibration import Calibration, fit, log_odds, threshold_for
+from mmneurons.finding.calibration import FEWEST, Calibration, fit, log_odds, threshold_for
 from mmneurons.finding.grounding import ground
 from mmneurons.finding.scoring import Target, probabilities_of
 from mmneurons.metrics.chair import Vocabulary
@@ -82,7 +82,7 @@ def named_objects(
         likely = probabilities_of(batch.answers, targets).tolist()
         # By the word that is said, as `check` does, not by the object's own name.
         said = [replace(t, word=replace(t.word, lemma=singular(t.word.text))) for t in targets]
-        grounded = ground(vlm, batch.inputs, grids, said, None)
+        grounded = ground(vlm, batch.inputs, grids, said, batch.answers.texts, None)
         for target, p, one in zip(targets, likely, grounded, strict=True):
             item = items[batch.first + target.row]
             there = target.word.lemma in vocabulary.objects(item.objects or ())
@@ -115,7 +115,8 @@ def calibrate(
         **options: Fields of `Question`.
 
     Raises:
-        ModelError, SettingError: as `named_objects`; or what is named is all there, or none of it.
+        ModelError, SettingError: as `named_objects`; or too little of what is named is there, or is not; or what is
+            there is said by image tokens no more than what is not.
     """
     if not 0 <= recall_lost < 1:
         raise SettingError("The recall that may be lost is a share.", seen=f"{recall_lost}", fix="recall_lost=0.02")
@@ -136,8 +137,22 @@ def curve(
     found: Sequence[NamedObject], vocabulary: Vocabulary, recall_lost: float, made_by: dict[str, Any]
 ) -> Calibration:
     """Fit the curve to what was found already; see `calibrate`."""
-    confidence, present = np.array([one.confidence for one in found]), np.array([one.present for one in found])
+    confidence = np.array([one.confidence for one in found])
+    present = np.array([one.present for one in found], dtype=bool)
+    n_there = int(present.sum())
+    if min(n_there, len(found) - n_there) < FEWEST:
+        raise SettingError(
+            f"A calibration needs {FEWEST} objects that are there and {FEWEST} that are not, named by the model.",
+            seen=f"Of {len(found)} objects named, {n_there} are there.",
+            fix="More images, or harder ones.",
+        )
     (slope,), intercept = fit(log_odds(confidence)[:, None], present)
+    if slope <= 0:  # the less it is said, the likelier it would be there
+        raise SettingError(
+            "Internal confidence does not tell what is in these pictures from what is not: no calibration is made.",
+            seen=f"Image tokens say the {n_there} objects that are there no more than the others.",
+            fix="See that the objects given are those of the images; else this model cannot be calibrated so.",
+        )
     made = Calibration(
         weights_hash=str(made_by["model"]["weights_hash"]),
         patches=tuple(made_by["model"].get("patches", ())),

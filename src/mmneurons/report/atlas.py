@@ -71,7 +71,7 @@ class Site:
     def index(self) -> str:
         """Make the first page: all nouns."""
         models = [run.facts.made_by.get("model", {}) for run in self._atlas.runs]
-        note = f"{len(self.words)} nouns in {sum(run.facts.n_images for run in self._atlas.runs)} images."
+        note = f"{len(self.words)} nouns in {sum(run.n_used for run in self._atlas.runs)} images."
         title = f"Atlas of {', '.join(str(model.get('id')) for model in models)}"
         return self._page(title, note, [self._section("Nouns", self._concepts, "")], home="")
 
@@ -103,7 +103,12 @@ class Site:
         made_by = {name: run.facts.made_by for name, run in zip(self._atlas.names, self._atlas.runs, strict=True)}
         provenance = text.flatten(made_by if len(made_by) > 1 else next(iter(made_by.values())))
         return self._template.render(
-            title=title, note=note, sections=sections, home=home, provenance=provenance, **self._style
+            title=title,
+            note=" ".join([note, *self._atlas.notes]),
+            sections=sections,
+            home=home,
+            provenance=provenance,
+            **self._style,
         )
 
 

@@ -51,9 +51,9 @@ class Runs:
         """
         with self._lock:
             if not word:
-                return views.tables("", [_section("Nouns that were said most", self._atlas.concepts(NOUNS))])
+                return views.tables(self._noted(), [_section("Nouns that were said most", self._atlas.concepts(NOUNS))])
             found = self._atlas.word(word, NEURONS)
-        return views.tables(MEAN, [_section(f"Neurons of “{word}”", found)])
+        return views.tables(self._noted(MEAN), [_section(f"Neurons of “{word}”", found)])
 
     def neuron(self, name: str) -> str:
         """Make the tables of a neuron as HTML; empty where it is among the top neurons of no noun."""
@@ -63,7 +63,11 @@ class Runs:
             except SettingError:
                 return ""
         told = [_section("In the data set it gives most to", page.concepts), _section("Gave most on", page.images)]
-        return views.tables(MEAN, told)
+        return views.tables(self._noted(MEAN), told)
+
+    def _noted(self, *notes: str) -> str:
+        """Join notes with what is to be told of these runs in any case."""
+        return " ".join([*notes, *self._atlas.notes])
 
 
 def _section(title: str, table: pa.Table) -> Section:
