@@ -144,19 +144,23 @@ def test_a_damaged_file_is_made_anew(own, images, folder, answered, content):
 
 def test_the_last_used_are_kept_and_large_ones_are_not(own, images, folder, monkeypatch):
     monkeypatch.setattr(kept_references, "KEPT", 2)
-    for i, image in enumerate(images):
-        mmn.make_reference(own, [image])
+
+    def kept_after(n: int) -> set[Path]:
+        """The files after a reference of one image was made, all a little older."""
+        mmn.make_reference(own, images[n : n + 1])
         for file in folder.iterdir():
             os.utime(file, (file.stat().st_mtime - 10, file.stat().st_mtime - 10))
-        if i == 1:
-            (first,) = [path for path in folder.iterdir() if path not in seen]
-            mmn.make_reference(own, images[:1])  # used again: now the newest
-        seen = {*folder.iterdir()}
-    assert len(seen) == 2
-    assert first not in seen
+        return {*folder.iterdir()}
+
+    first = kept_after(0)
+    second = kept_after(1) - first
+    assert kept_after(0) == first | second  # used again: it is the newest now
+    third = kept_after(2) - first
+    assert {*folder.iterdir()} == first | third
+    assert not second & third
     monkeypatch.setattr(kept_references, "LARGEST", 1000)
     mmn.make_reference(own, images[:2])
-    assert {*folder.iterdir()} == seen
+    assert {*folder.iterdir()} == first | third
 
 
 def test_where_nothing_can_be_kept_it_is_made_all_the_same(own, images, tmp_path, monkeypatch):

@@ -110,7 +110,10 @@ def or_pocket(vlm: VLM, given: list[Any] | None, name: str, option: str | None) 
 def tell_default_reference(vlm: VLM) -> None:
     """Say what an edit leaves as it is where nothing is named."""
     own = "pocket:reference-400, facts that it knows and " if vlm.is_pocket else ""
-    err.print(f"what is to stay as it is: {own}sentences that the package ships", style="dim")
+    err.print(
+        f"what is to stay as it is: {own}sentences that the package ships (worked out once, then kept in the cache)",
+        style="dim",
+    )
 
 
 def tell_no_reference() -> None:
