@@ -769,7 +769,7 @@ def test_no_strength_is_told(vlm, monkeypatch):
     ids=str,
 )
 def test_what_is_refused(vlm, change, error, message):
-    given: dict[str, Any] = {"images": edit_images("dog")[:1], "source": "dog", "target": "cat"} | change
+    given: dict[str, Any] = {"images": edit_images("dog")[:1], **ALONE} | change
     with pytest.raises(error, match=message) as told:
         edit(vlm, given.pop("images"), **given)
     assert isinstance(told.value, MmneuronsError)
