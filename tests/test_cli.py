@@ -1,3 +1,4 @@
+import io
 import json
 import os
 import re
@@ -5,12 +6,10 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from importlib import metadata
 from typing import Any
 
 import numpy as np
-import psutil
 import pytest
 from kits.commands import call, run
 from PIL import Image
@@ -168,25 +167,44 @@ def test_help_is_quick_because_it_needs_no_torch():
     assert run("--help").returncode == 0
 
 
+AT_WORK = """
+import signal, sys
+from mmneurons import cli
+from mmneurons.vlm.vlm import VLM
+
+# Who runs the tests in the background has Ctrl-C ignored, in all that they start: so here, but where it is sent.
+signal.signal(signal.SIGINT, signal.SIG_IGN if sys.argv.pop(1) == "ignored" else signal.default_int_handler)
+usual = VLM.generate
+
+
+def generate(*given, **options):
+    print("at work", flush=True)
+    return usual(*given, **options)
+
+
+VLM.generate = generate
+cli.main()
+"""
+"""The command line; it says when the model is first asked: before, what is imported may swallow a signal."""
+
+
 @pytest.mark.parametrize(
     ("number", "code", "command", "said"),
     [
-        (signal.SIGINT, 130, ["find", *["SAMPLE"] * 5000, "--report", "r.html"], "stopped"),
-        (signal.SIGTERM, 143, ["find", *["SAMPLE"] * 5000, "--report", "r.html"], "stopped"),
+        (signal.SIGINT, 130, ["find", *["SAMPLE"] * 1000, "--report", "r.html"], "stopped"),
+        (signal.SIGTERM, 143, ["find", *["SAMPLE"] * 1000, "--report", "r.html"], "stopped"),
         (signal.SIGINT, 130, ["inspect", "finders", "--images", "pocket:find-500", "--out", "kept"], options.GOES_ON),
     ],
     ids=["ctrl-c", "terminated", "a command that goes on"],
 )
 def test_a_stop_ends_without_a_traceback(tmp_path, sample, number, code, command, said):
-    filled = [sys.executable, "-m", "mmneurons", *(str(sample) if word == "SAMPLE" else word for word in command)]
-    # Who runs the tests in the background has Ctrl-C ignored, in all that they start: so here, but where it is sent.
-    ctrl_c = signal.SIG_DFL if number == signal.SIGINT else signal.SIG_IGN
-    started: dict[str, Any] = {"preexec_fn": lambda: signal.signal(signal.SIGINT, ctrl_c), "cwd": tmp_path}
-    pipes: dict[str, Any] = {"stderr": subprocess.PIPE, "stdout": subprocess.DEVNULL, "text": True}
-    with subprocess.Popen(filled, **pipes, **started) as process:
+    filled = [str(sample) if word == "SAMPLE" else word for word in command]
+    ctrl_c = "heard" if number == signal.SIGINT else "ignored"
+    pipes: dict[str, Any] = {"stderr": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen([sys.executable, "-c", AT_WORK, ctrl_c, *filled], **pipes, cwd=tmp_path) as process:
         try:
-            while psutil.Process(process.pid).cpu_times().user < 9:  # at work: what is imported may swallow the signal
-                time.sleep(0.5)
+            assert process.stdout is not None
+            assert process.stdout.readline() == "at work\n"
             process.send_signal(number)
             _, err = process.communicate(timeout=400)
         finally:
@@ -228,16 +246,22 @@ def test_an_output_is_no_input(capsys, monkeypatch, tmp_path, sample):
     assert picture.read_bytes() == sample.read_bytes()
 
 
-def test_a_terminal_of_another_encoding_and_a_closed_one_cost_no_file(tmp_path, sample):
+def test_a_terminal_of_another_encoding_and_a_closed_one_cost_no_file(capsys, monkeypatch, tmp_path, sample):
     name = os.fsdecode("caf\u00e9 \u72d7 ".encode() + b"\xe9.png")
     (tmp_path / name).write_bytes(sample.read_bytes())
-    environment = os.environ | {"PYTHONIOENCODING": "cp1252"}
-    done = run("find", name, "--json", "-", cwd=tmp_path, env=environment, encoding="utf-8")
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)["findings"][0]["images"] == ["caf\u00e9 \u72d7 ?.png"]
-    done = run("find", name, "--json", "f.json", cwd=tmp_path, env=environment, encoding="cp1252")
-    assert done.returncode == 0, done.stderr
-    assert "caf\u00e9 ? ?.png" in done.stdout
+    monkeypatch.chdir(tmp_path)
+
+    def printed(*arguments: str) -> bytes:
+        with io.BytesIO() as written, monkeypatch.context() as terminal:
+            terminal.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="cp1252"))
+            code, _, err = call(capsys, terminal, *arguments)
+            assert code == 0, err
+            sys.stdout.flush()
+            return written.getvalue()
+
+    document = json.loads(printed("find", name, "--json", "-").decode("utf-8"))
+    assert document["findings"][0]["images"] == ["caf\u00e9 \u72d7 ?.png"]
+    assert "caf\u00e9 ? ?.png" in printed("find", name, "--json", "f.json").decode("cp1252")
     command = [sys.executable, "-m", "mmneurons", "find", name, "--json", "g.json", "--report", "g.html"]
     with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None

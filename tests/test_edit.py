@@ -514,6 +514,10 @@ def test_without_a_reference_one_is_made_of_shipped_sentences_and_the_models_own
     assert [open_image(image).image.tobytes() for image in made.images] == [scene.image.tobytes() for scene in scenes]
     assert made.texts == (*TEXTS[::4], *sentences())
     assert len(set(sentences())) > 100
+    few = sentences()[:4]  # from here on: who is given one, not what is in it
+    monkeypatch.setattr("mmneurons.editing.reference.sentences", lambda: few)
+    made = mmn.default_reference(vlm, Question(prompt="What is in the image?"))
+    assert made is not None
     told = []
     patch = edit(
         vlm,
@@ -531,7 +535,7 @@ def test_without_a_reference_one_is_made_of_shipped_sentences_and_the_models_own
     other.is_pocket = False
     made = mmn.default_reference(other)
     assert made is not None
-    assert (made.images, made.texts) == ((), sentences())
+    assert (made.images, made.texts) == ((), few)
 
 
 def test_the_sentences_that_edits_are_judged_by_are_others_than_those_they_are_made_with():
@@ -807,7 +811,7 @@ def test_no_strength_is_told(vlm, monkeypatch):
     ids=str,
 )
 def test_what_is_refused(vlm, change, error, message):
-    given: dict[str, Any] = {"images": edit_images("dog")[:1], "source": "dog", "target": "cat"} | change
+    given: dict[str, Any] = {"images": edit_images("dog")[:1], **ALONE} | change
     with pytest.raises(error, match=message) as told:
         edit(vlm, given.pop("images"), **given)
     assert isinstance(told.value, MmneuronsError)

@@ -8,6 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from test_patch import a_patch
 from typer.testing import CliRunner
 
 import mmneurons as mmn
@@ -83,8 +84,7 @@ def test_a_photograph_is_not_for_the_pocket_model(vlm):
 
 def test_a_calibration_is_not_for_a_patched_model(vlm):
     made = mmn.Calibration.load(pocket.folder() / "calibration.json")
-    patch = mmn.edit(vlm, [IMAGE], source="dog", target="cat", reference="own", method="closed_form", top=10)
-    with patch.applied(vlm):
+    with a_patch(vlm, {4: [7]}).applied(vlm):
         (checked,) = mmn.check(vlm, IMAGE, caption="a dog")
         assert checked.nouns[0].grounded.seen is None
         with pytest.raises(SettingError, match=r"and no patches; this model has .* and [0-9a-f]{12} patches"):

@@ -40,6 +40,13 @@ def items():
     return [Item(f"scene-{i}", s.image, s.objects, tuple(s.masks)) for i, s in enumerate(scenes)]
 
 
+@pytest.fixture
+def few_silenced(monkeypatch):
+    """The experiment on finders silences a few neurons, where nothing rests on how many: all of them take long."""
+    for name, value in {"SMALL": 0, "POOL": 50, "POOL_TOP": 5, "DELETED": (1, 5), "DRAWS": 2}.items():
+        monkeypatch.setattr(truth, name, value)
+
+
 @pytest.fixture(scope="module")
 def found(vlm, items, tmp_path_factory):
     folder = tmp_path_factory.mktemp("inspection")
@@ -47,7 +54,7 @@ def found(vlm, items, tmp_path_factory):
 
 
 def test_a_run_that_was_stopped_goes_on_where_it_was(vlm, items, tmp_path, monkeypatch):
-    whole = inspect(vlm, items, tmp_path / "whole", ["sensitivity", "specificity"], batch_size=1)
+    whole = inspect(vlm, items, tmp_path / "whole", ["specificity"], batch_size=1)
     asked = []
 
     def stop(vlm, batch, **how):
@@ -294,6 +301,7 @@ def test_a_folder_has_every_form_and_no_number_that_is_none(vlm, items, found, t
     assert "http" not in text.split("</style>")[1].split("<footer>")[0]
 
 
+@pytest.mark.usefixtures("few_silenced")
 def test_a_metric_without_its_model_is_missing_and_not_zero(vlm, items, tmp_path):
     it = inspect(vlm, items, tmp_path, ["finders"], limit=1)
     assert it.finders is not None
@@ -419,13 +427,12 @@ def test_the_command_writes_its_page_and_goes_on(capsys, monkeypatch, tmp_path, 
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("few_silenced")
 @pytest.mark.parametrize("nouns", [("dog", "dog", "car"), ("dog", "car")], ids=["one noun once", "each noun once"])
 def test_what_needs_two_images_of_a_noun_is_missing_with_a_reason(capsys, monkeypatch, tmp_path, nouns):
     pytest.importorskip("matplotlib")
     monkeypatch.setattr(run, "EXAMPLES", 1)
     monkeypatch.setattr(run, "causal", partial(causal, sizes=(1, 10), ways=HOW[2:4], draws=2))
-    for name, value in {"SMALL": 0, "POOL": 50, "POOL_TOP": 5, "DELETED": (1, 5), "DRAWS": 2}.items():
-        monkeypatch.setattr(truth, name, value)
     images, out = tmp_path / "images", tmp_path / "out"
     images.mkdir()
     for i, noun in enumerate(nouns):
@@ -511,6 +518,7 @@ def test_captions_of_a_manifest_are_read_in_the_place_of_answers(vlm, tmp_path, 
         read_items(tmp_path / "list.json")
 
 
+@pytest.mark.usefixtures("few_silenced")
 def test_inspect_finders_leaves_out_what_the_model_refuses_and_says_so(
     mixture_vlm, items, tmp_path, capsys, monkeypatch
 ):

@@ -6,6 +6,7 @@ import ast
 import re
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -168,3 +169,11 @@ def test_no_file_names_a_place_outside_the_package(path):
     outside = re.compile(r"(?<![.\w])\.\./|(?<![\w./<])/(?:work|home|root|tmp|Users)\b")
     lines = path.read_text(encoding="utf-8").splitlines()
     assert [f"{i}: {line}" for i, line in enumerate(lines, start=1) if outside.search(line)] == []
+
+
+def test_shapes_are_checked_at_run_time_wherever_one_is_named():
+    config = tomllib.loads((SOURCE.parents[1] / "pyproject.toml").read_text(encoding="utf-8"))
+    (option,) = (o for o in config["tool"]["pytest"]["ini_options"]["addopts"] if o.startswith("--jaxtyping-packages="))
+    checked = [name.strip() for name in option.partition("=")[2].split(",")]
+    naming = {name_of(path) for path in MODULES if "from jaxtyping import" in path.read_text(encoding="utf-8")}
+    assert not {name for name in naming if not any(name == part or name.startswith(f"{part}.") for part in checked)}

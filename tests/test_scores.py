@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import pytest
@@ -77,18 +77,17 @@ def slopes(one: Case, step: int, *, held: bool = False) -> list[Tensor]:
 
 def assert_scores(one: Case, noun: NounFinding, expected: list[Tensor]) -> None:
     """A neuron's score is its activation times column . slope; a gate behind `w_out` is in both."""
-    scores = []
+    anatomy, scores = one.anatomy, []  # looked at once: each look is at every parameter
+    places = {(ffn.layer, ffn.n_experts is None): i for i, ffn in enumerate(anatomy.ffns)}
+    assert len(places) == len(anatomy.ffns)
+    along = cache(lambda i, expert: dense(anatomy.ffns[i].module, expert).float().T @ expected[i])
     for found in noun.neurons:
-        (i,) = (
-            i
-            for i, ffn in enumerate(one.anatomy.ffns)
-            if ffn.layer == found.neuron.layer and (ffn.n_experts is None) == (found.neuron.expert is None)
-        )
-        column = dense(one.anatomy.ffns[i].module, found.neuron.expert)[:, found.neuron.index]
+        i = places[found.neuron.layer, found.neuron.expert is None]
         factor = 1.0
-        if one.anatomy.ffns[i].gate is not None:
+        if anatomy.ffns[i].gate is not None:
             factor = float(one.recordings[0].factors[i][noun.step][0, -1].sigmoid())
-        scores.append((found.score, found.activation / factor * float(column.float() @ expected[i])))
+        slope = float(along(i, found.neuron.expert)[found.neuron.index])
+        scores.append((found.score, found.activation / factor * slope))
     ours, theirs = torch.tensor(scores).unbind(1)
     assert theirs.abs().max() > 0
     torch.testing.assert_close(ours, theirs, rtol=0, atol=LIMIT * float(theirs.abs().max()))
