@@ -30,7 +30,7 @@ PASSES_AT_ONCE = 8
 
 def last_position(values: Shaped[Tensor, "batch positions *width"]) -> Shaped[Tensor, "batch 1 *width"]:
     """Keep the last position, which predicts the next token: while generating, the only new one."""
-    return values[:, -1:]
+    return values if values.shape[1] == 1 else values[:, -1:]
 
 
 @dataclass(eq=False)
@@ -149,10 +149,11 @@ class _Recorder:
         self.missed: set[str] = set()
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
         self._entries: dict[int, torch.utils.hooks.RemovableHandle] = {}
-        # `_entered`: blocks entered in this pass. `_shape`: its batch and positions. `_rooms`: memory for what is kept.
+        # `_entered`: blocks entered in this pass. `_shape`: its batch and positions. `_rooms`: memory for what is
+        # kept, and how much of it is taken.
         self._entered: set[int] = set()
         self._shape = (1, 1)
-        self._rooms: dict[tuple[torch.dtype, torch.device], Tensor] = {}
+        self._rooms: dict[tuple[torch.dtype, torch.device], tuple[Tensor, int]] = {}
         # By the identity of the list that a part is recorded in: copies and originals of this pass, of which it is yet
         # to be seen whether the model changes the original; and the parts whose originals last.
         self._seen: dict[int, tuple[Tensor, Tensor]] = {}
@@ -283,13 +284,14 @@ class _Recorder:
         # What `keep` returned can be a view of the model's tensor; only then is a copy needed.
         if self.keep is not last_position:
             return kept.clone() if kept.untyped_storage().data_ptr() == values.untyped_storage().data_ptr() else kept
-        # A piece is cut off the front of the room; a new room is made when it is used up. A tensor that was cut off
-        # keeps its room's memory alive.
-        room = self._rooms.get((kept.dtype, kept.device))
-        if room is None or len(room) < kept.numel():
-            room = kept.new_empty(max(kept.numel(), PASSES_AT_ONCE * self._width * len(kept)))
-        self._rooms[kept.dtype, kept.device] = room[kept.numel() :]
-        return room[: kept.numel()].view(kept.shape).copy_(kept)
+        # Pieces are taken from the room one behind the other; a new room is made when it is used up. A tensor that was
+        # taken keeps its room's memory alive.
+        kind, n = (kept.dtype, kept.device), kept.numel()
+        room, taken = self._rooms.get(kind, (None, 0))
+        if room is None or room.numel() - taken < n:
+            room, taken = kept.new_empty(max(n, PASSES_AT_ONCE * self._width * len(kept))), 0
+        self._rooms[kind] = room, taken + n
+        return room.narrow(0, taken, n).view(kept.shape).copy_(kept)
 
     def _with_batch(self, values: Tensor) -> Tensor:
         """Return values as (batch, positions, width): some FFNs (OPT, experts) see batch and positions as one axis."""
