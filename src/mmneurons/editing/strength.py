@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Protocol
 
 import torch
@@ -73,9 +74,9 @@ class Kept:
     ) -> None:
         self.reader, self.answers = reader, list[Batch]()
         if images:
-            given = reference.given(reader.vlm, source)
+            said = reference.given(reader.vlm, source)
             pictures = [reference.images[i] for i in images]
-            self.answers = reader.read(pictures, reference.question, [given[i] for i in images])
+            self.answers = reader.read(pictures, reference.question, [said[i] for i in images])
         # Of the texts, those that hold the positions; each position counts for all that read the same.
         held: dict[int, dict[int, int]] = {}
         for text, step, count in reference.places_of(positions):
@@ -109,9 +110,18 @@ class _Trials:
     source: str
     target: str | None
     tell: Callable[[str], None]
-    own: Sequence[tuple[Reader, Batch]]
-    """The answers that say SOURCE, with TARGET in its place."""
+    reader: Reader
     generated: int = 0
+
+    @cached_property
+    def own(self) -> list[Batch]:
+        """The answers by which the strength is chosen, to be read with TARGET in the place of SOURCE."""
+        made = list[Batch]()
+        for one in self.requests:
+            answers = given(self.vlm, one, self.target)
+            images = [one.images[i] for i in one.searched]
+            made += self.reader.read(images, one.question, [answers[i] for i in one.searched])
+        return made
 
     @property
     def n_own(self) -> int:
@@ -128,15 +138,15 @@ class _Trials:
     def reads(self, factor: float) -> float:
         """Share of the edit's answers in which TARGET would be said where SOURCE was; without a target, not SOURCE.
 
-        All before it is given, and so is the answer up to there: what comes behind is not looked at.
+        The answer up to there is given; what would come behind is not looked at.
         """
         self.tell(f"reading with strength {factor:.3g}")
-        missed = 0
+        missed, own = 0, self.own  # read unedited the first time
         with (factor * self.unit).applied(self.vlm):
-            for reader, batch in self.own:
-                now = reader.likeliest(batch)
-                given = (now[:, None] == batch.tokens).any(1)
-                fails = batch.turn & (given if self.target is None else ~given)
+            for batch in own:
+                # The tokens of a step are what is wanted there or, without a target, what is not.
+                said = (self.reader.likeliest(batch)[:, None] == batch.tokens).any(1)
+                fails = batch.turn & (said if self.target is None else ~said)
                 missed += len(batch.places[0][fails].unique())
         return 1 - missed / self.n_own
 
@@ -204,8 +214,7 @@ def find_strength(
     with torch.inference_mode(False), torch.no_grad(), evaluating(vlm.model):
         # 1. The smallest strength that turns the edit's own images.
         reader = Reader(vlm, lowest, cache=True, batch_size=requests[0].question.batch_size)
-        own = [(reader, batch) for one in requests for batch in _own(reader, one, target)]
-        trials = _Trials(vlm, unit, requests, source, target, tell, own)
+        trials = _Trials(vlm, unit, requests, source, target, tell, reader)
         smallest, share = trials.smallest(start)
         if share == 0:
             raise SettingError(
@@ -248,9 +257,3 @@ def find_strength(
         changed, flipped = changes(margins[low])
         strength = margins[low] * smallest
         return Search(strength, smallest, share, changed, len(images), flipped, trials.generated)
-
-
-def _own(reader: Reader, one: EditRequest, target: str | None) -> list[Batch]:
-    """The answers by which the strength is chosen, with TARGET in the place of SOURCE."""
-    answers = given(reader.vlm, one, target)
-    return reader.read([one.images[i] for i in one.searched], one.question, [answers[i] for i in one.searched])
