@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Protocol
 
 import torch
@@ -233,6 +233,7 @@ def find_strength(
             images = sorted(range(len(worst)), key=lambda i: -worst[i])[:HARDEST]
         kept = Kept(reader, reference, source, images, reference.positions(risk, HARDEST_POSITIONS))
 
+        @cache
         def changes(margin: float) -> tuple[int, float]:
             tell(f"reading what is to stay with strength {margin * smallest:.3g}")
             with (margin * smallest * unit).applied(vlm):
