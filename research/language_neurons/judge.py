@@ -6,6 +6,7 @@ import csv
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -132,7 +133,9 @@ def shared(a: Seen, b: Seen) -> float:
     return len({*_top(a)} & {*_top(b)}) / TOP
 
 
+@cache
 def _top(seen: Seen) -> list[int]:
+    # Kept: each is compared with all others.
     return np.argsort(-seen.scores, kind="stable")[:TOP].tolist()
 
 
