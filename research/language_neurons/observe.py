@@ -46,7 +46,7 @@ HALF = 0.5
 Numbers = NDArray[np.float32]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Seen:
     """What was measured where a noun is predicted, once: after a photograph, or after a sentence."""
 
