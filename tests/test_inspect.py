@@ -89,7 +89,7 @@ def asked(monkeypatch):
     def stub(vlm, item, other=None, **how):
         mine, its = item.image().getpixel((0, 0)), None if other is None else other.getpixel((0, 0))
         pairs.append((mine[0], None if its is None else its[0]))
-        return [NounSensitivity("dog", "dog", None, (mine[0] / 255,), (), (True,), {}, {}, {})]
+        return [NounSensitivity("dog", "dog", None, (mine[0] / 255,), (), (True,), {}, {}, {}, {})]
 
     monkeypatch.setattr(run, "sensitivity", stub)
     return pairs
@@ -223,6 +223,16 @@ def test_results_of_other_settings_are_not_mixed(vlm, items, found):
     assert "logprob" in str(told.value)
 
 
+def test_results_without_a_later_comparison_are_refused(vlm, asked, tmp_path, monkeypatch):
+    items = [Item("a", grey(tmp_path / "a.png", 0))]
+    with monkeypatch.context() as before:
+        before.setattr(run, "COMPARED_WITH", {})
+        inspect(vlm, items, tmp_path / "out", ["sensitivity"])
+    with pytest.raises(SettingError, match="another experiment") as told:
+        inspect(vlm, items, tmp_path / "out", ["sensitivity"])
+    assert "compared_with: None there, ['matched random', 'top, another object'] asked for" in str(told.value)
+
+
 def test_more_neurons_than_there_are_is_refused(vlm, items, tmp_path):
     with pytest.raises(SettingError, match="no top 5121 of the model's 5120 neurons"):
         inspect(vlm, items, tmp_path / "out", settings=InspectSettings(top=5121))
@@ -266,7 +276,7 @@ def test_a_table_says_the_same_in_every_form():
 
 
 def test_what_one_image_cannot_tell_is_missing_with_its_reason():
-    one = NounSensitivity("dog", "dog", None, (0.9, 0.2), (), (True,), {}, {}, {})
+    one = NounSensitivity("dog", "dog", None, (0.9, 0.2), (), (True,), {}, {}, {}, {})
     alone = tables.sensitivity_tables({"a": [one]})[0]
     assert alone.value("top neurons that lose half with a blank image") is not None
     assert alone.value("top neurons that lose half with another image") is None

@@ -25,6 +25,7 @@ SCHEMAS = {
     "finders": FinderRow,
 }
 MATCH, WEAK = RegionMatch(0.25, 0.5, 1.0, None, 0.125), RegionMatch(0.1, 0.1, 0.5, 0.5, 0.125)
+ELSEWHERE = RegionMatch(0.0, 0.0, 0.25, 0.25, 0.5)
 NOUN = NounSensitivity(
     "dogs",
     "dog",
@@ -35,6 +36,7 @@ NOUN = NounSensitivity(
     {10: 0.5},
     {1: MATCH, 10: MATCH},
     {1: MatchedRegion(WEAK, 0.5, 1)},
+    {1: ELSEWHERE},
 )
 OUTCOMES = (
     Outcome("times 0", 10, True, ("a cat",), 1.0, 1.0, 1.0, 10.0),
@@ -105,6 +107,8 @@ def test_rows_say_what_was_found_of_each_noun(found):
     assert values[0, "IoU at equal area", "matched random", 1] == 0.1
     assert values[0, "IoU at equal area", "matched random", 10] is None, "none was drawn"
     assert (0, "the mask's share of the image", "matched random", 1) not in values
+    assert values[0, "pointing game - the mask's share", "top, another object", 1] == -0.25, "of the other's share"
+    assert values[0, "the mask's share of the image", "top, another object", 10] is None, "there is no other object"
     values = {(row["measure"], row["neurons"]): row["value"] for row in found.rows("causal")}
     assert values["no longer says the noun", "matched random"] == 0.5
     assert values["neurons", "matched random"] == 25
@@ -142,7 +146,7 @@ def test_a_column_that_begins_with_thousands_of_nulls_and_names_that_are_no_utf_
 
 
 def test_tables_are_means_over_nouns_then_over_images():
-    shown, hidden = NOUN, NounSensitivity("sea", "sea", False, (0.0, 0.0), (), (True, True), {}, {}, {})
+    shown, hidden = NOUN, NounSensitivity("sea", "sea", False, (0.0, 0.0), (), (True, True), {}, {}, {}, {})
     dependence, regions = sensitivity_tables({"a": [shown, hidden], "b": [hidden]})
     cell = dependence.value("top neurons that lose half with a blank image")
     assert isinstance(cell, Estimate)
@@ -152,11 +156,13 @@ def test_tables_are_means_over_nouns_then_over_images():
     assert (cell.mean, cell.n) == (0.5, 1)
     assert dependence.value("top neurons that lose half with another image") is None
     labels = [labels for labels, _ in regions.rows]
-    assert labels[:5] == [
+    assert labels[:7] == [
         ("pointing game", "top", "1"),
         ("pointing game", "top", "10"),
         ("pointing game", "matched random", "1"),
         ("pointing game", "matched random", "10"),
+        ("pointing game", "top, another object", "1"),
+        ("pointing game", "top, another object", "10"),
         ("the mask's share of the image", "top", "1"),
     ]
     assert regions.value("pointing game", "matched random", "10") is None

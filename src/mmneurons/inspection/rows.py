@@ -12,6 +12,8 @@ import numpy as np
 
 TOP, MATCHED, ANY = "top", "matched random", "any random"
 """Neurons that a row is about: the top k, random ones as loud in the same blocks, random ones of any block."""
+ELSEWHERE = "top, another object"
+"""The top k again, whose map is held against the masks of the other objects of the same picture."""
 LOUDNESS, NEURONS = "loudness / the top's", "neurons"
 """Measures of a set of random neurons: how loud it is, and how many they are."""
 LOST_BLANK, LOST_OTHER = "lose half with a blank image", "lose half with another image"

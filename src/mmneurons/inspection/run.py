@@ -29,7 +29,15 @@ from mmneurons.finding.finder import find
 from mmneurons.finding.result import Finding
 from mmneurons.inspection.causal import NounCausal, causal
 from mmneurons.inspection.faithfulness import NounTruth, finder_truth, mean_activations
-from mmneurons.inspection.rows import CausalRow, FinderRow, SensitivityRow, SpecificityRow, rows_of
+from mmneurons.inspection.rows import (
+    ELSEWHERE,
+    MATCHED,
+    CausalRow,
+    FinderRow,
+    SensitivityRow,
+    SpecificityRow,
+    rows_of,
+)
 from mmneurons.inspection.sensitivity import NounSensitivity, sensitivity
 from mmneurons.inspection.specificity import NounScores, Specificity, noun_scores, specificity
 from mmneurons.progress import Progress, untold
@@ -41,6 +49,11 @@ Experiment = Literal["sensitivity", "specificity", "causal", "finders"]
 EXPERIMENTS: tuple[Experiment, ...] = get_args(Experiment)
 SLOW_LIMIT = 50
 """Images of `causal` and `finders` where nobody says how many: they make hundreds of passes for each noun."""
+COMPARED_WITH: Mapping[str, Sequence[str]] = {"sensitivity": (MATCHED, ELSEWHERE)}
+"""Of an experiment what its results are compared with, kept in the head of its file.
+
+A folder whose results lack a comparison that was added later is so refused, instead of being half filled.
+"""
 MEANS_FROM = 32
 """Images whose answers give the mean activations."""
 
@@ -231,7 +244,7 @@ class _Bench:
 
     def specificity(self) -> Specificity:
         """Run the specificity experiment: all that neurons give to the nouns of all images is kept, then compared."""
-        store = Store(self.folder / "specificity.jsonl", self.made_by, _Rows)
+        store: Store[_Rows] = self._store("specificity", _Rows)
         rows = self.folder / "specificity"
         rows.mkdir(exist_ok=True)
         items = self._usable(self._items(None))
@@ -287,6 +300,11 @@ class _Bench:
         """Take the first images, as many as were asked for or else as many as is usual."""
         return self.items[: self.limit or usual]
 
+    def _store(self, name: str, kind: Any) -> Store[Any]:
+        """Open the store of one experiment, whose head says what made it and what its results are compared with."""
+        compared = {"compared_with": COMPARED_WITH[name]} if name in COMPARED_WITH else {}
+        return Store(self.folder / f"{name}.jsonl", {**self.made_by, **compared}, kind)
+
     def _usable(self, items: Sequence[Item]) -> list[Item]:
         """List the images that can be read; the others are named in `left_out`."""
         for item in items:
@@ -314,7 +332,7 @@ class _Bench:
     ) -> dict[str, Any]:
         """Run one experiment image by image; the images whose results are in the store are not asked about again."""
         # 1. What each result depends on, as far as it can be read.
-        store = Store(self.folder / f"{name}.jsonl", self.made_by, kind)
+        store = self._store(name, kind)
         keys: dict[str, str] = {}
         for item in self._usable(items):
             try:

@@ -16,6 +16,7 @@ from mmneurons.inspection.rows import (
     AREA,
     AUROC,
     DECODED,
+    ELSEWHERE,
     FALL,
     GONE,
     IOU,
@@ -51,6 +52,8 @@ REGIONS = (POINTING, AREA, LEAD, IOU, IOU_EQUAL_AREA, AUROC, LOUDNESS)
 EFFECTS = (GONE, UNCHANGED, BERT, LOUDNESS, NEURONS)
 MEANINGS = (DECODED, BERT_NOUN, BERT_CAPTION, CLIP)
 """Measures in the order in which tables have them."""
+NEXT_TO = (TOP, MATCHED, ELSEWHERE)
+"""What a figure of the top neurons is compared with, in that order."""
 SHARES = {POINTING, GONE, UNCHANGED, DECODED}
 """Measures that are a plain yes or no where an image has one noun and nothing is drawn."""
 
@@ -98,13 +101,14 @@ def _regions_table(found: Mapping[str, Sequence[NounSensitivity]], items: Sequen
     # Measure by measure, the top neurons before those that they are compared with.
     cells = [
         ((measure, neurons, str(k)), _over(means[measure, neurons, k], measure))
-        for measure, neurons, k in sorted(means, key=lambda key: (REGIONS.index(key[0]), key[1] != TOP, key[2]))
+        for measure, neurons, k in sorted(means, key=lambda key: (REGIONS.index(key[0]), NEXT_TO.index(key[1]), key[2]))
     ]
     # What has no map or no mask is counted, so that nobody takes the rest for all.
     cells += [((reason, "", ""), float(count)) for reason, count in unmeasured(found, items)]
     note = (
         "Mean map of the top k against the object's mask, next to as many random neurons of the same blocks, the "
-        "nearest in loudness (20 draws); nouns that the image truly shows."
+        "nearest in loudness (20 draws), and next to the same map against the mask of another object of the picture "
+        "(only pictures with two objects or more); nouns that the image truly shows."
     )
     labels = ("measure", "neurons", "k")
     return Table("regions", "Where the neurons look", labels, tuple(cells), note) if cells else None

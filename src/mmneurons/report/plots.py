@@ -13,7 +13,7 @@ from mmneurons.data.table import Table
 from mmneurons.errors import INSPECT_EXTRA, SettingError
 from mmneurons.files import write_whole
 from mmneurons.finding.result import Finding
-from mmneurons.inspection.rows import MATCHED
+from mmneurons.inspection.rows import ELSEWHERE, MATCHED
 from mmneurons.maths import regions
 from mmneurons.maths.statistics import Estimate
 
@@ -149,9 +149,10 @@ def _regions(figure: Figure, table: Table) -> None:
     left, right = figure.subplots(1, 2)
     rows = dict(table.rows)
     for axes, names in ((left, ("pointing game", "the mask's share of the image")), (right, _IOUS)):
-        # Solid: the top neurons; dotted: matched random ones; dashed: what a guess would hit by chance.
+        # Solid: the top neurons; dotted: matched random ones; dash-dotted: the top ones at another object's mask;
+        # dashed: what a guess would hit by chance.
         for i, name in enumerate(names):
-            for which, style in (("top", "-"), (MATCHED, ":")):
+            for which, style in (("top", "-"), (MATCHED, ":"), (ELSEWHERE, "-.")):
                 points = {int(k): v for (measure, of, k), v in rows.items() if (measure, of) == (name, which)}
                 grey = (
                     {"color": _GREY, "linestyle": "--"} if "share" in name else {"color": f"C{i}", "linestyle": style}
