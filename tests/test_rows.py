@@ -39,8 +39,9 @@ NOUN = NounSensitivity(
     {1: ELSEWHERE},
 )
 OUTCOMES = (
-    Outcome("times 0", 10, True, ("a cat",), 1.0, 1.0, 1.0, 10.0),
-    Outcome("times 0", 10, False, ("a dog", "a cat"), 0.5, 1.0, 0.75, 25.0),
+    Outcome("times 0", 10, "top", ("a cat",), 1.0, 1.0, 1.0, 10.0, 1.0, 0.0),
+    Outcome("times 0", 10, "matched random", ("a dog", "a cat"), 0.5, 1.0, 0.75, 25.0, 0.375, 0.0),
+    Outcome("times 0", 10, "matched random, equal change", ("a dog", "a cat"), 0.5, 0.0, 0.75, 25.0, 1.0, -1.5),
 )
 TRUTH = NounTruth(
     word="dog",
@@ -112,6 +113,8 @@ def test_rows_say_what_was_found_of_each_noun(found):
     values = {(row["measure"], row["neurons"]): row["value"] for row in found.rows("causal")}
     assert values["no longer says the noun", "matched random"] == 0.5
     assert values["neurons", "matched random"] == 25
+    assert values["change / the top's", "matched random"] == 0.375
+    assert values["activations times", "matched random, equal change"] == -1.5
     values = {(row["measure"], row["neurons"]): row["value"] for row in found.rows("finders")}
     assert (values["fall of log p", "matched random"], values["decoded hit@10", "top"]) == (0.125, 0.5)
     values = {(row["measure"], row["concept"], row["other"]): row["value"] for row in found.rows("specificity")}
@@ -180,6 +183,14 @@ def test_tables_of_causes_and_finders_keep_their_order():
         ("matched random", "BERTScore to the caption before"),
         ("matched random", "loudness / the top's"),
         ("matched random", "neurons"),
+        ("matched random", "change / the top's"),
+        ("matched random, equal change", "no longer says the noun"),
+        ("matched random, equal change", "the rest unchanged"),
+        ("matched random, equal change", "BERTScore to the caption before"),
+        ("matched random, equal change", "loudness / the top's"),
+        ("matched random, equal change", "neurons"),
+        ("matched random, equal change", "change / the top's"),
+        ("matched random, equal change", "activations times"),
     ]
     agreement, differences, deletion = finder_tables({"a": [TRUTH], "b": [TRUTH]})
     assert agreement.value("logprob", "all blocks", "logit") is None

@@ -31,6 +31,7 @@ from mmneurons.inspection.causal import NounCausal, causal
 from mmneurons.inspection.faithfulness import NounTruth, finder_truth, mean_activations
 from mmneurons.inspection.rows import (
     ELSEWHERE,
+    EQUAL_CHANGE,
     MATCHED,
     CausalRow,
     FinderRow,
@@ -49,7 +50,10 @@ Experiment = Literal["sensitivity", "specificity", "causal", "finders"]
 EXPERIMENTS: tuple[Experiment, ...] = get_args(Experiment)
 SLOW_LIMIT = 50
 """Images of `causal` and `finders` where nobody says how many: they make hundreds of passes for each noun."""
-COMPARED_WITH: Mapping[str, Sequence[str]] = {"sensitivity": (MATCHED, ELSEWHERE)}
+COMPARED_WITH: Mapping[str, Sequence[str]] = {
+    "sensitivity": (MATCHED, ELSEWHERE),
+    "causal": (MATCHED, EQUAL_CHANGE),
+}
 """Of an experiment what its results are compared with, kept in the head of its file.
 
 A folder whose results lack a comparison that was added later is so refused, instead of being half filled.

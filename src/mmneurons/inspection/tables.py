@@ -15,8 +15,10 @@ from mmneurons.inspection.rows import (
     ANY,
     AREA,
     AUROC,
+    CHANGE,
     DECODED,
     ELSEWHERE,
+    EQUAL_CHANGE,
     FALL,
     GONE,
     IOU,
@@ -29,6 +31,7 @@ from mmneurons.inspection.rows import (
     NEURONS,
     POINTING,
     STAYS,
+    TIMES,
     TOP,
     UNCHANGED,
     FinderRow,
@@ -49,10 +52,10 @@ if TYPE_CHECKING:
     from mmneurons.metrics.similarity import Meaning
 
 REGIONS = (POINTING, AREA, LEAD, IOU, IOU_EQUAL_AREA, AUROC, LOUDNESS)
-EFFECTS = (GONE, UNCHANGED, BERT, LOUDNESS, NEURONS)
+EFFECTS = (GONE, UNCHANGED, BERT, LOUDNESS, NEURONS, CHANGE, TIMES)
 MEANINGS = (DECODED, BERT_NOUN, BERT_CAPTION, CLIP)
 """Measures in the order in which tables have them."""
-NEXT_TO = (TOP, MATCHED, ELSEWHERE)
+NEXT_TO = (TOP, MATCHED, ELSEWHERE, EQUAL_CHANGE)
 """What a figure of the top neurons is compared with, in that order."""
 SHARES = {POINTING, GONE, UNCHANGED, DECODED}
 """Measures that are a plain yes or no where an image has one noun and nothing is drawn."""
@@ -163,11 +166,13 @@ def causal_table(found: Mapping[str, Sequence[NounCausal]], meaning: Meaning) ->
     means = by_image([*rows_of(found), *caption_rows(found, meaning)], "disturbance", "k", "neurons", "measure")
     # Disturbances as they were made; of each the top neurons first.
     places = {key: i for i, key in enumerate(dict.fromkeys(labels[:2] for labels in means))}
-    ordered = sorted(means, key=lambda key: (places[key[:2]], key[2] != TOP, EFFECTS.index(key[3])))
+    ordered = sorted(means, key=lambda key: (places[key[:2]], NEXT_TO.index(key[2]), EFFECTS.index(key[3])))
     cells = tuple((tuple(map(str, labels)), _over(means[labels], labels[3])) for labels in ordered)
     note = (
         "Noise in units of a column's root mean square; times 0 silences, times 2 doubles. Matched random: of the same "
-        "blocks, together as loud, as far as their blocks have it. Means over 20 draws, of noise and of random neurons."
+        "blocks, together as loud, as far as their blocks have it; equal change: the same neurons, their activations "
+        "so scaled that the residual stream changes as far as by silence of the top k. Means over 20 draws, of noise "
+        "and of random neurons."
     )
     labels = ("disturbance", "k", "neurons", "measure")
     return Table("causal", "Causal effect", labels, cells, _note(note, meaning, "BERTScore"))

@@ -13,7 +13,7 @@ from mmneurons.data.table import Table
 from mmneurons.errors import INSPECT_EXTRA, SettingError
 from mmneurons.files import write_whole
 from mmneurons.finding.result import Finding
-from mmneurons.inspection.rows import ELSEWHERE, MATCHED
+from mmneurons.inspection.rows import ELSEWHERE, EQUAL_CHANGE, MATCHED
 from mmneurons.maths import regions
 from mmneurons.maths.statistics import Estimate
 
@@ -218,7 +218,7 @@ def _causal(figure: Figure, table: Table) -> None:
     ways = list(dict.fromkeys(how for (how, *_), _ in table.rows))
     sizes = sorted({int(k) for (_, k, *_), _ in table.rows})
     for i, how in enumerate(ways):
-        for which, style in (("top", "-"), (MATCHED, ":")):
+        for which, style in (("top", "-"), (MATCHED, ":"), (EQUAL_CHANGE, "-.")):
             points = {k: rows.get((how, str(k), which, measure)) for k in sizes}
             _line(left, points, f"{how}, {which}", linestyle=style, color=f"C{i}")
     # A little more than 0 to 1, so that lines at either end are seen whole.
