@@ -154,7 +154,7 @@ def test_an_image_that_cannot_be_used_is_left_out_and_named(vlm, asked, tmp_path
     def refuse(vlm, batch, **how):
         if any(item.name == "0.png" for item in batch):
             raise ImageError("Too thin.")
-        return [NounScores(item.name, "dog", np.arange(5120, dtype=np.float32)) for item in batch]
+        return [NounScores(item.name, "dog", np.arange(5120, dtype=np.float32), 1) for item in batch]
 
     monkeypatch.setattr(run, "noun_scores", refuse)  # as a processor does, of a whole batch
     again = inspect(vlm, items, tmp_path / "out", ["specificity"])
@@ -166,7 +166,7 @@ def test_an_image_that_cannot_be_used_is_left_out_and_named(vlm, asked, tmp_path
 @pytest.mark.parametrize("harm", ["longer", "shorter", "another bit", "gone"])
 def test_scores_that_are_not_as_they_were_written_are_refused(vlm, tmp_path, monkeypatch, harm):
     def constant(vlm, batch, **how):
-        return [NounScores(item.name, "dog", np.arange(5120, dtype=np.float32)) for item in batch]
+        return [NounScores(item.name, "dog", np.arange(5120, dtype=np.float32), 1) for item in batch]
 
     monkeypatch.setattr(run, "noun_scores", constant)
     items = [Item("a", grey(tmp_path / "a.png", 0))]

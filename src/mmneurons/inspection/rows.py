@@ -25,6 +25,8 @@ IOU, IOU_EQUAL_AREA, AUROC = "IoU, strongest 5 %", "IoU at equal area", "patch A
 """Measures of sensitivity."""
 IMAGES, OWN_SHARE, SHARED, IN_BLOCK = "images that say it", "own share", "shared top neurons", "in the block"
 """Measures of specificity."""
+DIFFERENT, ALIKE = "different nouns", "different nouns, as frequent and at the same place"
+"""Which pairs of nouns are compared with pairs of the same noun."""
 GONE, UNCHANGED = "no longer says the noun", "the rest unchanged"
 """Measures of causal effect."""
 CHANGE, TIMES = "change / the top's", "activations times"

@@ -30,6 +30,8 @@ from mmneurons.finding.result import Finding
 from mmneurons.inspection.causal import NounCausal, causal
 from mmneurons.inspection.faithfulness import NounTruth, finder_truth, mean_activations
 from mmneurons.inspection.rows import (
+    ALIKE,
+    DIFFERENT,
     ELSEWHERE,
     EQUAL_CHANGE,
     MATCHED,
@@ -52,6 +54,7 @@ SLOW_LIMIT = 50
 """Images of `causal` and `finders` where nobody says how many: they make hundreds of passes for each noun."""
 COMPARED_WITH: Mapping[str, Sequence[str]] = {
     "sensitivity": (MATCHED, ELSEWHERE),
+    "specificity": (DIFFERENT, ALIKE),
     "causal": (MATCHED, EQUAL_CHANGE),
 }
 """Of an experiment what its results are compared with, kept in the head of its file.
@@ -106,6 +109,8 @@ class _Rows:
     """A line of the store says what the rows of an image's file are."""
 
     lemmas: tuple[str, ...]
+    steps: tuple[int, ...]
+    """The place of each in the answer."""
     sha256: str
     """Of the file."""
 
@@ -264,8 +269,8 @@ class _Bench:
                     raise no_number(item.name)
                 key, content = self._key(item), b"".join(one.scores.astype("<f4").tobytes() for one in mine)
                 write_whole(rows / f"{key}.f32", content)  # before its line: a line never lacks its rows
-                lemmas = tuple(one.lemma for one in mine)
-                store.add(key, item.name, _Rows(lemmas, hashlib.sha256(content).hexdigest()))
+                lemmas, steps = tuple(one.lemma for one in mine), tuple(one.step for one in mine)
+                store.add(key, item.name, _Rows(lemmas, steps, hashlib.sha256(content).hexdigest()))
             self.progress("specificity", done + start + len(batch), len(items))
         # 2. All images, from their files: they may be more than fit into memory.
         items = [item for item in items if self._key(item) in store.found]
@@ -298,7 +303,8 @@ class _Bench:
         whole = np.memmap(path, dtype="<f4", mode="r", shape=shape)
         if hashlib.sha256(whole.tobytes()).hexdigest() != kept.sha256:
             raise store.damaged(f"{path} is not as it was written.")
-        return [NounScores(item.name, lemma, row) for lemma, row in zip(kept.lemmas, whole, strict=True)]
+        told = zip(kept.lemmas, whole, kept.steps, strict=True)
+        return [NounScores(item.name, lemma, row, step) for lemma, row, step in told]
 
     def _items(self, usual: int | None) -> Sequence[Item]:
         """Take the first images, as many as were asked for or else as many as is usual."""

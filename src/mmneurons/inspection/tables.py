@@ -12,11 +12,13 @@ from mmneurons.data.table import Cell, Table
 from mmneurons.inspection.faithfulness import left_out_finders
 from mmneurons.inspection.rows import (
     AGREEMENT,
+    ALIKE,
     ANY,
     AREA,
     AUROC,
     CHANGE,
     DECODED,
+    DIFFERENT,
     ELSEWHERE,
     EQUAL_CHANGE,
     FALL,
@@ -126,15 +128,14 @@ def specificity_tables(found: Specificity) -> list[Table]:
     """Make the tables of overlaps, own share and layers."""
     cells: list[tuple[tuple[str, ...], Cell]] = []
     for overlap in found.overlaps:
-        k, within, between = str(overlap.k), overlap.within, overlap.between
-        # A ratio of nothing would be infinite: it is left out, and the note says why.
-        times = within.mean / between.mean if within is not None and between is not None and between.mean > 0 else None
+        k, within = str(overlap.k), overlap.within
+        others = {DIFFERENT: overlap.between, ALIKE: overlap.alike}
         cells += [
             (("pairs of images that say the same noun", k), within),
-            (("pairs of images that say different nouns", k), between),
+            *(((f"pairs of images that say {name}", k), value) for name, value in others.items()),
             (("pairs of concepts", k), overlap.concepts),
             (("chance", k), overlap.chance),
-            (("same noun / different nouns", k), times),
+            *(((f"same noun / {name}", k), _times(within, value)) for name, value in others.items()),
         ]
     own = ((("own share of the top 10",), found.own_share),)
     layers = tuple(
@@ -147,6 +148,11 @@ def specificity_tables(found: Specificity) -> list[Table]:
     ]
 
 
+def _times(above: Estimate | None, below: Estimate | None) -> float | None:
+    """Divide two means; a ratio to nothing would be infinite: it is left out, and the note says why."""
+    return None if above is None or below is None or below.mean <= 0 else above.mean / below.mean
+
+
 def _pairs_note(found: Specificity) -> str:
     """Say how many concepts there are, and what has no pair, with the reason."""
     n, once = len(found.concepts), found.counts.count(1)
@@ -156,7 +162,9 @@ def _pairs_note(found: Specificity) -> str:
     if n == 1:
         note += " No pair of different nouns."
     note += " Means over pairs; intervals resample the images, or the concepts, that the pairs are of."
-    if any(overlap.between is not None and overlap.between.mean == 0 for overlap in found.overlaps):
+    note += " As frequent: said of 1, of 2 to 3, of 4 to 7 images and so on; place: as many tokens stand before it."
+    others = [pairs for overlap in found.overlaps for pairs in (overlap.between, overlap.alike)]
+    if any(pairs is not None and pairs.mean == 0 for pairs in others):
         note += " No ratio where different nouns share none."
     return note
 

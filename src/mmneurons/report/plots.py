@@ -176,8 +176,8 @@ def _overlap(figure: Figure, table: Table) -> None:
     for i, name in enumerate(names):
         values = [rows.get((name, str(k))) for k in sizes]
         means = [v.mean if isinstance(v, Estimate) else np.nan if v is None else v for v in values]  # no bar, not 0
-        places = np.arange(len(sizes)) + (i - 1.5) * 0.2
-        axes.bar(places, means, 0.18, yerr=_bars(values), label=name, error_kw={"lw": 0.8})
+        places = np.arange(len(sizes)) + (i - (len(names) - 1) / 2) * 0.16
+        axes.bar(places, means, 0.14, yerr=_bars(values), label=name, error_kw={"lw": 0.8})
     axes.set(ylabel="share of the top k in common")
     axes.set_xticks(np.arange(len(sizes)), [f"k = {k}" for k in sizes])
     axes.legend(fontsize=7, frameon=False)
