@@ -35,7 +35,7 @@ def slopes_without(replay: Replay, chosen: Int[Tensor, "k"], *, logit: bool) -> 
         silent[0, slots] = True
         changes.append(partial(replay._silence, i, silent, None))
     with torch.enable_grad():
-        logits = replay._run(0, 1, changes, grad=True)
+        logits = replay.anatomy.logits(replay._run(0, 1, changes), grad=True)
         others = logits.index_fill(1, torch.tensor([replay.token_id]), -torch.inf)
         goal = logits[:, replay.token_id] - others.max(1).values if logit else log_p(logits, replay.token_id)
         found = torch.autograd.grad(goal.sum(), added)

@@ -89,7 +89,7 @@ def asked(monkeypatch):
     def stub(vlm, item, other=None, **how):
         mine, its = item.image().getpixel((0, 0)), None if other is None else other.getpixel((0, 0))
         pairs.append((mine[0], None if its is None else its[0]))
-        return [NounSensitivity("dog", "dog", None, (mine[0] / 255,), (), (True,), {}, {}, {})]
+        return [NounSensitivity("dog", "dog", None, (mine[0] / 255,), (), (True,), {}, {}, {}, {})]
 
     monkeypatch.setattr(run, "sensitivity", stub)
     return pairs
@@ -154,7 +154,7 @@ def test_an_image_that_cannot_be_used_is_left_out_and_named(vlm, asked, tmp_path
     def refuse(vlm, batch, **how):
         if any(item.name == "0.png" for item in batch):
             raise ImageError("Too thin.")
-        return [NounScores(item.name, "dog", np.arange(5120, dtype=np.float32)) for item in batch]
+        return [NounScores(item.name, "dog", np.arange(5120, dtype=np.float32), 1) for item in batch]
 
     monkeypatch.setattr(run, "noun_scores", refuse)  # as a processor does, of a whole batch
     again = inspect(vlm, items, tmp_path / "out", ["specificity"])
@@ -166,7 +166,7 @@ def test_an_image_that_cannot_be_used_is_left_out_and_named(vlm, asked, tmp_path
 @pytest.mark.parametrize("harm", ["longer", "shorter", "another bit", "gone"])
 def test_scores_that_are_not_as_they_were_written_are_refused(vlm, tmp_path, monkeypatch, harm):
     def constant(vlm, batch, **how):
-        return [NounScores(item.name, "dog", np.arange(5120, dtype=np.float32)) for item in batch]
+        return [NounScores(item.name, "dog", np.arange(5120, dtype=np.float32), 1) for item in batch]
 
     monkeypatch.setattr(run, "noun_scores", constant)
     items = [Item("a", grey(tmp_path / "a.png", 0))]
@@ -223,6 +223,16 @@ def test_results_of_other_settings_are_not_mixed(vlm, items, found):
     assert "logprob" in str(told.value)
 
 
+def test_results_without_a_later_comparison_are_refused(vlm, asked, tmp_path, monkeypatch):
+    items = [Item("a", grey(tmp_path / "a.png", 0))]
+    with monkeypatch.context() as before:
+        before.setattr(run, "COMPARED_WITH", {})
+        inspect(vlm, items, tmp_path / "out", ["sensitivity"])
+    with pytest.raises(SettingError, match="another experiment") as told:
+        inspect(vlm, items, tmp_path / "out", ["sensitivity"])
+    assert "compared_with: None there, ['matched random', 'top, another object'] asked for" in str(told.value)
+
+
 def test_more_neurons_than_there_are_is_refused(vlm, items, tmp_path):
     with pytest.raises(SettingError, match="no top 5121 of the model's 5120 neurons"):
         inspect(vlm, items, tmp_path / "out", settings=InspectSettings(top=5121))
@@ -266,7 +276,7 @@ def test_a_table_says_the_same_in_every_form():
 
 
 def test_what_one_image_cannot_tell_is_missing_with_its_reason():
-    one = NounSensitivity("dog", "dog", None, (0.9, 0.2), (), (True,), {}, {}, {})
+    one = NounSensitivity("dog", "dog", None, (0.9, 0.2), (), (True,), {}, {}, {}, {})
     alone = tables.sensitivity_tables({"a": [one]})[0]
     assert alone.value("top neurons that lose half with a blank image") is not None
     assert alone.value("top neurons that lose half with another image") is None

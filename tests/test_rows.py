@@ -25,6 +25,7 @@ SCHEMAS = {
     "finders": FinderRow,
 }
 MATCH, WEAK = RegionMatch(0.25, 0.5, 1.0, None, 0.125), RegionMatch(0.1, 0.1, 0.5, 0.5, 0.125)
+ELSEWHERE = RegionMatch(0.0, 0.0, 0.25, 0.25, 0.5)
 NOUN = NounSensitivity(
     "dogs",
     "dog",
@@ -35,10 +36,12 @@ NOUN = NounSensitivity(
     {10: 0.5},
     {1: MATCH, 10: MATCH},
     {1: MatchedRegion(WEAK, 0.5, 1)},
+    {1: ELSEWHERE},
 )
 OUTCOMES = (
-    Outcome("times 0", 10, True, ("a cat",), 1.0, 1.0, 1.0, 10.0),
-    Outcome("times 0", 10, False, ("a dog", "a cat"), 0.5, 1.0, 0.75, 25.0),
+    Outcome("times 0", 10, "top", ("a cat",), 1.0, 1.0, 1.0, 10.0, 1.0, 0.0),
+    Outcome("times 0", 10, "matched random", ("a dog", "a cat"), 0.5, 1.0, 0.75, 25.0, 0.375, 0.0),
+    Outcome("times 0", 10, "matched random, equal change", ("a dog", "a cat"), 0.5, 0.0, 0.75, 25.0, 1.0, -1.5),
 )
 TRUTH = NounTruth(
     word="dog",
@@ -105,9 +108,13 @@ def test_rows_say_what_was_found_of_each_noun(found):
     assert values[0, "IoU at equal area", "matched random", 1] == 0.1
     assert values[0, "IoU at equal area", "matched random", 10] is None, "none was drawn"
     assert (0, "the mask's share of the image", "matched random", 1) not in values
+    assert values[0, "pointing game - the mask's share", "top, another object", 1] == -0.25, "of the other's share"
+    assert values[0, "the mask's share of the image", "top, another object", 10] is None, "there is no other object"
     values = {(row["measure"], row["neurons"]): row["value"] for row in found.rows("causal")}
     assert values["no longer says the noun", "matched random"] == 0.5
     assert values["neurons", "matched random"] == 25
+    assert values["change / the top's", "matched random"] == 0.375
+    assert values["activations times", "matched random, equal change"] == -1.5
     values = {(row["measure"], row["neurons"]): row["value"] for row in found.rows("finders")}
     assert (values["fall of log p", "matched random"], values["decoded hit@10", "top"]) == (0.125, 0.5)
     values = {(row["measure"], row["concept"], row["other"]): row["value"] for row in found.rows("specificity")}
@@ -142,7 +149,7 @@ def test_a_column_that_begins_with_thousands_of_nulls_and_names_that_are_no_utf_
 
 
 def test_tables_are_means_over_nouns_then_over_images():
-    shown, hidden = NOUN, NounSensitivity("sea", "sea", False, (0.0, 0.0), (), (True, True), {}, {}, {})
+    shown, hidden = NOUN, NounSensitivity("sea", "sea", False, (0.0, 0.0), (), (True, True), {}, {}, {}, {})
     dependence, regions = sensitivity_tables({"a": [shown, hidden], "b": [hidden]})
     cell = dependence.value("top neurons that lose half with a blank image")
     assert isinstance(cell, Estimate)
@@ -152,11 +159,13 @@ def test_tables_are_means_over_nouns_then_over_images():
     assert (cell.mean, cell.n) == (0.5, 1)
     assert dependence.value("top neurons that lose half with another image") is None
     labels = [labels for labels, _ in regions.rows]
-    assert labels[:5] == [
+    assert labels[:7] == [
         ("pointing game", "top", "1"),
         ("pointing game", "top", "10"),
         ("pointing game", "matched random", "1"),
         ("pointing game", "matched random", "10"),
+        ("pointing game", "top, another object", "1"),
+        ("pointing game", "top, another object", "10"),
         ("the mask's share of the image", "top", "1"),
     ]
     assert regions.value("pointing game", "matched random", "10") is None
@@ -174,6 +183,14 @@ def test_tables_of_causes_and_finders_keep_their_order():
         ("matched random", "BERTScore to the caption before"),
         ("matched random", "loudness / the top's"),
         ("matched random", "neurons"),
+        ("matched random", "change / the top's"),
+        ("matched random, equal change", "no longer says the noun"),
+        ("matched random, equal change", "the rest unchanged"),
+        ("matched random, equal change", "BERTScore to the caption before"),
+        ("matched random, equal change", "loudness / the top's"),
+        ("matched random, equal change", "neurons"),
+        ("matched random, equal change", "change / the top's"),
+        ("matched random, equal change", "activations times"),
     ]
     agreement, differences, deletion = finder_tables({"a": [TRUTH], "b": [TRUTH]})
     assert agreement.value("logprob", "all blocks", "logit") is None

@@ -6,9 +6,10 @@ from mmneurons.data.dataset import Item
 from mmneurons.finding.batch import targets_of
 from mmneurons.finding.maps import region_maps
 from mmneurons.finding.scoring import score_targets
-from mmneurons.inspection.sensitivity import sensitivity
+from mmneurons.inspection.sensitivity import as_seen, sensitivity
 from mmneurons.inspection.tables import sensitivity_tables
-from mmneurons.settings import ANSWER_PREFIX, PROMPT, FindSettings
+from mmneurons.metrics.regions import match, mean_match
+from mmneurons.settings import ANSWER_PREFIX, PROMPT, FindSettings, Question
 from mmneurons.vlm.grid import find_grids
 
 
@@ -56,6 +57,34 @@ def test_as_many_random_neurons_are_beside_each_region(told):
         if one.matched:
             assert one.matched[10].n_neurons == 10
             assert one.matched[10].match != one.regions[10]
+
+
+def test_the_map_is_held_against_the_other_object_of_the_picture(vlm, scene, told):
+    """By what `find` gives: the map of one noun and the mask of the other; alone in its picture it has no other."""
+    finding = mmn.find(vlm, scene.image, maps=True)
+    shown = [(noun, mine) for noun, mine in zip(finding.nouns, told, strict=True) if noun.lemma in scene.objects]
+    assert len(shown) == 2
+    for noun, mine in shown:
+        other = as_seen(vlm, scene.masks[1 - scene.objects.index(noun.lemma)], scene.image, Question())
+        assert set(mine.elsewhere) == set(mine.regions)
+        for k, found in mine.elsewhere.items():
+            by_hand = match(noun.regions[k][0], other)
+            assert (found.area, found.iou_equal_area) == pytest.approx((by_hand.area, by_hand.iou_equal_area), abs=0.02)
+            assert found.auroc == pytest.approx(by_hand.auroc, abs=0.01)
+        assert mine.elsewhere[100] != mine.regions[100]
+    alone = Item("alone", scene.image, ("dog", "car"), (scene.masks[scene.objects.index("dog")], None))
+    for one in sensitivity(vlm, alone):
+        assert one.elsewhere == {}
+
+
+def test_several_other_objects_count_alike():
+    """A map that points at the first of two other objects: half a hit, the mean of their areas."""
+    grid = np.zeros((2, 2))
+    grid[0, 0] = 1
+    first, second = np.zeros((8, 8), bool), np.zeros((8, 8), bool)
+    first[:4, :4] = second[4:, :] = True
+    mean = mean_match([match(grid, first), match(grid, second)])
+    assert (mean.pointing, mean.area) == (0.5, 0.375)
 
 
 def test_maps_of_the_top_as_a_set_are_its_region(vlm, scene):

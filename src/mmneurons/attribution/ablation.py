@@ -101,8 +101,8 @@ class Replay:
             float32, on the CPU.
         """
         found = torch.empty(len(sets), len(self.logits), dtype=torch.float32)
-        for rows, logits in self._answers(sets, values, batch_size):
-            found[rows] = logits.cpu()
+        for rows, streams in self.streams(sets, values, batch_size=batch_size):
+            found[rows] = self.anatomy.logits(streams).cpu()
         return found
 
     def effects(
@@ -126,7 +126,8 @@ class Replay:
         """
         logit, logprob = torch.empty(len(sets), dtype=torch.float32), torch.empty(len(sets), dtype=torch.float64)
         done = 0
-        for rows, logits in self._answers(sets, values, batch_size):
+        for rows, streams in self.streams(sets, values, batch_size=batch_size):
+            logits = self.anatomy.logits(streams)
             logit[rows] = logits[:, self.token_id].cpu()
             logprob[rows] = log_p(logits, self.token_id).cpu()
             done += len(rows)
@@ -140,12 +141,17 @@ class Replay:
         """The logits of the blocks run again with nothing ablated: what effects are compared with."""
         return self.without([torch.tensor([], dtype=torch.long)])[0]
 
-    def _answers(
-        self, sets: Sequence[Int[Tensor, "_"]], values: Float[Tensor, "slots"] | None, batch_size: int
-    ) -> Iterator[tuple[Int[Tensor, "rows"], Float[Tensor, "rows vocab"]]]:
-        """Yield the numbers and the logits of some sets at a time, those that share their lowest block.
+    def streams(
+        self,
+        sets: Sequence[Int[Tensor, "_"]],
+        values: Float[Tensor, "*sets slots"] | None = None,
+        *,
+        batch_size: int = 256,
+    ) -> Iterator[tuple[Int[Tensor, "rows"], Float[Tensor, "rows hidden"]]]:
+        """Yield the numbers and the last residual stream of some sets at a time, those that share their lowest block.
 
-        No block below that one is run. An empty set runs the last block alone.
+        No block below that one is run. An empty set runs the last block alone. Arguments are those of `without`, but
+        that each set may have values of its own.
         """
         places = [self._places(slots) for slots in sets]
         last = len(self.anatomy.blocks) - 1
@@ -153,7 +159,8 @@ class Replay:
         # groupby joins neighbours only: sets are sorted by their lowest block first, and come back out of order.
         for layer, group in groupby(sorted(range(len(sets)), key=lowest.__getitem__), key=lowest.__getitem__):
             for rows in torch.tensor(list(group)).split(batch_size):
-                yield rows, self._silent(layer, [places[row] for row in rows.tolist()], values)
+                own = values if values is None or values.ndim == 1 else values[rows]
+                yield rows, self._silent(layer, [places[row] for row in rows.tolist()], own)
 
     def _places(self, slots: Int[Tensor, "_"]) -> dict[int, Int[Tensor, "_"]]:
         """The slots of one set by the number of their FFN, counted from the FFN's own first slot."""
@@ -182,7 +189,7 @@ class Replay:
         # Linear attention (Qwen 3.5) writes into its state, which autograd would refuse to have saved.
         with torch.enable_grad(), torch.autograd.graph.allow_mutation_on_saved_tensors():
             changes = [partial(self._raise, i, values, scales) for i, values in added.items()]
-            logits = self._run(layer or 0, len(scales), changes, grad=True)
+            logits = self.anatomy.logits(self._run(layer or 0, len(scales), changes), grad=True)
             # Rows do not read one another, so that the gradient of the sum holds the gradient of each row.
             total = log_p(logits, self.token_id).sum()
             found = dict(zip(added, torch.autograd.grad(total, list(added.values())), strict=True))
@@ -190,9 +197,9 @@ class Replay:
         return torch.cat([found[i].mean(0) if i in found else zero for i, zero in enumerate(zeros)])
 
     def _silent(
-        self, layer: int, places: list[dict[int, Int[Tensor, "_"]]], values: Float[Tensor, "slots"] | None
-    ) -> Float[Tensor, "rows vocab"]:
-        """Compute one row of logits for each of `places`, whose neurons are ablated; none lies below block `layer`."""
+        self, layer: int, places: list[dict[int, Int[Tensor, "_"]]], values: Float[Tensor, "*rows slots"] | None
+    ) -> Float[Tensor, "rows hidden"]:
+        """Compute a residual stream for each of `places`, whose neurons are ablated; none lies below block `layer`."""
         # One hook for each FFN in question, with a mask of its slots for each row: rows ablate different neurons.
         changes = []
         for i in sorted({i for place in places for i in place}):
@@ -201,15 +208,15 @@ class Replay:
                 if i in place:
                     silent[row, place[i]] = True
             start = int(self.slot_starts[i])
-            new = None if values is None else values[start : start + silent.shape[1]]
+            new = None if values is None else values[..., start : start + silent.shape[1]]
             changes.append(partial(self._silence, i, silent, new))
         with torch.inference_mode():
             return self._run(layer, len(places), changes)
 
     def _run(
-        self, layer: int, n_rows: int, changes: Sequence[Callable[[], RemovableHandle]], *, grad: bool = False
-    ) -> Float[Tensor, "rows vocab"]:
-        """Run the blocks from `layer` on and compute the logits; each of `changes` sets a hook on an FFN for this run.
+        self, layer: int, n_rows: int, changes: Sequence[Callable[[], RemovableHandle]]
+    ) -> Float[Tensor, "rows hidden"]:
+        """Run the blocks from `layer` on, up to what the final norm reads; each of `changes` sets a hook on an FFN.
 
         The blocks are called with what was kept, repeated for `n_rows`; each is given the output of the one before.
         """
@@ -230,7 +237,7 @@ class Replay:
                     kwargs["hidden_states"] = hidden
                 output = self.anatomy.blocks[k].module(*args, **kwargs)
                 hidden = output if isinstance(output, Tensor) else output[0]
-        return self.anatomy.logits((entered or [hidden])[-1][:, -1], grad=grad)
+        return (entered or [hidden])[-1][:, -1]
 
     def _silence(self, i: int, silent: Bool[Tensor, "rows slots"], values: Tensor | None) -> RemovableHandle:
         """Set a hook on one FFN that sets the activations of some neurons, others in each row, at the last position."""
@@ -267,7 +274,7 @@ class Replay:
             fired = experts.of_neurons(fired, last.experts, chosen.to(device), width)[:, 0].float()
             # Ablation below can change whom the router asks: of an expert that a row does not ask, no neuron writes.
             asked = (last.experts[:, 0, :, None] == chosen.to(device) // width).any(1)
-            new = 0.0 if values is None else values[slots].to(device) * asked
+            new = 0.0 if values is None else values[..., slots].to(device) * asked
             change = ((new - fired) * mine.to(device))[..., None] * columns.to(device)  # rows, chosen, hidden
             output = output.clone()
             if len(given) == 1:  # every token for every expert, one expert after the other
@@ -380,7 +387,7 @@ def _own(recorded: Tensor) -> Tensor:
 
 def _check(replay: Replay, limit: float) -> None:
     """Refuse a model whose blocks, called again with the same arguments, do not give the same logits."""
-    again = replay._silent(0, [{}], None)[0].cpu()
+    again = replay.anatomy.logits(replay._silent(0, [{}], None))[0].cpu()
     # Tokens that are never said have a logit near the smallest float32: next to those any error would look small.
     known = replay.logits > torch.finfo(torch.float32).min / 2
     error = (again - replay.logits)[known].abs().max() / replay.logits[known].abs().max()

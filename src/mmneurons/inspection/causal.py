@@ -1,6 +1,6 @@
 """The causal experiment: top neurons are noised, silenced or doubled while the model captions.
 
-The noise is that of Pan et al. (2024), section 4.4, the matched random neurons are ours.
+The noise is that of Pan et al. (2024), section 4.4, the random neurons to compare with are ours.
 """
 
 from __future__ import annotations
@@ -15,11 +15,24 @@ from torch import Tensor
 
 from mmneurons.attribution.ablation import Replay
 from mmneurons.attribution.controls import DRAWS, column_norms, loudness, matched
+from mmneurons.attribution.equal_change import changes, equally_changing
 from mmneurons.attribution.finders import Finder, finder_scores
 from mmneurons.data.dataset import Item
-from mmneurons.inspection.rows import GONE, LOUDNESS, MATCHED, NEURONS, TOP, UNCHANGED, CausalRow
+from mmneurons.inspection.rows import (
+    CHANGE,
+    EQUAL_CHANGE,
+    GONE,
+    LOUDNESS,
+    MATCHED,
+    NEURONS,
+    TIMES,
+    TOP,
+    UNCHANGED,
+    CausalRow,
+)
 from mmneurons.maths.ranking import top_k
 from mmneurons.metrics.captions import rest_unchanged
+from mmneurons.neurons import Neuron
 from mmneurons.progress import Progress, untold
 from mmneurons.settings import Question
 from mmneurons.vlm.asking import texts_of
@@ -53,8 +66,8 @@ class Outcome:
 
     how: str
     k: int
-    is_top: bool
-    """The top neurons; else matched random ones."""
+    neurons: str
+    """`top`, `matched random`, or `matched random, equal change`: scaled so that they change as much as the silence."""
     captions: tuple[str, ...]
     """One for each draw; a single one where nothing is drawn: top neurons silenced or doubled."""
     gone: float
@@ -65,6 +78,11 @@ class Outcome:
     """Of the neurons disturbed, over that of the top k; mean over draws."""
     n_neurons: float
     """Disturbed; mean over draws."""
+    change: float
+    """How far they move the residual stream where the noun is chosen, when silent or scaled, over the top k's silence;
+    mean over draws."""
+    times: float | None
+    """By what their activations are multiplied, mean over draws; None for noise."""
 
 
 @dataclass(frozen=True)
@@ -84,10 +102,12 @@ class NounCausal:
             noun: Place among the nouns of the answer.
         """
         for outcome in self.outcomes:
-            # Of the top neurons loudness and number are 1 and k by definition.
+            # Of the top neurons loudness and change are 1 and their number k by definition.
             measures = {GONE: outcome.gone, UNCHANGED: outcome.rest_unchanged}
-            if not outcome.is_top:
-                measures |= {LOUDNESS: outcome.loudness, NEURONS: outcome.n_neurons}
+            if outcome.neurons != TOP:
+                measures |= {LOUDNESS: outcome.loudness, NEURONS: outcome.n_neurons, CHANGE: outcome.change}
+            if outcome.neurons == EQUAL_CHANGE and outcome.times is not None:
+                measures[TIMES] = outcome.times
             for measure, value in measures.items():
                 yield CausalRow(
                     image=image,
@@ -95,7 +115,7 @@ class NounCausal:
                     word=self.word,
                     lemma=self.lemma,
                     disturbance=outcome.how,
-                    neurons=TOP if outcome.is_top else MATCHED,
+                    neurons=outcome.neurons,
                     k=outcome.k,
                     measure=measure,
                     value=value,
@@ -116,6 +136,8 @@ def causal(
     progress: Progress = untold,
 ) -> list[NounCausal]:
     """Caption the image anew with the top neurons of each noun disturbed, and with matched random ones.
+
+    Beside silence there are the matched random neurons a second time, scaled until the residual stream changes as much.
 
     Args:
         vlm: The model, from `load`.
@@ -184,8 +206,9 @@ class _Trial:
 
     how: How
     k: int
-    is_top: bool
+    neurons: str
     loudness: float
+    change: float
     changes: list[Intervention]
     """A draw each."""
 
@@ -199,7 +222,7 @@ def _trials(
     draws: int,
     seed: int,
 ) -> list[_Trial]:
-    """List what is done to the top k of a noun, and to matched random neurons, for each k and way."""
+    """List what is done to the top k of a noun, and to the random neurons beside them, for each k and way."""
     # Loudness at the noun's own step: random neurons are to write there as much as the top ones.
     loud = loudness(replay.activations, replay.experts, norms)
     trials = []
@@ -209,26 +232,47 @@ def _trials(
         # The top neurons as often as random sets are drawn: of them it is the noise that differs.
         top = top_k(scores, k)
         others = matched(replay.slot_starts, loud, top, draws, seed)
-        for is_top, sets, share in ((True, [top] * draws, 1.0), (False, others.sets, others.loudness)):
-            neurons = [tuple(replay.neuron(slot) for slot in slots.tolist()) for slots in sets]
+        (whole, *parts) = changes(replay, [top, *others.sets]).tolist()
+        moved = sum(parts) / draws / whole if whole else 1.0
+        for which, sets, share, change in (
+            (TOP, [top] * draws, 1.0, 1.0),
+            (MATCHED, others.sets, others.loudness, moved),
+        ):
+            neurons = [_named(replay, slots) for slots in sets]
             for how in ways:
                 # Where nothing is drawn, one caption says all.
-                asked = neurons[:1] if is_top and how.sigma is None else neurons
-                changes = [Intervention(ones, how.scale, None, how.sigma, seed + i) for i, ones in enumerate(asked)]
-                trials.append(_Trial(how, k, is_top, share, changes))
+                asked = neurons[:1] if which == TOP and how.sigma is None else neurons
+                made = [Intervention(ones, how.scale, None, how.sigma, seed + i) for i, ones in enumerate(asked)]
+                trials.append(_Trial(how, k, which, share, change, made))
+        # Beside silence the same random neurons once more, so strongly scaled that they change as much as it does.
+        if silence := [how for how in ways if how.scale == 0]:
+            factors, reached = equally_changing(replay, top, others.sets)
+            made = [
+                Intervention(_named(replay, slots), factor)
+                for slots, factor in zip(others.sets, factors.tolist(), strict=True)
+            ]
+            trials.append(_Trial(silence[0], k, EQUAL_CHANGE, others.loudness, float(reached.mean()), made))
     return trials
+
+
+def _named(replay: Replay, slots: Tensor) -> tuple[Neuron, ...]:
+    """Name the neurons of some slots."""
+    return tuple(replay.neuron(slot) for slot in slots.tolist())
 
 
 def _outcome(trial: _Trial, captions: tuple[str, ...], usual: str, noun: str) -> Outcome:
     """Count in which captions of a trial the noun is gone, and in which all else is said as before."""
     n = len(captions)  # draws
+    scales = [change.scale for change in trial.changes if change.scale is not None]
     return Outcome(
         str(trial.how),
         trial.k,
-        trial.is_top,
+        trial.neurons,
         captions,
         gone=sum(not says(caption, noun) for caption in captions) / n,
         rest_unchanged=sum(rest_unchanged(usual, caption, noun) for caption in captions) / n,
         loudness=trial.loudness,
         n_neurons=sum(len(change.neurons) for change in trial.changes) / n,
+        change=trial.change,
+        times=sum(scales) / n if scales else None,
     )

@@ -12,6 +12,10 @@ import numpy as np
 
 TOP, MATCHED, ANY = "top", "matched random", "any random"
 """Neurons that a row is about: the top k, random ones as loud in the same blocks, random ones of any block."""
+ELSEWHERE = "top, another object"
+"""The top k again, whose map is held against the masks of the other objects of the same picture."""
+EQUAL_CHANGE = "matched random, equal change"
+"""Matched random neurons whose activations are so scaled that the residual stream changes as by silence of the top."""
 LOUDNESS, NEURONS = "loudness / the top's", "neurons"
 """Measures of a set of random neurons: how loud it is, and how many they are."""
 LOST_BLANK, LOST_OTHER = "lose half with a blank image", "lose half with another image"
@@ -21,8 +25,12 @@ IOU, IOU_EQUAL_AREA, AUROC = "IoU, strongest 5 %", "IoU at equal area", "patch A
 """Measures of sensitivity."""
 IMAGES, OWN_SHARE, SHARED, IN_BLOCK = "images that say it", "own share", "shared top neurons", "in the block"
 """Measures of specificity."""
+DIFFERENT, ALIKE = "different nouns", "different nouns, as frequent and at the same place"
+"""Which pairs of nouns are compared with pairs of the same noun."""
 GONE, UNCHANGED = "no longer says the noun", "the rest unchanged"
 """Measures of causal effect."""
+CHANGE, TIMES = "change / the top's", "activations times"
+"""Measures of random neurons there: how far they move the residual stream, and by what they are multiplied for that."""
 AGREEMENT, FALL = "rank agreement", "fall of log p"
 """Measures of finders; `DECODED` is one of theirs, too."""
 

@@ -29,7 +29,18 @@ from mmneurons.finding.finder import find
 from mmneurons.finding.result import Finding
 from mmneurons.inspection.causal import NounCausal, causal
 from mmneurons.inspection.faithfulness import NounTruth, finder_truth, mean_activations
-from mmneurons.inspection.rows import CausalRow, FinderRow, SensitivityRow, SpecificityRow, rows_of
+from mmneurons.inspection.rows import (
+    ALIKE,
+    DIFFERENT,
+    ELSEWHERE,
+    EQUAL_CHANGE,
+    MATCHED,
+    CausalRow,
+    FinderRow,
+    SensitivityRow,
+    SpecificityRow,
+    rows_of,
+)
 from mmneurons.inspection.sensitivity import NounSensitivity, sensitivity
 from mmneurons.inspection.specificity import NounScores, Specificity, noun_scores, specificity
 from mmneurons.progress import Progress, untold
@@ -41,6 +52,15 @@ Experiment = Literal["sensitivity", "specificity", "causal", "finders"]
 EXPERIMENTS: tuple[Experiment, ...] = get_args(Experiment)
 SLOW_LIMIT = 50
 """Images of `causal` and `finders` where nobody says how many: they make hundreds of passes for each noun."""
+COMPARED_WITH: Mapping[str, Sequence[str]] = {
+    "sensitivity": (MATCHED, ELSEWHERE),
+    "specificity": (DIFFERENT, ALIKE),
+    "causal": (MATCHED, EQUAL_CHANGE),
+}
+"""Of an experiment what its results are compared with, kept in the head of its file.
+
+A folder whose results lack a comparison that was added later is so refused, instead of being half filled.
+"""
 MEANS_FROM = 32
 """Images whose answers give the mean activations."""
 
@@ -89,6 +109,8 @@ class _Rows:
     """A line of the store says what the rows of an image's file are."""
 
     lemmas: tuple[str, ...]
+    steps: tuple[int, ...]
+    """The place of each in the answer."""
     sha256: str
     """Of the file."""
 
@@ -231,7 +253,7 @@ class _Bench:
 
     def specificity(self) -> Specificity:
         """Run the specificity experiment: all that neurons give to the nouns of all images is kept, then compared."""
-        store = Store(self.folder / "specificity.jsonl", self.made_by, _Rows)
+        store: Store[_Rows] = self._store("specificity", _Rows)
         rows = self.folder / "specificity"
         rows.mkdir(exist_ok=True)
         items = self._usable(self._items(None))
@@ -247,8 +269,8 @@ class _Bench:
                     raise no_number(item.name)
                 key, content = self._key(item), b"".join(one.scores.astype("<f4").tobytes() for one in mine)
                 write_whole(rows / f"{key}.f32", content)  # before its line: a line never lacks its rows
-                lemmas = tuple(one.lemma for one in mine)
-                store.add(key, item.name, _Rows(lemmas, hashlib.sha256(content).hexdigest()))
+                lemmas, steps = tuple(one.lemma for one in mine), tuple(one.step for one in mine)
+                store.add(key, item.name, _Rows(lemmas, steps, hashlib.sha256(content).hexdigest()))
             self.progress("specificity", done + start + len(batch), len(items))
         # 2. All images, from their files: they may be more than fit into memory.
         items = [item for item in items if self._key(item) in store.found]
@@ -281,11 +303,17 @@ class _Bench:
         whole = np.memmap(path, dtype="<f4", mode="r", shape=shape)
         if hashlib.sha256(whole.tobytes()).hexdigest() != kept.sha256:
             raise store.damaged(f"{path} is not as it was written.")
-        return [NounScores(item.name, lemma, row) for lemma, row in zip(kept.lemmas, whole, strict=True)]
+        told = zip(kept.lemmas, whole, kept.steps, strict=True)
+        return [NounScores(item.name, lemma, row, step) for lemma, row, step in told]
 
     def _items(self, usual: int | None) -> Sequence[Item]:
         """Take the first images, as many as were asked for or else as many as is usual."""
         return self.items[: self.limit or usual]
+
+    def _store(self, name: str, kind: Any) -> Store[Any]:
+        """Open the store of one experiment, whose head says what made it and what its results are compared with."""
+        compared = {"compared_with": COMPARED_WITH[name]} if name in COMPARED_WITH else {}
+        return Store(self.folder / f"{name}.jsonl", {**self.made_by, **compared}, kind)
 
     def _usable(self, items: Sequence[Item]) -> list[Item]:
         """List the images that can be read; the others are named in `left_out`."""
@@ -314,7 +342,7 @@ class _Bench:
     ) -> dict[str, Any]:
         """Run one experiment image by image; the images whose results are in the store are not asked about again."""
         # 1. What each result depends on, as far as it can be read.
-        store = Store(self.folder / f"{name}.jsonl", self.made_by, kind)
+        store = self._store(name, kind)
         keys: dict[str, str] = {}
         for item in self._usable(items):
             try:

@@ -22,6 +22,7 @@ from mmneurons.inspection.rows import (
     AREA,
     AUROC,
     DECODED,
+    ELSEWHERE,
     IOU,
     IOU_EQUAL_AREA,
     LEAD,
@@ -83,6 +84,8 @@ class NounSensitivity:
     """For k = 1 to 1000: the mean map of the top k against the object's mask; none without a grid or a mask."""
     matched: Mapping[int, MatchedRegion]
     """The same of matched random neurons."""
+    elsewhere: Mapping[int, RegionMatch]
+    """The map of the top k against the mask of another object of the picture, mean over these; none without one."""
     unmeasured: str | None = None
     """Why an image with masks has no regions of it; None where there are, or the model has no grid."""
 
@@ -124,7 +127,7 @@ class NounSensitivity:
         yield DECODED, TOP, tested, float(np.mean(self.hits)) if self.hits else None
         for k, share in self.stays.items():
             yield STAYS, TOP, k, share
-        # A map of random neurons lies beside each map of the top ones, or is missing there.
+        # Beside each map of the top ones lies one of random neurons, and another object's mask, or they are missing.
         for k, top in self.regions.items():
             for measure, value in _region_measures(top).items():
                 yield measure, TOP, k, value
@@ -133,6 +136,9 @@ class NounSensitivity:
                 if measure != AREA:  # which is the same whatever the map
                     yield measure, MATCHED, k, None if random is None else value
             yield LOUDNESS, MATCHED, k, None if random is None else random.loudness
+            other = self.elsewhere.get(k)
+            for measure, value in _region_measures(top if other is None else other).items():
+                yield measure, ELSEWHERE, k, None if other is None else value
 
 
 def _region_measures(match: RegionMatch) -> dict[str, float | None]:
@@ -287,6 +293,8 @@ def _noun(
     # Where they look, if there is a mask to compare with.
     mask = seen.get(noun.lemma)
     unmeasured = _why_unmeasured(item, mask) if noun.regions else None
+    maps = {} if mask is None or unmeasured else {k: grids[0] for k, grids in noun.regions.items()}
+    others = [one for name, one in seen.items() if name != noun.lemma and _why_unmeasured(item, one) is None]
     return NounSensitivity(
         word=noun.word,
         lemma=noun.lemma,
@@ -295,8 +303,9 @@ def _noun(
         lost_other=other,
         hits=tuple(noun.token in neuron.tokens for neuron in noun.neurons),
         stays=stays,
-        regions={} if mask is None or unmeasured else {k: match(grids[0], mask) for k, grids in noun.regions.items()},
+        regions={} if mask is None else {k: match(grid, mask) for k, grid in maps.items()},
         matched=random,
+        elsewhere={k: mean_match([match(grid, one) for one in others]) for k, grid in maps.items()} if others else {},
         unmeasured=unmeasured,
     )
 
@@ -318,9 +327,12 @@ def unmeasured(found: Mapping[str, Sequence[NounSensitivity]], items: Sequence[I
     there = [item for item in items if item.name in found]
     if not any(item.mask_sources for item in there):
         return []
-    # Nouns that were said and have no mask; then objects that are there and were not said.
+    # Nouns that were said and have no mask, or nothing beside it; then objects that are there and were not said.
     counts = Counter(
         f"nouns not measured: {one.unmeasured}" for ones in found.values() for one in ones if one.unmeasured
+    )
+    counts["nouns not held against another object: their picture has the mask of no other"] = sum(
+        bool(one.regions) and not one.elsewhere for ones in found.values() for one in ones
     )
     for item in there:
         said = {one.lemma for one in found[item.name]}

@@ -7,8 +7,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mmneurons.inspection.rows import MATCHED, TOP
-
 if TYPE_CHECKING:
     from mmneurons.data.dataset import Item
     from mmneurons.inspection.causal import NounCausal
@@ -39,7 +37,7 @@ def caption_rows(found: Mapping[str, Sequence[NounCausal]], meaning: Meaning) ->
             "image": image,
             "disturbance": outcome.how,
             "k": outcome.k,
-            "neurons": TOP if outcome.is_top else MATCHED,
+            "neurons": outcome.neurons,
             "measure": BERT,
             "value": float(np.mean(mine)) if mine else None,
         }

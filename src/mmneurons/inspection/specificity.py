@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import combinations
 
@@ -33,6 +33,8 @@ class NounScores:
     lemma: str
     scores: Float[np.ndarray, "neurons"]
     """float32, FFN after FFN, experts one after the other; 0 for neurons of experts that were not asked."""
+    step: int
+    """Its place in the answer: how many tokens stand before it."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,8 @@ class Overlap:
     """Pairs of images that say the same noun; None if no noun was said twice."""
     between: Estimate | None
     """Pairs of images, and of different nouns that they say; None if there is no such pair."""
+    alike: Estimate | None
+    """Those of them whose nouns are said as often and stand at the same place of the answer; None if there are none."""
     concepts: Estimate | None
     """Pairs of nouns, the top k of each by its mean scores."""
     chance: float
@@ -114,7 +118,7 @@ def noun_scores(
             scored = score_targets(vlm, batch.recording, batch.answers, targets, choices, inputs=batch.inputs)
             names = [items[batch.first + t.row].name for t in targets]
             found += [
-                NounScores(name, t.word.lemma, row)
+                NounScores(name, t.word.lemma, row, t.step)
                 for name, t, row in zip(names, targets, _of_neurons(vlm, scored), strict=True)
             ]
     return found
@@ -166,6 +170,7 @@ def specificity(
         raise SettingError(f"The model has {n_neurons} neurons: too few for a top {SIZES[0]}.")
     tops = {k: [_top(one.scores, k) for _, one in kept] for k in sizes}
     said = [(lemma, one.image) for lemma, one in kept]
+    classes = [(one.step, len(by_noun[lemma]).bit_length()) for lemma, one in kept]
     concept_tops = {k: [_top(row, k) for row in means] for k in sizes}
     # 3. How much of what they write is for their own concept, what they share, and in which blocks they lie.
     own = tuple(_own_share(means, c, top) for c, top in enumerate(concept_tops[sizes[0]]))
@@ -173,7 +178,7 @@ def specificity(
     return Specificity(
         concepts=concepts,
         counts=tuple(len(by_noun[lemma]) for lemma in concepts),
-        overlaps=tuple(_overlap(k, said, tops[k], concept_tops[k], n_neurons, seed) for k in sizes),
+        overlaps=tuple(_overlap(k, said, classes, tops[k], concept_tops[k], n_neurons, seed) for k in sizes),
         matrix=_matrix(concept_tops[sizes[0]]),
         own_share=estimate([share for share in own if share is not None], seed),
         own_shares=own,
@@ -226,26 +231,50 @@ def _matrix(tops: list[np.ndarray]) -> Float[np.ndarray, "concepts concepts"]:
 def _overlap(
     k: int,
     said: list[tuple[str, str]],
+    classes: list[tuple[int, int]],
     tops: list[np.ndarray],
     concept_tops: list[np.ndarray],
     n_neurons: int,
     seed: int,
 ) -> Overlap:
-    """Compare every pair of two images, once for each pair of nouns they say; `said` names noun and image of `tops`."""
+    """Compare every pair of two images, once for each pair of nouns they say.
+
+    Args:
+        k: How many top neurons.
+        said: Noun and image of each of `tops`.
+        classes: Of each of them the place in the answer and how often its noun is said, in powers of two.
+        tops: The top neurons of each noun of each image.
+        concept_tops: The top neurons of each noun.
+        n_neurons: How many neurons the model has.
+        seed: Of intervals.
+    """
     # All pairs of nouns, of which those of the same noun are taken away: what is left are pairs of different ones.
     images = {image: i for i, image in enumerate(dict.fromkeys(image for _, image in said))}
-    everyone = range(len(said))
-    shared, counts = _between(everyone, said, tops, images)
-    same, same_counts = np.zeros_like(shared), np.zeros_like(counts)
-    for lemma in dict.fromkeys(lemma for lemma, _ in said):
-        found = _between([i for i in everyone if said[i][0] == lemma], said, tops, images)
-        same, same_counts = same + found[0], same_counts + found[1]
+    nouns = [lemma for lemma, _ in said]
+
+    def pairs_of_one(kinds: Sequence[Hashable]) -> tuple[np.ndarray, np.ndarray]:
+        """Add up what pairs of one kind share, for each two images, and count them."""
+        groups: dict[Hashable, list[int]] = defaultdict(list)
+        for i, kind in enumerate(kinds):
+            groups[kind].append(i)
+        total, number = np.zeros((len(images),) * 2), np.zeros((len(images),) * 2)
+        for group in groups.values():
+            found = _between(group, said, tops, images)
+            total, number = total + found[0], number + found[1]
+        return total, number
+
+    shared, counts = _between(range(len(said)), said, tops, images)
+    same, same_counts = pairs_of_one(nouns)
+    # The same of those alone that share place and frequency: what these bring about, nouns of one class have in common.
+    of_class, class_counts = pairs_of_one(classes)
+    same_of_class, same_class_counts = pairs_of_one(list(zip(classes, nouns, strict=True)))
     # Concepts are units themselves: each pair of them is there once.
     matrix = _matrix(concept_tops)
     return Overlap(
         k,
         within=over_pairs(same / k, same_counts, seed),
         between=over_pairs((shared - same) / k, counts - same_counts, seed),
+        alike=over_pairs((of_class - same_of_class) / k, class_counts - same_class_counts, seed),
         concepts=over_pairs(matrix, np.ones_like(matrix), seed),
         chance=k / n_neurons,
     )

@@ -12,10 +12,15 @@ from mmneurons.data.table import Cell, Table
 from mmneurons.inspection.faithfulness import left_out_finders
 from mmneurons.inspection.rows import (
     AGREEMENT,
+    ALIKE,
     ANY,
     AREA,
     AUROC,
+    CHANGE,
     DECODED,
+    DIFFERENT,
+    ELSEWHERE,
+    EQUAL_CHANGE,
     FALL,
     GONE,
     IOU,
@@ -28,6 +33,7 @@ from mmneurons.inspection.rows import (
     NEURONS,
     POINTING,
     STAYS,
+    TIMES,
     TOP,
     UNCHANGED,
     FinderRow,
@@ -48,9 +54,11 @@ if TYPE_CHECKING:
     from mmneurons.metrics.similarity import Meaning
 
 REGIONS = (POINTING, AREA, LEAD, IOU, IOU_EQUAL_AREA, AUROC, LOUDNESS)
-EFFECTS = (GONE, UNCHANGED, BERT, LOUDNESS, NEURONS)
+EFFECTS = (GONE, UNCHANGED, BERT, LOUDNESS, NEURONS, CHANGE, TIMES)
 MEANINGS = (DECODED, BERT_NOUN, BERT_CAPTION, CLIP)
 """Measures in the order in which tables have them."""
+NEXT_TO = (TOP, MATCHED, ELSEWHERE, EQUAL_CHANGE)
+"""What a figure of the top neurons is compared with, in that order."""
 SHARES = {POINTING, GONE, UNCHANGED, DECODED}
 """Measures that are a plain yes or no where an image has one noun and nothing is drawn."""
 
@@ -98,13 +106,14 @@ def _regions_table(found: Mapping[str, Sequence[NounSensitivity]], items: Sequen
     # Measure by measure, the top neurons before those that they are compared with.
     cells = [
         ((measure, neurons, str(k)), _over(means[measure, neurons, k], measure))
-        for measure, neurons, k in sorted(means, key=lambda key: (REGIONS.index(key[0]), key[1] != TOP, key[2]))
+        for measure, neurons, k in sorted(means, key=lambda key: (REGIONS.index(key[0]), NEXT_TO.index(key[1]), key[2]))
     ]
     # What has no map or no mask is counted, so that nobody takes the rest for all.
     cells += [((reason, "", ""), float(count)) for reason, count in unmeasured(found, items)]
     note = (
         "Mean map of the top k against the object's mask, next to as many random neurons of the same blocks, the "
-        "nearest in loudness (20 draws); nouns that the image truly shows."
+        "nearest in loudness (20 draws), and next to the same map against the mask of another object of the picture "
+        "(only pictures with two objects or more); nouns that the image truly shows."
     )
     labels = ("measure", "neurons", "k")
     return Table("regions", "Where the neurons look", labels, tuple(cells), note) if cells else None
@@ -119,15 +128,14 @@ def specificity_tables(found: Specificity) -> list[Table]:
     """Make the tables of overlaps, own share and layers."""
     cells: list[tuple[tuple[str, ...], Cell]] = []
     for overlap in found.overlaps:
-        k, within, between = str(overlap.k), overlap.within, overlap.between
-        # A ratio of nothing would be infinite: it is left out, and the note says why.
-        times = within.mean / between.mean if within is not None and between is not None and between.mean > 0 else None
+        k, within = str(overlap.k), overlap.within
+        others = {DIFFERENT: overlap.between, ALIKE: overlap.alike}
         cells += [
             (("pairs of images that say the same noun", k), within),
-            (("pairs of images that say different nouns", k), between),
+            *(((f"pairs of images that say {name}", k), value) for name, value in others.items()),
             (("pairs of concepts", k), overlap.concepts),
             (("chance", k), overlap.chance),
-            (("same noun / different nouns", k), times),
+            *(((f"same noun / {name}", k), _times(within, value)) for name, value in others.items()),
         ]
     own = ((("own share of the top 10",), found.own_share),)
     layers = tuple(
@@ -140,6 +148,11 @@ def specificity_tables(found: Specificity) -> list[Table]:
     ]
 
 
+def _times(above: Estimate | None, below: Estimate | None) -> float | None:
+    """Divide two means; a ratio to nothing would be infinite: it is left out, and the note says why."""
+    return None if above is None or below is None or below.mean <= 0 else above.mean / below.mean
+
+
 def _pairs_note(found: Specificity) -> str:
     """Say how many concepts there are, and what has no pair, with the reason."""
     n, once = len(found.concepts), found.counts.count(1)
@@ -149,7 +162,9 @@ def _pairs_note(found: Specificity) -> str:
     if n == 1:
         note += " No pair of different nouns."
     note += " Means over pairs; intervals resample the images, or the concepts, that the pairs are of."
-    if any(overlap.between is not None and overlap.between.mean == 0 for overlap in found.overlaps):
+    note += " As frequent: said of 1, of 2 to 3, of 4 to 7 images and so on; place: as many tokens stand before it."
+    others = [pairs for overlap in found.overlaps for pairs in (overlap.between, overlap.alike)]
+    if any(pairs is not None and pairs.mean == 0 for pairs in others):
         note += " No ratio where different nouns share none."
     return note
 
@@ -159,11 +174,13 @@ def causal_table(found: Mapping[str, Sequence[NounCausal]], meaning: Meaning) ->
     means = by_image([*rows_of(found), *caption_rows(found, meaning)], "disturbance", "k", "neurons", "measure")
     # Disturbances as they were made; of each the top neurons first.
     places = {key: i for i, key in enumerate(dict.fromkeys(labels[:2] for labels in means))}
-    ordered = sorted(means, key=lambda key: (places[key[:2]], key[2] != TOP, EFFECTS.index(key[3])))
+    ordered = sorted(means, key=lambda key: (places[key[:2]], NEXT_TO.index(key[2]), EFFECTS.index(key[3])))
     cells = tuple((tuple(map(str, labels)), _over(means[labels], labels[3])) for labels in ordered)
     note = (
         "Noise in units of a column's root mean square; times 0 silences, times 2 doubles. Matched random: of the same "
-        "blocks, together as loud, as far as their blocks have it. Means over 20 draws, of noise and of random neurons."
+        "blocks, together as loud, as far as their blocks have it; equal change: the same neurons, their activations "
+        "so scaled that the residual stream changes as far as by silence of the top k. Means over 20 draws, of noise "
+        "and of random neurons."
     )
     labels = ("disturbance", "k", "neurons", "measure")
     return Table("causal", "Causal effect", labels, cells, _note(note, meaning, "BERTScore"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import fmean
 
 import numpy as np
 from jaxtyping import Bool, Float
@@ -63,14 +64,14 @@ def match(
 
 
 def mean_match(found: Sequence[RegionMatch]) -> RegionMatch:
-    """Average the matches of several maps with one and the same mask."""
+    """Average the matches of several maps with one mask, or of one map with several masks."""
     ranked = [one.auroc for one in found if one.auroc is not None]
     return RegionMatch(
         iou=float(np.mean([one.iou for one in found])),
         iou_equal_area=float(np.mean([one.iou_equal_area for one in found])),
         pointing=float(np.mean([one.pointing for one in found])),
         auroc=float(np.mean(ranked)) if ranked else None,
-        area=found[0].area,
+        area=fmean(one.area for one in found),
     )
 
 

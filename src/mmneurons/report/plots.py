@@ -13,7 +13,7 @@ from mmneurons.data.table import Table
 from mmneurons.errors import INSPECT_EXTRA, SettingError
 from mmneurons.files import write_whole
 from mmneurons.finding.result import Finding
-from mmneurons.inspection.rows import MATCHED
+from mmneurons.inspection.rows import ELSEWHERE, EQUAL_CHANGE, MATCHED
 from mmneurons.maths import regions
 from mmneurons.maths.statistics import Estimate
 
@@ -149,9 +149,10 @@ def _regions(figure: Figure, table: Table) -> None:
     left, right = figure.subplots(1, 2)
     rows = dict(table.rows)
     for axes, names in ((left, ("pointing game", "the mask's share of the image")), (right, _IOUS)):
-        # Solid: the top neurons; dotted: matched random ones; dashed: what a guess would hit by chance.
+        # Solid: the top neurons; dotted: matched random ones; dash-dotted: the top ones at another object's mask;
+        # dashed: what a guess would hit by chance.
         for i, name in enumerate(names):
-            for which, style in (("top", "-"), (MATCHED, ":")):
+            for which, style in (("top", "-"), (MATCHED, ":"), (ELSEWHERE, "-.")):
                 points = {int(k): v for (measure, of, k), v in rows.items() if (measure, of) == (name, which)}
                 grey = (
                     {"color": _GREY, "linestyle": "--"} if "share" in name else {"color": f"C{i}", "linestyle": style}
@@ -175,8 +176,8 @@ def _overlap(figure: Figure, table: Table) -> None:
     for i, name in enumerate(names):
         values = [rows.get((name, str(k))) for k in sizes]
         means = [v.mean if isinstance(v, Estimate) else np.nan if v is None else v for v in values]  # no bar, not 0
-        places = np.arange(len(sizes)) + (i - 1.5) * 0.2
-        axes.bar(places, means, 0.18, yerr=_bars(values), label=name, error_kw={"lw": 0.8})
+        places = np.arange(len(sizes)) + (i - (len(names) - 1) / 2) * 0.16
+        axes.bar(places, means, 0.14, yerr=_bars(values), label=name, error_kw={"lw": 0.8})
     axes.set(ylabel="share of the top k in common")
     axes.set_xticks(np.arange(len(sizes)), [f"k = {k}" for k in sizes])
     axes.legend(fontsize=7, frameon=False)
@@ -217,7 +218,7 @@ def _causal(figure: Figure, table: Table) -> None:
     ways = list(dict.fromkeys(how for (how, *_), _ in table.rows))
     sizes = sorted({int(k) for (_, k, *_), _ in table.rows})
     for i, how in enumerate(ways):
-        for which, style in (("top", "-"), (MATCHED, ":")):
+        for which, style in (("top", "-"), (MATCHED, ":"), (EQUAL_CHANGE, "-.")):
             points = {k: rows.get((how, str(k), which, measure)) for k in sizes}
             _line(left, points, f"{how}, {which}", linestyle=style, color=f"C{i}")
     # A little more than 0 to 1, so that lines at either end are seen whole.
