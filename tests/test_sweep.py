@@ -15,6 +15,8 @@ from typing import Any
 import pytest
 import torch
 from kits.commands import call
+from kits.processor_zoo import picture, processor
+from kits.tiny_models import tiny_model
 from kits.zoo import FAMILIES, Row, randomise
 from PIL import Image
 
@@ -34,6 +36,8 @@ from mmneurons.sweeping import asking, reading
 pytest.importorskip("pyarrow")
 HOW: dict[str, Any] = {"shard_size": 3, "batch_size": 2, "top": 7, "max_new_tokens": 12}
 N_IMAGES = 8
+SIDES = {"s": 16, "l": 120}
+"""Of small and large pictures; the processor of Qwen2.5-VL makes more image tokens of the large ones."""
 
 
 @pytest.fixture(scope="module")
@@ -190,7 +194,7 @@ def test_a_damaged_shard_is_made_anew(vlm, images, whole, copy, kind, damage, mo
     real = asking.score_batch
     monkeypatch.setattr(asking, "score_batch", lambda *given: asked.append(len(given[2])) or real(*given))
     mmn.sweep(vlm, images, copy, **HOW)
-    assert asked == [1, 1]  # shard 1: images 3 and 4, which is none; then image 5
+    assert asked == [2]  # shard 1: images 3 and 5; image 4 is none
     assert contents(copy) == contents(whole)
 
 
@@ -315,6 +319,33 @@ def test_too_little_memory_halves_the_batch_and_says_so(vlm, images, tmp_path, m
     monkeypatch.setattr(asking, "score_batch", lambda *_: (_ for _ in ()).throw(MemoryError("can't allocate memory")))
     with pytest.raises(ModelError, match="not enough memory for a single image"):
         mmn.sweep(vlm, images, tmp_path / "other", **how)
+
+
+def test_images_of_like_length_share_a_batch_and_rows_keep_their_order(tmp_path, monkeypatch):
+    """Batches of 2 are the same whether small and large pictures alternate or not."""
+    model = mmn.load(tiny_model("qwen2_5_vl"), processor=processor("qwen2_5_vl"))
+    padded, real = [], asking.score_batch
+
+    def looking(vlm, inputs, *more):
+        padded.append(not inputs["attention_mask"].bool().all())
+        return real(vlm, inputs, *more)
+
+    monkeypatch.setattr(asking, "score_batch", looking)
+    items = {f"{kind}{i}": Item(f"{kind}{i}", picture(i, side, side)) for kind, side in SIDES.items() for i in range(2)}
+    how: dict[str, Any] = HOW | {"shard_size": 4, "token_ids": tuple(range(len(model.tokenizer)))}
+    runs = {}
+    for name, order in (("alternating", ["s0", "l0", "s1", "l1"]), ("sorted", ["s0", "s1", "l0", "l1"])):
+        runs[name] = mmn.sweep(model, [items[image] for image in order], tmp_path / name, **how)
+        assert [row["name"] for row in runs[name].images().to_pylist()] == order
+        assert list(dict.fromkeys(row["images"] for row in runs[name].rows())) == [(image,) for image in order]
+    assert padded == [False] * 4
+    first, second = (sorted(map(str, run.rows())) for run in runs.values())
+    assert first == second
+
+
+def test_batches_are_named_by_the_positions_of_their_images():
+    assert asking._spans([7, 0, 2, 1, 9, 8]) == "0-2, 7-9"
+    assert asking._spans([4]) == "4"
 
 
 def test_an_image_that_the_model_refuses_is_recorded(vlm, images, tmp_path, monkeypatch):
