@@ -10,6 +10,7 @@ import shutil
 import signal
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -30,8 +31,9 @@ from mmneurons.errors import FormatError, ModelError, SettingError
 from mmneurons.finding.batch import score_batch
 from mmneurons.finding.numbers import top_numbers
 from mmneurons.finding.scoring import describe
-from mmneurons.settings import FindSettings
-from mmneurons.sweeping import asking, reading
+from mmneurons.settings import FindSettings, SweepSettings
+from mmneurons.sweeping import asking, batch_size, reading
+from mmneurons.sweeping.batch_size import tried_on, with_best_batch_size
 
 pytest.importorskip("pyarrow")
 HOW: dict[str, Any] = {"shard_size": 3, "batch_size": 2, "top": 7, "max_new_tokens": 12}
@@ -346,6 +348,86 @@ def test_images_of_like_length_share_a_batch_and_rows_keep_their_order(tmp_path,
 def test_batches_are_named_by_the_positions_of_their_images():
     assert asking._spans([7, 0, 2, 1, 9, 8]) == "0-2, 7-9"
     assert asking._spans([4]) == "4"
+
+
+def slow(monkeypatch, *, fixed: float, most: int) -> list[int]:
+    """Let a batch take `fixed` seconds and one for each image, and memory be too small for more than `most` images.
+
+    Returns:
+        How many images the model is asked about, batch by batch.
+    """
+    real, asked, clock = asking.score_batch, list[int](), [0.0]
+
+    def score(model, inputs, rows, captions, choices):
+        asked.append(len(rows))
+        if len(rows) > most:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 MiB")
+        clock[0] += fixed + len(rows)
+        return real(model, inputs, rows, captions, choices)
+
+    monkeypatch.setattr(asking, "score_batch", score)
+    monkeypatch.setattr(asking, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
+    return asked
+
+
+@pytest.mark.parametrize(
+    ("fixed", "most", "tried", "best"),
+    [
+        (1, 99, [1, 4, 8, 16], 8),  # images a second: 0.8, 0.89, 0.94
+        (9, 99, [1, 4, 8, 16, 32], 32),  # the largest that this data set can be tried on
+        (9, 8, [1, 4, 8, 16, 8, 8], 8),
+        (9, 2, [1, 4, 2, 2], 2),
+    ],
+)
+def test_the_batch_size_is_as_large_as_memory_and_speed_allow(vlm, images, monkeypatch, fixed, most, tried, best):
+    asked = slow(monkeypatch, fixed=fixed, most=most)
+    items = [Item(f"{i}", images / f"{i % 7}.png") for i in range(300)]
+    items[1] = Item("bad", images / "3b.png")
+    settings = SweepSettings(batch_size="auto", max_new_tokens=2)
+    found, _ = with_best_batch_size(vlm, tried_on(items, settings), settings)
+    assert (asked, found.batch_size) == (tried, best)
+
+
+def test_an_image_that_the_model_refuses_does_not_make_batches_small(vlm, images, monkeypatch):
+    slow(monkeypatch, fixed=9, most=99)
+    real = vlm.__class__.encode
+
+    def refusing(self, pictures, *more):
+        if any(picture.size == (5, 5) for (picture,) in pictures):
+            raise ModelError("The model's own code fails on this prompt.")
+        return real(self, pictures, *more)
+
+    monkeypatch.setattr(vlm.__class__, "encode", refusing)
+    items = [Item(f"{i}", images / f"{i % 7}.png") for i in range(20)]
+    items[2] = Item("tiny", Image.new("RGB", (5, 5)))
+    found, _ = with_best_batch_size(vlm, items, SweepSettings(batch_size="auto", max_new_tokens=2))
+    assert found.batch_size == 16
+
+
+def test_a_sweep_goes_on_with_the_batch_size_that_was_found(vlm, images, tmp_path, monkeypatch):
+    """Whatever would be found now; and the run is that of the same number given."""
+    how: dict[str, Any] = HOW | {"batch_size": "auto", "shard_size": 8, "max_new_tokens": 4}
+    monkeypatch.setattr(batch_size, "SHARE", 1)
+    items = [Item(f"{i}", images / f"{i % 3}.png") for i in range(16)]
+    notes = list[str]()
+
+    def stop(stage: str, done: float, total: int) -> None:
+        if done > 8:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        slow(patched, fixed=9, most=5)
+        with pytest.raises(KeyboardInterrupt):
+            mmn.sweep(vlm, items, tmp_path / "run", tell=notes.append, progress=stop, **how)
+    assert list(Run(tmp_path / "run").done) == [0]
+    run = mmn.sweep(vlm, items, tmp_path / "run", tell=notes.append, **how)
+    assert run.settings["batch_size"] == 4
+    assert notes == [
+        "batch size 4; images a second on the first images: 0.308 with 4",
+        f"batch size 4, which {run.folder} was begun with",
+    ]
+    how["batch_size"] = 4
+    assert contents(run) == contents(mmn.sweep(vlm, items, tmp_path / "other", **how))
 
 
 def test_an_image_that_the_model_refuses_is_recorded(vlm, images, tmp_path, monkeypatch):

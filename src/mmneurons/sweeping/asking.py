@@ -38,6 +38,7 @@ class Asker:
 
     vlm: VLM
     settings: SweepSettings
+    batch_size: int
     smaller: list[str] = field(default_factory=list)
     """Batches that memory was too small for, since this was last emptied."""
     refused: dict[int, str] = field(default_factory=dict)
@@ -63,7 +64,7 @@ class Asker:
     def _batches(self, reads: list[ReadImage]) -> Iterator[list[ReadImage]]:
         sizes = [read.opened.image.size for read in reads if read.opened is not None]
         length = dict(zip(reads, image_lengths(self.vlm.processor, sizes), strict=True))
-        ordered, size = sorted(reads, key=length.__getitem__), self.settings.batch_size  # stable
+        ordered, size = sorted(reads, key=length.__getitem__), self.batch_size  # stable
         for start in range(0, len(ordered), size):
             yield ordered[start : start + size]
 

@@ -54,14 +54,16 @@ def make_shards(
         workers: How many threads read images.
         told: Called after each batch.
     """
-    asker, made = Asker(vlm, settings), _Shard()
+    size = settings.batch_size
+    assert isinstance(size, int)  # "auto" has been found to be a number
+    asker, made = Asker(vlm, settings, size), _Shard()
     constants = {
         "score_name": settings.score,
         "against": settings.against,
         "says": settings.says,
         "baseline": baseline_name(settings.baseline),
     }
-    plan = portions(((shard, run.slice_of(shard)) for shard in shards), SORTED * settings.batch_size)
+    plan = portions(((shard, run.slice_of(shard)) for shard in shards), SORTED * size)
     image_processor = getattr(vlm.processor, "image_processor", None)
     for portion, reads in read_ahead(items, plan, image_processor, workers):
         left = len(reads)
