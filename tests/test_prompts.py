@@ -6,12 +6,13 @@ import torch
 import transformers
 from kits.library import hf
 from kits.processor_zoo import FAMILIES, byte_level, metaspace_bpe, picture, processor, template, unigram, word_piece
+from kits.tiny_models import TINY, tiny_model
 from transformers import BatchFeature
 
 from mmneurons.errors import ModelError, SettingError, WordError
 from mmneurons.settings import ANSWER_PREFIX, PROMPT
 from mmneurons.vlm.processors import ImageAndTokenizer
-from mmneurons.vlm.prompts import encode_prompt, prompt_text
+from mmneurons.vlm.prompts import encode_prompt, image_lengths, prompt_text
 from mmneurons.vlm.template import DATED, LEFT_OUT, prompt_notes
 from mmneurons.vlm.tokens import text_of, token_of, tokens_of
 
@@ -65,6 +66,21 @@ def test_every_family_takes_the_prompt(family, n_images):
     for name, tensor in two.items():
         if name.endswith(("ids", "mask")) and tensor.ndim == 2 and "aspect" not in name:
             assert tensor.shape == ids.shape, name
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.model_type)
+def test_pictures_are_as_long_as_their_prompts(family):
+    """But for what all prompts have, and for processors that do not count."""
+    found, sizes = processor(family.model_type), [(60, 40), (30, 40), (200, 30), (120, 120), (16, 16)]
+    lengths = image_lengths(found, sizes)
+    if hasattr(found, "_get_num_multimodal_tokens"):
+        prompts = [
+            encode_prompt(found, [[picture(0, *size)]], PROMPT, image_token_id=image_id(found))["input_ids"].shape[1]
+            for size in sizes
+        ]
+        assert len({prompt - length for prompt, length in zip(prompts, lengths, strict=True)}) == 1
+    else:
+        assert lengths == [0] * len(sizes)
 
 
 def test_some_rows_are_padded():
@@ -291,47 +307,11 @@ def test_a_pair_gives_words_to_the_decoder_alone():
     assert pair.tokenizer.decode(batch["decoder_input_ids"][0]) == f"<s>{PREFIX}"
 
 
-TEXT = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "head_dim": 8}
-TEXT |= {"num_key_value_heads": 2, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": None}
-SIGHT = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
-SIGHT |= {"image_size": 28, "patch_size": 7}
-QWEN_SIGHT = {"depth": 2, "hidden_size": 16, "intermediate_size": 24, "num_heads": 2, "patch_size": 4}
-QWEN_SIGHT |= {"out_hidden_size": 32, "window_size": 16, "fullatt_block_indexes": [1]}
-MODELS = {
-    "llava": ("Llava", "llama", "clip_vision_model", SIGHT, {"vision_feature_layer": -2}),
-    "gemma3": ("Gemma3", "gemma3_text", "siglip_vision_model", SIGHT, {"mm_tokens_per_image": 4}),
-    "paligemma": ("PaliGemma", "gemma", "siglip_vision_model", SIGHT | {"patch_size": 14}, {"projection_dim": 32}),
-    "mistral3": ("Mistral3", "mistral", "pixtral", SIGHT | {"patch_size": 4, "image_size": 32}, {}),
-    "qwen2_5_vl": ("Qwen2_5_VL", "qwen2_5_vl_text", "qwen2_5_vl_vision", QWEN_SIGHT, {}),
-}
-
-
-def tiny(model_type: str):
-    """A random model for the processor of a family."""
-    family, text, tower, sight, more = MODELS[model_type]
-    tokenizer = processor(model_type).tokenizer
-    language = TEXT | {"model_type": text, "vocab_size": len(tokenizer)}
-    if model_type == "qwen2_5_vl":
-        language["rope_parameters"] = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}
-        more = {"vision_start_token_id": tokenizer.vision_bos_token_id, "video_token_id": tokenizer.video_token_id}
-    config = getattr(transformers, f"{family}Config")(
-        text_config=language,
-        vision_config=sight | {"model_type": tower},
-        image_token_id=tokenizer.image_token_id,
-        **more,
-    )
-    torch.manual_seed(0)
-    model = getattr(transformers, f"{family}ForConditionalGeneration")(config).eval()
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.3)
-    return model
-
-
 @pytest.mark.parametrize(
-    ("model_type", "n_images"), [(name, n) for name in MODELS for n in (0, 1, 2) if (name, n) != ("paligemma", 0)]
+    ("model_type", "n_images"), [(name, n) for name in TINY for n in (0, 1, 2) if (name, n) != ("paligemma", 0)]
 )
 def test_the_model_takes_it_and_reads_a_row_of_a_batch_as_it_does_alone(model_type, n_images):
-    found, model = processor(model_type), tiny(model_type)
+    found, model = processor(model_type), tiny_model(model_type)
     options = {"image_token_id": model.config.image_token_id, "names": inspect.signature(model.forward).parameters}
     logits = []
     for n_rows in (1, 2):

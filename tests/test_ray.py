@@ -151,6 +151,17 @@ def test_an_actor_makes_the_shards_that_are_missing_as_one_process_does(vlm, tmp
     assert contents(tmp_path / "ray") == contents(tmp_path / "local")
 
 
+def test_the_batch_size_is_found_where_the_actors_run(vlm, tmp_path, monkeypatch):
+    ray = Inside()
+    monkeypatch.setattr(by_ray, "_ray", lambda: ray)
+    run = mmn.sweep(
+        lambda: vlm, "pocket:find-500", tmp_path / "run", engine="ray", batch_size="auto", limit=5, max_new_tokens=4
+    )
+    assert run.is_complete
+    assert run.settings["batch_size"] == 4  # so few images are too few to try others
+    assert [("compute" in asked) for asked in ray.asked] == [False, False, True, False]
+
+
 def test_what_a_model_is_refused_for_is_told_as_it_is_without_ray(tmp_path, monkeypatch):
     def refusing() -> mmn.VLM:
         raise ModelError("There is no such model.", fix="Name another.")

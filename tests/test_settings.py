@@ -11,6 +11,7 @@ import typer
 import mmneurons as mmn
 from mmneurons import settings
 from mmneurons.cli import app
+from mmneurons.cli.options import descriptions
 from mmneurons.errors import SettingError
 from mmneurons.settings import (
     DehallucinateSettings,
@@ -18,14 +19,16 @@ from mmneurons.settings import (
     FindSettings,
     InspectSettings,
     Question,
-    descriptions,
+    SweepSettings,
     settled,
 )
 
-KINDS = (Question, FindSettings, EditSettings, InspectSettings, DehallucinateSettings)
+KINDS = (Question, FindSettings, SweepSettings, EditSettings, InspectSettings, DehallucinateSettings)
+NO_SWEEP = ("token_ids", "tagger", "maps", "blank", "baseline", "grounded", "calibration")
 COMMANDS = {
     "caption": (Question, {}),
     "find": (FindSettings, {"token_ids": None, "tagger": None, "blank": None, "baseline": None, "calibration": None}),
+    "sweep": (SweepSettings, dict.fromkeys(NO_SWEEP)),
     "edit": (EditSettings, {}),
     "inspect": (InspectSettings, {}),
     "dehallucinate": (DehallucinateSettings, {"say": None, "n_asked": None}),
@@ -68,6 +71,8 @@ def test_the_options_of_a_command_are_the_fields_and_say_what_they_say(name):
     [
         (Question, {"max_new_tokens": 0}, "max_new_tokens=0"),
         (Question, {"batch_size": "8"}, "batch_size='8'"),
+        (FindSettings, {"batch_size": "auto"}, "1 or more.\nbatch_size='auto'"),
+        (SweepSettings, {"batch_size": "best"}, "1 or more, or 'auto'.\nbatch_size='best'"),
         (Question, {"prompt": ["What?"]}, "one text each"),
         (FindSettings, {"top": 0}, "top=0"),
         (FindSettings, {"top": float("nan")}, "top=nan"),

@@ -10,11 +10,14 @@ import shutil
 import signal
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from kits.commands import call
+from kits.processor_zoo import picture, processor
+from kits.tiny_models import tiny_model
 from kits.zoo import FAMILIES, Row, randomise
 from PIL import Image
 
@@ -28,12 +31,15 @@ from mmneurons.errors import FormatError, ModelError, SettingError
 from mmneurons.finding.batch import score_batch
 from mmneurons.finding.numbers import top_numbers
 from mmneurons.finding.scoring import describe
-from mmneurons.settings import FindSettings
-from mmneurons.sweeping import asking, reading
+from mmneurons.settings import FindSettings, SweepSettings
+from mmneurons.sweeping import asking, batch_size, reading
+from mmneurons.sweeping.batch_size import tried_on, with_best_batch_size
 
 pytest.importorskip("pyarrow")
 HOW: dict[str, Any] = {"shard_size": 3, "batch_size": 2, "top": 7, "max_new_tokens": 12}
 N_IMAGES = 8
+SIDES = {"s": 16, "l": 120}
+"""Of small and large pictures; the processor of Qwen2.5-VL makes more image tokens of the large ones."""
 
 
 @pytest.fixture(scope="module")
@@ -190,7 +196,7 @@ def test_a_damaged_shard_is_made_anew(vlm, images, whole, copy, kind, damage, mo
     real = asking.score_batch
     monkeypatch.setattr(asking, "score_batch", lambda *given: asked.append(len(given[2])) or real(*given))
     mmn.sweep(vlm, images, copy, **HOW)
-    assert asked == [1, 1]  # shard 1: images 3 and 4, which is none; then image 5
+    assert asked == [2]  # shard 1: images 3 and 5; image 4 is none
     assert contents(copy) == contents(whole)
 
 
@@ -315,6 +321,113 @@ def test_too_little_memory_halves_the_batch_and_says_so(vlm, images, tmp_path, m
     monkeypatch.setattr(asking, "score_batch", lambda *_: (_ for _ in ()).throw(MemoryError("can't allocate memory")))
     with pytest.raises(ModelError, match="not enough memory for a single image"):
         mmn.sweep(vlm, images, tmp_path / "other", **how)
+
+
+def test_images_of_like_length_share_a_batch_and_rows_keep_their_order(tmp_path, monkeypatch):
+    """Batches of 2 are the same whether small and large pictures alternate or not."""
+    model = mmn.load(tiny_model("qwen2_5_vl"), processor=processor("qwen2_5_vl"))
+    padded, real = [], asking.score_batch
+
+    def looking(vlm, inputs, *more):
+        padded.append(not inputs["attention_mask"].bool().all())
+        return real(vlm, inputs, *more)
+
+    monkeypatch.setattr(asking, "score_batch", looking)
+    items = {f"{kind}{i}": Item(f"{kind}{i}", picture(i, side, side)) for kind, side in SIDES.items() for i in range(2)}
+    how: dict[str, Any] = HOW | {"shard_size": 4, "token_ids": tuple(range(len(model.tokenizer)))}
+    runs = {}
+    for name, order in (("alternating", ["s0", "l0", "s1", "l1"]), ("sorted", ["s0", "s1", "l0", "l1"])):
+        runs[name] = mmn.sweep(model, [items[image] for image in order], tmp_path / name, **how)
+        assert [row["name"] for row in runs[name].images().to_pylist()] == order
+        assert list(dict.fromkeys(row["images"] for row in runs[name].rows())) == [(image,) for image in order]
+    assert padded == [False] * 4
+    first, second = (sorted(map(str, run.rows())) for run in runs.values())
+    assert first == second
+
+
+def test_batches_are_named_by_the_positions_of_their_images():
+    assert asking._spans([7, 0, 2, 1, 9, 8]) == "0-2, 7-9"
+    assert asking._spans([4]) == "4"
+
+
+def slow(monkeypatch, *, fixed: float, most: int) -> list[int]:
+    """Let a batch take `fixed` seconds and one for each image, and memory be too small for more than `most` images.
+
+    Returns:
+        How many images the model is asked about, batch by batch.
+    """
+    real, asked, clock = asking.score_batch, list[int](), [0.0]
+
+    def score(model, inputs, rows, captions, choices):
+        asked.append(len(rows))
+        if len(rows) > most:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 MiB")
+        clock[0] += fixed + len(rows)
+        return real(model, inputs, rows, captions, choices)
+
+    monkeypatch.setattr(asking, "score_batch", score)
+    monkeypatch.setattr(asking, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
+    return asked
+
+
+@pytest.mark.parametrize(
+    ("fixed", "most", "tried", "best"),
+    [
+        (1, 99, [1, 4, 8, 16], 8),  # images a second: 0.8, 0.89, 0.94
+        (9, 99, [1, 4, 8, 16, 32], 32),  # the largest that this data set can be tried on
+        (9, 8, [1, 4, 8, 16, 8, 8], 8),
+        (9, 2, [1, 4, 2, 2], 2),
+    ],
+)
+def test_the_batch_size_is_as_large_as_memory_and_speed_allow(vlm, images, monkeypatch, fixed, most, tried, best):
+    asked = slow(monkeypatch, fixed=fixed, most=most)
+    items = [Item(f"{i}", images / f"{i % 7}.png") for i in range(300)]
+    items[1] = Item("bad", images / "3b.png")
+    settings = SweepSettings(batch_size="auto", max_new_tokens=2)
+    found, _ = with_best_batch_size(vlm, tried_on(items, settings), settings)
+    assert (asked, found.batch_size) == (tried, best)
+
+
+def test_an_image_that_the_model_refuses_does_not_make_batches_small(vlm, images, monkeypatch):
+    slow(monkeypatch, fixed=9, most=99)
+    real = vlm.__class__.encode
+
+    def refusing(self, pictures, *more):
+        if any(picture.size == (5, 5) for (picture,) in pictures):
+            raise ModelError("The model's own code fails on this prompt.")
+        return real(self, pictures, *more)
+
+    monkeypatch.setattr(vlm.__class__, "encode", refusing)
+    items = [Item(f"{i}", images / f"{i % 7}.png") for i in range(20)]
+    items[2] = Item("tiny", Image.new("RGB", (5, 5)))
+    found, _ = with_best_batch_size(vlm, items, SweepSettings(batch_size="auto", max_new_tokens=2))
+    assert found.batch_size == 16
+
+
+def test_a_sweep_goes_on_with_the_batch_size_that_was_found(vlm, images, tmp_path, monkeypatch):
+    """Whatever would be found now; and the run is that of the same number given."""
+    how: dict[str, Any] = HOW | {"batch_size": "auto", "shard_size": 8, "max_new_tokens": 4}
+    monkeypatch.setattr(batch_size, "SHARE", 1)
+    items = [Item(f"{i}", images / f"{i % 3}.png") for i in range(16)]
+    notes = list[str]()
+
+    def stop(stage: str, done: float, total: int) -> None:
+        if done > 8:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        slow(patched, fixed=9, most=5)
+        with pytest.raises(KeyboardInterrupt):
+            mmn.sweep(vlm, items, tmp_path / "run", tell=notes.append, progress=stop, **how)
+    assert list(Run(tmp_path / "run").done) == [0]
+    run = mmn.sweep(vlm, items, tmp_path / "run", tell=notes.append, **how)
+    assert run.settings["batch_size"] == 4
+    assert notes == [
+        "batch size 4; images a second on the first images: 0.308 with 4",
+        f"batch size 4, which {run.folder} was begun with",
+    ]
+    how["batch_size"] = 4
+    assert contents(run) == contents(mmn.sweep(vlm, items, tmp_path / "other", **how))
 
 
 def test_an_image_that_the_model_refuses_is_recorded(vlm, images, tmp_path, monkeypatch):

@@ -6,15 +6,10 @@ command line.
 
 from __future__ import annotations
 
-import ast
-import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from difflib import get_close_matches
-from functools import cache
-from itertools import pairwise
-from textwrap import dedent
-from typing import TYPE_CHECKING, Any, Literal, Protocol, TypedDict, TypeVar, cast, get_args, runtime_checkable
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypedDict, TypeVar, get_args, runtime_checkable
 
 from mmneurons.errors import SettingError
 
@@ -44,17 +39,20 @@ CHOICES: Mapping[str, tuple[str, ...]] = {"score": SCORES, "says": SAYS, "method
 """The values that a field can take, by the name of the field."""
 Blocks = int | Literal["all"]
 """How many of the last blocks are meant, or all of them."""
+BatchSize = int | Literal["auto"]
+"""How many prompts are asked at once, or what is found to be best."""
 
 
-def setting(default: Any, *, at_least: float | None = None, option: str | None = None) -> Any:
+def setting(default: Any, *, at_least: float | None = None, besides: Any = (), option: str | None = None) -> Any:
     """Declare a field of a settings class.
 
     Args:
         default: Its value where nobody gives another.
         at_least: The smallest number that has a meaning.
+        besides: What it may be that is no number: a tuple of a word, or of None.
         option: The name of its option on the command line, where that is not the field's own name.
     """
-    return field(default=default, metadata={"at_least": at_least, "option": option})
+    return field(default=default, metadata={"at_least": at_least, "besides": besides, "option": option})
 
 
 FRACTIONS = ("ridge", "payoff")
@@ -88,20 +86,21 @@ class Question:
                 fix="Ask about the images that have other prompts in a call of their own.",
             )
         for one in fields(self):
-            self._check(one.name, getattr(self, one.name), one.metadata.get("at_least"))
+            self._check(one.name, getattr(self, one.name), **one.metadata)
 
-    def _check(self, name: str, value: Any, at_least: float | None) -> None:
+    def _check(self, name: str, value: Any, at_least: float | None = None, besides: Any = (), **_: Any) -> None:
         """Refuse a value that is none of the field's choices, or below its bound."""
         choices = CHOICES.get(name)
         if choices is not None and value not in choices:
             raise SettingError(f"There is no {name} '{value}'.", fix=f"Choose one of: {', '.join(choices)}.")
-        if at_least is None or (name, value) in (("blocks", "all"), ("block", None)):  # no number, and no bound
+        if at_least is None or value in besides:
             return
         # `not <=` instead of `>`: it refuses NaN, too.
         is_number = isinstance(value, int | float if name in FRACTIONS else int) and not isinstance(value, bool)
         if not is_number or not at_least <= value < float("inf"):
             kind = "" if name in FRACTIONS else "a whole number, "
-            raise SettingError(f"'{name}' is {kind}{at_least:g} or more.", seen=f"{name}={value!r}")
+            other = "".join(f", or '{word}'" for word in besides if word)
+            raise SettingError(f"'{name}' is {kind}{at_least:g} or more{other}.", seen=f"{name}={value!r}")
 
     @property
     def question(self) -> Question:
@@ -216,6 +215,10 @@ class SweepSettings(FindSettings):
 
     top: int = setting(100, at_least=1)
     """How many neurons are kept for each noun."""
+    # A sweep puts a number in its place before a model is asked.
+    batch_size: BatchSize = setting(8, at_least=1, besides=("auto",))  # pyright: ignore[reportIncompatibleVariableOverride]
+    """How many prompts the model is given at once, always 1 where a batch would change a model's answers; or auto: as
+    many as give the most images a second, found on the first images, or as the run was begun with."""
     given: bool = False
     """Score the captions that the images come with, where they have one, instead of what the model says."""
     shard_size: int = setting(256, at_least=1)
@@ -241,14 +244,14 @@ class EditSettings(Question):
     (random); see docs/guide/edit.md."""
     top: int = setting(1000, at_least=1)
     """How many columns the edit moves, at most all there are: the ones that contribute most to SOURCE."""
-    blocks: Blocks = setting(1, at_least=1)
+    blocks: Blocks = setting(1, at_least=1, besides=("all",))
     """Take the columns from this many of the last blocks, or from all."""
     ridge: float = setting(0.3, at_least=0)
     """Strength of the regularisation of the selective change: 0 spares the reference most, larger values change columns
     by smaller shares of their length."""
     wordings: tuple[str, ...] = setting((), option="--wording")
     """Another prompt under which the edit is to hold as well; repeatable."""
-    block: int | None = setting(None, at_least=0)
+    block: int | None = setting(None, at_least=0, besides=(None,))
     """The block that finetune and rome change, and the last that memit changes. Default: the model's last; for rome the
     last but one, where it does better."""
     seed: int = setting(0, at_least=0)
@@ -289,7 +292,7 @@ class DehallucinateSettings(Question):
     """What a right guess is worth: the model declines where its best guess has a probability below 1 / payoff."""
     top: int = setting(1000, at_least=1)
     """How many columns the edit moves: the ones along which the loss falls most steeply."""
-    blocks: Blocks = setting("all", at_least=1)
+    blocks: Blocks = setting("all", at_least=1, besides=("all",))
     """Take the columns from this many of the last blocks, or from all."""
     rank: int = setting(32, at_least=1)
     """How many directions the columns move along; all columns share them (the rank of the change)."""
@@ -330,6 +333,7 @@ class SweepOptions(FindOptions, total=False):
 
     given: bool
     shard_size: int
+    batch_size: BatchSize  # pyright: ignore[reportIncompatibleVariableOverride]
 
 
 class EditChoices(QuestionOptions, total=False):
@@ -384,17 +388,3 @@ def settled(kind: type[Kind], settings: Kind | None, options: Mapping[str, Any])
         hint = "".join(f" Did you mean '{near}'?" for near in get_close_matches(unknown[0], known, 1))
         raise TypeError(f"There is no option '{unknown[0]}'.{hint} There are: {', '.join(known)}.")
     return replace(settings, **options) if settings is not None else kind(**options)
-
-
-@cache
-def descriptions(kind: type[Question]) -> dict[str, str]:
-    """Read the text below each field, by the field's name, from the source of a settings class and its bases."""
-    found: dict[str, str] = {}
-    # Bases first, so that a class can describe an inherited field anew. Python itself drops the text below a field.
-    for one in reversed(kind.__mro__[:-1]):
-        (tree,) = ast.parse(dedent(inspect.getsource(one))).body
-        body = cast("ast.ClassDef", tree).body
-        for before, after in pairwise(body):
-            if isinstance(before, ast.AnnAssign) and isinstance(after, ast.Expr):
-                found[ast.unparse(before.target)] = " ".join(ast.literal_eval(after.value).split())
-    return found

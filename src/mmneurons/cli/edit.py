@@ -17,6 +17,7 @@ from mmneurons.cli.options import (
     app,
     check_outputs,
     check_results_folder,
+    descriptions,
     err,
     given_files,
     goes_on,
@@ -36,7 +37,7 @@ from mmneurons.cli.sources import (
     tell_no_reference,
 )
 from mmneurons.errors import FormatError, SettingError
-from mmneurons.settings import EditSettings, Question, descriptions
+from mmneurons.settings import EditSettings, Question
 from mmneurons.words import singular
 
 if TYPE_CHECKING:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import ast
 import functools
 import inspect
 import sys
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
+from functools import cache
+from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, get_type_hints
+from textwrap import dedent
+from typing import TYPE_CHECKING, Annotated, Any, Literal, cast, get_type_hints
 
 import typer
 from rich.console import Console
@@ -18,7 +22,7 @@ from rich.text import Text
 from mmneurons.cli.bars import working
 from mmneurons.errors import SettingError
 from mmneurons.files import check_apart, check_folder, check_writable, json_bytes, write_whole
-from mmneurons.settings import Blocks, FindSettings, Question, Says, descriptions
+from mmneurons.settings import FindSettings, Question, Says
 
 if TYPE_CHECKING:
     from mmneurons.vlm.vlm import VLM
@@ -45,6 +49,21 @@ class _Console(Console):
 
 out = _Console(highlight=False, markup=False, emoji=False)
 err = _Console(stderr=True, highlight=False, markup=False, emoji=False)
+
+
+@cache
+def descriptions(kind: type[Question]) -> dict[str, str]:
+    """Read the text below each field, by the field's name, from the source of a settings class and its bases."""
+    found: dict[str, str] = {}
+    # Bases first, so that a class can describe an inherited field anew. Python itself drops the text below a field.
+    for one in reversed(kind.__mro__[:-1]):
+        (tree,) = ast.parse(dedent(inspect.getsource(one))).body
+        body = cast("ast.ClassDef", tree).body
+        for before, after in pairwise(body):
+            if isinstance(before, ast.AnnAssign) and isinstance(after, ast.Expr):
+                found[ast.unparse(before.target)] = " ".join(ast.literal_eval(after.value).split())
+    return found
+
 
 Json = Annotated[
     str | None, typer.Option("--json", metavar="FILE", help="Also write the results as JSON; - prints JSON instead.")
@@ -219,7 +238,7 @@ def with_settings(
         if one.name in without:
             continue
         default = defaults.get(one.name, one.default)
-        annotation = _option(hints[one.name], told[one.name], one.metadata.get("option"), one.metadata.get("at_least"))
+        annotation = _option(hints[one.name], told[one.name], **one.metadata)
         options.append(
             inspect.Parameter(one.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
         )
@@ -232,24 +251,29 @@ def with_settings(
     return lambda command: _with_options(command, "settings", options, made)
 
 
-def _option(hint: Any, told: str, name: str | None, at_least: float | None) -> Any:
-    """Make the annotation of an option from the type, help, name and bound of the field behind it."""
+def _option(
+    hint: Any, told: str, at_least: float | None = None, besides: Sequence[str | None] = (), option: str | None = None
+) -> Any:
+    """Make the annotation of an option from the type and help of the field behind it, and what `setting` says of it."""
     # `--blocks` takes a number or a word; a field with a singular option of its own is repeatable; all else is plain.
-    names = () if name is None else (name,)
-    if hint == Blocks:
-        return Annotated[str, typer.Option(*names, parser=_blocks, metavar="N|all", help=told)]
-    if name is not None:
-        return Annotated[list[str] | None, typer.Option(*names, help=told)]
+    for word in filter(None, besides):
+        return Annotated[str, typer.Option(parser=_number_or(word), metavar=f"N|{word}", help=told)]
+    if option is not None:
+        return Annotated[list[str] | None, typer.Option(option, help=told)]
     return Annotated[hint, typer.Option(min=at_least if hint in (int, float) else None, help=told)]
 
 
-def _blocks(text: Any) -> Blocks:
-    """Parse the value of `--blocks`: a number, or "all"."""
-    if text == "all" or isinstance(text, int):
-        return text
-    if not text.isdecimal() or int(text) < 1:
-        raise typer.BadParameter(f"{text!r} is neither a number of blocks nor 'all'.")
-    return int(text)
+def _number_or(word: str) -> Callable[[Any], int | str]:
+    """Make what parses the value of an option: a number, or a word."""
+
+    def parsed(text: Any) -> int | str:
+        if text == word or isinstance(text, int):
+            return text
+        if not text.isdecimal() or int(text) < 1:
+            raise typer.BadParameter(f"{text!r} is neither a number, 1 or more, nor '{word}'.")
+        return int(text)
+
+    return parsed
 
 
 def _with_options(

@@ -1,4 +1,4 @@
-"""The model is asked about a portion of images; where memory is too small for it, about half of them at a time."""
+"""The model is asked about a portion of images, batch by batch; where memory is too small for one, by halves of it."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from mmneurons.settings import SweepSettings
 from mmneurons.sweeping.reading import ReadImage
 from mmneurons.vlm.age import unchanged
 from mmneurons.vlm.failures import first_line, is_out_of_memory
+from mmneurons.vlm.prompts import image_lengths
 from mmneurons.vlm.vlm import VLM
 
 ALL_FAIL = 8
@@ -37,25 +38,35 @@ class Asker:
 
     vlm: VLM
     settings: SweepSettings
+    batch_size: int
     smaller: list[str] = field(default_factory=list)
-    """Portions that memory was too small for, since this was last emptied."""
+    """Batches that memory was too small for, since this was last emptied."""
     refused: dict[int, str] = field(default_factory=dict)
     """By position the images that the model or its processor refused, since this was last emptied."""
     _n_taken: int = 0
     _n_refused: int = 0
 
     def ask(self, reads: Sequence[ReadImage]) -> Iterator[Asked]:
-        """Ask about images that could be read; those with a caption to read apart from those without.
+        """Ask about images that could be read, in batches; those with a caption to read apart from those without.
+
+        Batches are the same whenever the same images are given. They are not in the order of the images: those whose
+        prompts are of like length share one, as all are padded to the longest.
 
         Raises:
             ModelError: memory is too small for one image, or the model refuses all of many images.
         """
         usable = [read for read in reads if read.opened is not None]
         with_caption = [read for read in usable if self.settings.given and read.item.caption]
-        # Images of one shape side by side: of models that see pictures in their own size, prompts are of one length.
         for group in (with_caption, [read for read in usable if read not in with_caption]):
-            if group:
-                yield from self._together(group, given=group is with_caption)
+            for batch in self._batches(group):
+                yield from self._together(batch, given=group is with_caption)
+
+    def _batches(self, reads: list[ReadImage]) -> Iterator[list[ReadImage]]:
+        sizes = [read.opened.image.size for read in reads if read.opened is not None]
+        length = dict(zip(reads, image_lengths(self.vlm.processor, sizes), strict=True))
+        ordered, size = sorted(reads, key=length.__getitem__), self.batch_size  # stable
+        for start in range(0, len(ordered), size):
+            yield ordered[start : start + size]
 
     def _together(self, reads: list[ReadImage], *, given: bool) -> Iterator[Asked]:
         if self.vlm.family.one_at_a_time and len(reads) > 1:
@@ -76,7 +87,7 @@ class Asker:
         del failed
         if no_memory and len(reads) > 1:
             _free_memory()
-            self.smaller.append(f"{reads[0].position}-{reads[-1].position}")
+            self.smaller.append(_spans([read.position for read in reads]))
             half = -(-len(reads) // 2)
             yield from self._together(reads[:half], given=given)
             yield from self._together(reads[half:], given=given)
@@ -107,6 +118,17 @@ class Asker:
         self._n_refused += 1
         if not self._n_taken and self._n_refused >= ALL_FAIL:
             raise ModelError(f"The model refuses every image: the first {self._n_refused} of them.", seen=why)
+
+
+def _spans(positions: list[int]) -> str:
+    """Name positions by their spans: [7, 0, 1, 2] -> "0-2, 7"."""
+    found: list[list[int]] = []
+    for position in sorted(positions):
+        if found and position == found[-1][-1] + 1:
+            found[-1].append(position)
+        else:
+            found.append([position])
+    return ", ".join(f"{span[0]}-{span[-1]}" if len(span) > 1 else f"{span[0]}" for span in found)
 
 
 def _free_memory() -> None:

@@ -1,4 +1,4 @@
-"""Images are read, hashed and decoded by threads, a few batches ahead of the model."""
+"""Images are read, hashed and decoded by threads, some batches ahead of the model."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from mmneurons.data.images import MAX_BYTES, OpenedImage, check_scaled, open_byt
 from mmneurons.errors import FormatError, ImageError, MissingFileError
 from mmneurons.files import read_file, stamp_of
 
-AHEAD = 3
-"""How many batches are read before the model asks for them; all that is held of a data set at once."""
+AHEAD = 1
+"""How many portions are read before the model asks for them; with the one it is asked about, all that is held."""
 
 
 class Items(Protocol):
@@ -48,7 +48,7 @@ class ReadImage:
 
 @dataclass(frozen=True)
 class Portion:
-    """Images that the model is asked about together: a fixed part of a shard, whatever ran before."""
+    """Images that are read together, and divided into batches: a fixed part of a shard, whatever ran before."""
 
     shard: int
     positions: range
@@ -56,11 +56,11 @@ class Portion:
     """Whether the shard ends with it."""
 
 
-def portions(slices: Iterable[tuple[int, range]], batch_size: int) -> Iterator[Portion]:
-    """Cut shards into batches."""
+def portions(slices: Iterable[tuple[int, range]], size: int) -> Iterator[Portion]:
+    """Cut shards into portions of at most so many images."""
     for shard, mine in slices:
-        for start in range(mine.start, mine.stop, batch_size):
-            stop = min(start + batch_size, mine.stop)
+        for start in range(mine.start, mine.stop, size):
+            stop = min(start + size, mine.stop)
             yield Portion(shard, range(start, stop), stop == mine.stop)
 
 

@@ -17,6 +17,8 @@ from mmneurons.vlm.vlm import VLM
 
 Told = Callable[[int], None]
 """A callback, given how many more images are done."""
+SORTED = 4
+"""How many batches are read together, so that images of like length can share one."""
 
 
 @dataclass(eq=False)
@@ -52,23 +54,28 @@ def make_shards(
         workers: How many threads read images.
         told: Called after each batch.
     """
-    asker, made = Asker(vlm, settings), _Shard()
+    size = settings.batch_size
+    assert isinstance(size, int)  # "auto" has been found to be a number
+    asker, made = Asker(vlm, settings, size), _Shard()
     constants = {
         "score_name": settings.score,
         "against": settings.against,
         "says": settings.says,
         "baseline": baseline_name(settings.baseline),
     }
-    plan = portions(((shard, run.slice_of(shard)) for shard in shards), settings.batch_size)
+    plan = portions(((shard, run.slice_of(shard)) for shard in shards), SORTED * size)
     image_processor = getattr(vlm.processor, "image_processor", None)
     for portion, reads in read_ahead(items, plan, image_processor, workers):
+        left = len(reads)
         for asked in asker.ask(reads):
             _add(made, vlm, asked)
+            left -= len(asked.reads)
+            told(len(asked.reads))
         for read in reads:
             made.stamps.append(read.stamp)
             if why := read.failure or asker.refused.get(read.position, ""):
                 made.failures.append(Failure(read.position, _text(read.item.name), why))
-        told(len(reads))
+        told(left)  # those that could not be used
         if portion.is_last:
             order = sorted(range(len(made.images)), key=lambda i: made.images[i].position)
             images, nouns = _in_order(made, order)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Unpack
 
@@ -20,6 +21,7 @@ from mmneurons.files import check_folder, write_whole
 from mmneurons.progress import Progress, untold
 from mmneurons.settings import SweepOptions, SweepSettings, settled
 from mmneurons.sweeping import by_ray
+from mmneurons.sweeping.batch_size import tried_on, with_best_batch_size
 from mmneurons.sweeping.by_ray import Actors
 from mmneurons.sweeping.reading import content_hash, stamp_of_item
 from mmneurons.sweeping.shards import make_shards
@@ -65,7 +67,7 @@ def sweep(
         engine: "local", in this process; or "ray", by Ray Data on as many machines as it knows, which share the disk
             of `out` and the images. Then `vlm` is a function that loads the model, and is sent to them.
         actors: How many processes hold the model, and what each takes (ray only).
-        tell: Called with notes: what of the source was left out.
+        tell: Called with notes: what of the source was left out, and the batch size that was found.
         progress: Told how many images are done.
         **options: Fields of `SweepSettings`, such as `top=50`, over those of `settings`.
 
@@ -92,18 +94,22 @@ def sweep(
         # What forbids to go on is told before a model is loaded, as far as it can be.
         if (folder / FACTS).exists():
             plan.check_list(Run(folder))
+            plan = plan.gone_on_with(Run(folder), tell)
         if engine == "local":
             model = vlm if isinstance(vlm, VLM) else vlm()
-            run, todo = plan.begun(by_ray.described(model, choices))
+            plan = plan.sized(partial(with_best_batch_size, model), tell)
+            run, todo = plan.begun(by_ray.described(model, plan.choices))
             told = _kept(run, todo, progress)
-            make_shards(model, run, items, todo, choices, workers=workers, told=told)
-            finish(model, run, choices, is_new=bool(todo), progress=progress)
+            make_shards(model, run, items, todo, plan.choices, workers=workers, told=told)
+            finish(model, run, plan.choices, is_new=bool(todo), progress=progress)
         else:
             if isinstance(vlm, VLM):
                 raise SettingError(
                     "A model in memory cannot be sent to other machines.", fix="sweep(lambda: mmn.load(...), ...)"
                 )
-            _by_ray(vlm, plan, actors or Actors(), workers, progress)
+            actors = actors or Actors()
+            plan = plan.sized(partial(by_ray.ask_cluster, actors, with_best_batch_size, vlm), tell)
+            _by_ray(vlm, plan, actors, workers, progress)
     return Run(folder)
 
 
@@ -152,6 +158,27 @@ class Plan:
     items: Sequence[Item]
     choices: SweepSettings
     source: str
+
+    def gone_on_with(self, run: Run, tell: Tell) -> Plan:
+        """Take the batch size that a run was begun with, where none was asked for."""
+        if self.choices.batch_size != "auto":
+            return self
+        size = run.settings.get("batch_size")
+        tell(f"batch size {size}, which {self.folder} was begun with")
+        return replace(self, choices=replace(self.choices, batch_size=size))
+
+    def sized(self, find: Callable[..., tuple[SweepSettings, str]], tell: Tell) -> Plan:
+        """Find the batch size, where none was asked for.
+
+        Args:
+            find: `with_best_batch_size` of the model.
+            tell: Told what was found.
+        """
+        if self.choices.batch_size != "auto":
+            return self
+        choices, why = find(tried_on(self.items, self.choices), self.choices)
+        tell(f"batch size {choices.batch_size}; {why}")
+        return replace(self, choices=choices)
 
     def begun(self, maker: Mapping[str, Any]) -> tuple[Run, list[int]]:
         """Begin a run in an empty folder, or open the one that is there; return it with the shards that are missing.

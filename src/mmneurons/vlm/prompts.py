@@ -52,6 +52,18 @@ def prompt_text(
     return joined(processor, text, answer_prefix)
 
 
+def image_lengths(processor: Any, sizes: Sequence[tuple[int, int]]) -> list[int]:
+    """Return how many image tokens pictures of these sizes, (width, height), become, by the processor's own count.
+
+    Where a processor does not count, all are 0: what is ordered by these numbers then stays in its order.
+    """
+    try:
+        counted = processor._get_num_multimodal_tokens(image_sizes=[(height, width) for width, height in sizes])
+        return [int(n) for n in counted.num_image_tokens]
+    except Exception:  # noqa: BLE001 - no processor has to offer this, and nothing but time depends on it
+        return [0] * len(sizes)
+
+
 def encode_prompt(
     processor: Any,
     images: Sequence[Sequence[Image.Image]],
