@@ -4,7 +4,7 @@ from datetime import date
 import pytest
 import torch
 import transformers
-from kits.library import hf
+from kits.library import hf, lacking
 from kits.processor_zoo import FAMILIES, byte_level, metaspace_bpe, picture, processor, template, unigram, word_piece
 from kits.tiny_models import TINY, tiny_model
 from transformers import BatchFeature
@@ -71,6 +71,8 @@ def test_every_family_takes_the_prompt(family, n_images):
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.model_type)
 def test_pictures_are_as_long_as_their_prompts(family):
     """But for what all prompts have, and for processors that do not count."""
+    if family.model_type == "glm4v" and transformers.__version__.startswith("4."):
+        lacking("Glm4vProcessor counts otherwise than it writes.")
     found, sizes = processor(family.model_type), [(60, 40), (30, 40), (200, 30), (120, 120), (16, 16)]
     lengths = image_lengths(found, sizes)
     if hasattr(found, "_get_num_multimodal_tokens"):
