@@ -12,7 +12,7 @@ import html
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from importlib import resources
 from pathlib import PurePath
 from typing import Any, NamedTuple
@@ -192,9 +192,17 @@ def environment() -> jinja2.Environment:
         "unit": lambda score: _UNITS.get(score, "unit unknown"),
         "usable": pictures.usable,
     }
-    environment.filters |= {"number": text.number, "percent": text.percent, "pieces": text.pieces}
+    environment.filters |= {"number": text.number, "percent": text.percent, "shown": _shown}
     environment.tests |= {"warning": text.is_warning}
     return environment
+
+
+@lru_cache(maxsize=4096)  # a page says the same tokens again and again
+def _shown(string: str, *, spaces: bool = True) -> Markup:
+    """Write a text with a mark for what cannot be seen in it; see `text.pieces`."""
+    mark = Markup('<i class="mark">{}</i>')
+    found = text.pieces(string, spaces=spaces)
+    return Markup("").join(mark.format(piece.text) if piece.is_mark else piece.text for piece in found)
 
 
 def asset(name: str) -> str:
