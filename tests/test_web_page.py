@@ -223,6 +223,19 @@ def test_a_word_of_the_atlas_leads_to_its_neurons(browser, address):
     page.locator("#neuron-page h3", has_text="In the data set it gives most to").wait_for()
 
 
+def test_the_quick_benchmark_of_the_app_fills_every_row(tmp_path):
+    page = tmp_path / "page.md"
+    command = [sys.executable, "-m", "benchmarks.cost.app", "--quick", "--out", str(page)]
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=600, check=False, cwd=Path(__file__).parents[1]
+    )
+    assert done.returncode == 0, done.stderr
+    lines = [line for line in page.read_text(encoding="utf-8").splitlines() if line.startswith("| ")]
+    rows = dict(line.strip("| ").split(" | ") for line in lines[2:])
+    assert [name.startswith("resident memory") for name in rows] == [False] * 8 + [True] * 3
+    assert all(float(cell.split(" (")[0]) > 0 for cell in rows.values())
+
+
 def test_by_the_keyboard_alone(browser, address, sample):
     page = opened(browser, address)
     give(page, sample)
