@@ -36,6 +36,8 @@ from .tables import PAGE, Table, Tables, report, write
 from .timing import Ratio, rounds, say
 
 COLUMN = "pocket float32"
+GROWTH = 15
+"""MiB that a server may grow by in 450 clicks: one that kept the picture of each would grow by more."""
 SCALES = (0.0, 0.5, 1.5, 2.0, 3.0)
 
 
@@ -102,7 +104,12 @@ def measured(arms: dict[str, Callable[[], object]], n: int) -> dict[str, list[fl
 
 
 def measure_memory(stops: Sequence[int], table: Table) -> None:
-    """Resident memory of a server, in a process of its own, after so many requests in a row of one visitor."""
+    """Resident memory of a server, in a process of its own, after so many requests in a row of one visitor.
+
+    Raises:
+        RuntimeError: it grew by more than `GROWTH` from the first of these stops to the last.
+    """
+    seen: list[float] = []
     paths = [str(sample.path) for sample in pocket.samples()]
     with started() as (url, process):
         client = Client(url, verbose=False)
@@ -111,7 +118,10 @@ def measure_memory(stops: Sequence[int], table: Table) -> None:
             if i in stops:
                 held = resident(process.pid)
                 table[f"resident memory of the server after {i} clicks, MiB"][COLUMN] = f"{held:.0f}"
+                seen.append(held)
                 say(f"  {i} clicks: {held:.0f} MiB")
+    if seen[-1] - seen[0] > GROWTH:
+        raise RuntimeError(f"The server grew by {seen[-1] - seen[0]:.0f} MiB from {stops[0]} clicks to {stops[-1]}.")
 
 
 @contextmanager
