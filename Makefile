@@ -2,7 +2,7 @@
 # make test-slow: the tests that take long, those in a browser, on Ray and of the photo model among them.
 # make test-matrix: what depends on transformers, under its lowest, a middle and its newest version.
 # make site: the documentation, in site/; a link that leads nowhere is an error.
-# make test-app: the web app's tests, with Gradio and a driver of Debian's Chromium.
+# make test-app: the web app's tests, with Gradio and a driver of Debian's Chromium; with MMNEURONS_AXE=.../axe.min.js, axe too.
 # make test-notebooks: the notebooks of docs/notebooks, executed. Their outputs are made by .ci/notebooks.py --write.
 # make test-portable: the tests that compute, on a processor's plainest kernels and one thread: none rests on rounding.
 

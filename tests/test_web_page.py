@@ -27,6 +27,8 @@ from mmneurons import pocket
 WAIT = 240_000
 """Milliseconds; no speed is asserted."""
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+AXE = os.environ.get("MMNEURONS_AXE", "")
+"""The file axe.min.js of the npm package axe-core, which looks for what keeps people from using a page."""
 THERE = all(map(importlib.util.find_spec, ("gradio", "playwright"))) and BROWSER is not None
 pytestmark = [
     pytest.mark.slow,
@@ -135,6 +137,70 @@ def test_click_a_word_edit_it_and_undo_while_another_visitor_sees_nothing_of_it(
     assert page.faults == other.faults == []
 
 
+def test_the_slider_redraws_its_neuron_by_the_keyboard_too_and_another_neuron_when_it_is_shown(
+    browser, address, sample
+):
+    page = opened(browser, address)
+    give(page, sample)
+    page.get_by_role("tab", name="Neuron").click()
+    name, captions = page.get_by_label("Neuron", exact=True), page.locator("#neuron-captions dt")
+    name.fill("L1.u17")
+    page.get_by_role("button", name="Show the neuron").click()
+    page.locator("#neuron-page h2", has_text="L1.u17").wait_for()
+    assert captions.count() == 0
+    page.locator("input[type=range]").focus()
+    page.keyboard.press("ArrowLeft")
+    captions.filter(has_text="L1.u17").filter(has_text="0.750").wait_for()
+    captions.filter(has_text="random and as loud").filter(has_text="0.750").wait_for()
+    page.keyboard.press("Home")
+    captions.filter(has_text="L1.u17").filter(has_text="0.000").wait_for()
+    name.fill("L2.u5")
+    page.get_by_role("button", name="Show the neuron").click()
+    captions.filter(has_text="L2.u5").filter(has_text="0.000").wait_for()
+    assert page.faults == []
+
+
+@pytest.mark.skipif(not AXE, reason="$MMNEURONS_AXE names no axe.min.js of the npm package axe-core")
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_axe_finds_no_serious_fault_on_any_tab(browser, address, sample, scheme):
+    page = opened(browser, address, color_scheme=scheme)
+    axe = Path(AXE).read_text(encoding="utf-8")
+
+    def check(where: str) -> None:
+        for frame in page.frames:  # the card's too, whose sandbox axe does not reach into by itself
+            frame.evaluate(axe)
+            found = frame.evaluate("() => axe.run(document, {iframes: false})")
+            assert found["passes"]
+            bad = [one for one in found["violations"] if one["impact"] in ("serious", "critical")]
+            assert not bad, (where, [(one["id"], [node["html"] for node in one["nodes"]]) for one in bad])
+
+    check("empty")
+    card = give(page, sample)
+    card.locator(".caption button.noun").last.click()
+    card.locator(".panel:not([hidden]) .pin").first.click()
+    page.get_by_role("button", name="More to ask").click()
+    page.get_by_label("Prompt").wait_for()
+    check("find")
+    page.get_by_role("tab", name="Neuron").click()
+    page.get_by_role("button", name="Show the neuron").click()
+    page.locator("#neuron-page h2").wait_for()
+    page.locator("input[type=range]").fill("0")
+    page.locator("#neuron-captions dt", has_text="random and as loud").wait_for()
+    check("neuron")
+    page.get_by_role("tab", name="Edit").click()
+    page.get_by_label("Word that is to come").fill("cat")
+    page.get_by_role("button", name="Edit", exact=True).click()
+    page.get_by_text("Locality").wait_for()
+    check("edit")
+    page.get_by_role("tab", name="Atlas").click()
+    page.locator("#atlas-page td").first.wait_for()
+    check("atlas")
+    page.get_by_label("Word", exact=True).fill("nothing")
+    page.get_by_role("button", name="Show its neurons").click()
+    page.locator("#atlas-notice .mm-notice").wait_for()
+    check("notice")
+
+
 def test_an_address_opens_a_neuron_and_no_page_is_wider_than_a_phone(browser, address):
     page = opened(browser, f"{address}?neuron=L1.u17", viewport={"width": 390, "height": 800}, color_scheme="dark")
     assert page.locator("#neuron-page h2").inner_text() == "L1.u17"
@@ -155,6 +221,19 @@ def test_a_word_of_the_atlas_leads_to_its_neurons(browser, address):
     first.click()
     page.locator("#neuron-page h2", has_text=name).wait_for()
     page.locator("#neuron-page h3", has_text="In the data set it gives most to").wait_for()
+
+
+def test_the_quick_benchmark_of_the_app_fills_every_row(tmp_path):
+    page = tmp_path / "page.md"
+    command = [sys.executable, "-m", "benchmarks.cost.app", "--quick", "--out", str(page)]
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=600, check=False, cwd=Path(__file__).parents[1]
+    )
+    assert done.returncode == 0, done.stderr
+    lines = [line for line in page.read_text(encoding="utf-8").splitlines() if line.startswith("| ")]
+    rows = dict(line.strip("| ").split(" | ") for line in lines[2:])
+    assert [name.startswith("resident memory") for name in rows] == [False] * 8 + [True] * 3
+    assert all(float(cell.split(" (")[0]) > 0 for cell in rows.values())
 
 
 def test_by_the_keyboard_alone(browser, address, sample):

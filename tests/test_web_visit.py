@@ -22,10 +22,11 @@ from mmneurons.patches.ledger import ledger_of
 from mmneurons.settings import Question
 from mmneurons.vlm.age import weights_hash
 from mmneurons.vlm.hooks.interventions import intervene
+from mmneurons.web import visit
 from mmneurons.web.atlas import Runs
 from mmneurons.web.launch import scenes, scenes_of, serving
 from mmneurons.web.limits import Limits, StoppedError
-from mmneurons.web.neuron import MOST, scaled_captions, stand_in
+from mmneurons.web.neuron import MOST, stand_in
 from mmneurons.web.pool import Pool
 from mmneurons.web.session import Session
 from mmneurons.web.visit import Asked, Server, saved_patches, stack_of, switch
@@ -151,17 +152,40 @@ def test_time_is_limited_and_stopping_leaves_nothing(server, vlm, picture):
     assert server.find(session, None, Asked(picture)).caption
 
 
-def test_a_slide_scales_each_row_by_itself(vlm, picture):
-    """The batch of two is the two captions that `intervene` gives, one after the other."""
-    image, question = Image.open(picture).convert("RGB"), Question()
-    top = mmn.find(vlm, picture).nouns[0].neurons[0].neuron
-    other = stand_in(vlm, image, question, top)
+def test_a_move_of_the_slider_gives_the_caption_of_its_neuron_then_that_of_a_random_one(server, vlm, picture):
+    session = Session()
+    top = server.find(session, None, Asked(picture)).nouns[0].neurons[0].neuron
+    other = stand_in(vlm, session.shown[-1].image, Question(), top)
     assert other != top
     assert other.layer == top.layer
-    both = scaled_captions(vlm, image, question, [top, other], 0)
-    for neuron, said in zip((top, other), both, strict=True):
+    said = []
+    for neuron in (top, other):
         with intervene(vlm, [neuron], scale=0):
-            assert vlm.caption(image) == said
+            said.append((f"<dt>{neuron}", vlm.caption(picture)))
+    own, both = server.scale(session, None, str(top), 0)
+    assert said[0][0] in own
+    assert str(other) not in own
+    for name, caption in said:
+        assert caption in both.partition(name)[2].partition("</dd>")[0]
+    with pytest.raises(SettingError, match="0 to 3"):
+        list(server.scale(session, None, str(top), 4))
+
+
+def test_the_random_neuron_is_drawn_once_for_a_picture_a_neuron_and_patches(server, picture, edited, monkeypatch):
+    session = Session()
+    names = [str(one.neuron) for one in server.find(session, None, Asked(picture)).nouns[0].neurons[:2]]
+    drawn = []
+    monkeypatch.setattr(visit, "stand_in", lambda *given: drawn.append(given) or stand_in(*given))
+
+    def slide(name: str) -> int:
+        list(server.scale(session, None, name, 2))
+        return len(drawn)
+
+    assert [slide(name) for name in (names[0], names[0], names[1])] == [1, 1, 2]
+    session.add("pocket", edited.patches[0][1], server.limits)
+    assert slide(names[1]) == 3
+    server.find(session, None, Asked(str(pocket.samples()[1].path)))
+    assert slide(names[1]) == 4
 
 
 def test_a_neuron_page_names_the_neuron_and_the_strongest_picture_first(server, vlm, picture):

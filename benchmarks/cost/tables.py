@@ -33,6 +33,7 @@ class Tables:
     growth: Table = field(default_factory=lambda: Table(dict))
     edits: Table = field(default_factory=lambda: Table(dict))
     counts: Table = field(default_factory=lambda: Table(dict))
+    app: Table = field(default_factory=lambda: Table(dict))
 
     def markdown(self) -> list[str]:
         """Every table that has something."""
@@ -42,6 +43,7 @@ class Tables:
             "Growth, one image": self.growth,
             "Edits": self.edits,
             "Launches and calls": self.counts,
+            "The web app": self.app,
         }
         return [markdown(title, table) for title, table in named.items() if table]
 

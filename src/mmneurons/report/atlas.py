@@ -19,7 +19,7 @@ from mmneurons.files import check_folder, write_whole
 from mmneurons.neurons import Neuron
 from mmneurons.progress import Progress, untold
 from mmneurons.report import text
-from mmneurons.report.page import asset, environment, policy_hash
+from mmneurons.report.page import asset, policy_hash, template
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -66,7 +66,7 @@ class Site:
         """The page of each noun, in the folder `words`."""
         style = asset("inspection.css")
         self._style = {"style": Markup(style), "style_hash": policy_hash(style)}
-        self._template = environment().from_string(asset("atlas.html.j2"))
+        self._template = template("atlas.html.j2")
 
     def index(self) -> str:
         """Make the first page: all nouns."""

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from markupsafe import Markup
 
 from mmneurons.files import json_bytes, write_whole
-from mmneurons.report.page import asset, environment, policy_hash
+from mmneurons.report.page import asset, policy_hash, template
 from mmneurons.report.pictures import small
 from mmneurons.report.text import flatten
 
@@ -89,21 +89,15 @@ def write_dehallucination(
         _Row(small(images[i].image()), ", ".join(objects[i]), *judged.texts[i], *map(", ".join, judged.absent[i]))
         for i in changed[:SHOWN]
     ]
-    page = (
-        environment()
-        .from_string(asset("dehallucinate.html.j2"))
-        .render(
-            title="Objects that are not there",
-            figures=[
-                (label, [getattr(getattr(judged, state), name) for state, _ in STATES]) for name, label in FIGURES
-            ],
-            states=[title for _, title in STATES],
-            rows=rows,
-            n_images=len(judged.texts),
-            n_changed=len(changed),
-            facts=flatten({k: v for k, v in made_by.items() if k != "source"}),
-            style=Markup(style),
-            style_hash=policy_hash(style),
-        )
+    page = template("dehallucinate.html.j2").render(
+        title="Objects that are not there",
+        figures=[(label, [getattr(getattr(judged, state), name) for state, _ in STATES]) for name, label in FIGURES],
+        states=[title for _, title in STATES],
+        rows=rows,
+        n_images=len(judged.texts),
+        n_changed=len(changed),
+        facts=flatten({k: v for k, v in made_by.items() if k != "source"}),
+        style=Markup(style),
+        style_hash=policy_hash(style),
     )
     write_whole(path, page.encode("utf-8", "replace"))

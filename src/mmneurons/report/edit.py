@@ -13,7 +13,7 @@ from PIL import Image
 
 from mmneurons.files import json_bytes, write_whole
 from mmneurons.maths.statistics import Estimate
-from mmneurons.report.page import asset, environment, policy_hash
+from mmneurons.report.page import asset, policy_hash, template
 from mmneurons.report.pictures import small
 from mmneurons.words import turned
 
@@ -114,15 +114,11 @@ def render_edits(
 ) -> str:
     """Make the page `edits.html`, which loads nothing from elsewhere."""
     style = asset("inspection.css")
-    return (
-        environment()
-        .from_string(asset("edit.html.j2"))
-        .render(
-            title="Edits, judged",
-            sections=[_section(name, one, held_out(one.source), unrelated) for name, one in judged.items()],
-            style=Markup(style),
-            style_hash=policy_hash(style),
-        )
+    return template("edit.html.j2").render(
+        title="Edits, judged",
+        sections=[_section(name, one, held_out(one.source), unrelated) for name, one in judged.items()],
+        style=Markup(style),
+        style_hash=policy_hash(style),
     )
 
 

@@ -14,7 +14,7 @@ from mmneurons.data.table import Table, shown
 from mmneurons.files import json_bytes, write_whole
 from mmneurons.finding.result import Finding
 from mmneurons.report import text
-from mmneurons.report.page import asset, environment, policy_hash
+from mmneurons.report.page import asset, policy_hash, template
 from mmneurons.report.plots import draw
 
 if TYPE_CHECKING:
@@ -98,21 +98,17 @@ def render_inspection(found: Inspection, tables: Sequence[Table], plots: Sequenc
             images = [(path.stem, _uri(path)) for path in plots if path.stem.startswith(pictures)]
             sections.append(_Section(mine[0].name, title, images, mine))
     style = asset("inspection.css")
-    return (
-        environment()
-        .from_string(asset("inspection.html.j2"))
-        .render(
-            title="Multi-modal neurons, inspected",
-            n_images=n_images,
-            settings=found.settings,
-            sections=sections,
-            shown=shown,
-            left_out=found.left_out,
-            n_given=len(found.given),
-            provenance=text.flatten(found.made_by),
-            style=Markup(style),
-            style_hash=policy_hash(style),
-        )
+    return template("inspection.html.j2").render(
+        title="Multi-modal neurons, inspected",
+        n_images=n_images,
+        settings=found.settings,
+        sections=sections,
+        shown=shown,
+        left_out=found.left_out,
+        n_given=len(found.given),
+        provenance=text.flatten(found.made_by),
+        style=Markup(style),
+        style_hash=policy_hash(style),
     )
 
 

@@ -12,6 +12,7 @@ import html
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache, lru_cache
 from importlib import resources
 from pathlib import PurePath
 from typing import Any, NamedTuple
@@ -139,8 +140,7 @@ def render(findings: Sequence[Finding], *, title: str | None = None) -> str:
     # Ids are numbers, never words of a caption, so that nothing a model says gets into an attribute or the script.
     cards = [_card(finding, f"finding-{i}") for i, finding in enumerate(findings)]
     style, script = asset("report.css"), asset("report.js")
-    page = environment().from_string(asset("report.html.j2"))
-    return page.render(
+    return template("report.html.j2").render(
         title=title or "Multi-modal neurons",
         cards=cards,
         counted=_counted(cards),
@@ -157,7 +157,14 @@ def framed(finding: Finding) -> str:
     """Put the page of one finding into a frame for a notebook, so that neither page changes how the other looks."""
     # A frame of its own, in a sandbox: its script runs, but reaches neither the notebook nor anything else.
     page = html.escape(render([finding]).encode("utf-8", "replace").decode())
-    return f'<iframe srcdoc="{page}" sandbox="allow-scripts" width="100%" height="{_FRAME}"></iframe>'
+    attributes = f'title="Caption and neurons" sandbox="allow-scripts" width="100%" height="{_FRAME}"'
+    return f'<iframe srcdoc="{page}" {attributes}></iframe>'
+
+
+@cache
+def template(name: str) -> jinja2.Template:
+    """Return a template of this package, compiled once: that takes longer than to fill it."""
+    return environment().from_string(asset(name))
 
 
 def environment() -> jinja2.Environment:
@@ -185,9 +192,17 @@ def environment() -> jinja2.Environment:
         "unit": lambda score: _UNITS.get(score, "unit unknown"),
         "usable": pictures.usable,
     }
-    environment.filters |= {"number": text.number, "percent": text.percent, "pieces": text.pieces}
+    environment.filters |= {"number": text.number, "percent": text.percent, "shown": _shown}
     environment.tests |= {"warning": text.is_warning}
     return environment
+
+
+@lru_cache(maxsize=4096)  # a page says the same tokens again and again
+def _shown(string: str, *, spaces: bool = True) -> Markup:
+    """Write a text with a mark for what cannot be seen in it; see `text.pieces`."""
+    mark = Markup('<i class="mark">{}</i>')
+    found = text.pieces(string, spaces=spaces)
+    return Markup("").join(mark.format(piece.text) if piece.is_mark else piece.text for piece in found)
 
 
 def asset(name: str) -> str:

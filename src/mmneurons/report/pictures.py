@@ -38,7 +38,7 @@ class Picture(NamedTuple):
     @property
     def uri(self) -> str:
         """The picture as a URI: lossless where that is small, as of scenes, crops and screenshots; else as JPEG."""
-        png = _encode(self.image, "PNG", optimize=True)
+        png = _encode(self.image, "PNG", compress_level=3)  # a sixth of the time of the best level, for 3 % more bytes
         return _uri("png", png) if len(png) <= _PNG_BYTES else _jpeg(self.image, quality=90)
 
     @property

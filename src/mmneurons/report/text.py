@@ -102,6 +102,8 @@ def placed(caption: str, words: Sequence[tuple[str, int]]) -> tuple[list[tuple[s
 
 def printable(text: str) -> str:
     """Replace hidden characters by marks: the result can stand in a page, an attribute or a file name, in UTF-8."""
+    if text.isprintable():  # nearly every text: nothing in it is hidden
+        return text
     return "".join(_mark(character) if _is_hidden(character) else character for character in text)
 
 

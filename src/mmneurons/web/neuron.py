@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import ExitStack
-from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -72,19 +70,7 @@ def stand_in(vlm: VLM, image: Image.Image, question: Question, neuron: Neuron) -
     return Neuron(neuron.layer, int(drawn.sets[0][0]), neuron.expert)
 
 
-def scaled_captions(
-    vlm: VLM, image: Image.Image, question: Question, neurons: Sequence[Neuron], scale: float
-) -> list[str]:
-    """Let the model answer about a picture once for each neuron, with that one's activation times `scale`."""
-    changes = [Intervention((neuron,), scale=scale) for neuron in neurons]
-    if vlm.family.one_at_a_time:
-        said: list[str] = []
-        for change in changes:
-            with intervene(vlm, change):
-                said += texts_of(vlm, [image], question)
-        return said
-    # In one batch, each row with its own neuron changed: two captions take little longer than one.
-    with ExitStack() as changed:
-        for row, change in enumerate(changes):
-            changed.enter_context(intervene(vlm, replace(change, rows=(row,))))
-        return texts_of(vlm, [image] * len(changes), replace(question, batch_size=len(changes)))
+def scaled_caption(vlm: VLM, image: Image.Image, question: Question, neuron: Neuron, scale: float) -> str:
+    """Let the model answer about a picture with the activation of a neuron times `scale`."""
+    with intervene(vlm, [neuron], scale=scale):
+        return texts_of(vlm, [image], question)[0]

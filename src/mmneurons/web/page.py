@@ -19,6 +19,8 @@ from mmneurons.web.visit import Asked, Server
 HOUR = 3600
 PROGRESS = gr.Progress()
 """Asks Gradio for its progress bar, as a default value."""
+DROP = "Drop an image file here to upload"
+"""What stands on the field for a picture: the name that a screen reader is told for it, no other."""
 FRAME = """
 const heard = (event) => {
   if (!element.isConnected) { removeEventListener('message', heard); return; }
@@ -81,18 +83,33 @@ def theme() -> gr.themes.Base:
 def told(function: Callable[..., Any], n_outputs: int) -> Callable[..., Any]:
     """Make a function whose last output is a notice: empty, or what went wrong, with all other outputs as they were."""
 
-    def failed(error: MmneuronsError) -> list[Any]:
-        return [gr.skip()] * n_outputs + [views.notice(error)]
-
     @wraps(function)
     def answered(*given: Any, **more: Any) -> list[Any]:
         try:
             found = function(*given, **more)
         except MmneuronsError as error:
-            return failed(error)
+            return _failed(error, n_outputs)
         return [*(found if isinstance(found, tuple) else (found,)), ""]
 
     return answered
+
+
+def told_each(function: Callable[..., Iterator[str]]) -> Callable[..., Any]:
+    """Make the same, with one output, of a function that gives it again and again as more is known."""
+
+    @wraps(function)
+    def answered(*given: Any) -> Iterator[list[Any]]:
+        try:
+            for found in function(*given):
+                yield [found, ""]
+        except MmneuronsError as error:
+            yield _failed(error, 1)
+
+    return answered
+
+
+def _failed(error: MmneuronsError, n_outputs: int) -> list[Any]:
+    return [gr.skip()] * n_outputs + [views.notice(error)]
 
 
 def make_page(server: Server) -> gr.Blocks:
@@ -132,8 +149,11 @@ def _find_tab(server: Server, session: gr.State, model: gr.Dropdown) -> tuple[gr
     with gr.Row():
         with gr.Column(scale=1, min_width=280):
             picture = files_only(
-                gr.Image(type="filepath", label="Picture", sources=["upload", "webcam", "clipboard"], height=260)
-            )
+                gr.Image(
+                    type="filepath", label="Picture", sources=["upload", "webcam", "clipboard"], height=260,
+                    placeholder=DROP,
+                )
+            )  # fmt: skip
             picture.preprocess = _path_of
             samples = pocket.samples()[:12] if any(vlm.is_pocket for vlm in server.models.values()) else ()
             shown = [(Image.open(sample.path).convert("RGB"), sample.caption) for sample in samples]
@@ -186,15 +206,24 @@ def _neuron_tab(
     def page_of(one: Session, name: str, of: str) -> str:
         return server.neuron(one, name, of)
 
+    slid = told_each(server.scale)
+
+    def again(one: Session, name: str, of: str, times: float) -> Iterator[list[Any]]:
+        # What stands below is of the neuron before: it is made anew, or goes where nothing is scaled.
+        if times != 1 and any(picture.model == name for picture in one.shown):
+            yield from slid(one, name, of, times)
+        else:
+            yield ["", gr.skip()]
+
     options: Any = {"inputs": [session, model, neuron], "outputs": [told_page, notice], "concurrency_id": "model"}
+    slide: Any = {"inputs": [session, model, neuron, scale], "outputs": [captions, notice], "concurrency_id": "model"}
+    slide["show_progress"] = "hidden"
     for event, name in ((show.click, "neuron"), (neuron.submit, None)):
-        event(told(page_of, 1), api_name=name, api_visibility="public" if name else "private", **options).then(
-            None, neuron, neuron, js=KEEP_ADDRESS, api_visibility="private"
-        )
-    scale.release(
-        told(server.scale, 1), [session, model, neuron, scale], [captions, notice],
-        api_name="scale", concurrency_id="model", show_progress="hidden",
-    )  # fmt: skip
+        shown = event(told(page_of, 1), api_name=name, api_visibility="public" if name else "private", **options)
+        kept = shown.then(None, neuron, neuron, js=KEEP_ADDRESS, api_visibility="private")
+        kept.then(again, api_visibility="private", **slide)
+    # By the pointer, the keyboard, the field of its number, or its reset; of the moves during one, the last counts.
+    scale.change(slid, trigger_mode="always_last", api_name="scale", **slide)
 
     def opened(of: str) -> tuple[Any, Any]:
         return of or gr.skip(), gr.Tabs(selected="neuron") if of else gr.skip()

@@ -15,6 +15,7 @@ from typing import Any
 from PIL import Image
 
 from mmneurons.errors import SettingError
+from mmneurons.neurons import Neuron
 from mmneurons.patches.patch import Patch
 from mmneurons.report.text import printable
 from mmneurons.settings import Question
@@ -48,6 +49,8 @@ class Session:
         """The patches in the order in which they came, each with the name of the model that it is for."""
         self.on: set[str] = set()
         """The hashes of those that are switched on."""
+        self.stand_ins: dict[tuple[Any, ...], Neuron] = {}
+        """The random neuron that was drawn last beside one under the slider, by what it was drawn for."""
         self.stop = threading.Event()
         """Set to end the request that is running."""
 

@@ -92,10 +92,10 @@ def tables(note: str, sections: Sequence[Section]) -> str:
     return str(_macros().tables(note, sections))
 
 
-def scaled(image: Image.Image, scale: float, usual: str, neurons: Sequence[Neuron], captions: Sequence[str]) -> str:
-    """Write the captions with a neuron, and a random one beside it, scaled."""
-    names = [str(neurons[0]), f"{neurons[1]}, random and as loud,"]
-    return str(_macros().scaled(pictures.small(image), scale, usual, list(zip(names, captions, strict=True))))
+def scaled(image: Image.Image, scale: float, usual: str, said: Sequence[tuple[Neuron, str]]) -> str:
+    """Write the captions with a neuron scaled and, where it was asked already, with a random one beside it."""
+    rows = [(f"{one}, random and as loud," if i else str(one), caption) for i, (one, caption) in enumerate(said)]
+    return str(_macros().scaled(pictures.small(image), scale, usual, rows))
 
 
 def outcome(made: Outcome) -> str:

@@ -23,7 +23,7 @@ from mmneurons.web import views
 from mmneurons.web.atlas import Runs
 from mmneurons.web.editing import Outcome, checked_words, make_edit
 from mmneurons.web.limits import Limits, check_text, open_upload
-from mmneurons.web.neuron import excitement, scaled_captions, stand_in
+from mmneurons.web.neuron import excitement, scaled_caption, stand_in
 from mmneurons.web.pool import Pool
 from mmneurons.web.session import Session, Shown, patched, title
 
@@ -110,8 +110,11 @@ class Server:
             raise SettingError("This server has no run.", fix="mmneurons app --run RUN")
         return self.runs.word(check_text(word, self.limits))
 
-    def scale(self, session: Session, model: str | None, neuron: str, scale: float) -> str:
-        """Let the model answer about the visitor's picture with a neuron, and a random one, scaled.
+    def scale(self, session: Session, model: str | None, neuron: str, scale: float) -> Iterator[str]:
+        """Let the model answer about the visitor's picture with a neuron scaled, then with a random one.
+
+        Yields:
+            The captions as HTML: as soon as the neuron's own is there, and with the random one's below it.
 
         Raises:
             SettingError: no picture, no such neuron, or a scale that is not from 0 to 3.
@@ -121,10 +124,22 @@ class Server:
         if not 0 <= scale <= 3:
             raise SettingError("A neuron is scaled from 0 to 3 times.", seen=f"{scale}")
         session.stop.clear()
-        with patched(vlm, session.active(name), self.limits, session.stop):
-            other = stand_in(vlm, shown.image, shown.question, one)
-            said = scaled_captions(vlm, shown.image, shown.question, [one, other], scale)
-        return views.scaled(shown.image, scale, shown.caption, [one, other], said)
+        patches = session.active(name)
+
+        def say(asked: Neuron) -> tuple[Neuron, str]:
+            with patched(vlm, patches, self.limits, session.stop):
+                return asked, scaled_caption(vlm, shown.image, shown.question, asked, scale)
+
+        said = [say(one)]
+        yield views.scaled(shown.image, scale, shown.caption, said)
+        # Drawn once for a picture, a neuron and patches, since that costs a caption more; the slider moves many times.
+        drawn_for = (shown, one, *(patch.hash for patch in patches))
+        other = session.stand_ins.get(drawn_for)
+        if other is None:
+            with patched(vlm, patches, self.limits, session.stop):
+                other = stand_in(vlm, shown.image, shown.question, one)
+            session.stand_ins = {drawn_for: other}
+        yield views.scaled(shown.image, scale, shown.caption, [*said, say(other)])
 
     def edit(
         self, session: Session, model: str | None, source: str, target: str, remove: bool, progress: Progress = untold
