@@ -228,7 +228,7 @@ def measure_edits(
 
     def run(method: Method) -> None:
         settings = EditSettings(method=method, max_new_tokens=NEW_TOKENS, batch_size=len(case.images))
-        kept = None if method == "closed_form" else held[0]
+        kept = "own" if method == "closed_form" else held[0]
         patch = edit(vlm, [*case.images], source=source, target=target, reference=kept, settings=settings)
         search[method] = dict(patch.provenance["search"])
 
