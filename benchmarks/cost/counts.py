@@ -117,7 +117,7 @@ def count(vlm: mmn.VLM, side: int, name: str, table: Table) -> None:
     ):
         few, many = (launches(lambda n=n, run=run: run(n)) for n in (FEW, MANY))
         table[f"launches of {what} {FEW} nouns"][name] = str(few)
-        table[f"launches that each further noun adds to {what}"][name] = f"{(many - few) / (MANY - FEW):g}"
+        table[f"launches that each further noun adds to {what}"][name] = f"{(many - few) / (MANY - FEW):.1f}"
 
 
 def main() -> None:
