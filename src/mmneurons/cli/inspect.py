@@ -97,7 +97,7 @@ def inspect_(
         drawn = examples(vlm, items, settings) if found.sensitivity is not None else []
         page = write_inspection(found, made, out_folder, drawn, n_images=len(items[:limit]))
     for table in made:
-        if len(table.rows) <= 12:  # longer ones would push the others off the screen
+        if len(table.rows) <= 16:  # longer ones would push the others off the screen
             out.print(f"{table.title}. {table.note}".strip(), soft_wrap=True)
             for labels, value in table.rows:
                 mean, interval, _ = shown(value)
