@@ -751,6 +751,31 @@ def test_texts_of_the_reference_hold_an_edit_back(vlm):
     assert (found.looked_at, found.turned) == (0, 1)
 
 
+def test_reference_answers_that_say_the_source_hold_no_edit_back(vlm):
+    """They are to change, however few other answers there are to look at."""
+    images = edit_images("dog")[:2]
+    said = trace_answers(vlm, images)
+    asked = [EditRequest(images, Question(), said, occurrences(vlm, said, "dog"))]
+    dog, cat = (tokens_of(vlm.tokenizer, word)[0] for word in ("dog", "cat"))
+    unit = HeadChange(((dog, cat),), 1.0)
+    reference = make_reference(vlm, [*images, *edit_images("ball")[:3]])
+    assert reference.answers is not None
+    others = [text for text in reference.answers.texts if not says(text, "dog")]
+    found = find_strength(
+        vlm,
+        unit,
+        asked,
+        "dog",
+        "cat",
+        start=4.0,
+        lowest=last(vlm),
+        reference=reference,
+        risk=torch.zeros(len(reference.steps)),
+        tell=lambda what: None,
+    )
+    assert found.looked_at == len(others) == 3
+
+
 @pytest.mark.parametrize(
     ("owner", "name"), [(request, "texts_of"), (Reader, "likeliest")], ids=["generating", "reading"]
 )

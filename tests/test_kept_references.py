@@ -163,6 +163,18 @@ def test_the_last_used_are_kept_and_large_ones_are_not(own, images, folder, monk
     assert {*folder.iterdir()} == first | third
 
 
+def test_one_that_may_only_be_read_is_used(own, images, folder, answered, monkeypatch):
+    first = mmn.make_reference(own, images, TEXTS)
+    before = len(answered)
+
+    def refused(path: Path) -> None:
+        raise PermissionError(f"no right to write {path}")
+
+    monkeypatch.setattr(os, "utime", refused)
+    assert same(mmn.make_reference(own, images, TEXTS), first)
+    assert len(answered) == before
+
+
 def test_where_nothing_can_be_kept_it_is_made_all_the_same(own, images, tmp_path, monkeypatch):
     blocked = tmp_path / "file"
     blocked.write_text("no folder")

@@ -64,7 +64,8 @@ def load(place: Path, vlm: VLM, images: Sequence[Picture], texts: Sequence[str],
         with safe_open(place, "pt") as file:
             facts = json.loads(file.metadata()["facts"])
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no mapping
-        os.utime(place)  # used last
+        with suppress(OSError):  # a folder that this user may only read
+            os.utime(place)  # used last
         said, read = _steps(vlm, tensors, "said"), _steps(vlm, tensors, "read")
     except FileNotFoundError:
         return None

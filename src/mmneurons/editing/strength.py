@@ -230,7 +230,8 @@ def find_strength(
         images: list[int] = []
         if reference.answers is not None:
             worst = reference.by_image(vlm, source, risk[: len(reference.answers.steps)])
-            images = sorted(range(len(worst)), key=lambda i: -worst[i])[:HARDEST]
+            riskiest = sorted(range(len(worst)), key=lambda i: -worst[i])[:HARDEST]
+            images = [i for i in riskiest if worst[i] > -torch.inf]
         kept = Kept(reader, reference, source, images, reference.positions(risk, HARDEST_POSITIONS))
 
         @cache
