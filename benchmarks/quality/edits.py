@@ -267,7 +267,7 @@ def values_of(found: Sequence[dict], field: str) -> list[float]:
     values = []
     for one in found:
         for name in field.split("/"):
-            one = one and one.get(name)
+            one = one.get(name) if one else None
         if one is not None:
             values.append(one["mean"] if isinstance(one, dict) else one)
     return values

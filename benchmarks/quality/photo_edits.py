@@ -1,8 +1,10 @@
 """Edits of a pre-trained language model that reads photographs: ten words replaced, three removed.
 
     python -m benchmarks.quality.photo_edits DIR --pictures pictures.csv    # makes, judges, prints; it resumes
+    python -m benchmarks.quality.photo_edits DIR --pictures pictures.csv --reference train
 
-The photo model, the default reference (sentences, no photographs). Each edit is made with eight photographs of a noun
+The photo model; the default reference (sentences, no photographs), or the same sentences and a hundred photographs of
+one split. Each edit is made with eight photographs of a noun
 that the model names, of one split of the list, in the list's order; it is judged on the following ones of the same
 noun, and on photographs of other nouns of another split, drawn by a fixed seed.
 """
@@ -21,7 +23,8 @@ import mmneurons as mmn
 from mmneurons.data.dataset import Item
 from mmneurons.editing.edit import edit
 from mmneurons.editing.evaluate_edits import Case, evaluate_edits
-from mmneurons.editing.reference import Reference, default_reference
+from mmneurons.editing.reference import Reference, default_reference, make_reference
+from mmneurons.editing.reference import sentences as kept_sentences
 from mmneurons.settings import Question
 from mmneurons.vlm.vlm import VLM
 from mmneurons.words import says
@@ -42,7 +45,7 @@ PAIRS = (
     "parachute balloon",
 )
 REMOVED = ("dog", "horn", "church")
-N_EDIT, N_HELD_OUT, N_UNRELATED = 8, 16, 40
+N_EDIT, N_HELD_OUT, N_UNRELATED, N_REFERENCE = 8, 16, 40, 100
 QUESTION = Question(max_new_tokens=20)
 
 
@@ -73,10 +76,16 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help="where its files lie; default: pictures/ beside it")
     parser.add_argument("--split", default="judge", help="of the photographs of each edit")
     parser.add_argument("--unrelated", default="val", metavar="SPLIT", help="of the photographs of other nouns")
+    parser.add_argument("--reference", metavar="SPLIT", help="of a hundred photographs that are to stay as they are")
     asked = parser.parse_args()
     folder = asked.folder or asked.pictures.parent / "pictures"
     vlm, known, shown = mmn.load("photo", device="cpu"), list[Reference | None](), dict[str, list[Item]]()
     mine, others = (photographs(asked.pictures, folder, split) for split in (asked.split, asked.unrelated))
+
+    def with_photographs() -> Reference:
+        items = photographs(asked.pictures, folder, asked.reference)
+        chosen = np.random.default_rng(1).permutation(len(items))[:N_REFERENCE].tolist()
+        return make_reference(vlm, [items[i].image() for i in chosen], kept_sentences(), question=QUESTION)
 
     def of(source: str) -> list[Item]:
         if source not in shown:
@@ -86,7 +95,7 @@ def main() -> None:
     def patch(source: str, target: str | None) -> mmn.Patch:
         def make() -> mmn.Patch:
             if not known:
-                known.append(default_reference(vlm, QUESTION))
+                known.append(default_reference(vlm, QUESTION) if asked.reference is None else with_photographs())
             images = [item.image() for item in of(source)[:N_EDIT]]
             length = QUESTION.max_new_tokens
             return edit(vlm, images, source=source, target=target, reference=known[0], max_new_tokens=length)

@@ -108,12 +108,17 @@ def or_pocket(vlm: VLM, given: list[Any] | None, name: str, option: str | None) 
 
 
 def tell_default_reference(vlm: VLM) -> None:
-    """Say what an edit leaves as it is where nothing is named."""
+    """Say what an edit leaves as it is where nothing is named; without images, that answers about others may change."""
     own = "pocket:reference-400, facts that it knows and " if vlm.is_pocket else ""
     err.print(
         f"what is to stay as it is: {own}sentences that the package ships (worked out once, then kept in the cache)",
         style="dim",
     )
+    if not vlm.is_pocket:
+        err.print(
+            "no images are held: answers about other pictures will change. Name some: --reference FOLDER",
+            style="yellow",
+        )
 
 
 def tell_no_reference() -> None:

@@ -9,7 +9,9 @@ from __future__ import annotations
 import json
 import logging
 import os
+import shutil
 import tempfile
+import time
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict
@@ -35,6 +37,8 @@ KEPT = 4
 """How many references stay on disk: those that were used last."""
 LARGEST = 2**30
 """Bytes; a larger reference is not kept."""
+DAY = 24 * 3600
+"""Seconds after which a file that is still being written belongs to nobody."""
 PARTS = ("residual", "token_ids", "logits", "answer_ids")
 """Fields of `TracedSteps` that are one tensor each."""
 
@@ -101,6 +105,9 @@ def save(place: Path, answers: TracedAnswers | None, read: TracedSteps | None) -
             made = Path(folder) / "reference"
             save_file(tensors, made, {"facts": json.dumps(facts)})
             os.replace(made, place)
+        for folder in place.parent.glob("making-*"):  # of processes that were killed, a day ago or longer
+            if time.time() - folder.stat().st_mtime > DAY:
+                shutil.rmtree(folder, ignore_errors=True)
         for old in sorted(place.parent.glob("*.safetensors"), key=lambda path: -path.stat().st_mtime)[KEPT:]:
             with suppress(FileNotFoundError):
                 old.unlink()

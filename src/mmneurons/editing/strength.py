@@ -36,6 +36,9 @@ MARGINS = (1.25, 1.5, 1.75, 2.0, 2.5, 3.0, 3.5, 4.0)
 little less clear do not turn."""
 HARDEST, HARDEST_POSITIONS = 16, 64
 """Reference images, and positions of its texts, looked at."""
+CACHED = 64
+"""Answers of an edit for which what enters the lowest edited block is kept in memory; with more of them the whole model
+reads each time."""
 ALLOWED, ALLOWED_FLIPS = 0.005, 0.005
 """Share of all reference images whose answers may change, and of all positions of its texts."""
 
@@ -213,7 +216,8 @@ def find_strength(
     """
     with torch.inference_mode(False), torch.no_grad(), evaluating(vlm.model):
         # 1. The smallest strength that turns the edit's own images.
-        reader = Reader(vlm, lowest, cache=True, batch_size=requests[0].question.batch_size)
+        n_own = sum(len(one.searched) for one in requests)
+        reader = Reader(vlm, lowest, cache=n_own <= CACHED, batch_size=requests[0].question.batch_size)
         trials = _Trials(vlm, unit, requests, source, target, tell, reader)
         smallest, share = trials.smallest(start)
         if share == 0:

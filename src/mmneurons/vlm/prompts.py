@@ -59,7 +59,8 @@ def image_lengths(processor: Any, sizes: Sequence[tuple[int, int]]) -> list[int]
     """
     try:
         counted = processor._get_num_multimodal_tokens(image_sizes=[(height, width) for width, height in sizes])
-        return [int(n) for n in counted.num_image_tokens]
+        lengths = [int(n) for n in counted.num_image_tokens]
+        return lengths if len(lengths) == len(sizes) else [0] * len(sizes)
     except Exception:  # noqa: BLE001 - no processor has to offer this, and nothing but time depends on it
         return [0] * len(sizes)
 
