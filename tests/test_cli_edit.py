@@ -11,7 +11,7 @@ from PIL import Image
 
 import mmneurons as mmn
 from mmneurons import pocket
-from mmneurons.cli.sources import lines_of
+from mmneurons.cli.sources import lines_of, tell_default_reference
 from mmneurons.editing.evaluate_edits import cases
 from mmneurons.errors import SettingError
 from mmneurons.patches.patch import Patch
@@ -167,3 +167,10 @@ def test_a_patch_of_another_method_is_written_and_judged_like_any_other(capsys, 
     code, _, err = call(capsys, monkeypatch, "edit", "--method", "lora", "--from", "dog", "--to", "cat")
     assert code == 2
     assert "'lora' is not one of" in err
+
+
+def test_an_edit_that_holds_no_images_says_that_other_answers_will_change(capsys, vlm, random_vlm):
+    tell_default_reference(vlm)
+    assert "--reference" not in capsys.readouterr().err
+    tell_default_reference(random_vlm)
+    assert "--reference FOLDER" in " ".join(capsys.readouterr().err.split())
