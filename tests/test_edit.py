@@ -41,6 +41,7 @@ from mmneurons.patches.patch import Patch, PatchPart
 from mmneurons.settings import ANSWER_PREFIX, PROMPT, Question
 from mmneurons.vlm.asking import texts_of
 from mmneurons.vlm.columns import HASH_BYTES, Columns, column_hashes
+from mmneurons.vlm.context import placeholder_ids
 from mmneurons.vlm.prompts import WORDINGS
 from mmneurons.vlm.provenance import weights_hash
 from mmneurons.vlm.teacher_forcing import Reader
@@ -686,6 +687,26 @@ def test_answers_that_reading_says_would_change_are_those_that_change(vlm, with_
         said = [text != before for text, before in zip(now, usual, strict=True) if not says(before, "dog")]
         assert seen == [sum(said)] * 2
     assert seen[0] > 0
+
+
+def test_what_generating_never_says_is_not_read_either(vlm, with_texts):
+    """What stands for a picture is barred from answers, however likely: reading with an edit bars it too."""
+    (image,) = (token for token in placeholder_ids(vlm.model.config) if token < vlm.n_tokens)
+    reader = Reader(vlm, last(vlm), cache=True, batch_size=8)
+    batches = reader.read(with_texts.images[:2], with_texts.question, with_texts.given(vlm, None)[:2])
+    usual = [reader.likeliest(batch) for batch in batches]
+
+    def louder(module, args, output):
+        output = output.clone()
+        output[..., image] += 1e4
+        return output
+
+    hook = vlm.anatomy.head.register_forward_hook(louder)
+    try:
+        assert vlm.caption([*with_texts.images[:2]]) == [*with_texts.answers.texts[:2]]
+        assert all(torch.equal(reader.likeliest(b), tokens) for b, tokens in zip(batches, usual, strict=True))
+    finally:
+        hook.remove()
 
 
 def test_strength_by_reading_is_strength_by_generating(vlm, to_cat, monkeypatch):

@@ -388,8 +388,8 @@ def test_the_batch_size_is_as_large_as_memory_and_speed_allow(vlm, images, monke
     assert (asked, found.batch_size) == (tried, best)
 
 
-def test_an_image_that_the_model_refuses_does_not_make_batches_small(vlm, images, monkeypatch):
-    slow(monkeypatch, fixed=9, most=99)
+def refuse_tiny(vlm, monkeypatch) -> None:
+    """Let the model refuse pictures of 5 x 5 pixels."""
     real = vlm.__class__.encode
 
     def refusing(self, pictures, *more):
@@ -398,6 +398,11 @@ def test_an_image_that_the_model_refuses_does_not_make_batches_small(vlm, images
         return real(self, pictures, *more)
 
     monkeypatch.setattr(vlm.__class__, "encode", refusing)
+
+
+def test_an_image_that_the_model_refuses_does_not_make_batches_small(vlm, images, monkeypatch):
+    slow(monkeypatch, fixed=9, most=99)
+    refuse_tiny(vlm, monkeypatch)
     items = [Item(f"{i}", images / f"{i % 7}.png") for i in range(20)]
     items[2] = Item("tiny", Image.new("RGB", (5, 5)))
     found, _ = with_best_batch_size(vlm, items, SweepSettings(batch_size="auto", max_new_tokens=2))
@@ -431,14 +436,7 @@ def test_a_sweep_goes_on_with_the_batch_size_that_was_found(vlm, images, tmp_pat
 
 
 def test_an_image_that_the_model_refuses_is_recorded(vlm, images, tmp_path, monkeypatch):
-    real = vlm.__class__.encode
-
-    def refusing(self, pictures, *more):
-        if any(picture.size == (5, 5) for (picture,) in pictures):
-            raise ModelError("The model's own code fails on this prompt.")
-        return real(self, pictures, *more)
-
-    monkeypatch.setattr(vlm.__class__, "encode", refusing)
+    refuse_tiny(vlm, monkeypatch)
     items = [Item(f"{i}", Image.open(images / f"{i}.png")) for i in range(3)]
     items.insert(1, Item("tiny", Image.new("RGB", (5, 5))))
     run = mmn.sweep(vlm, items, tmp_path / "run", **HOW)

@@ -78,9 +78,9 @@ class Outcome:
     """Of the neurons disturbed, over that of the top k; mean over draws."""
     n_neurons: float
     """Disturbed; mean over draws."""
-    change: float
+    change: float | None
     """How far they move the residual stream where the noun is chosen, when silent or scaled, over the top k's silence;
-    mean over draws."""
+    mean over draws. None where that moves nothing."""
     times: float | None
     """By what their activations are multiplied, mean over draws; None for noise."""
 
@@ -208,7 +208,7 @@ class _Trial:
     k: int
     neurons: str
     loudness: float
-    change: float
+    change: float | None
     changes: list[Intervention]
     """A draw each."""
 
@@ -233,9 +233,9 @@ def _trials(
         top = top_k(scores, k)
         others = matched(replay.slot_starts, loud, top, draws, seed)
         (whole, *parts) = changes(replay, [top, *others.sets]).tolist()
-        moved = sum(parts) / draws / whole if whole else 1.0
+        moved = sum(parts) / draws / whole if whole else None
         for which, sets, share, change in (
-            (TOP, [top] * draws, 1.0, 1.0),
+            (TOP, [top] * draws, 1.0, 1.0 if whole else None),
             (MATCHED, others.sets, others.loudness, moved),
         ):
             neurons = [_named(replay, slots) for slots in sets]
@@ -251,7 +251,9 @@ def _trials(
                 Intervention(_named(replay, slots), factor)
                 for slots, factor in zip(others.sets, factors.tolist(), strict=True)
             ]
-            trials.append(_Trial(silence[0], k, EQUAL_CHANGE, others.loudness, float(reached.mean()), made))
+            trials.append(
+                _Trial(silence[0], k, EQUAL_CHANGE, others.loudness, float(reached.mean()) if whole else None, made)
+            )
     return trials
 
 

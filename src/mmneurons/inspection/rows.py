@@ -61,7 +61,7 @@ class CausalRow(TypedDict):
     neurons: str
     k: int
     measure: str
-    value: float
+    value: float | None
 
 
 class FinderRow(TypedDict):

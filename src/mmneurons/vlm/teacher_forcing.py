@@ -23,7 +23,7 @@ from mmneurons.settings import Question
 from mmneurons.vlm.anatomy.parts import Anatomy
 from mmneurons.vlm.asking import batches_of
 from mmneurons.vlm.block_calls import Catcher, repeated
-from mmneurons.vlm.context import hooked
+from mmneurons.vlm.context import hooked, placeholder_ids
 from mmneurons.vlm.doctor import tolerance
 from mmneurons.vlm.vlm import VLM, Inputs
 
@@ -178,10 +178,14 @@ class Reader:
         return self.anatomy.logits(self.final(batch), grad=True)
 
     def likeliest(self, batch: Batch, *, unedited: bool = False) -> Int[Tensor, "n"]:
-        """The token that is likeliest at each step of a batch now, or was when the batch was made; on the CPU."""
+        """The token that would be said at each step of a batch now, or when the batch was made; on the CPU.
+
+        It is the likeliest one that can be said: as in `VLM.generate`, what stands for a picture cannot.
+        """
         with torch.no_grad():
-            logits = self.anatomy.logits(batch.base if unedited else self.final(batch))
-        return logits[:, : self.vlm.n_tokens].argmax(-1).cpu()
+            logits = self.anatomy.logits(batch.base if unedited else self.final(batch))[:, : self.vlm.n_tokens].clone()
+        logits[:, [i for i in placeholder_ids(self.vlm.model.config) if i < logits.shape[1]]] = -torch.inf
+        return logits.argmax(-1).cpu()
 
     def base(self, batch: Batch) -> Float[Tensor, "n vocab"]:
         """What the unedited model says there."""
