@@ -1,5 +1,6 @@
 import numpy as np
 import pytest
+import torch
 
 import mmneurons as mmn
 from mmneurons.attribution.controls import column_norms, loudness, matched
@@ -7,7 +8,7 @@ from mmneurons.attribution.equal_change import changes, equally_changing
 from mmneurons.attribution.finders import finder_scores
 from mmneurons.data.dataset import Item
 from mmneurons.inspection.causal import How, causal
-from mmneurons.inspection.rows import EQUAL_CHANGE, MATCHED, TOP
+from mmneurons.inspection.rows import CHANGE, EQUAL_CHANGE, MATCHED, TOP
 from mmneurons.maths.ranking import top_k
 from mmneurons.metrics.captions import rest_unchanged
 from mmneurons.words import says
@@ -27,6 +28,15 @@ def test_every_noun_is_disturbed_in_every_way(told):
             *((how, which) for how in ("noise 8", "times 0", "times 1") for which in (TOP, MATCHED)),
             ("times 0", EQUAL_CHANGE),
         }
+
+
+def test_where_silence_changes_nothing_no_ratio_is_made_up(vlm, monkeypatch):
+    monkeypatch.setattr("mmneurons.inspection.causal.changes", lambda replay, sets: torch.zeros(len(sets)))
+    scene = mmn.pocket.scene(3, ["dog"])
+    made = causal(vlm, Item("scene", scene.image), sizes=(1,), ways=(How(scale=0),), draws=1)
+    values = [row.value for noun in made for row in noun.rows("scene", 0) if row.measure == CHANGE]
+    assert values
+    assert {*values} == {None}
 
 
 def test_doing_nothing_changes_nothing(told):
