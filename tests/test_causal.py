@@ -34,7 +34,7 @@ def test_where_silence_changes_nothing_no_ratio_is_made_up(vlm, monkeypatch):
     monkeypatch.setattr("mmneurons.inspection.causal.changes", lambda replay, sets: torch.zeros(len(sets)))
     scene = mmn.pocket.scene(3, ["dog"])
     made = causal(vlm, Item("scene", scene.image), sizes=(1,), ways=(How(scale=0),), draws=1)
-    values = [row.value for noun in made for row in noun.rows("scene", 0) if row.measure == CHANGE]
+    values = [row["value"] for noun in made for row in noun.rows() if row["measure"] == CHANGE]
     assert values
     assert {*values} == {None}
 
