@@ -16,8 +16,8 @@ BIN := .venv/bin
 PROCESSES := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses logical --maxprocesses 4
 PYTEST := $(PROCESSES) --dist loadfile
 
-NUMERIC := baselines causal edit evaluation families find finders forms gradient hallucination inspect interventions load lookup \
-  maths patch regions sensitivity specificity truth weights
+NUMERIC := baselines causal edit equal_change evaluation families find finders forms gradient hallucination inspect interventions load lookup \
+  kept_references maths patch regions scores sensitivity specificity truth weights
 
 TRANSFORMERS := 4.57.6 5.3.0 5.24.0
 BY_VERSION := asking checkpoint families find load patch pocket processors prompts weights
